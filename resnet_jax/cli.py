@@ -1,0 +1,160 @@
+"""The `resnet-jax` command: train, evaluate, models."""
+
+import argparse
+import fnmatch
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.config import Config, InputError, load_config
+
+USAGE = """usage: resnet-jax COMMAND ...
+
+  train     [--config FILE] [--workdir DIR] [--SECTION.FIELD VALUE ...]   train as a recipe says
+  evaluate  WORKDIR [--best] [--per-class] [--json]                       test a run's checkpoint
+  models    [PATTERN] [--json]                                            list the models
+
+resnet-jax COMMAND --help tells more."""
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns its exit status: 0, 1 for a run that diverged, 2 for wrong input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        return fail(f"there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+    try:
+        return command(arguments[1:])
+    except InputError as error:
+        return fail(str(error))
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+
+
+def fail(message: str, status: int = 2) -> int:
+    """Prints an error and returns the status to end with."""
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def parse_recipe(arguments: Sequence[str]) -> tuple[Config, str | None]:
+    """The recipe and the workdir of a command line: `--config` first, then the other flags over it.
+
+    Raises:
+      InputError: the recipe file is not as it must be. A wrong flag ends the program with status 2.
+    """
+    import tyro
+
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ours.add_argument("--config")
+    ours.add_argument("--workdir")
+    known, flags = ours.parse_known_args(list(arguments))
+    default = load_config(known.config) if known.config else Config()
+    description = (
+        "Trains as a recipe says. --config FILE loads a recipe (configs/ has some), --workdir DIR names the run's "
+        "folder and resumes what it holds; the flags below change single fields."
+    )
+    config = tyro.cli(
+        Config,
+        default=default,
+        args=flags,
+        prog="resnet-jax train",
+        description=description,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+    return config, known.workdir
+
+
+def train_command(arguments: Sequence[str]) -> int:
+    """`resnet-jax train`."""
+    config, workdir = parse_recipe(arguments)
+    use_compilation_cache()
+    from resnet_jax.training.loop import train
+    from resnet_jax.training.trackers import Diverged
+
+    try:
+        train(config, workdir)
+    except Diverged as error:
+        return fail(str(error), status=1)
+    return 0
+
+
+def evaluate_command(arguments: Sequence[str]) -> int:
+    """`resnet-jax evaluate`."""
+    parser = argparse.ArgumentParser(prog="resnet-jax evaluate", description="Tests a run's checkpoint on its data.")
+    parser.add_argument("workdir", type=Path, help="the folder of a run")
+    parser.add_argument("--best", action="store_true", help="the best checkpoint, not the latest")
+    parser.add_argument("--per-class", action="store_true", help="accuracy of each class too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    use_compilation_cache()
+    from resnet_jax.training.evaluation import evaluate_run
+
+    result = evaluate_run(options.workdir, best=options.best, per_class=options.per_class)
+    print(json.dumps(result, indent=2) if options.json else format_result(result))
+    return 0
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """The table that `resnet-jax evaluate` prints."""
+    test = result["test"]
+    rows = [f"step {result['step']}, {test['count']} images"]
+    for kind in ("test", "ema"):
+        if kind in result:
+            values = result[kind]
+            top5 = f"   top-5 {values['top5']:.2%}" if "top5" in values else ""
+            label = "parameters" if kind == "test" else "their moving average"
+            rows.append(f"{label:<21} loss {values['loss']:.4f}   top-1 {values['accuracy']:.2%}{top5}")
+    if result["skipped_images"]:
+        rows.append(f"not counted, since they cannot be decoded: {', '.join(result['skipped_images'])}")
+    for name, values in test.get("classes", {}).items():
+        accuracy = "no images" if values["accuracy"] is None else f"{values['accuracy']:7.2%} of {values['count']}"
+        rows.append(f"  {name:<24} {accuracy}")
+    return "\n".join(rows)
+
+
+def models_command(arguments: Sequence[str]) -> int:
+    """`resnet-jax models`."""
+    parser = argparse.ArgumentParser(prog="resnet-jax models", description="Lists the models and their parameters.")
+    parser.add_argument("pattern", nargs="?", default="*", help="a shell pattern such as 'resnext*'")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    options = parser.parse_args(arguments)
+    from resnet_jax.models.registry import MODELS, count_parameters, create_model
+
+    names = sorted(fnmatch.filter(MODELS, options.pattern))
+    if not names:
+        raise InputError(f"no model matches {options.pattern!r}; try resnet-jax models '*resnet*'")
+    rows = [{"name": name, "parameters": count_parameters(create_model(name))} for name in names]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print("\n".join(f"{row['name']:<24}{row['parameters']:>13,}" for row in rows))
+    return 0
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was told another place."""
+    import jax
+
+    if jax.config.values.get("jax_compilation_cache_dir") is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "resnet_jax" / "xla"))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train_command,
+    "evaluate": evaluate_command,
+    "models": models_command,
+}

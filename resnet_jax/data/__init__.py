@@ -1,0 +1,1 @@
+"""Images in: sources, transforms on host and device, and the loader between them."""

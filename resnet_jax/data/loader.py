@@ -1,0 +1,168 @@
+"""From sources to batches: order, transforms and workers on grain, then arrays on the mesh."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from resnet_jax.config import AugmentConfig, Config, InputError
+from resnet_jax.data.order import example_index
+from resnet_jax.data.sources import Source
+from resnet_jax.data.transforms import BadImage, augment, decode, fit
+from resnet_jax.sharding import put_batch
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass
+class BadImages:
+    """What could not be decoded, by name; `policy` error ends the run at the first one, skip goes on."""
+
+    policy: str
+    names: set[str] = field(default_factory=set)
+
+    def note(self, source: Source, indices: np.ndarray) -> None:
+        """Takes indices of a batch's bad examples, -1 for a good one.
+
+        Raises:
+          InputError: the policy is error and there is a bad one.
+        """
+        for index in indices[indices >= 0].tolist():
+            if self.policy == "error":
+                raise InputError(
+                    f"{source.describe(index)} cannot be decoded ({_reason(source, index)}); "
+                    "mend or remove it, or go on without such images with --data.on_bad_image skip"
+                )
+            self.names.add(source.describe(index))
+
+
+def _reason(source: Source, index: int) -> str:
+    try:
+        decode(source[index][0])
+    except BadImage as error:
+        return str(error)
+    return "it can be now"
+
+
+@dataclass(frozen=True)
+class TrainExample:
+    """Maps a place in this host's row of examples to the example, augmented.
+
+    Host `rank` takes the places [rank * share, (rank + 1) * share) of every batch, so that the batches are the same
+    for any number of hosts.
+    """
+
+    source: Source
+    recipe: AugmentConfig
+    image_size: int
+    seed: int
+    share: int
+    rank: int = 0
+    hosts: int = 1
+
+    def position(self, place: int) -> int:
+        """Position in the endless row of all hosts together."""
+        step, offset = divmod(place, self.share)
+        return (step * self.hosts + self.rank) * self.share + offset
+
+    def __call__(self, place: int) -> dict[str, Any]:
+        position = self.position(place)
+        first = int(example_index(np.asarray([position], np.uint32), len(self.source), self.seed)[0])
+        for tries in range(len(self.source)):
+            raw, label = self.source[(first + tries) % len(self.source)]
+            rng = np.random.default_rng([self.seed, position])
+            try:
+                image = augment(raw, rng, self.image_size, self.recipe)
+            except BadImage:
+                continue
+            return {"image": image, "label": np.int32(label), "bad": np.int64(first if tries else -1)}
+        raise InputError("none of the training images can be decoded")
+
+
+@dataclass(frozen=True)
+class EvalExample:
+    """Maps a place in this host's row to a test example, `mask` False where there is none or it is bad."""
+
+    source: Source
+    image_size: int
+    crop: float
+    share: int
+    rank: int = 0
+    hosts: int = 1
+
+    def __call__(self, place: int) -> dict[str, Any]:
+        step, offset = divmod(place, self.share)
+        index = (step * self.hosts + self.rank) * self.share + offset
+        blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        if index >= len(self.source):
+            return {"image": blank, "label": np.int32(0), "mask": np.False_, "bad": np.int64(-1)}
+        raw, label = self.source[index]
+        try:
+            image = fit(raw, self.image_size, self.crop)
+        except BadImage:
+            return {"image": blank, "label": np.int32(label), "mask": np.False_, "bad": np.int64(index)}
+        return {"image": image, "label": np.int32(label), "mask": np.True_, "bad": np.int64(-1)}
+
+
+def _batches(example: Any, start: int, stop: int, share: int, workers: int) -> Iterator[Batch]:
+    """Batches `start`..`stop` of this host's row, made by threads, or by worker processes."""
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain 0.2.18 reads a flag when it starts workers
+    rows = grain.MapDataset.range(start * share, stop * share).map(example).batch(share)
+    threads = grain.ReadOptions(num_threads=2 if workers else 8, prefetch_buffer_size=4 * share)
+    ds = rows.to_iter_dataset(threads)
+    if workers:
+        ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return iter(ds)
+
+
+def train_batches(
+    source: Source, config: Config, mesh: Mesh, bad: BadImages, steps: range, rank: int = 0, hosts: int = 1
+) -> Iterator[dict[str, Any]]:
+    """The batches of `steps` as arrays on the mesh: `image` uint8 [batch, height, width, 3], `label` int32 [batch].
+
+    Raises:
+      InputError: an image cannot be decoded and `data.on_bad_image` is error.
+    """
+    share = config.train.batch_size // hosts
+    example = TrainExample(source, config.augment, config.data.image_size, config.train.seed, share, rank, hosts)
+    for batch in _batches(example, steps.start, steps.stop, share, config.data.workers):
+        bad.note(source, batch.pop("bad"))
+        yield put_batch(batch, mesh)
+
+
+def eval_batches(
+    source: Source, config: Config, mesh: Mesh, bad: BadImages, rank: int = 0, hosts: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Every test example exactly once; the last batch is filled up with examples whose `mask` is False."""
+    share = config.train.batch_size // hosts
+    size = config.data.eval_image_size or config.data.image_size
+    example = EvalExample(source, size, config.augment.eval_crop, share, rank, hosts)
+    count = -(-len(source) // (share * hosts))
+    for batch in _batches(example, 0, count, share, config.data.workers):
+        bad.note(source, batch.pop("bad"))
+        yield put_batch(batch, mesh)
+
+
+def whole_split(source: Source, image_size: int, bad: BadImages) -> Batch:
+    """All examples of a split in memory, resized: `image` uint8 [size, image_size, image_size, 3], `label` [size].
+
+    Raises:
+      InputError: an image cannot be decoded and the policy is error, or none can.
+    """
+    images, labels = [], []
+    for index in range(len(source)):
+        raw, label = source[index]
+        try:
+            images.append(fit(raw, image_size))
+            labels.append(label)
+        except BadImage:
+            bad.note(source, np.asarray([index]))
+    if not images:
+        raise InputError("none of the training images can be decoded")
+    return {"image": np.stack(images), "label": np.asarray(labels, np.int32)}

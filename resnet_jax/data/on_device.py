@@ -1,0 +1,82 @@
+"""What happens to a batch inside the compiled step: drawing it, cropping, flipping, normalising, mixing."""
+
+import jax
+import jax.numpy as jnp
+
+from resnet_jax.data.order import example_index
+
+Array = jax.Array
+
+
+def draw_batch(data: dict[str, Array], step: Array, batch_size: int, seed: int) -> dict[str, Array]:
+    """The batch of a step from data that lies on the device, in the order of `example_index`.
+
+    Args:
+      data: `image` uint8 [size, height, width, channel] and `label` int32 [size].
+      step: int32 scalar, counted from 0.
+
+    Returns:
+      `image` [batch_size, ...] and `label` [batch_size].
+    """
+    size = data["label"].shape[0]
+    positions = step.astype(jnp.uint32) * batch_size + jnp.arange(batch_size, dtype=jnp.uint32)
+    index = example_index(positions, size, seed, jnp)
+    return {name: jnp.take(values, index, axis=0) for name, values in data.items()}
+
+
+def pad_crop(key: Array, images: Array, pad: int) -> Array:
+    """Adds `pad` zero pixels around each image and cuts the old size out at a random place of its own."""
+    batch, height, width, channels = images.shape
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    corners = jax.random.randint(key, (batch, 2), 0, 2 * pad + 1)
+
+    def cut(image: Array, corner: Array) -> Array:
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (height, width, channels))
+
+    return jax.vmap(cut)(padded, corners)
+
+
+def flip(key: Array, images: Array) -> Array:
+    """Mirrors each image left and right with probability one half."""
+    mirrored = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
+    return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype) -> Array:
+    """uint8 pixels -> (pixel / 255 - mean) / std, channel by channel, in `dtype`."""
+    factor = 1.0 / (255.0 * jnp.asarray(std, jnp.float32))
+    shift = -jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
+    return (images.astype(jnp.float32) * factor + shift).astype(dtype)
+
+
+def mix(key: Array, images: Array, targets: Array, mixup: float, cutmix: float) -> tuple[Array, Array]:
+    """Mixes each example with its neighbour in the batch: mixup, CutMix, or by a coin one of both.
+
+    mixup (Zhang et al. 2017) blends whole images; CutMix (Yun et al. 2019) pastes a box of the neighbour. The share is
+    one Beta(alpha, alpha) draw for the whole batch.
+
+    Args:
+      images: float [batch, height, width, channel].
+      targets: float [batch, classes], mixed by the same share.
+      mixup, cutmix: alpha; 0 turns the one off.
+    """
+    coin, blend_key, box_key = jax.random.split(key, 3)
+    other, other_targets = jnp.roll(images, 1, 0), jnp.roll(targets, 1, 0)
+    use_cutmix = jax.random.bernoulli(coin) if mixup and cutmix else jnp.asarray(bool(cutmix))
+    kept = jnp.ones(images.shape[1:3])
+    if mixup:
+        kept = kept * jax.random.beta(blend_key, mixup, mixup)
+    if cutmix:
+        kept = jnp.where(use_cutmix, 1.0 - _box(box_key, images.shape[1:3], cutmix), kept)
+    pixels = kept[None, :, :, None].astype(images.dtype)
+    share = kept.mean()
+    return images * pixels + other * (1 - pixels), targets * share + other_targets * (1 - share)
+
+
+def _box(key: Array, size: tuple[int, ...], alpha: float) -> Array:
+    """1 inside a random box that covers 1 - Beta(alpha, alpha) of the image before it is clipped, 0 outside."""
+    share_key, centre_key = jax.random.split(key)
+    side = jnp.sqrt(1.0 - jax.random.beta(share_key, alpha, alpha))
+    centre = jax.random.uniform(centre_key, (2,))
+    inside = [jnp.abs(jnp.arange(n) + 0.5 - c * n) <= side * n / 2 for n, c in zip(size, centre, strict=True)]
+    return (inside[0][:, None] & inside[1][None, :]).astype(jnp.float32)

@@ -1,0 +1,66 @@
+"""The order of examples: a pure function of (seed, epoch, index), the same on host and device.
+
+A run sees one endless row of positions; position p is example `permutation_of_epoch[p mod size]` of epoch
+`p div size`. The permutation is a keyed Feistel network over a grid of at least `size` cells (Black and Rogaway 2002,
+"Ciphers with arbitrary finite domains"): any single index costs O(1), nothing is stored, so resuming costs nothing
+and the number of hosts may change.
+"""
+
+import math
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+ROUNDS = 6
+
+
+def example_index(position: Any, size: int, seed: int, xp: ModuleType = np) -> Any:
+    """Which example stands at a position of the endless row.
+
+    Args:
+      position: uint32 array of positions; below 2**32.
+      size: number of examples.
+      seed: of the order.
+      xp: numpy, or jax.numpy inside a compiled function.
+
+    Returns:
+      int32 array of indices in [0, size).
+    """
+    position = xp.asarray(position, xp.uint32)
+    epoch = position // xp.uint32(size)
+    key = _mix(_mix(epoch * xp.uint32(0x9E3779B9) + xp.uint32(seed % 2**32), xp) + xp.uint32(0x7F4A7C15), xp)
+    rows = math.isqrt(size - 1) + 1
+    columns = -(-size // rows)
+
+    def encipher(index: Any) -> Any:
+        left, right = index // xp.uint32(columns), index % xp.uint32(columns)
+        for i in range(ROUNDS):
+            left = (left + _mix(right ^ (key + xp.uint32(2 * i)), xp) % xp.uint32(rows)) % xp.uint32(rows)
+            right = (right + _mix(left ^ (key + xp.uint32(2 * i + 1)), xp) % xp.uint32(columns)) % xp.uint32(columns)
+        return left * xp.uint32(columns) + right
+
+    index = encipher(position % xp.uint32(size))
+    return _walk(encipher, index, size, xp).astype(xp.int32)
+
+
+def _walk(encipher: Any, index: Any, size: int, xp: ModuleType) -> Any:
+    """Enciphers again what fell into the few cells beyond `size`, until nothing is there."""
+    if xp is np:
+        while (index >= size).any():
+            index = np.where(index >= size, encipher(index), index)
+        return index
+    from jax import lax
+
+    return lax.while_loop(
+        lambda i: (i >= size).any(),
+        lambda i: xp.where(i >= size, encipher(i), i),
+        index,
+    )
+
+
+def _mix(x: Any, xp: ModuleType) -> Any:
+    """Spreads every bit of a uint32 over all others (the finaliser of MurmurHash3)."""
+    x = (x ^ (x >> xp.uint32(16))) * xp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> xp.uint32(13))) * xp.uint32(0xC2B2AE35)
+    return x ^ (x >> xp.uint32(16))

@@ -1,0 +1,213 @@
+"""Where images come from: digits, a folder, tensorflow-datasets, synthetic. Random access to raw examples."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from resnet_jax.config import DataConfig, InputError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+TEST_FOLDERS = ("test", "val", "validation")
+
+
+class Source(Protocol):
+    """Raw examples by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """(path, bytes or uint8 array of an image; its label)."""
+
+    def describe(self, index: int) -> str:
+        """What to call the example in a message."""
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images in memory, uint8 [size, height, width, 3]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.images[index], int(self.labels[index])
+
+    def describe(self, index: int) -> str:
+        return f"example {index}"
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Image files."""
+
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return self.paths[index], self.labels[index]
+
+    def describe(self, index: int) -> str:
+        return self.paths[index]
+
+
+@dataclass(frozen=True)
+class TfdsSource:
+    """A split of tensorflow-datasets, images still encoded."""
+
+    split: Sequence[dict[str, Any]]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        example = self.split[index]
+        return example["image"], int(example["label"])
+
+    def describe(self, index: int) -> str:
+        return f"example {index} of tfds:{self.name}"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test split, and the names of the classes that their labels count."""
+
+    train: Source
+    test: Source
+    class_names: tuple[str, ...]
+
+
+def load_dataset(config: DataConfig, seed: int) -> Dataset:
+    """The dataset that `data.dataset` names; `seed` decides the split where the data has none.
+
+    Raises:
+      InputError: the kind is unknown, or the data is not as its kind needs it.
+    """
+    kind, _, rest = config.dataset.partition(":")
+    if config.dataset == "digits":
+        return _digits()
+    if config.dataset == "synthetic":
+        return _synthetic(config, seed)
+    if kind == "folder" and rest:
+        return _folder(Path(rest).expanduser(), config.validation_fraction, seed)
+    if kind == "tfds" and rest:
+        return _tfds(rest, config)
+    raise InputError(
+        f"data.dataset {config.dataset!r} is unknown; give digits, folder:PATH, tfds:NAME[:SPLIT] or synthetic"
+    )
+
+
+def _digits() -> Dataset:
+    """1,797 handwritten digits of 8x8 pixels (scikit-learn's), 80 % for training, split by class with a fixed seed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = np.repeat(images[..., None], 3, axis=-1)
+    labels = digits.target.astype(np.int32)
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    return Dataset(
+        ArraySource(images[train], labels[train]),
+        ArraySource(images[test], labels[test]),
+        tuple(str(i) for i in range(10)),
+    )
+
+
+def _synthetic(config: DataConfig, seed: int) -> Dataset:
+    """Random pixels and labels; the test split is a tenth of the size."""
+    rng = np.random.default_rng(seed)
+
+    def split(size: int, side: int) -> ArraySource:
+        images = rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
+        return ArraySource(images, rng.integers(0, config.synthetic_classes, size, dtype=np.int32))
+
+    train = split(config.synthetic_size, config.image_size)
+    test = split(max(1, config.synthetic_size // 10), config.eval_image_size or config.image_size)
+    return Dataset(train, test, tuple(f"class{i}" for i in range(config.synthetic_classes)))
+
+
+def _folder(root: Path, fraction: float, seed: int) -> Dataset:
+    if not root.is_dir():
+        raise InputError(f"data.dataset folder:{root}: there is no such folder")
+    if not (root / "train").is_dir():
+        files = _class_files(root)
+        return _split(files, fraction, seed)
+    train = _class_files(root / "train")
+    test_root = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+    if test_root is None:
+        return _split(train, fraction, seed)
+    test = _class_files(test_root)
+    unknown = sorted(set(test) - set(train))
+    if unknown:
+        raise InputError(f"{test_root} has classes that {root / 'train'} lacks: {', '.join(unknown)}")
+    names = tuple(train)
+    return Dataset(_file_source(train, names), _file_source(test, names), names)
+
+
+def _class_files(root: Path) -> dict[str, list[str]]:
+    """Image files of each class folder, both sorted by name."""
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise InputError(f"{root} has no classes: put the images of each class into a folder of the class's name")
+    files = {}
+    for folder in folders:
+        found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        if not found:
+            raise InputError(f"{folder}: the class has no images ({', '.join(sorted(IMAGE_SUFFIXES))}); remove it")
+        files[folder.name] = found
+    return files
+
+
+def _file_source(files: dict[str, list[str]], names: tuple[str, ...]) -> FileSource:
+    pairs = [(path, names.index(name)) for name, paths in files.items() for path in paths]
+    return FileSource(tuple(path for path, _ in pairs), tuple(label for _, label in pairs))
+
+
+def _split(files: dict[str, list[str]], fraction: float, seed: int) -> Dataset:
+    """Holds out a share of each class, at least one image and never all."""
+    rng = np.random.default_rng(seed)
+    train, test = {}, {}
+    for name, paths in files.items():
+        if len(paths) < 2:
+            raise InputError(f"class {name!r} has a single image ({paths[0]}): a split needs two; add one or remove it")
+        held_out = min(max(1, round(fraction * len(paths))), len(paths) - 1)
+        shuffled = [paths[i] for i in rng.permutation(len(paths))]
+        test[name], train[name] = sorted(shuffled[:held_out]), sorted(shuffled[held_out:])
+    names = tuple(files)
+    return Dataset(_file_source(train, names), _file_source(test, names), names)
+
+
+def _tfds(spec: str, config: DataConfig) -> Dataset:
+    """`NAME` or `NAME:SPLIT`; the test split is `test`, else `validation`, else a share of the training split."""
+    import tensorflow_datasets as tfds
+
+    match = re.fullmatch(r"([^:]+(?::\d[\d.]*)?)(?::(.+))?", spec)
+    if match is None:
+        raise InputError(f"data.dataset tfds:{spec} is not of the form tfds:NAME or tfds:NAME:SPLIT")
+    name, train_split = match.group(1), match.group(2) or "train"
+    try:
+        builder = tfds.builder(name, data_dir=config.data_dir, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise InputError(f"tensorflow-datasets has no dataset {name!r}: {str(error).splitlines()[0]}") from error
+    if not {"image", "label"} <= set(builder.info.features):
+        raise InputError(f"tfds:{name} has no image and label, but {', '.join(builder.info.features)}")
+    builder.download_and_prepare()
+    splits = set(builder.info.splits)
+    test_split = next((s for s in ("test", "validation") if s in splits), None)
+    if test_split is None:
+        percent = 100 - round(100 * config.validation_fraction)
+        train_split, test_split = f"{train_split}[:{percent}%]", f"{train_split}[{percent}%:]"
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    train, test = builder.as_data_source(split=[train_split, test_split], decoders=decoders)
+    return Dataset(TfdsSource(train, name), TfdsSource(test, name), tuple(builder.info.features["label"].names))

@@ -1,0 +1,1 @@
+"""Networks as Flax modules; they know nothing of training, data or devices."""

@@ -1,0 +1,154 @@
+"""Layers of residual networks: convolution, norms, pooling. Images are [batch, height, width, channel]."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+Dtype = Any
+Initializer = Callable[..., Array]
+
+he_normal_fan_out: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "gelu": nn.gelu,
+    "identity": lambda x: x,
+}
+
+
+def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
+    """Convolves with zero padding of `dilation * (k - 1) / 2` on both sides, as PyTorch models do.
+
+    `'SAME'` would pad a strided convolution on one side only, and imported weights would give other logits.
+
+    Args:
+      x: [batch, height, width, in].
+      kernel: [k, k, in / groups, out], k odd, of x's dtype.
+      strides: step of the window in both directions.
+      dilation: distance between the taps of the kernel.
+      groups: the channels are split into this many independent convolutions.
+
+    Returns:
+      [batch, ceil(height / strides), ceil(width / strides), out] in x's dtype.
+    """
+    pad = dilation * (kernel.shape[0] - 1) // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(strides, strides),
+        padding=((pad, pad), (pad, pad)),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+class Conv(nn.Module):
+    """A convolution without bias: `conv2d` with a float32 kernel of its own, He normal (fan-out) at the start."""
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    dilation: int = 1
+    groups: int = 1
+    dtype: Dtype = jnp.float32
+    kernel_init: Initializer = he_normal_fan_out
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.dilation, self.groups)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe and Szegedy 2015) over all axes but the last, with float32 statistics.
+
+    With `train=True` it normalises with the statistics of the batch and moves the running ones (collection
+    `batch_stats`: `mean`, `var`); with `train=False` it uses the running ones. Under `jit` with a sharded batch the
+    statistics are those of the whole batch, on any number of devices.
+
+    Attributes:
+      momentum: share of the old running value that is kept (PyTorch's `momentum` is one minus this).
+      unbiased_variance: the running variance takes n / (n - 1) times the variance of the batch, as PyTorch does;
+        otherwise the biased one, as Flax does. Normalisation itself uses the biased one in both.
+      frozen: always the running statistics, never moved, and no gradient to scale and bias.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    unbiased_variance: bool = False
+    frozen: bool = False
+    dtype: Dtype = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        features = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
+        scale = self.param("scale", self.scale_init, features, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
+        if self.frozen:
+            scale, bias = lax.stop_gradient((scale, bias))
+
+        if train and not self.frozen:
+            mean, var = batch_moments(x)
+            if not self.is_initializing():
+                count = x.size // x.shape[-1]
+                correction = count / max(count - 1, 1) if self.unbiased_variance else 1.0
+                keep = self.momentum
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_var.value = keep * running_var.value + (1 - keep) * correction * var
+        else:
+            mean, var = running_mean.value, running_var.value
+
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(self.dtype)
+
+
+def batch_moments(x: Array) -> tuple[Array, Array]:
+    """Mean and biased variance of each channel over all other axes, in float32: [channel], [channel]."""
+    axes = tuple(range(x.ndim - 1))
+    x = x.astype(jnp.float32)
+    mean = x.mean(axes)
+    return mean, jnp.maximum(jnp.square(x).mean(axes) - jnp.square(mean), 0.0)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu and He 2018); `train` is accepted and changes nothing."""
+
+    groups: int = 32
+    epsilon: float = 1e-5
+    dtype: Dtype = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        shape = x.shape[-1:]
+        scale = self.param("scale", self.scale_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        mean = grouped.mean((1, 3), keepdims=True)
+        var = grouped.var((1, 3), keepdims=True)
+        normal = ((grouped - mean) * lax.rsqrt(var + self.epsilon)).reshape(x.shape)
+        return (normal * scale + bias).astype(self.dtype)
+
+
+def max_pool(x: Array) -> Array:
+    """3x3 maximum with stride 2 and one row of -inf around the image: [batch, ceil(h / 2), ceil(w / 2), channel]."""
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def average_pool(x: Array, strides: int) -> Array:
+    """Mean over windows of `strides` squared; at an odd border over the pixels that are there (He et al. 2019)."""
+    if strides == 1:
+        return x
+    padding = [(0, -size % strides) for size in x.shape[1:3]]
+    return nn.avg_pool(x, (strides, strides), strides=(strides, strides), padding=padding, count_include_pad=False)

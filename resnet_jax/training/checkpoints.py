@@ -1,0 +1,64 @@
+"""Checkpoints with Orbax: asynchronous, the latest and the best are kept."""
+
+import logging
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import orbax.checkpoint as ocp
+
+from resnet_jax.config import InputError
+
+Manager: TypeAlias = ocp.CheckpointManager
+Record: TypeAlias = dict[str, Any]
+"""JSON that travels with a state: recipe, class names, preprocessing, best metric, unwritten training sums."""
+
+
+def open_checkpoints(workdir: Path, keep: int) -> Manager:
+    """The checkpoints of a run's folder: the latest `keep` and the one with the greatest `metric` stay."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    managers = ocp.checkpoint_managers
+    options = ocp.CheckpointManagerOptions(
+        save_decision_policy=managers.FixedIntervalPolicy(1),
+        preservation_policy=managers.AnyPreservationPolicy(
+            [
+                managers.LatestN(keep),
+                managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["metric"], n=1, keep_checkpoints_without_metrics=False
+                ),
+            ]
+        ),
+        cleanup_tmp_directories=True,
+    )
+    return Manager((workdir / "checkpoints").resolve(), options=options)
+
+
+def save(manager: Manager, step: int, state: Any, record: Record, metric: float | None) -> None:
+    """Starts to write a checkpoint and returns once the state has been copied from the device.
+
+    Args:
+      metric: what the best checkpoint is chosen by; None where this step was not evaluated.
+    """
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+    manager.save(step, args=items, metrics=None if metric is None else {"metric": metric}, force=True)
+
+
+def restore(manager: Manager, template: Any, step: int | None = None) -> tuple[Any, Record]:
+    """A state like `template` (shapes, types and shardings) and its record; the latest one if `step` is None.
+
+    Raises:
+      InputError: there is no checkpoint.
+    """
+    step = manager.latest_step() if step is None else step
+    if step is None:
+        raise InputError(f"{manager.directory} holds no checkpoint; the run ended before its first one")
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore())
+    restored = manager.restore(step, args=items)
+    return restored.state, restored.record
+
+
+def best_step(manager: Manager) -> int | None:
+    """Step of the checkpoint with the greatest metric, the later one of equals; None if none was evaluated."""
+    ranked = [
+        (metrics["metric"], step) for step in manager.all_steps() if (metrics := manager.metrics(step)) is not None
+    ]
+    return max(ranked)[1] if ranked else None

@@ -1,0 +1,95 @@
+"""Optimizers and learning rate schedules from a recipe, on optax."""
+
+import re
+from typing import Any
+
+import jax
+import optax
+
+from resnet_jax.config import Config, InputError, OptimizerConfig
+from resnet_jax.training.state import path_map
+
+
+def make_schedule(config: Config, steps: int, steps_per_epoch: float) -> optax.Schedule:
+    """Learning rate as a function of the step alone, after `schedule` and `optimizer` of the recipe.
+
+    Args:
+      steps: length of the run.
+      steps_per_epoch: for the length of the warm-up.
+
+    Raises:
+      InputError: the warm-up is longer than the run.
+    """
+    schedule, peak = config.schedule, config.optimizer.learning_rate
+    if config.optimizer.base_batch_size:
+        peak *= config.train.batch_size / config.optimizer.base_batch_size
+    if schedule.name == "one_cycle":
+        return optax.cosine_onecycle_schedule(steps, peak, pct_start=0.3, div_factor=25.0, final_div_factor=1e4)
+    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    if warmup >= steps:
+        raise InputError(f"schedule.warmup_epochs {schedule.warmup_epochs} is {warmup} of {steps} steps; shorten it")
+    main = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, steps - warmup),
+        "step": lambda: optax.piecewise_constant_schedule(
+            peak, {round(share * steps) - warmup: 0.1 for share in schedule.boundaries}
+        ),
+    }[schedule.name]()
+    if warmup == 0:
+        return main
+    start = schedule.warmup_factor * peak
+    end = peak if schedule.warmup_shape == "linear" else start
+    return optax.join_schedules([optax.linear_schedule(start, end, warmup), main], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """SGD with (Nesterov) momentum, AdamW, LAMB (You et al. 2019) or LARS (You et al. 2017), with rules for decay.
+
+    Weight decay is added to the gradient (sgd, lars) or to Adam's update (adamw, lamb).
+
+    Raises:
+      InputError: in `init`, a parameter that no decay rule covers.
+    """
+    decay = decay_by_rule(config.weight_decay, config.decay_rules)
+    rate = optax.scale_by_learning_rate(schedule)
+    momentum = optax.trace(config.momentum, nesterov=config.nesterov)
+
+    def kernels(params: Any) -> Any:
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    parts = {
+        "sgd": lambda: [decay, momentum, rate],
+        "adamw": lambda: [optax.scale_by_adam(), decay, rate],
+        "lamb": lambda: [optax.scale_by_adam(eps=1e-6), decay, optax.scale_by_trust_ratio(), rate],
+        "lars": lambda: [
+            decay,
+            optax.masked(optax.scale_by_trust_ratio(trust_coefficient=0.001), kernels),
+            rate,
+            optax.trace(config.momentum),
+        ],
+    }[config.name]()
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.chain(*clip, *parts)
+
+
+def decay_by_rule(weight_decay: float, rules: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+    """Adds `weight_decay * factor * parameter` to each update; the factor is that of the first rule that matches.
+
+    A rule is a regular expression that matches a whole path, such as `.*/kernel`.
+    """
+
+    def factor(path: str, _: Any) -> float:
+        for pattern, value in rules:
+            if re.fullmatch(pattern, path):
+                return value
+        raise InputError(f"optimizer.decay_rules: no rule covers the parameter {path}; add one such as ('.*', 0.0)")
+
+    def init(params: Any) -> optax.EmptyState:
+        path_map(factor, params)
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        factors = path_map(factor, params)
+        return jax.tree.map(lambda u, p, f: u + weight_decay * f * p if f else u, updates, params, factors), state
+
+    return optax.GradientTransformation(init, update)
