@@ -26,7 +26,7 @@ def run() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns its exit status: 0, 1 for a run that diverged, 2 for wrong input."""
+    """Runs a command line; returns its exit status: 0, 1 (the run diverged), 2 (wrong input), 130 (Ctrl-C)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(arguments[1:])
     except InputError as error:
         return fail(str(error))
+    except KeyboardInterrupt:
+        return fail("interrupted; the same command with --workdir goes on from the last checkpoint", status=130)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
@@ -69,12 +71,26 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Config, str | None]:
     config = tyro.cli(
         Config,
         default=default,
-        args=flags,
+        args=flags_without_values(flags),
         prog="resnet-jax train",
         description=description,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        use_underscores=True,
+        config=(tyro.conf.AvoidSubcommands,),
     )
     return config, known.workdir
+
+
+def flags_without_values(flags: Sequence[str]) -> list[str]:
+    """Turns `--section.field True` into `--section.field` and `... False` into `--section.no_field`."""
+    result: list[str] = []
+    for word in flags:
+        if word in ("True", "False") and result and result[-1].startswith("--"):
+            if word == "False":
+                section, _, name = result.pop().rpartition(".")
+                result.append(f"{section}.no_{name}")
+        else:
+            result.append(word)
+    return result
 
 
 def train_command(arguments: Sequence[str]) -> int:
@@ -158,3 +174,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate_command,
     "models": models_command,
 }
+
+if __name__ == "__main__":
+    run()

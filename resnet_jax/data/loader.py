@@ -1,5 +1,6 @@
 """From sources to batches: order, transforms and workers on grain, then arrays on the mesh."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,7 +119,13 @@ def _batches(example: Any, start: int, stop: int, share: int, workers: int) -> I
     ds = rows.to_iter_dataset(threads)
     if workers:
         ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-    return iter(ds)
+    iterator = iter(ds)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+        del iterator, ds, rows
+        gc.collect()  # grain's workers leave shared memory in reference cycles
 
 
 def train_batches(

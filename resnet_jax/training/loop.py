@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import optax
 from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError, check, differences, from_dict, to_dict
@@ -51,26 +52,45 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     plan = make_plan(config, len(dataset.train))
     model = build_model(config, len(dataset.class_names))
     schedule = make_schedule(config, plan.total, plan.per_epoch)
-    new_state = state_maker(config, model, schedule)
     folder = open_workdir(workdir, config)
     print(f"run: {folder}", flush=True)
-
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
-        if manager.latest_step() is None:
-            state, record = jax.jit(new_state, out_shardings=replicated(mesh))(), new_record(config, dataset)
-        else:
-            state, record = checkpoints.restore(manager, sharded_shapes(new_state, mesh))
-            print(f"resuming at step {int(state.step)} of {plan.total}", flush=True)
-            if int(state.step) == plan.total and (folder / "summary.json").exists():
-                print(f"the run is finished; see it with: resnet-jax evaluate {folder}")
-                return json.loads((folder / "summary.json").read_text())
-        bad = BadImages(config.data.on_bad_image, set(record["skipped"]))
-        advance = make_advance(config, model, schedule, dataset, mesh, bad, range(int(state.step), plan.total))
-        evaluate = make_evaluate(config, model, dataset, mesh, bad)
-        with Report(folder, config, plan, schedule, int(state.step), record["sums"], manager.latest_step) as report:
-            run_steps(plan, state, record, advance, evaluate, report, manager, bad)
-    speed = {"images_per_second": report.speed(), "seconds": time.perf_counter() - began}
+        if manager.latest_step() == plan.total and (folder / "summary.json").exists():
+            print(f"the run is finished; see it with: resnet-jax evaluate {folder}")
+            return json.loads((folder / "summary.json").read_text())
+        record, images_per_second = start_or_resume(folder, config, plan, model, schedule, dataset, mesh, manager)
+    speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
     return finish(folder, record, plan.total, speed, device_name(mesh))
+
+
+def start_or_resume(
+    folder: Path,
+    config: Config,
+    plan: Plan,
+    model: nn.Module,
+    schedule: optax.Schedule,
+    dataset: Dataset,
+    mesh: Mesh,
+    manager: checkpoints.Manager,
+) -> tuple[checkpoints.Record, float]:
+    """Makes a new state or restores the latest one, and runs to the plan's end.
+
+    Returns:
+      The last record and the images a second.
+    """
+    new_state = state_maker(config, model, schedule)
+    if manager.latest_step() is None:
+        state, record = jax.jit(new_state, out_shardings=replicated(mesh))(), new_record(config, dataset)
+    else:
+        state, record = checkpoints.restore(manager, sharded_shapes(new_state, mesh))
+        print(f"resuming at step {int(state.step)} of {plan.total}", flush=True)
+    start = int(state.step)
+    bad = BadImages(config.data.on_bad_image, set(record["skipped"]))
+    advance = make_advance(config, model, schedule, dataset, mesh, bad, range(start, plan.total))
+    evaluate = make_evaluate(config, model, dataset, mesh, bad)
+    with Report(folder, config, plan, schedule, start, record["sums"], manager.latest_step) as report:
+        run_steps(plan, state, record, advance, evaluate, report, manager, bad)
+    return record, report.speed()
 
 
 def run_steps(
@@ -174,7 +194,13 @@ Advance = Callable[[TrainState, int], tuple[TrainState, Sums, int, float]]
 
 
 def make_advance(
-    config: Config, model: nn.Module, schedule: Any, dataset: Dataset, mesh: Mesh, bad: BadImages, steps: range
+    config: Config,
+    model: nn.Module,
+    schedule: optax.Schedule,
+    dataset: Dataset,
+    mesh: Mesh,
+    bad: BadImages,
+    steps: range,
 ) -> Advance:
     """`advance(state, step) -> (state, sums, n, waited)` dispatches the next n steps and does not wait for them.
 

@@ -109,7 +109,7 @@ def make_eval_step(model: nn.Module, config: Config) -> Callable[[PyTree, Batch]
 
     def eval_step(variables: PyTree, batch: Batch) -> Sums:
         images = on_device.normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
-        logits = model.apply(variables, images, train=False)
+        logits: Any = model.apply(variables, images, train=False)
         losses = loss_of(logits, soft_targets(batch["label"], model.num_classes, 0.0))
         return eval_sums(losses, logits, batch["label"], batch["mask"])
 

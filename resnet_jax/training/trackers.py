@@ -74,7 +74,7 @@ class Console:
 
     def __init__(self, start: int, total: int, steps_per_epoch: float) -> None:
         self._total, self._steps_per_epoch = total, steps_per_epoch
-        self._start, self._began, self._last_line = start, time.perf_counter(), -math.inf
+        self._start, self._began, self._last_line = start, 0.0, -math.inf
         self._bar: Any = None
         self._numbers: dict[str, float] = {}
         if sys.stdout.isatty():
@@ -88,12 +88,15 @@ class Console:
     def update(self, step: int, numbers: dict[str, float]) -> None:
         """Shows the newest numbers of a step."""
         self._numbers |= numbers
+        if not self._began:  # the first numbers come after compilation
+            self._start, self._began = step, time.perf_counter()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=self._line(step))
         elif time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES or step == self._total:
             self._last_line = time.perf_counter()
-            left = (self._total - step) * (self._last_line - self._began) / max(step - self._start, 1)
-            print(f"step {step}/{self._total}  {self._line(step)}  {left:.0f} s left", flush=True)
+            done = step - self._start
+            left = f"  {(self._total - step) * (self._last_line - self._began) / done:.0f} s left" if done else ""
+            print(f"step {step}/{self._total}  {self._line(step)}{left}", flush=True)
 
     def _line(self, step: int) -> str:
         shown = [f"epoch {step / self._steps_per_epoch:.1f}"]

@@ -1,0 +1,123 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, TrainConfig
+from resnet_jax.data.loader import BadImages, TrainExample, eval_batches, train_batches, whole_split
+from resnet_jax.data.sources import ArraySource, FileSource
+from resnet_jax.sharding import make_mesh
+
+SIZE = 37
+SOURCE = ArraySource(
+    np.broadcast_to(np.arange(SIZE, dtype=np.uint8)[:, None, None, None], (SIZE, 4, 4, 3)), np.arange(SIZE) % 5
+)
+
+
+def recipe(batch_size=8, workers=0, augment=None):
+    return Config(
+        data=DataConfig(image_size=4, on_device=False, workers=workers),
+        augment=augment or AugmentConfig(crop="none"),
+        train=TrainConfig(batch_size=batch_size, seed=3),
+    )
+
+
+def images_of(batches):
+    return np.concatenate([np.asarray(b["image"])[:, 0, 0, 0] for b in batches])
+
+
+@pytest.mark.parametrize("hosts", [1, 4])
+def test_hosts_partition_every_epoch(hosts):
+    rows = []
+    for rank in range(hosts):
+        example = TrainExample(SOURCE, AugmentConfig(crop="none"), 4, 3, 8 // hosts, rank, hosts)
+        rows.append([int(example(place)["image"][0, 0, 0]) for place in range(3 * SIZE * 8 // hosts // 8 * 8)])
+    share = 8 // hosts
+    steps = len(rows[0]) // share
+    batches = [[i for row in rows for i in row[s * share : (s + 1) * share]] for s in range(steps)]
+    single = TrainExample(SOURCE, AugmentConfig(crop="none"), 4, 3, 8)
+    assert batches == [[int(single(s * 8 + i)["image"][0, 0, 0]) for i in range(8)] for s in range(steps)]
+    stream = [i for batch in batches for i in batch]
+    assert sorted(stream[:SIZE]) == sorted(stream[SIZE : 2 * SIZE]) == list(range(SIZE))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_from_any_step_and_any_workers(workers):
+    augment = AugmentConfig(crop="pad", pad=1, flip=True)
+    mesh, bad = make_mesh(1), BadImages("error")
+    whole = list(train_batches(SOURCE, recipe(augment=augment), mesh, bad, range(9)))
+    later = list(train_batches(SOURCE, recipe(augment=augment, workers=workers), mesh, bad, range(5, 9)))
+    assert len(whole) == 9 and len(later) == 4
+    for a, b in zip(whole[5:], later, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["label"], b["label"])
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_evaluation_sees_every_example_once(devices):
+    seen = []
+    for batch in eval_batches(SOURCE, recipe(16), make_mesh(devices), BadImages("error")):
+        assert batch["image"].shape[0] == 16
+        seen.extend(np.asarray(batch["image"])[np.asarray(batch["mask"]), 0, 0, 0])
+    assert sorted(seen) == list(range(SIZE))
+
+
+def test_evaluation_of_several_hosts_adds_up():
+    seen = []
+    for rank in range(4):
+        for batch in eval_batches(SOURCE, recipe(16), make_mesh(1), BadImages("error"), rank, 4):
+            seen.extend(np.asarray(batch["image"])[np.asarray(batch["mask"]), 0, 0, 0])
+    assert sorted(seen) == list(range(SIZE))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Ten pictures, of which number 4 and number 7 are none."""
+    paths = []
+    for i in range(10):
+        path = tmp_path / f"{i}.png"
+        Image.new("RGB", (4, 4), (i, i, i)).save(path)
+        paths.append(str(path))
+    (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:40])
+    (tmp_path / "7.png").write_text("no picture")
+    return FileSource(tuple(paths), tuple(range(10)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_ends_the_run_by_its_name(files, workers):
+    with pytest.raises(InputError, match=r"[47]\.png cannot be decoded \(\w+Error: .*--data.on_bad_image skip"):
+        list(train_batches(files, recipe(5, workers), make_mesh(1), BadImages("error"), range(4)))
+
+
+def test_bad_images_are_skipped_and_listed(files):
+    bad = BadImages("skip")
+    train = list(train_batches(files, recipe(5), make_mesh(1), bad, range(4)))
+    assert not set(images_of(train)) & {4, 7}
+    assert {name[-5:] for name in bad.names} == {"4.png", "7.png"}
+    bad = BadImages("skip")
+    tested = list(eval_batches(files, recipe(4), make_mesh(1), bad))
+    assert sum(int(np.asarray(b["mask"]).sum()) for b in tested) == 8
+    assert len(bad.names) == 2
+    bad = BadImages("skip")
+    assert whole_split(files, 4, bad)["label"].tolist() == [0, 1, 2, 3, 5, 6, 8, 9]
+    assert len(bad.names) == 2
+
+
+def test_nothing_but_bad_images_is_an_error(files):
+    only = dataclasses.replace(files, paths=files.paths[4:5], labels=(0,))
+    with pytest.raises(InputError, match="none of the training images"):
+        list(train_batches(only, recipe(1), make_mesh(1), BadImages("skip"), range(1)))
+
+
+def test_real_pictures_of_any_size_become_batches(pictures):
+    paths = tuple(str(p) for p in sorted((pictures / "imagenet_samples").glob("*.JPEG"))[:24])
+    source = FileSource(paths, tuple(range(24)))
+    config = dataclasses.replace(
+        recipe(8, augment=AugmentConfig(crop="random_resized", flip=True, eval_crop=0.875)),
+        data=DataConfig(image_size=96, eval_image_size=128, on_device=False),
+    )
+    batches = list(train_batches(source, config, make_mesh(1), BadImages("error"), range(3)))
+    assert all(b["image"].shape == (8, 96, 96, 3) and b["image"].dtype == np.uint8 for b in batches)
+    assert len({int(i) for b in batches for i in b["label"]}) == 24
+    assert next(eval_batches(source, config, make_mesh(1), BadImages("error")))["image"].shape == (8, 128, 128, 3)

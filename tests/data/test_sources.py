@@ -1,0 +1,147 @@
+import dataclasses
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError
+from resnet_jax.data.sources import load_dataset
+from resnet_jax.training.loop import train
+
+
+def make_folder(root, layout):
+    """`layout`: {"train/cat": 3, ...} makes so many small pictures there."""
+    rng = np.random.default_rng(0)
+    for folder, count in layout.items():
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(root / folder / f"{i}.png")
+    return DataConfig(dataset=f"folder:{root}")
+
+
+def names_of(source):
+    return [source.describe(i) for i in range(len(source))]
+
+
+def test_digits_are_split_once_and_for_all():
+    dataset = load_dataset(DataConfig(), seed=0)
+    assert (len(dataset.train), len(dataset.test)) == (1437, 360)
+    labels = np.asarray([dataset.test[i][1] for i in range(360)])
+    assert np.bincount(labels).min() >= 34
+    image, label = dataset.train[0]
+    assert image.shape == (8, 8, 3) and image.dtype == np.uint8
+    again = load_dataset(DataConfig(), seed=9).train[0]
+    np.testing.assert_array_equal(image, again[0])
+    assert label == again[1]
+
+
+@pytest.mark.parametrize("test_name", ["test", "val", "validation"])
+def test_folder_with_splits(tmp_path, test_name):
+    config = make_folder(tmp_path, {"train/cat": 3, "train/dog": 2, "train/ant": 1, f"{test_name}/dog": 2})
+    dataset = load_dataset(config, seed=0)
+    assert dataset.class_names == ("ant", "cat", "dog")
+    assert [dataset.train[i][1] for i in range(6)] == [0, 1, 1, 1, 2, 2]
+    assert [dataset.test[i][1] for i in range(2)] == [2, 2]
+
+
+def test_folder_without_splits_is_split_by_class_and_seed(tmp_path):
+    config = make_folder(tmp_path, {"cat": 10, "dog": 20, "rare": 2})
+    first, again, other = (load_dataset(config, seed) for seed in (1, 1, 2))
+    assert np.bincount([first.test[i][1] for i in range(len(first.test))]).tolist() == [2, 4, 1]
+    assert not set(names_of(first.train)) & set(names_of(first.test))
+    assert len(first.train) + len(first.test) == 32
+    assert names_of(first.test) == names_of(again.test) != names_of(other.test)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({}, "has no classes"),
+        ({"train/cat": 2, "train/dog": 0}, "train/dog: the class has no images"),
+        ({"train/cat": 2, "test/cat": 1, "test/bee": 1}, "lacks: bee"),
+        ({"cat": 3, "dog": 1}, "'dog' has a single image"),
+    ],
+)
+def test_a_wrong_folder_is_named(tmp_path, layout, message):
+    with pytest.raises(InputError, match=message):
+        load_dataset(make_folder(tmp_path, layout), seed=0)
+
+
+@pytest.mark.parametrize("dataset", ["", "cifar10", "folder:", "web:images"])
+def test_an_unknown_kind_is_refused_with_the_choices(dataset):
+    with pytest.raises(InputError, match="digits, folder:PATH, tfds:NAME"):
+        load_dataset(DataConfig(dataset=dataset), seed=0)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match="there is no such folder"):
+        load_dataset(DataConfig(dataset=f"folder:{tmp_path}/none"), seed=0)
+
+
+def test_synthetic_has_the_size_asked_for():
+    config = dataclasses.replace(DataConfig(), dataset="synthetic", synthetic_size=50, image_size=9)
+    dataset = load_dataset(config, seed=0)
+    assert len(dataset.train) == 50 and dataset.train[3][0].shape == (9, 9, 3)
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory):
+    """A real dataset of generated JPEGs for tensorflow-datasets, prepared without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    class Stripes(tfds.core.GeneratorBasedBuilder):
+        """Stripes that lie or stand."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["lie", "stand"])}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(40), "test": self._generate_examples(11)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                image = np.zeros((16, 16, 3), np.uint8)
+                image[(i // 2) % 3 :: 3] = 255
+                buffer = io.BytesIO()
+                Image.fromarray(image if i % 2 == 0 else image.transpose(1, 0, 2)).save(buffer, "JPEG")
+                yield i, {"image": buffer.getvalue(), "label": i % 2}
+
+    return DataConfig(dataset="tfds:stripes", data_dir=str(tmp_path_factory.mktemp("tfds")), image_size=16)
+
+
+def test_tfds_prepares_array_records_and_reads_them(stripes):
+    dataset = load_dataset(stripes, seed=0)
+    assert dataset.class_names == ("lie", "stand")
+    assert (len(dataset.train), len(dataset.test)) == (40, 11)
+    assert list(Path(stripes.data_dir).rglob("*.array_record*"))
+    assert "tensorflow" not in sys.modules
+    raw, label = dataset.train[0]
+    assert raw[:2] == b"\xff\xd8" and label in (0, 1)
+    half = dataclasses.replace(stripes, dataset="tfds:stripes:train[:50%]")
+    assert len(load_dataset(half, seed=0).train) == 20
+
+
+def test_training_on_tfds(stripes, tmp_path):
+    base = Config()
+    config = dataclasses.replace(
+        base,
+        data=dataclasses.replace(stripes, on_device=False),
+        augment=AugmentConfig(crop="pad", pad=1, flip=True),
+        train=dataclasses.replace(base.train, batch_size=16, steps=20, eval_every_epochs=100.0),
+        schedule=dataclasses.replace(base.schedule, warmup_epochs=0.0),
+        parallel=dataclasses.replace(base.parallel, devices=1),
+    )
+    summary = train(config, tmp_path / "run")
+    assert summary["test"]["count"] == 11
+    assert summary["test"]["accuracy"] > 0.8
+
+
+def test_an_unknown_tfds_is_named(tmp_path):
+    with pytest.raises(InputError, match="no dataset 'nothing_of_this_name'"):
+        load_dataset(DataConfig(dataset="tfds:nothing_of_this_name", data_dir=str(tmp_path)), seed=0)

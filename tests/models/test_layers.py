@@ -1,0 +1,74 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resnet_jax.models.layers import BatchNorm, GroupNorm, average_pool, conv2d, max_pool
+
+X = np.random.default_rng(0).normal(1.0, 2.0, size=(4, 9, 9, 32)).astype(np.float32)
+
+
+def direct_convolution(x, kernel, strides, dilation):
+    """The definition, in float64: every output pixel is one sum over the taps."""
+    size = kernel.shape[0]
+    pad = dilation * (size - 1) // 2
+    padded = np.pad(x.astype(np.float64), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    out = -(-x.shape[1] // strides)
+    y = np.zeros((x.shape[0], out, out, kernel.shape[-1]))
+    for i in range(out):
+        for j in range(out):
+            for a in range(size):
+                for b in range(size):
+                    pixel = padded[:, i * strides + a * dilation, j * strides + b * dilation]
+                    y[:, i, j] += pixel @ kernel[a, b].astype(np.float64)
+    return y
+
+
+@pytest.mark.parametrize(("size", "strides", "dilation"), [(1, 1, 1), (3, 1, 1), (3, 2, 1), (7, 2, 1), (3, 1, 2)])
+def test_convolution_is_padded_on_both_sides(size, strides, dilation):
+    kernel = np.random.default_rng(1).normal(size=(size, size, 32, 5)).astype(np.float32)
+    expected = direct_convolution(X, kernel, strides, dilation)
+    actual = conv2d(jnp.asarray(X), jnp.asarray(kernel), strides, dilation)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_batch_norm_agrees_with_flax():
+    ours, theirs = BatchNorm(), nn.BatchNorm(momentum=0.9, epsilon=1e-5)
+    variables = ours.init(jax.random.key(0), X)
+    expected, their_stats = theirs.apply(variables, X, use_running_average=False, mutable=["batch_stats"])
+    actual, our_stats = ours.apply(variables, X, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), our_stats, their_stats)
+    variables = variables | our_stats
+    expected = theirs.apply(variables, X, use_running_average=True)
+    np.testing.assert_allclose(ours.apply(variables, X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unbiased_variance_is_that_of_pytorch():
+    norm = BatchNorm(unbiased_variance=True)
+    _, moved = norm.apply(norm.init(jax.random.key(0), X), X, train=True, mutable=["batch_stats"])
+    expected = 0.9 + 0.1 * X.reshape(-1, 32).var(0, ddof=1)
+    np.testing.assert_allclose(moved["batch_stats"]["var"], expected, rtol=1e-5)
+
+
+def test_group_norm_agrees_with_flax():
+    ours = GroupNorm(groups=8)
+    variables = ours.init(jax.random.key(0), X)
+    expected = nn.GroupNorm(num_groups=8, epsilon=1e-5).apply(variables, X)
+    np.testing.assert_allclose(ours.apply(variables, X, True), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_max_pool_pads_with_minus_infinity_on_both_sides():
+    x = -np.abs(X)
+    y = np.asarray(max_pool(jnp.asarray(x)))
+    assert y.shape == (4, 5, 5, 32)
+    np.testing.assert_array_equal(y[:, 0, 0], x[:, :2, :2].max((1, 2)))
+    np.testing.assert_array_equal(y[:, 1, 2], x[:, 1:4, 3:6].max((1, 2)))
+
+
+def test_average_pool_counts_only_the_pixels_that_are_there():
+    y = np.asarray(average_pool(jnp.asarray(X), 2))
+    assert y.shape == (4, 5, 5, 32)
+    np.testing.assert_allclose(y[:, 0, 1], X[:, 0:2, 2:4].mean((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(y[:, 4, 4], X[:, 8, 8], rtol=1e-6)

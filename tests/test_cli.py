@@ -1,0 +1,97 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from resnet_jax.cli import flags_without_values, main, parse_recipe
+
+from .conftest import ROOT
+
+
+def run(arguments, capsys):
+    """Exit status, standard output and standard error of a command line."""
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = end.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_flags_override_the_file(tmp_path):
+    flags = ["--config", str(ROOT / "configs" / "cifar10_resnet20.py"), "--workdir", "a", "--train.batch_size", "64"]
+    config, workdir = parse_recipe([*flags, "--data.no_on_device", "--model.compute_dtype", "bfloat16"])
+    assert workdir == "a"
+    assert (config.train.batch_size, config.train.steps) == (64, 64_000)
+    assert not config.data.on_device and config.model.compute_dtype == "bfloat16"
+
+
+def test_booleans_may_have_a_value():
+    assert flags_without_values(["--data.on_device", "False", "--log.tensorboard", "True", "--train.seed", "3"]) == [
+        "--data.no_on_device",
+        "--log.tensorboard",
+        "--train.seed",
+        "3",
+    ]
+
+
+def test_a_misspelt_flag_names_the_nearest(capsys):
+    status, out, err = run(["train", "--optimizer.learning_rat", "0.1"], capsys)
+    assert status == 2
+    assert "learning_rate" in out + err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "there are train, evaluate, models"),
+        (["train", "--model.name", "rsnet50"], "did you mean resnet50"),
+        (["train", "--data.dataset", "web"], "digits, folder:PATH"),
+        (["train", "--data.dataset", "folder:/no/such"], "there is no such folder"),
+        (["train", "--config", "/no/such.py"], "there is no such file"),
+        (["train", "--train.batch_size", "33"], "nearest that does is 32"),
+        (["evaluate", "/no/such/run"], "holds no run"),
+        (["models", "nothing*"], "no model matches"),
+    ],
+)
+def test_wrong_input_ends_with_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(arguments, capsys)
+    assert status == 2
+    assert err.startswith("error: ") and message in err
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_help_describes_every_field(capsys):
+    status, out, _ = run(["train", "--help"], capsys)
+    assert status == 0
+    assert "--optimizer.learning_rate" in out and "Peak learning rate." in out
+    assert run([], capsys)[0] == 0
+
+
+def test_models_lists_parameters(capsys):
+    status, out, _ = run(["models", "resnet50*"], capsys)
+    assert status == 0 and out.split() == ["resnet50", "25,557,032", "resnet50d", "25,576,264"]
+    assert json.loads(run(["models", "resnet18", "--json"], capsys)[1]) == [
+        {"name": "resnet18", "parameters": 11_689_512}
+    ]
+
+
+def test_a_run_from_the_shell(tmp_path):
+    """The real processes: train, evaluate as a table and as JSON."""
+    environment = os.environ | {"XLA_FLAGS": ""}
+    flags = ["--workdir", "run", "--train.steps", "6", "--schedule.warmup_epochs", "0", "--train.batch_size", "32"]
+    shell = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    train = subprocess.run([sys.executable, ROOT / "train.py", *flags], **shell)
+    assert train.returncode == 0, train.stderr
+    assert "resnet-jax evaluate run" in train.stdout
+    assert "step 6/6" in train.stdout
+    command = [sys.executable, "-m", "resnet_jax.cli", "evaluate", "run"]
+    table = subprocess.run([*command, "--per-class"], **shell)
+    assert table.returncode == 0 and "360 images" in table.stdout and "top-5" in table.stdout, table.stderr
+    result = json.loads(subprocess.run([*command, "--json"], **shell).stdout)
+    assert result["test"]["count"] == 360 and result["step"] == 6
+    again = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--train.seed", "1"], **shell)
+    assert again.returncode == 2 and "train.seed: 0 -> 1" in again.stderr

@@ -1,0 +1,40 @@
+import dataclasses
+
+import pytest
+
+from resnet_jax.config import Config, check, load_config
+from resnet_jax.training import loop
+
+from .conftest import ROOT
+
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def test_the_default_is_the_digits_recipe():
+    assert load_config(ROOT / "configs" / "digits_resnet20.py") == Config()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_loads_and_runs_a_step_when_shrunk(path, tmp_path):
+    config = load_config(path)
+    check(config)
+    size = min(config.data.image_size, 32)
+    small = dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data, dataset="synthetic", synthetic_size=16, image_size=size, eval_image_size=None, workers=0
+        ),
+        model=dataclasses.replace(config.model, name=config.model.name.replace("110", "20").replace("50", "18")),
+        train=dataclasses.replace(config.train, steps=1, batch_size=8),
+        schedule=dataclasses.replace(config.schedule, warmup_epochs=0.0),
+        parallel=dataclasses.replace(config.parallel, devices=1),
+    )
+    summary = loop.train(small, tmp_path)
+    assert summary["steps"] == 1 and summary["test"]["count"] == 1
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_says_what_to_expect(path):
+    text = path.read_text()
+    for word in ("Hardware:", "Expected time:", "Expected", "accuracy:", "Source"):
+        assert word in text or (word == "Source" and "et al." in text)

@@ -1,0 +1,146 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from resnet_jax.config import AugmentConfig, Config, ModelConfig, TrainConfig
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.sharding import batch_sharding, make_mesh, put_batch, replicated
+from resnet_jax.training.optimizers import make_optimizer, make_schedule
+from resnet_jax.training.state import create_state
+from resnet_jax.training.step import make_device_step, make_eval_step, make_train_step
+
+RNG = np.random.default_rng(0)
+DATA = {"image": RNG.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), "label": RNG.integers(0, 7, 40, dtype=np.int32)}
+BATCH = {name: values[:16] for name, values in DATA.items()}
+CONFIG = Config(
+    augment=AugmentConfig(crop="pad", pad=1, flip=True, mixup=0.3),
+    train=TrainConfig(batch_size=16, label_smoothing=0.1, ema_decay=0.9),
+)
+
+
+def net(dtype=jnp.float32):
+    row = {"stage_sizes": (1, 1), "block": "basic", "widths": (8, 16), "stem": "3x3", "stem_width": 8}
+    return ResNet(**row, stem_pool=False, num_classes=7, dtype=dtype, zero_init_last=False)
+
+
+def new_state(model, optimizer):
+    return create_state(model, optimizer, jax.random.key(0), (8, 8, 3), ema=True)
+
+
+def run(devices, steps=3, config=CONFIG):
+    """State and sums of some steps on a mesh of so many devices, from the same start."""
+    mesh, model = make_mesh(devices), net(jnp.dtype(config.model.compute_dtype))
+    optimizer = make_optimizer(config.optimizer, optax.constant_schedule(0.1))
+    state = jax.jit(lambda: new_state(model, optimizer), out_shardings=replicated(mesh))()
+    step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0, out_shardings=replicated(mesh))
+    for _ in range(steps):
+        state, sums = step(state, put_batch(BATCH, mesh))
+    assert step._cache_size() == 1
+    return jax.device_get(state), jax.device_get(sums)
+
+
+def test_eight_devices_and_one_come_to_the_same():
+    """Loss, gradients (through the momentum), parameters, batch statistics and averages after one step."""
+    state1, sums1 = run(1, steps=1)
+    state8, sums8 = run(8, steps=1)
+    chex.assert_trees_all_close(sums8, sums1, rtol=1e-5)
+    chex.assert_trees_all_close(state8.batch_stats, state1.batch_stats, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(state8.opt_state, state1.opt_state, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(state8.params, state1.params, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(state8.ema, state1.ema, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_falls_and_the_step_counts():
+    first, later = run(1, steps=1)[1], run(1, steps=40)
+    assert later[0].step == 40
+    assert later[1]["loss"] < 0.8 * first["loss"]
+    assert later[1]["count"] == 16
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    config = dataclasses.replace(
+        CONFIG,
+        augment=AugmentConfig(crop="none"),
+        optimizer=dataclasses.replace(CONFIG.optimizer, weight_decay=0.0, momentum=0.0, nesterov=False),
+    )
+    model, optimizer = net(), make_optimizer(config.optimizer, optax.constant_schedule(1.0))
+    state = new_state(model, optimizer)
+    after, _ = make_train_step(model, optimizer, config)(state, BATCH)
+    gradient = jax.tree.map(lambda a, b: a - b, state.params, after.params)
+    length = float(optax.tree.norm(gradient))
+
+    def loss(shift):
+        params = jax.tree.map(lambda p, g: p + shift * g / length, state.params, gradient)
+        _, sums = make_train_step(model, optimizer, config)(state.replace(params=params), BATCH)
+        return float(sums["loss"]) / 16
+
+    numeric = (loss(3e-3) - loss(-3e-3)) / 6e-3
+    np.testing.assert_allclose(numeric, length, rtol=2e-2)
+
+
+def test_ema_starts_fast_and_ends_at_its_decay():
+    model, optimizer = net(), make_optimizer(CONFIG.optimizer, optax.constant_schedule(0.1))
+    state = new_state(model, optimizer)
+    after, _ = make_train_step(model, optimizer, CONFIG)(state, BATCH)
+    expected = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, state.params, after.params)
+    chex.assert_trees_all_close(after.ema["params"], expected, rtol=1e-4, atol=1e-6)
+    late = state.replace(step=jnp.int32(10_000))
+    after, _ = make_train_step(model, optimizer, CONFIG)(late, BATCH)
+    expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, state.batch_stats, after.batch_stats)
+    chex.assert_trees_all_close(after.ema["batch_stats"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_several_steps_in_one_call_are_the_steps_one_by_one(devices):
+    mesh, model = make_mesh(devices), net()
+    optimizer = make_optimizer(CONFIG.optimizer, optax.constant_schedule(0.1))
+    train_step = make_train_step(model, optimizer, CONFIG)
+    data = jax.device_put(DATA, replicated(mesh))
+    results = []
+    for steps in (1, 3):
+        state = jax.jit(lambda: new_state(model, optimizer), out_shardings=replicated(mesh))()
+        step = jax.jit(make_device_step(train_step, CONFIG, steps, batch_sharding(mesh)), donate_argnums=0)
+        losses = []
+        for _ in range(3 // steps):
+            state, sums = step(state, data)
+            losses.extend(np.asarray(sums["loss"]))
+        results.append((jax.device_get(state), np.asarray(losses)))
+    chex.assert_trees_all_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_trains_and_keeps_float32_state():
+    config = dataclasses.replace(CONFIG, model=ModelConfig(compute_dtype="bfloat16"))
+    state, sums = run(1, steps=30, config=config)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats, state.ema))} == {
+        np.dtype("float32")
+    }
+    assert sums["loss"].dtype == np.float32 and sums["loss"] < run(1, steps=1, config=config)[1]["loss"]
+
+
+def test_masked_examples_do_not_count():
+    model = net()
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    step = jax.jit(make_eval_step(model, CONFIG))
+    whole = step(variables, BATCH | {"mask": np.ones(16, bool)})
+    padded = {name: np.concatenate([values[:5], values[:11]]) for name, values in BATCH.items()}
+    part = step(variables, padded | {"mask": np.arange(16) < 5})
+    rest = {name: np.concatenate([values[5:], values[:5]]) for name, values in BATCH.items()}
+    other = step(variables, rest | {"mask": np.arange(16) < 11})
+    chex.assert_trees_all_close(jax.tree.map(lambda a, b: a + b, part, other), whole, rtol=1e-5, atol=1e-5)
+    assert part["count"] == 5 and whole["count"] == 16
+
+
+def test_warm_up_and_boundaries_of_he_et_al():
+    import runpy
+    from pathlib import Path
+
+    path = Path(__file__).parents[2] / "configs" / "cifar10_resnet110.py"
+    config = runpy.run_path(str(path))["config"]
+    schedule = make_schedule(config, 64_000, 50_000 / 128)
+    rates = [float(schedule(step)) for step in (0, 389, 392, 31_999, 32_001, 47_999, 48_001, 63_999)]
+    np.testing.assert_allclose(rates, [0.01, 0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5)
