@@ -220,11 +220,11 @@ def check(config: Config) -> None:
         ),
         (
             config.data.on_device and config.augment.crop == "random_resized",
-            "augment.crop random_resized works on the host: add --data.no-on_device, or take --augment.crop pad",
+            "augment.crop random_resized works on the host: add --data.no_on_device, or take --augment.crop pad",
         ),
         (
             config.data.on_device and config.augment.randaugment > 0,
-            "augment.randaugment works on the host: add --data.no-on_device",
+            "augment.randaugment works on the host: add --data.no_on_device",
         ),
         (not 0 < config.data.validation_fraction < 1, "data.validation_fraction must lie between 0 and 1"),
         (not 0 <= config.train.label_smoothing < 1, "train.label_smoothing must lie in [0, 1)"),

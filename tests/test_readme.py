@@ -1,4 +1,5 @@
 import ast
+import itertools
 import re
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ def test_the_table_of_models_tells_the_truth():
     cells = [cell.strip() for line in README.splitlines() if line.startswith("| ") for cell in line.split("|")]
     listed = {
         name.strip(): int(count.replace(",", ""))
-        for names, count in zip(cells, cells[1:], strict=False)
+        for names, count in itertools.pairwise(cells)
         if re.fullmatch(r"[\d,]{7,}", count)
         for name in names.split(",")
     }
