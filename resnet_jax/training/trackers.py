@@ -75,23 +75,29 @@ class Console:
     def __init__(self, start: int, total: int, steps_per_epoch: float) -> None:
         self._total, self._steps_per_epoch = total, steps_per_epoch
         self._start, self._began, self._last_line = start, 0.0, -math.inf
-        self._bar: Any = None
+        self._live: Any = None
         self._numbers: dict[str, float] = {}
         if sys.stdout.isatty():
+            from rich.console import Group
+            from rich.live import Live
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.text import Text
 
-            columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(24), TimeRemainingColumn()
-            self._bar = Progress(*columns, TextColumn("{task.description}"))
-            self._task = self._bar.add_task("compiling", total=total, completed=start)
-            self._bar.start()
+            steps = TextColumn("step {task.completed}/{task.total}")
+            self._bar = Progress(steps, BarColumn(30), TimeRemainingColumn())
+            self._task = self._bar.add_task("", total=total, completed=start)
+            self._text = Text("compiling")
+            self._live = Live(Group(self._bar, self._text), refresh_per_second=4)
+            self._live.start()
 
     def update(self, step: int, numbers: dict[str, float]) -> None:
         """Shows the newest numbers of a step."""
         self._numbers |= numbers
         if not self._began:  # the first numbers come after compilation
             self._start, self._began = step, time.perf_counter()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=self._line(step))
+        if self._live is not None:
+            self._bar.update(self._task, completed=step)
+            self._text.plain = self._line(step)
         elif time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES or step == self._total:
             self._last_line = time.perf_counter()
             done = step - self._start
@@ -112,8 +118,8 @@ class Console:
 
     def close(self) -> None:
         """Ends the bar."""
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
 
 def draw_curves(workdir: Path) -> Path:
