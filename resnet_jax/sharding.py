@@ -1,5 +1,6 @@
 """Devices: the mesh, how arrays lie on it, and the start of several processes."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -55,6 +56,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """The axis of the batch is split over the devices."""
     return NamedSharding(mesh, P(*[None] * axis, "data"))
+
+
+@cache
+def compiler_options() -> dict[str, str]:
+    """Options for `jax.jit` that are worth setting on the default platform.
+
+    On a CPU: Eigen's convolutions in place of YNNPACK's, which were slower wherever we measured
+    (`benchmarks/flags.py`). Empty where this version of XLA does not know the option.
+    """
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: jax.numpy.zeros(()), compiler_options=options)()
+    except (jax.errors.JaxRuntimeError, ValueError):
+        return {}
+    return options
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Layers of residual networks: convolution, norms, pooling. Images are [batch, height, width, channel]."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,10 +23,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+CHUNK_BYTES = 512 * 1024
+"""Size of a part of the batch whose weight gradient a CPU computes at once: what stays in its cache."""
+
+
 def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
     """Convolves with zero padding of `dilation * (k - 1) / 2` on both sides, as PyTorch models do.
 
-    `'SAME'` would pad a strided convolution on one side only, and imported weights would give other logits.
+    `'SAME'` would pad a strided convolution on one side only, and imported weights would give other logits. Where it is
+    lowered for a CPU, a 1x1 convolution is one matrix product, and the weight gradient of small images is summed over
+    parts of the batch; elsewhere XLA's own convolution is used. Derivatives of all kinds and orders work.
 
     Args:
       x: [batch, height, width, in].
@@ -37,6 +44,20 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
     Returns:
       [batch, ceil(height / strides), ceil(width / strides), out] in x's dtype.
     """
+    if groups > 1:
+        return _convolve(x, kernel, strides, dilation, groups)
+    if kernel.shape[0] == 1:
+        return lax.platform_dependent(
+            x, kernel, cpu=partial(_pointwise, strides), default=lambda x, k: _convolve(x, k, strides)
+        )
+    image_bytes = x.size // x.shape[0] * x.dtype.itemsize
+    chunk = max(1, CHUNK_BYTES // image_bytes)
+    if image_bytes > CHUNK_BYTES // 4 or chunk >= x.shape[0]:
+        return _convolve(x, kernel, strides, dilation)
+    return _convolve_in_chunks(x, kernel, strides, dilation, chunk)
+
+
+def _convolve(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
     pad = dilation * (kernel.shape[0] - 1) // 2
     return lax.conv_general_dilated(
         x,
@@ -47,6 +68,33 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+
+
+def _pointwise(strides: int, x: Array, kernel: Array) -> Array:
+    x = x[:, ::strides, ::strides]
+    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _convolve_in_chunks(x: Array, kernel: Array, strides: int, dilation: int, chunk: int) -> Array:
+    """`_convolve`; only the derivative along the kernel, and so the weight gradient, goes part by part of the batch."""
+    return _convolve(x, kernel, strides, dilation)
+
+
+@_convolve_in_chunks.defjvp
+def _convolve_in_chunks_jvp(
+    strides: int, dilation: int, chunk: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (x, kernel), (x_dot, kernel_dot) = primals, tangents
+
+    def whole(x: Array, k: Array) -> Array:
+        return _convolve(x, k, strides, dilation)
+
+    def by_parts(x: Array, k: Array) -> Array:
+        return jnp.concatenate([whole(x[i : i + chunk], k) for i in range(0, x.shape[0], chunk)])
+
+    along_kernel = lax.platform_dependent(x, kernel_dot, cpu=by_parts, default=whole)
+    return _convolve_in_chunks(x, kernel, strides, dilation, chunk), whole(x_dot, kernel) + along_kernel
 
 
 class Conv(nn.Module):
@@ -139,6 +187,20 @@ class GroupNorm(nn.Module):
         var = grouped.var((1, 3), keepdims=True)
         normal = ((grouped - mean) * lax.rsqrt(var + self.epsilon)).reshape(x.shape)
         return (normal * scale + bias).astype(self.dtype)
+
+
+class FoldedNorm(nn.Module):
+    """What `fold_batch_norm` leaves of a norm: a bias, and a factor where its variables have one (`scale`)."""
+
+    dtype: Dtype = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        if self.has_variable("params", "scale"):
+            x = x * self.param("scale", self.scale_init, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        return (x.astype(jnp.float32) + bias).astype(self.dtype)
 
 
 def max_pool(x: Array) -> Array:

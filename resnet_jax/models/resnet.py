@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.blocks import BASIC, BOTTLENECK, PreactBlock, ResidualBlock
-from resnet_jax.models.layers import ACTIVATIONS, BatchNorm, Conv, Dtype, GroupNorm, max_pool
+from resnet_jax.models.layers import ACTIVATIONS, BatchNorm, Conv, Dtype, FoldedNorm, GroupNorm, max_pool
 
 Array = jax.Array
 
@@ -18,6 +18,7 @@ NORMS: dict[str, Any] = {
     "batch": BatchNorm,
     "frozen_batch": partial(BatchNorm, frozen=True),
     "group": GroupNorm,
+    "folded": FoldedNorm,
 }
 
 
@@ -87,7 +88,8 @@ class ResNet(nn.Module):
       stem_width: channels that leave the stem.
       stem_pool: a 3x3 maximum with stride 2 follows the stem.
       shortcut: `A`, `B`, `C`, `D`, or `none` for the plain twin.
-      norm: `batch`, `frozen_batch` (running statistics only, nothing of the norm trains) or `group`.
+      norm: `batch`, `frozen_batch` (running statistics only, nothing of the norm trains), `group`,
+        or `folded`, which `fold_batch_norm` makes.
       unbiased_variance: running variances are kept the PyTorch way, n / (n - 1).
       activation: `relu`, `silu`, `gelu` or `identity`.
       zero_init_last: every branch starts at zero. Without effect on plain blocks.
@@ -157,5 +159,6 @@ class ResNet(nn.Module):
     def _norm(self) -> Any:
         if self.norm not in NORMS:
             raise ValueError(f"norm {self.norm!r} is unknown; choose one of {', '.join(NORMS)}")
-        options = {} if self.norm == "group" else {"unbiased_variance": self.unbiased_variance}
+        batch = self.norm in ("batch", "frozen_batch")
+        options = {"unbiased_variance": self.unbiased_variance} if batch else {}
         return partial(NORMS[self.norm], dtype=self.dtype, **options)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from resnet_jax.config import Config, InputError, from_dict
 from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.sources import Dataset, load_dataset
-from resnet_jax.sharding import check_batch, make_mesh, replicated
+from resnet_jax.sharding import check_batch, compiler_options, make_mesh, replicated
 from resnet_jax.training import checkpoints
 from resnet_jax.training.metrics import Sums, add, means
 from resnet_jax.training.recipe import build_model, sharded_shapes, state_maker
@@ -29,7 +29,9 @@ def make_evaluate(
 
     Batches stay on the device between evaluations where the training data does.
     """
-    step_function = jax.jit(make_eval_step(model, config), out_shardings=replicated(mesh))
+    step_function = jax.jit(
+        make_eval_step(model, config), out_shardings=replicated(mesh), compiler_options=compiler_options()
+    )
     kept: list[Any] = []
 
     def batches() -> Iterator[Any]:

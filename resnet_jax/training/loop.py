@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from resnet_jax.config import Config, InputError, check, differences, from_dict, to_dict
 from resnet_jax.data.loader import BadImages, train_batches, whole_split
 from resnet_jax.data.sources import Dataset, load_dataset
-from resnet_jax.sharding import batch_sharding, check_batch, make_mesh, replicated, start_processes
+from resnet_jax.sharding import batch_sharding, check_batch, compiler_options, make_mesh, replicated, start_processes
 from resnet_jax.training import checkpoints
 from resnet_jax.training.evaluation import Result, headline, make_evaluate, scalars
 from resnet_jax.training.metrics import Sums
@@ -208,7 +208,9 @@ def make_advance(
     """
     everywhere = replicated(mesh)
     train_step = make_train_step(model, make_optimizer(config.optimizer, schedule), config)
-    compiled = partial(jax.jit, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    compiled = partial(
+        jax.jit, donate_argnums=0, out_shardings=(everywhere, everywhere), compiler_options=compiler_options()
+    )
     if not config.data.on_device:
         step_function = compiled(train_step)
         batches = train_batches(dataset.train, config, mesh, bad, steps, jax.process_index(), jax.process_count())

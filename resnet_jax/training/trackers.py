@@ -109,7 +109,7 @@ class Console:
         for name, form in (
             ("train/loss", "loss {:.4f}"),
             ("images_per_second", "{:.0f} images/s"),
-            ("data_wait", "waiting for data {:.0%}"),
+            ("data_wait", "data wait {:.0%}"),
             ("eval/accuracy", "test accuracy {:.2%}"),
         ):
             if name in self._numbers:

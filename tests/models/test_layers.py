@@ -33,6 +33,43 @@ def test_convolution_is_padded_on_both_sides(size, strides, dilation):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize(("size", "strides", "batch"), [(1, 1, 4), (1, 2, 4), (3, 1, 40), (3, 2, 41)])
+def test_derivatives_are_those_of_the_plain_convolution(size, strides, batch):
+    """The CPU's ways to compute them, against XLA's: gradients, forward mode, and second derivatives of both kinds."""
+    x = jax.random.normal(jax.random.key(0), (batch, 32, 32, 16))
+    kernel = jax.random.normal(jax.random.key(1), (size, size, 16, 8))
+    pad = (size - 1) // 2
+    chunks = str(jax.make_jaxpr(jax.grad(lambda k: conv2d(x, k, strides).sum()))(kernel)).count("platform_index")
+    assert chunks > 0, "this case takes no way of its own"
+
+    def plain(x, kernel):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (strides,) * 2, ((pad, pad),) * 2, dimension_numbers=dimensions)
+
+    def derivatives(convolve):
+        def loss(x, kernel):
+            return jnp.square(convolve(x, kernel)).mean()
+
+        gradient = jax.grad(loss, (0, 1))
+        tangent = jax.jvp(loss, (x, kernel), (x, kernel))[1]
+        forward_over_reverse = jax.jvp(gradient, (x, kernel), (x, kernel))[1]
+        reverse_over_reverse = jax.grad(lambda k: jnp.square(gradient(x, k)[1]).sum())(kernel)
+        return gradient(x, kernel), tangent, forward_over_reverse, reverse_over_reverse
+
+    actual = jax.jit(lambda: derivatives(lambda x, k: conv2d(x, k, strides)))()
+    expected = jax.jit(lambda: derivatives(plain))()
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_one_program_serves_all_platforms():
+    kernel = jnp.ones((1, 1, 32, 8))
+    exported = jax.export.export(jax.jit(lambda x: conv2d(x, kernel)), platforms=["cpu", "cuda", "tpu"])(X)
+    text = exported.mlir_module()
+    assert "stablehlo.dot_general" in text and "stablehlo.convolution" in text
+    np.testing.assert_allclose(exported.call(X), X.sum(-1, keepdims=True).repeat(8, -1), rtol=1e-4, atol=1e-4)
+
+
 def test_batch_norm_agrees_with_flax():
     ours, theirs = BatchNorm(), nn.BatchNorm(momentum=0.9, epsilon=1e-5)
     variables = ours.init(jax.random.key(0), X)

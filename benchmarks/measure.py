@@ -1,0 +1,189 @@
+"""How things are measured: contenders in processes of their own, in alternation, warm; ratios, median and spread."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(os.environ.get("OUT", Path(__file__).with_name("results")))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time. `build(**arguments)` runs in a process of its own and returns what is called each round.
+
+    A call does one unit of work, waits until it is done, and may return numbers to keep beside its time.
+    """
+
+    name: str
+    build: Callable[..., Callable[[], Any]]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict[str, dict[str, Any]]:
+    """Times contenders in the order A B C A B C ..., `rounds` times each after `warmup` calls.
+
+    Only one of the processes works at a time.
+
+    Returns:
+      name -> `seconds` (all of them), `setup` (seconds of build and warm-up), `returned` (of the last call), or
+      `error` where a contender cannot run here.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers: dict[str, tuple[Any, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for contender in contenders:
+        ours, theirs = context.Pipe()
+        before = dict(os.environ)
+        os.environ.update(contender.environment)
+        process = context.Process(target=_work, args=(theirs, contender, warmup), daemon=True)
+        process.start()
+        os.environ.clear()
+        os.environ.update(before)
+        theirs.close()
+        kind, value = _receive(ours)
+        if kind == "ready":
+            workers[contender.name] = (ours, process)
+            results[contender.name] = {"seconds": [], "setup": value}
+        else:
+            results[contender.name] = {"error": value}
+    for _ in range(rounds):
+        for name, (pipe, _process) in workers.items():
+            pipe.send("go")
+            kind, value = _receive(pipe)
+            if kind == "error":
+                raise RuntimeError(f"{name}: {value}")
+            results[name]["seconds"].append(value[0])
+            results[name]["returned"] = value[1]
+    for pipe, process in workers.values():
+        pipe.send("end")
+        process.join(30)
+    return results
+
+
+def _receive(pipe: Any) -> tuple[str, Any]:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return "error", "the process died"
+
+
+def _work(pipe: Any, contender: Contender, warmup: int) -> None:
+    try:
+        began = time.perf_counter()
+        call = contender.build(**contender.arguments)
+        for _ in range(warmup):
+            call()
+        pipe.send(("ready", time.perf_counter() - began))
+        while pipe.recv() == "go":
+            began = time.perf_counter()
+            value = call()
+            pipe.send(("done", (time.perf_counter() - began, value)))
+    except Exception as error:  # whatever keeps a contender from running is written into the table
+        text = str(error).strip() or "no message"
+        pipe.send(("error", f"{type(error).__name__}: {text.splitlines()[0][:200]}"))
+
+
+def row(case: str, name: str, result: dict[str, Any], units: float, unit: str, **more: Any) -> dict[str, Any]:
+    """One line of a table: rate in `unit` a second as median, with quartiles and the number of rounds."""
+    if "error" in result:
+        return {"case": case, "contender": name, "error": result["error"]}
+    rates = sorted(units / seconds for seconds in result["seconds"])
+    middle = statistics.median(rates)
+    low, high = (rates[0], rates[-1]) if len(rates) < 4 else statistics.quantiles(rates, n=4)[::2]
+    numbers = {"median": middle, "quartiles": [low, high], "unit": f"{unit}/s", "n": len(rates)}
+    return {"case": case, "contender": name} | numbers | {"setup_seconds": result["setup"]} | more
+
+
+def with_ratios(rows: list[dict[str, Any]], ours: str = "resnet_jax") -> list[dict[str, Any]]:
+    """Adds to each row `ours_over_this`: how many times as fast as it ours is, in the same case of the same run."""
+    best = {r["case"]: r["median"] for r in rows if r["contender"] == ours and "median" in r}
+    return [r | {"ours_over_this": best[r["case"]] / r["median"]} if "median" in r and r["case"] in best else r
+            for r in rows]  # fmt: skip
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Prints rows as a table."""
+    for r in rows:
+        if "error" in r:
+            print(f"{r['case']:<38}{r['contender']:<16}cannot run here: {r['error']}")
+            continue
+        low, high = r["quartiles"]
+        ratio = f"   ours / this {r['ours_over_this']:.2f}" if "ours_over_this" in r else ""
+        roof = f"   {r['roofline']:.0%} of the limit" if "roofline" in r else ""
+        spread = f"{r['median']:>11.4g} [{low:.4g}, {high:.4g}] {r['unit']}, n = {r['n']}"
+        print(f"{r['case']:<38}{r['contender']:<16}{spread}{ratio}{roof}", flush=True)
+
+
+def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """Writes `results/<name>-<hardware>.json` and returns its path."""
+    RESULTS.mkdir(exist_ok=True, parents=True)
+    path = RESULTS / f"{name}-{hardware()['short']}.json"
+    command = " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+    record = {"command": command, "commit": commit(), "hardware": hardware(), "versions": versions()}
+    path.write_text(json.dumps(record | more | {"rows": rows}, indent=1) + "\n")
+    print(f"written: {path}")
+    return path
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and accelerator; `short` is for file names."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    found = {"processor": model, "cores": os.cpu_count(), "memory_gib": round(memory, 1)}
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return found | {"gpu": None, "short": f"cpu{os.cpu_count()}"}
+    return found | {"gpu": gpu, "short": gpu.lower().replace(" ", "-")}
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU."""
+    return hardware()["gpu"] is not None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what is measured."""
+    found = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy", "pillow", "grain",
+                    "opencv-python-headless"):  # fmt: skip
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit that is measured, with a mark where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + ("+changes" if changes.strip() else "")
+
+
+def options(description: str, **extra: Any) -> argparse.Namespace:
+    """Flags of a benchmark: `--rounds`, `--quick`, and switches of its own."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=None, help="calls of each contender that are timed")
+    parser.add_argument("--quick", action="store_true", help="the smallest cases, few rounds")
+    for name, default in extra.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    return parser.parse_args()

@@ -1,0 +1,97 @@
+"""Images a second of a whole training step: forward, backward, batch statistics, SGD with momentum."""
+
+from typing import Any
+
+from benchmarks.limits import forward_flops, measure_limits
+from benchmarks.measure import Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
+
+ON_CPU = (("resnet50", 224, 16, "float32", 5), ("cifar_resnet20", 32, 128, "float32", 15),
+          ("cifar_resnet18", 32, 128, "float32", 5))  # fmt: skip
+ON_GPU = (("resnet50", 224, 256, "bfloat16", 20), ("resnet50", 224, 128, "float32", 10),
+          ("cifar_resnet20", 32, 128, "float32", 50), ("cifar_resnet20", 32, 512, "bfloat16", 50),
+          ("cifar_resnet18", 32, 512, "bfloat16", 30))  # fmt: skip
+
+
+def jax_train_step(name: str, batch: int, size: int, classes: int, dtype: str, example: bool) -> Any:
+    """One training step a call with ours, or with the same step around Flax's example network."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+    from resnet_jax.models.registry import create_model
+    from resnet_jax.sharding import compiler_options
+    from resnet_jax.training.optimizers import make_optimizer
+    from resnet_jax.training.state import create_state
+    from resnet_jax.training.step import make_train_step
+
+    config = Config(
+        model=ModelConfig(name=name, compute_dtype=dtype),
+        data=DataConfig(image_size=size, on_device=False),
+        augment=AugmentConfig(crop="none"),
+        optimizer=OptimizerConfig(weight_decay=1e-4),
+        train=TrainConfig(batch_size=batch, ema_decay=None),
+    )
+    if example:
+        from benchmarks.flax_example import ExampleResNet
+
+        model = ExampleResNet(name, classes, jnp.dtype(dtype))
+    else:
+        model = create_model(name, num_classes=classes, dtype=jnp.dtype(dtype))
+    optimizer = make_optimizer(config.optimizer, lambda step: 0.01)
+    state = jax.jit(lambda: create_state(model, optimizer, jax.random.key(0), (size, size, 3), ema=False))()
+    options = {} if example else compiler_options()
+    step_function = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0, compiler_options=options)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    data = jax.device_put({"image": images, "label": rng.integers(0, classes, batch, dtype=np.int32)})
+
+    def step() -> None:
+        nonlocal state
+        state, sums = step_function(state, data)
+        jax.block_until_ready((state, sums))
+
+    return step
+
+
+def torch_step(**arguments: Any) -> Any:
+    """The opponent, imported in its own process."""
+    from benchmarks.torch_models import torch_train_step
+
+    return torch_train_step(**arguments)
+
+
+def main() -> None:
+    """Runs all cases that fit the hardware."""
+    flags = options(__doc__ or "", only="")
+    cases = ON_GPU if has_gpu() else ON_CPU
+    if flags.quick:
+        cases = cases[1:2] if not has_gpu() else cases[2:3]
+    from resnet_jax.models.registry import create_model
+
+    limits = {dtype: measure_limits(dtype) for dtype in {case[3] for case in cases}}
+    rows: list[dict[str, Any]] = []
+    for name, size, batch, dtype, rounds in cases:
+        if flags.only not in name:
+            continue
+        classes = 1000 if size == 224 else 10
+        common = {"name": name, "batch": batch, "size": size, "classes": classes, "dtype": dtype}
+        contenders = [
+            Contender("resnet_jax", jax_train_step, common | {"example": False}),
+            Contender("torch eager", torch_step, common | {"compiled": False}),
+            Contender("torch.compile", torch_step, common | {"compiled": True}),
+            Contender("Flax's example", jax_train_step, common | {"example": True}),
+        ]
+        times = alternate(contenders, flags.rounds or rounds, warmup=3)
+        flops = 3 * forward_flops(create_model(name, num_classes=classes), size)
+        case = f"train {name} {dtype} batch {batch}"
+        found = [row(case, c, t, batch, "images", flops_an_image=flops) for c, t in times.items()]
+        found = [r | {"roofline": r["median"] * flops / limits[dtype]["flops"]} if "median" in r else r for r in found]
+        found = with_ratios(found)
+        print_table(found)
+        rows += found
+    write("train_step", rows, limits=limits)
+
+
+if __name__ == "__main__":
+    main()

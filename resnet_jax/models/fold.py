@@ -1,0 +1,49 @@
+"""Inference without batch normalisation: its factors go into the convolutions before it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from resnet_jax.models.layers import BatchNorm
+from resnet_jax.models.resnet import ResNet
+
+Tree = dict[str, Any]
+
+
+def fold_batch_norm(model: ResNet, variables: Tree) -> tuple[ResNet, Tree]:
+    """A model without batch statistics, and its variables, with the same logits in evaluation up to rounding.
+
+    Each norm behind a convolution becomes its bias. A norm that no convolution goes before, as the first one of a
+    pre-activation block, becomes a factor and a bias. The result is for evaluation only.
+
+    Raises:
+      ValueError: the model's norm is not batch normalisation.
+    """
+    if model.norm not in ("batch", "frozen_batch"):
+        raise ValueError(f"norm {model.norm!r} cannot be folded into convolutions; only batch and frozen_batch can")
+    params = _fold(variables["params"], variables["batch_stats"], model.preact)
+    return model.clone(norm="folded"), {"params": params}
+
+
+def _fold(params: Tree, stats: Tree, preact: bool, in_stage: bool = False) -> Tree:
+    folded = dict(params)
+    for name, part in params.items():
+        if name.startswith("norm"):
+            factor = part["scale"] * jax.lax.rsqrt(stats[name]["var"] + BatchNorm.epsilon)
+            shift = part["bias"] - stats[name]["mean"] * factor
+            conv = _conv_before(name, preact and in_stage)
+            if conv in params:
+                folded[conv] = {"kernel": params[conv]["kernel"] * factor}
+                folded[name] = {"bias": shift}
+            else:
+                folded[name] = {"scale": factor, "bias": shift}
+        elif name.startswith(("stem", "stage", "block", "shortcut")):
+            folded[name] = _fold(part, stats.get(name, {}), preact, in_stage or name.startswith("stage"))
+    return jax.tree.map(jnp.asarray, folded)
+
+
+def _conv_before(norm: str, preact_block: bool) -> str:
+    """`norm2` follows `conv2`, but in a pre-activation block `conv1`."""
+    number = norm.removeprefix("norm")
+    return f"conv{int(number) - 1}" if preact_block else f"conv{number}"
