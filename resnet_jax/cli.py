@@ -174,6 +174,7 @@ def use_compilation_cache() -> None:
     if jax.config.values.get("jax_compilation_cache_dir") is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "resnet_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -80,7 +80,7 @@ def start_or_resume(
     """
     new_state = state_maker(config, model, schedule)
     if manager.latest_step() is None:
-        state, record = jax.jit(new_state, out_shardings=replicated(mesh))(), new_record(config, dataset)
+        state, record = jax.device_put(new_state(), replicated(mesh)), new_record(config, dataset)
     else:
         state, record = checkpoints.restore(manager, sharded_shapes(new_state, mesh))
         print(f"resuming at step {int(state.step)} of {plan.total}", flush=True)

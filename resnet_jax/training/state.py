@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 PyTree = Any
 
@@ -37,16 +38,33 @@ def create_state(
     image_shape: tuple[int, int, int],
     ema: bool,
 ) -> TrainState:
-    """A new state with random parameters; pure, to be jitted with the sharding that it is to be born with.
+    """A new state with random parameters.
 
     Args:
       image_shape: height, width, channel of an image.
       ema: whether to keep moving averages.
     """
-    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    variables = init_variables(model, key, jnp.zeros((1, *image_shape)))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     averages = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averages)
+
+
+def init_variables(model: nn.Module, key: jax.Array, images: jax.Array) -> PyTree:
+    """The values of `model.init(key, images)`, sooner: what only the forward pass needs is dropped from its trace, and
+    the rest runs operation by operation.
+
+    A jitted init compiles every random draw on its own, which takes seconds for a deep net; here layers of equal shape
+    share the compiled draw.
+    """
+    closed, shapes = jax.make_jaxpr(model.init, return_shape=True)(key, images)
+    needed, kept = set(closed.jaxpr.outvars), []
+    for equation in reversed(closed.jaxpr.eqns):
+        if needed.intersection(equation.outvars):
+            needed.update(v for v in equation.invars if not isinstance(v, Literal))
+            kept.append(equation)
+    short = ClosedJaxpr(closed.jaxpr.replace(eqns=kept[::-1]), closed.consts)
+    return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(short)(key, images))
 
 
 def path_map(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
