@@ -22,7 +22,7 @@ RESULTS = Path(os.environ.get("OUT", Path(__file__).with_name("results")))
 class Contender:
     """Something to time. `build(**arguments)` runs in a process of its own and returns what is called each round.
 
-    A call does one unit of work, waits until it is done, and may return numbers to keep beside its time.
+    A call does one unit of work and waits until it is done. If it returns seconds, they count in place of its time.
     """
 
     name: str
@@ -37,8 +37,8 @@ def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict
     Only one of the processes works at a time.
 
     Returns:
-      name -> `seconds` (all of them), `setup` (seconds of build and warm-up), `returned` (of the last call), or
-      `error` where a contender cannot run here.
+      name -> `seconds` (all of them) and `setup` (seconds of build and warm-up), or `error` where a contender cannot
+      run here.
     """
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Any]] = {}
@@ -47,7 +47,7 @@ def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict
         ours, theirs = context.Pipe()
         before = dict(os.environ)
         os.environ.update(contender.environment)
-        process = context.Process(target=_work, args=(theirs, contender, warmup), daemon=True)
+        process = context.Process(target=_work, args=(theirs, contender, warmup))
         process.start()
         os.environ.clear()
         os.environ.update(before)
@@ -64,11 +64,11 @@ def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict
             kind, value = _receive(pipe)
             if kind == "error":
                 raise RuntimeError(f"{name}: {value}")
-            results[name]["seconds"].append(value[0])
-            results[name]["returned"] = value[1]
+            results[name]["seconds"].append(value)
     for pipe, process in workers.values():
         pipe.send("end")
-        process.join(30)
+        process.join(5)
+        process.terminate()
     return results
 
 
@@ -88,8 +88,8 @@ def _work(pipe: Any, contender: Contender, warmup: int) -> None:
         pipe.send(("ready", time.perf_counter() - began))
         while pipe.recv() == "go":
             began = time.perf_counter()
-            value = call()
-            pipe.send(("done", (time.perf_counter() - began, value)))
+            own = call()
+            pipe.send(("done", time.perf_counter() - began if own is None else own))
     except Exception as error:  # whatever keeps a contender from running is written into the table
         text = str(error).strip() or "no message"
         pipe.send(("error", f"{type(error).__name__}: {text.splitlines()[0][:200]}"))

@@ -1,6 +1,7 @@
 """From sources to batches: order, transforms and workers on grain, then arrays on the mesh."""
 
 import gc
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,8 +116,8 @@ def _batches(example: Any, start: int, stop: int, share: int, workers: int) -> I
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain 0.2.18 reads a flag when it starts workers
     rows = grain.MapDataset.range(start * share, stop * share).map(example).batch(share)
-    threads = grain.ReadOptions(num_threads=2 if workers else 8, prefetch_buffer_size=4 * share)
-    ds = rows.to_iter_dataset(threads)
+    threads = 1 if workers else min(os.cpu_count() or 1, 16)
+    ds = rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1))  # whole batches
     if workers:
         ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
     iterator = iter(ds)

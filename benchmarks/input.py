@@ -1,0 +1,178 @@
+"""Images a second that are decoded, cropped (random resized, 224) and flipped: one core alone, then whole loaders.
+
+The pictures are a folder of JPEGs: `--folder`, by default the 200 photographs beside a full checkout.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import Contender, alternate, options, print_table, row, with_ratios, write
+
+SIZE = 224
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def files_in(folder: str) -> list[str]:
+    """The JPEGs of a folder."""
+    return [str(path) for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
+
+
+def ours_in_process(folder: str) -> Any:
+    """Our transform, called for each file in turn; uint8 comes out, since the device normalises."""
+    from resnet_jax.config import AugmentConfig
+    from resnet_jax.data.transforms import augment
+
+    files, recipe = files_in(folder), AugmentConfig(crop="random_resized", flip=True)
+
+    def call() -> None:
+        for i, path in enumerate(files):
+            augment(path, np.random.default_rng([0, i]), SIZE, recipe)
+
+    return call
+
+
+def torchvision_transform() -> Any:
+    """What torchvision's references do: Pillow, random resized crop, flip, to a normalised float tensor."""
+    import torch
+
+    from benchmarks.torch_models import import_torchvision
+
+    torch.set_num_threads(1)
+    import_torchvision()
+    from torchvision import transforms
+
+    normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return transforms.Compose(
+        [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize]
+    )
+
+
+def torch_in_process(folder: str) -> Any:
+    """torchvision's transform, called for each file in turn."""
+    from PIL import Image
+
+    files, transform = files_in(folder), torchvision_transform()
+
+    def call() -> None:
+        for path in files:
+            with Image.open(path) as image:
+                transform(image.convert("RGB"))
+
+    return call
+
+
+def opencv_in_process(folder: str) -> Any:
+    """OpenCV as people use it: decode, cut out, resize with INTER_AREA (other pixels than Pillow's), flip; uint8."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    files = files_in(folder)
+
+    def call() -> None:
+        rng = np.random.default_rng(0)
+        for path in files:
+            image = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
+            height, width = image.shape[:2]
+            share = np.sqrt(rng.uniform(0.08, 1.0))
+            h, w = max(1, int(height * share)), max(1, int(width * share))
+            top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+            image = cv2.resize(image[top : top + h, left : left + w], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+            np.ascontiguousarray(image[:, ::-1] if rng.random() < 0.5 else image)
+
+    return call
+
+
+def our_loader(folder: str, workers: int, passes: int) -> Any:
+    """Our whole loader: order, transform, workers, arrays on the device; each call goes through the folder."""
+    import jax
+
+    from resnet_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
+    from resnet_jax.data.loader import BadImages, train_batches
+    from resnet_jax.data.sources import FileSource
+    from resnet_jax.sharding import make_mesh
+
+    files = files_in(folder)
+    config = dataclasses.replace(
+        Config(),
+        data=DataConfig(image_size=SIZE, on_device=False, workers=workers),
+        augment=AugmentConfig(crop="random_resized", flip=True),
+        train=TrainConfig(batch_size=50),
+    )
+    source, steps = FileSource(tuple(files), (0,) * len(files)), len(files) * passes // 50
+    batches = train_batches(source, config, make_mesh(1), BadImages("error"), range(10**6))
+
+    return lambda: steady_seconds(lambda: jax.block_until_ready(next(batches)), steps)
+
+
+class Files:
+    """A torch dataset over files."""
+
+    def __init__(self, folder: str) -> None:
+        self.files, self.transform = files_in(folder) * 1000, torchvision_transform()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        from PIL import Image
+
+        with Image.open(self.files[index]) as image:
+            return self.transform(image.convert("RGB"))
+
+
+def torch_loader(folder: str, workers: int, passes: int) -> Any:
+    """torch's DataLoader over the same files with as many workers."""
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(Files(folder), batch_size=50, num_workers=workers, prefetch_factor=2,
+                        multiprocessing_context="fork")  # fmt: skip
+    steps, batches = len(files_in(folder)) * passes // 50, iter(loader)
+
+    return lambda: steady_seconds(lambda: next(batches), steps)
+
+
+def steady_seconds(take: Any, steps: int) -> float:
+    """Time of so many batches, once those are gone that were made while nobody asked."""
+    for _ in range(16):
+        take()
+    began = time.perf_counter()
+    for _ in range(steps):
+        take()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Runs all cases."""
+    beside = Path(__file__).parents[2] / "shared" / "data" / "imagenet_samples"
+    flags = options(__doc__ or "", folder=str(beside))
+    folder = flags.folder
+    count = len(files_in(folder))
+    if not count:
+        raise SystemExit(f"{folder} holds no JPEGs: give --folder")
+    rounds = flags.rounds or (3 if flags.quick else 9)
+    one = [
+        Contender("resnet_jax", ours_in_process, {"folder": folder}, ONE_THREAD),
+        Contender("torchvision", torch_in_process, {"folder": folder}, ONE_THREAD),
+        Contender("OpenCV", opencv_in_process, {"folder": folder}, ONE_THREAD),
+    ]
+    rows: list[dict[str, Any]] = [row("one core", c, t, count, "images") for c, t in alternate(one, rounds).items()]
+    passes = 3
+    for workers in (1, 2):
+        common = {"folder": folder, "workers": workers, "passes": passes}
+        whole = [
+            Contender("resnet_jax", our_loader, common, ONE_THREAD),
+            Contender("torch", torch_loader, common, ONE_THREAD),
+        ]
+        times = alternate(whole, max(3, rounds // 3))
+        rows += [row(f"loader, {workers} workers", c, t, count * passes, "images") for c, t in times.items()]
+    rows = with_ratios(rows)
+    print_table(rows)
+    write("input", rows, pictures=count)
+
+
+if __name__ == "__main__":
+    main()

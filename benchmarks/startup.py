@@ -1,0 +1,113 @@
+"""Seconds until work begins: imports, init, compilation, the first step of the digits recipe; cold and warm cache.
+
+Each measurement is a fresh process. Cold has an empty compilation cache, warm the one that a cold run has left.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from benchmarks.measure import options, print_table, row, write
+
+TIMER = """
+import time
+began = time.perf_counter()
+def tell(**numbers):
+    import json
+    print("TIMES", json.dumps(numbers))
+"""
+IMPORTS = {
+    "import jax, flax, optax": "import jax, flax, flax.linen, optax\ntell(seconds=time.perf_counter() - began)",
+    "import resnet_jax after them": (
+        "import jax, flax, flax.linen, optax\nmiddle = time.perf_counter()\nimport resnet_jax\n"
+        "tell(seconds=time.perf_counter() - middle)"
+    ),
+}
+DEPTH = """
+import jax, jax.numpy as jnp
+from resnet_jax.config import *
+from resnet_jax.sharding import compiler_options
+from resnet_jax.training.recipe import build_model, state_maker
+from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.step import make_train_step
+config = Config(model=ModelConfig(name={name!r}), data=DataConfig(image_size=32, on_device=False),
+                train=TrainConfig(batch_size=8, ema_decay=None), augment=AugmentConfig(crop="none"))
+model = build_model(config, 10)
+schedule = lambda step: 0.1
+jax.devices()
+start = time.perf_counter()
+state = jax.block_until_ready(state_maker(config, model, schedule)())
+made = time.perf_counter()
+batch = {{"image": jnp.zeros((8, 32, 32, 3), jnp.uint8), "label": jnp.zeros(8, jnp.int32)}}
+step = jax.jit(make_train_step(model, make_optimizer(config.optimizer, schedule), config), donate_argnums=0,
+               compiler_options=compiler_options())
+lowered = step.lower(state, batch)
+traced = time.perf_counter()
+compiled = lowered.compile()
+done = time.perf_counter()
+tell(init=made - start, trace=traced - made, compile=done - traced)
+"""
+DIGITS = """
+import os, tempfile
+os.chdir(tempfile.mkdtemp())
+from resnet_jax import cli
+import resnet_jax.training.loop as loop
+make = loop.make_advance
+def timed(*arguments):
+    advance = make(*arguments)
+    def first(state, step):
+        import jax
+        result = advance(state, step)
+        jax.block_until_ready(result[1])
+        tell(seconds=time.perf_counter() - began)
+        os._exit(0)
+    return first
+loop.make_advance = timed
+cli.main(["train", "--workdir", "run"])
+"""
+
+
+def fresh(code: str, cache: str) -> dict[str, float]:
+    """What a fresh process that runs the code tells of its times."""
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    run = subprocess.run([sys.executable, "-c", TIMER + code], capture_output=True, text=True, env=environment)
+    line = next((line for line in run.stdout.splitlines() if "TIMES" in line), None)
+    if line is None:
+        raise RuntimeError(run.stderr[-2000:])
+    return json.loads(line.split("TIMES ")[1])
+
+
+def seconds_row(case: str, what: str, times: list[float]) -> dict[str, Any]:
+    """A row of seconds in place of a rate."""
+    return row(case, what, {"seconds": [1 / t for t in times], "setup": 0.0}, 1, "s") | {"unit": "s"}
+
+
+def main() -> None:
+    """Runs all cases."""
+    flags = options(__doc__ or "")
+    rounds = flags.rounds or (2 if flags.quick else 5)
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        for case, code in IMPORTS.items():
+            rows.append(seconds_row(case, "resnet_jax", [fresh(code, cache)["seconds"] for _ in range(rounds)]))
+    depths = ("cifar_resnet20", "cifar_resnet110") if flags.quick else (
+        "cifar_resnet20", "cifar_resnet56", "cifar_resnet110", "cifar_resnet1202")  # fmt: skip
+    for name in depths:
+        tries = 1 if "1202" in name else min(rounds, 3)
+        caches = [tempfile.mkdtemp() for _ in range(tries)]
+        for state in ("cold", "warm"):
+            found = [fresh(DEPTH.format(name=name), cache) for cache in caches]
+            rows += [seconds_row(f"{what} {name}", state, [f[what] for f in found]) for what in found[0]]
+    caches = [tempfile.mkdtemp() for _ in range(rounds)]
+    for state in ("cold", "warm"):
+        times = [fresh(DIGITS, cache)["seconds"] for cache in caches]
+        rows.append(seconds_row("first step of the digits", state, times))
+    print_table(rows)
+    write("startup", rows)
+
+
+if __name__ == "__main__":
+    main()
