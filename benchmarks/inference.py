@@ -4,6 +4,7 @@ from typing import Any
 
 from benchmarks.limits import forward_flops, measure_limits
 from benchmarks.measure import Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
+from benchmarks.train_step import LARGE_PAGES
 
 ON_CPU = (("resnet50", 224, 1, "float32", 9), ("resnet50", 224, 64, "float32", 5),
           ("cifar_resnet20", 32, 1, "float32", 30), ("cifar_resnet20", 32, 256, "float32", 15))  # fmt: skip
@@ -77,7 +78,7 @@ def main() -> None:
         classes = 1000 if size == 224 else 10
         common = {"name": name, "batch": batch, "size": size, "classes": classes, "dtype": dtype}
         contenders = [
-            Contender("resnet_jax", jax_forward, common | {"example": False}),
+            Contender("resnet_jax", jax_forward, common | {"example": False}, LARGE_PAGES),
             Contender("torch eager", torch_forward, common | {"compiled": False}),
             Contender("torch.compile", torch_forward, common | {"compiled": True}),
             Contender("Flax's example", jax_forward, common | {"example": True}),

@@ -22,7 +22,8 @@ RESULTS = Path(os.environ.get("OUT", Path(__file__).with_name("results")))
 class Contender:
     """Something to time. `build(**arguments)` runs in a process of its own and returns what is called each round.
 
-    A call does one unit of work and waits until it is done. If it returns seconds, they count in place of its time.
+    A call does one unit of work and waits until it is done. It may return `{"seconds": ..., ...}`: those seconds count
+    in place of its time, and the rest is kept.
     """
 
     name: str
@@ -37,8 +38,8 @@ def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict
     Only one of the processes works at a time.
 
     Returns:
-      name -> `seconds` (all of them) and `setup` (seconds of build and warm-up), or `error` where a contender cannot
-      run here.
+      name -> `seconds` and `kept` of each call and `setup` (seconds of build and warm-up), or `error` where a
+      contender cannot run here.
     """
     context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Any]] = {}
@@ -55,7 +56,7 @@ def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict
         kind, value = _receive(ours)
         if kind == "ready":
             workers[contender.name] = (ours, process)
-            results[contender.name] = {"seconds": [], "setup": value}
+            results[contender.name] = {"seconds": [], "kept": [], "setup": value}
         else:
             results[contender.name] = {"error": value}
     for _ in range(rounds):
@@ -64,7 +65,8 @@ def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict
             kind, value = _receive(pipe)
             if kind == "error":
                 raise RuntimeError(f"{name}: {value}")
-            results[name]["seconds"].append(value)
+            results[name]["seconds"].append(value.pop("seconds"))
+            results[name]["kept"].append(value)
     for pipe, process in workers.values():
         pipe.send("end")
         process.join(5)
@@ -89,7 +91,7 @@ def _work(pipe: Any, contender: Contender, warmup: int) -> None:
         while pipe.recv() == "go":
             began = time.perf_counter()
             own = call()
-            pipe.send(("done", time.perf_counter() - began if own is None else own))
+            pipe.send(("done", own or {"seconds": time.perf_counter() - began}))
     except Exception as error:  # whatever keeps a contender from running is written into the table
         text = str(error).strip() or "no message"
         pipe.send(("error", f"{type(error).__name__}: {text.splitlines()[0][:200]}"))

@@ -10,10 +10,14 @@ ON_CPU = (("resnet50", 224, 16, "float32", 5), ("cifar_resnet20", 32, 128, "floa
 ON_GPU = (("resnet50", 224, 256, "bfloat16", 20), ("resnet50", 224, 128, "float32", 10),
           ("cifar_resnet20", 32, 128, "float32", 50), ("cifar_resnet20", 32, 512, "bfloat16", 50),
           ("cifar_resnet18", 32, 512, "bfloat16", 30))  # fmt: skip
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the commands set it
 
 
-def jax_train_step(name: str, batch: int, size: int, classes: int, dtype: str, example: bool) -> Any:
-    """One training step a call with ours, or with the same step around Flax's example network."""
+def jax_train_step(name: str, batch: int, size: int, classes: int, dtype: str, example: bool, options: bool) -> Any:
+    """One training step a call with ours, or with the same step around Flax's example network.
+
+    `options`: with the compiler options that our loop sets.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -40,8 +44,8 @@ def jax_train_step(name: str, batch: int, size: int, classes: int, dtype: str, e
         model = create_model(name, num_classes=classes, dtype=jnp.dtype(dtype))
     optimizer = make_optimizer(config.optimizer, lambda step: 0.01)
     state = jax.jit(lambda: create_state(model, optimizer, jax.random.key(0), (size, size, 3), ema=False))()
-    options = {} if example else compiler_options()
-    step_function = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0, compiler_options=options)
+    chosen = compiler_options() if options else {}
+    step_function = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0, compiler_options=chosen)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     data = jax.device_put({"image": images, "label": rng.integers(0, classes, batch, dtype=np.int32)})
@@ -77,11 +81,17 @@ def main() -> None:
         classes = 1000 if size == 224 else 10
         common = {"name": name, "batch": batch, "size": size, "classes": classes, "dtype": dtype}
         contenders = [
-            Contender("resnet_jax", jax_train_step, common | {"example": False}),
+            Contender("resnet_jax", jax_train_step, common | {"example": False, "options": True}, LARGE_PAGES),
             Contender("torch eager", torch_step, common | {"compiled": False}),
             Contender("torch.compile", torch_step, common | {"compiled": True}),
-            Contender("Flax's example", jax_train_step, common | {"example": True}),
+            Contender("Flax's example", jax_train_step, common | {"example": True, "options": False}),
         ]
+        if not has_gpu():  # what each of our two settings for CPUs is worth
+            without = common | {"example": False, "options": False}
+            contenders += [
+                Contender("small pages", jax_train_step, common | {"example": False, "options": True}),
+                Contender("no options", jax_train_step, without, LARGE_PAGES),
+            ]
         times = alternate(contenders, flags.rounds or rounds, warmup=3)
         flops = 3 * forward_flops(create_model(name, num_classes=classes), size)
         case = f"train {name} {dtype} batch {batch}"

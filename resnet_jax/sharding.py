@@ -63,7 +63,7 @@ def compiler_options() -> dict[str, str]:
     """Options for `jax.jit` that are worth setting on the default platform.
 
     On a CPU: Eigen's convolutions in place of YNNPACK's, which were slower wherever we measured
-    (`benchmarks/flags.py`). Empty where this version of XLA does not know the option.
+    (`benchmarks/train_step.py`). Empty where this version of XLA does not know the option.
     """
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     if jax.default_backend() != "cpu":

@@ -1,0 +1,174 @@
+"""Seconds of an epoch with the data on the device, and the accuracy after a short recipe, beside the same in torch.
+
+The images are class folders (`--folder`, with `train` and `test`), such as CIFAR-10's. Both sides train the same
+network with the same recipe: SGD with Nesterov momentum, one cycle, pad-and-crop and flips, batch 128.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
+from benchmarks.train_step import LARGE_PAGES
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+BATCH, RATE, DECAY = 128, 0.2, 5e-4
+
+
+def arrays(folder: str, image_size: int = 32) -> tuple[Any, Any]:
+    """Training and test split of a folder in memory."""
+    from resnet_jax.config import DataConfig
+    from resnet_jax.data.loader import BadImages, whole_split
+    from resnet_jax.data.sources import load_dataset
+
+    dataset = load_dataset(DataConfig(dataset=f"folder:{folder}"), seed=0)
+    bad = BadImages("error")
+    return whole_split(dataset.train, image_size, bad), whole_split(dataset.test, image_size, bad)
+
+
+def ours(name: str, folder: str, epochs: int, seed: int) -> Any:
+    """Each call trains from scratch for so many epochs; the time is that of the epochs alone, compiled before."""
+    import jax
+    import jax.numpy as jnp
+
+    from resnet_jax import config as c
+    from resnet_jax.sharding import batch_sharding, compiler_options, make_mesh, replicated
+    from resnet_jax.training.metrics import add, means
+    from resnet_jax.training.optimizers import make_optimizer, make_schedule
+    from resnet_jax.training.recipe import build_model, state_maker
+    from resnet_jax.training.step import make_device_step, make_eval_step, make_train_step
+
+    train, test = arrays(folder)
+    several = 50 if has_gpu() else 1
+    steps = max(several, round(epochs * len(train["label"]) / BATCH) // several * several)
+    config = c.Config(
+        model=c.ModelConfig(name=name, zero_init_last=False),
+        data=c.DataConfig(image_size=32, mean=MEAN, std=STD),
+        augment=c.AugmentConfig(pad=4, flip=True),
+        optimizer=c.OptimizerConfig(learning_rate=RATE, weight_decay=DECAY, decay_rules=((".*", 1.0),)),
+        schedule=c.ScheduleConfig(name="one_cycle"),
+        train=c.TrainConfig(batch_size=BATCH, seed=seed, ema_decay=None),
+    )
+    mesh = make_mesh(1)
+    model, schedule = build_model(config, 10), make_schedule(config, steps, steps / epochs)
+    train_step = make_train_step(model, make_optimizer(config.optimizer, schedule), config)
+    device_step = make_device_step(train_step, config, several, batch_sharding(mesh))
+    data = jax.device_put(train, replicated(mesh))
+    new_state = state_maker(config, model, schedule)
+    run = jax.jit(device_step, donate_argnums=0, compiler_options=compiler_options())
+    evaluate = jax.jit(make_eval_step(model, config), compiler_options=compiler_options())
+    run = run.lower(new_state(), data).compile()
+
+    def call() -> dict[str, float]:
+        state = jax.block_until_ready(new_state())
+        began = time.perf_counter()
+        for _ in range(steps // several):
+            state, sums = run(state, data)
+        jax.block_until_ready((state, sums))
+        seconds = time.perf_counter() - began
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        parts = []
+        for start in range(0, len(test["label"]), 1000):
+            batch = {name: jnp.asarray(values[start : start + 1000]) for name, values in test.items()}
+            parts.append(evaluate(variables, batch | {"mask": jnp.ones(len(batch["label"]), bool)}))
+        return {"seconds": seconds, "accuracy": means(add(parts))["accuracy"]}
+
+    return call
+
+
+def torch_epochs(name: str, folder: str, epochs: int, seed: int) -> Any:
+    """The same in torch eager, data on the device, channels_last."""
+    import torch
+
+    from benchmarks.torch_models import synchronize, torch_model
+
+    train, test = arrays(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.benchmark = True
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (MEAN, STD))
+
+    def tensors(split: Any) -> tuple[Any, Any]:
+        images = torch.from_numpy(split["image"]).to(device).permute(0, 3, 1, 2)
+        return images, torch.from_numpy(split["label"].astype(np.int64)).to(device)
+
+    (images, labels), (test_images, test_labels) = tensors(train), tensors(test)
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    steps = round(epochs * len(labels) / BATCH)
+
+    def batch_of(index: Any) -> Any:
+        corner = torch.randint(0, 9, (2, len(index)), device=device)
+        rows = corner[0][:, None] + torch.arange(32, device=device)
+        columns = corner[1][:, None] + torch.arange(32, device=device)
+        mirrored = torch.rand(len(index), device=device) < 0.5
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        cut = padded[index[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        return ((cut.permute(0, 3, 1, 2).float() - mean) / std).to(memory_format=torch.channels_last)
+
+    def call() -> dict[str, float]:
+        torch.manual_seed(seed)
+        model = torch_model(name, 10).to(device, memory_format=torch.channels_last).train()
+        optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, nesterov=True, weight_decay=DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, RATE, total_steps=steps + 1, cycle_momentum=False, final_div_factor=1e4
+        )
+        synchronize(device)
+        began = time.perf_counter()
+        order = torch.cat([torch.randperm(len(labels), device=device) for _ in range(epochs + 1)])
+        for step in range(steps):
+            index = order[step * BATCH : (step + 1) * BATCH]
+            loss = torch.nn.functional.cross_entropy(model(batch_of(index)), labels[index])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        synchronize(device)
+        seconds = time.perf_counter() - began
+        model.eval()
+        with torch.inference_mode():
+            parts = [
+                (model((x.float() - mean) / std).argmax(1) == y).sum().item()
+                for x, y in zip(test_images.split(1000), test_labels.split(1000), strict=True)
+            ]
+        return {"seconds": seconds, "accuracy": sum(parts) / len(test_labels)}
+
+    return call
+
+
+def main() -> None:
+    """Trains with three seeds on both sides."""
+    flags = options(__doc__ or "", folder="", epochs=2, models="cifar_resnet20", seeds=3)
+    if not flags.folder:
+        raise SystemExit("give --folder with train/<class>/* and test/<class>/*")
+    rows: list[dict[str, Any]] = []
+    for name in flags.models.split(","):
+        contenders = []
+        for kind, build in (("resnet_jax", ours), ("torch eager", torch_epochs)):
+            for seed in range(flags.seeds):
+                arguments = {"name": name, "folder": flags.folder, "epochs": flags.epochs, "seed": seed}
+                contenders.append(Contender(f"{kind}/{seed}", build, arguments, LARGE_PAGES))
+        results: dict[str, Any] = {}
+        for pair in zip(contenders[: flags.seeds], contenders[flags.seeds :], strict=True):
+            results |= alternate(list(pair), rounds=1, warmup=0)
+        case = f"{flags.epochs} epochs {name}"
+        found = [merged(case, kind, results, flags) for kind in ("resnet_jax", "torch eager")]
+        rows += with_ratios(found)
+    print_table(rows)
+    for r in rows:
+        print(f"{r['case']} {r['contender']}: accuracy {r['accuracy_mean']:.2%} +- {r['accuracy_deviation']:.2%}")
+    write("epoch", rows, folder_images=len(arrays(flags.folder)[0]["label"]))
+
+
+def merged(case: str, kind: str, results: dict[str, Any], flags: Any) -> dict[str, Any]:
+    """One row from the runs of all seeds."""
+    runs = [result for name, result in results.items() if name.startswith(kind)]
+    accuracies = [run["kept"][0]["accuracy"] for run in runs]
+    whole = {"seconds": [run["seconds"][0] for run in runs], "setup": runs[0]["setup"]}
+    deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    more = {"accuracies": accuracies, "accuracy_mean": statistics.mean(accuracies), "accuracy_deviation": deviation}
+    return row(case, kind, whole, flags.epochs, "epochs", **more)
+
+
+if __name__ == "__main__":
+    main()
