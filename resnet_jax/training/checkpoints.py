@@ -14,7 +14,10 @@ Record: TypeAlias = dict[str, Any]
 
 
 def open_checkpoints(workdir: Path, keep: int) -> Manager:
-    """The checkpoints of a run's folder: the latest `keep` and the one with the greatest `metric` stay."""
+    """The checkpoints of a run's folder, to save into: the latest `keep` and the one with the greatest `metric` stay.
+
+    What a killed run had begun to write is removed.
+    """
     logging.getLogger("absl").setLevel(logging.ERROR)
     managers = ocp.checkpoint_managers
     options = ocp.CheckpointManagerOptions(
@@ -30,6 +33,19 @@ def open_checkpoints(workdir: Path, keep: int) -> Manager:
         cleanup_tmp_directories=True,
     )
     return Manager((workdir / "checkpoints").resolve(), options=options)
+
+
+def read_checkpoints(workdir: Path) -> Manager:
+    """The checkpoints of a run's folder, to read only: nothing is touched, so the run may be under way.
+
+    Raises:
+      InputError: there are none.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    folder = (workdir / "checkpoints").resolve()
+    if not folder.is_dir():
+        raise InputError(f"{workdir} holds no checkpoint; the run ended before its first one")
+    return Manager(folder, options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0))
 
 
 def save(manager: Manager, step: int, state: Any, record: Record, metric: float | None) -> None:

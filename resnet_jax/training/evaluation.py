@@ -88,7 +88,7 @@ def evaluate_run(folder: Path, best: bool = False, per_class: bool = False) -> d
     dataset = load_dataset(config.data, config.train.seed)
     model = build_model(config, len(dataset.class_names))
     template = sharded_shapes(state_maker(config, model, lambda step: 0.0), mesh)
-    with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
+    with checkpoints.read_checkpoints(folder) as manager:
         state, record = checkpoints.restore(manager, template, checkpoints.best_step(manager) if best else None)
     names = record["class_names"]
     if names != list(dataset.class_names):

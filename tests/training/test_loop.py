@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, TrainConfig, from_dict
+from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, TrainConfig, from_dict, to_dict
 from resnet_jax.sharding import make_mesh
 from resnet_jax.training import checkpoints, loop
 from resnet_jax.training.evaluation import evaluate_run
@@ -144,6 +144,21 @@ def test_evaluate_needs_the_folder_alone(digits):
     best = evaluate_run(folder, best=True)
     assert best["step"] == summary["best"]["step"]
     np.testing.assert_allclose(best["ema"]["accuracy"], summary["best"]["accuracy"])
+
+
+def test_evaluation_touches_nothing_of_a_run_that_may_be_under_way(digits):
+    folder, _, _ = digits
+    half_written = folder / "checkpoints" / "999.orbax-checkpoint-tmp"
+    half_written.mkdir()
+    evaluate_run(folder)
+    assert half_written.is_dir()
+    half_written.rmdir()
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config())))
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        evaluate_run(tmp_path)
 
 
 def test_a_finished_run_is_left_alone(digits):

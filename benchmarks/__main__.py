@@ -1,0 +1,52 @@
+"""`python -m benchmarks`: runs what fits the hardware and draws one chart of all results beside it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.measure import RESULTS, hardware, options
+
+SCRIPTS = ("train_step", "inference", "startup", "overhead")
+
+
+def draw(path: Path) -> None:
+    """A bar for each opponent in each case: how many times as fast ours is."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    short = hardware()["short"]
+    bars = []
+    for file in sorted(RESULTS.glob(f"*-{short}.json")):
+        for r in json.loads(file.read_text())["rows"]:
+            if "ours_over_this" in r and r["contender"] != "resnet_jax":
+                bars.append((f"{r['case']} / {r['contender']}", r["ours_over_this"]))
+    figure = Figure(figsize=(9, 0.8 + 0.26 * len(bars)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names, ratios = zip(*reversed(bars), strict=True)
+    axes.barh(names, ratios, color=["#0b62a4" if ratio >= 1 else "#d1495b" for ratio in ratios])
+    axes.axvline(1, color="black", linewidth=1)
+    for i, ratio in enumerate(ratios):
+        axes.text(ratio, i, f" {ratio:.2f}", va="center", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlim(right=1.3 * max(ratios))
+    axes.set_title(f"times as fast as the opponent, on {short}; right of the line ours is faster", loc="left")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    print(f"drawn: {path}")
+
+
+def main() -> None:
+    """Runs the scripts that need no data, then draws."""
+    flags = options(__doc__ or "")
+    for script in SCRIPTS:
+        command = [sys.executable, "-m", f"benchmarks.{script}", *(["--quick"] if flags.quick else [])]
+        print(" ".join(command[1:]), flush=True)
+        subprocess.run(command, check=True)
+    draw(RESULTS / f"ratios-{hardware()['short']}.png")
+
+
+if __name__ == "__main__":
+    main()

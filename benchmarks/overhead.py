@@ -1,0 +1,46 @@
+"""Microseconds that the host spends on a step of the digits with the data on the device.
+
+The loop's own code runs with a program of the same arguments and results that computes nothing, so that what is left is
+Python, dispatch and bookkeeping.
+"""
+
+import time
+
+from benchmarks.measure import options, print_table, row, write
+
+
+def main() -> None:
+    """Times rounds of a thousand steps."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from resnet_jax.config import Config
+    from resnet_jax.data.sources import load_dataset
+    from resnet_jax.training.recipe import build_model, state_maker
+
+    flags = options(__doc__ or "")
+    config = Config()
+    dataset = load_dataset(config.data, 0)
+    state = state_maker(config, build_model(config, len(dataset.class_names)), lambda step: 0.1)()
+    data = {"image": jnp.zeros((1437, 8, 8, 3), jnp.uint8), "label": jnp.zeros(1437, jnp.int32)}
+    zero = {"loss": np.float32(0), "accuracy": np.float32(0), "count": np.float32(96)}
+    step = jax.jit(lambda state, data: (state, jax.tree.map(jnp.asarray, zero)), donate_argnums=0)
+    parts, seconds = [], []
+    for _ in range(1 + (flags.rounds or 9)):
+        parts.clear()
+        began = time.perf_counter()
+        for i in range(1000):
+            state, sums = step(state, data)
+            parts.append((i, 1, sums))
+        jax.block_until_ready(state)
+        seconds.append((time.perf_counter() - began) / 1000)
+    times = {"seconds": [1 / (1e6 * s) for s in seconds[1:]], "setup": seconds[0]}
+    rows = [row("host time of a step", "resnet_jax", times, 1, "us") | {"unit": "us"}]
+    rows[0]["arrays"] = len(jax.tree.leaves((state, data)))
+    print_table(rows)
+    write("overhead", rows)
+
+
+if __name__ == "__main__":
+    main()
