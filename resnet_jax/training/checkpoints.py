@@ -19,20 +19,25 @@ def open_checkpoints(workdir: Path, keep: int) -> Manager:
     What a killed run had begun to write is removed.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
-    managers = ocp.checkpoint_managers
     options = ocp.CheckpointManagerOptions(
-        save_decision_policy=managers.FixedIntervalPolicy(1),
-        preservation_policy=managers.AnyPreservationPolicy(
-            [
-                managers.LatestN(keep),
-                managers.BestN(
-                    get_metric_fn=lambda metrics: metrics["metric"], n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        ),
+        save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
+        preservation_policy=latest_and_best(keep),
+        best_fn=metric_of,
         cleanup_tmp_directories=True,
     )
     return Manager((workdir / "checkpoints").resolve(), options=options)
+
+
+def metric_of(metrics: Any) -> float:
+    """What checkpoints are ranked by. Orbax writes and reads metrics only where it is given such a function."""
+    return metrics["metric"]
+
+
+def latest_and_best(keep: int) -> Any:
+    """Orbax's policy that keeps the latest `keep` checkpoints and the one with the greatest `metric`."""
+    managers = ocp.checkpoint_managers
+    best = managers.BestN(get_metric_fn=metric_of, n=1, keep_checkpoints_without_metrics=False)
+    return managers.AnyPreservationPolicy([managers.LatestN(keep), best])
 
 
 def read_checkpoints(workdir: Path) -> Manager:
@@ -45,7 +50,8 @@ def read_checkpoints(workdir: Path) -> Manager:
     folder = (workdir / "checkpoints").resolve()
     if not folder.is_dir():
         raise InputError(f"{workdir} holds no checkpoint; the run ended before its first one")
-    return Manager(folder, options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0))
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, best_fn=metric_of)
+    return Manager(folder, options=options)
 
 
 def save(manager: Manager, step: int, state: Any, record: Record, metric: float | None) -> None:
@@ -75,6 +81,6 @@ def restore(manager: Manager, template: Any, step: int | None = None) -> tuple[A
 def best_step(manager: Manager) -> int | None:
     """Step of the checkpoint with the greatest metric, the later one of equals; None if none was evaluated."""
     ranked = [
-        (metrics["metric"], step) for step in manager.all_steps() if (metrics := manager.metrics(step)) is not None
+        (metric_of(metrics), step) for step in manager.all_steps() if (metrics := manager.metrics(step)) is not None
     ]
     return max(ranked)[1] if ranked else None
