@@ -115,6 +115,21 @@ def with_ratios(rows: list[dict[str, Any]], ours: str = "resnet_jax") -> list[di
             for r in rows]  # fmt: skip
 
 
+def network_rows(
+    case: str, results: dict[str, dict[str, Any]], batch: int, flops: float, peak: float
+) -> list[dict[str, Any]]:
+    """Rows of images a second, each with its share of the arithmetic that the hardware can do; prints them too.
+
+    Args:
+      flops: operations an image.
+      peak: operations a second of a matrix product.
+    """
+    rows = [row(case, name, result, batch, "images", flops_an_image=flops) for name, result in results.items()]
+    rows = with_ratios([r | {"roofline": r["median"] * flops / peak} if "median" in r else r for r in rows])
+    print_table(rows)
+    return rows
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Prints rows as a table."""
     for r in rows:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.limits import forward_flops, measure_limits
-from benchmarks.measure import Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
+from benchmarks.measure import Contender, alternate, has_gpu, network_rows, options, write
 
 ON_CPU = (("resnet50", 224, 16, "float32", 5), ("cifar_resnet20", 32, 128, "float32", 15),
           ("cifar_resnet18", 32, 128, "float32", 5))  # fmt: skip
@@ -94,12 +94,7 @@ def main() -> None:
             ]
         times = alternate(contenders, flags.rounds or rounds, warmup=3)
         flops = 3 * forward_flops(create_model(name, num_classes=classes), size)
-        case = f"train {name} {dtype} batch {batch}"
-        found = [row(case, c, t, batch, "images", flops_an_image=flops) for c, t in times.items()]
-        found = [r | {"roofline": r["median"] * flops / limits[dtype]["flops"]} if "median" in r else r for r in found]
-        found = with_ratios(found)
-        print_table(found)
-        rows += found
+        rows += network_rows(f"train {name} {dtype} batch {batch}", times, batch, flops, limits[dtype]["flops"])
     write("train_step", rows, limits=limits)
 
 

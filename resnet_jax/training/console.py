@@ -1,0 +1,61 @@
+"""Progress on the terminal."""
+
+import math
+import sys
+import time
+from typing import Any
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Console:
+    """Progress on the terminal: a bar, or a line every few seconds where the output is not a terminal."""
+
+    def __init__(self, start: int, total: int, steps_per_epoch: float) -> None:
+        self._total, self._steps_per_epoch = total, steps_per_epoch
+        self._start, self._began, self._last_line = start, 0.0, -math.inf
+        self._live: Any = None
+        self._numbers: dict[str, float] = {}
+        if sys.stdout.isatty():
+            from rich.console import Group
+            from rich.live import Live
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.text import Text
+
+            steps = TextColumn("step {task.completed}/{task.total}")
+            self._bar = Progress(steps, BarColumn(30), TimeRemainingColumn())
+            self._task = self._bar.add_task("", total=total, completed=start)
+            self._text = Text("compiling")
+            self._live = Live(Group(self._bar, self._text), refresh_per_second=4)
+            self._live.start()
+
+    def update(self, step: int, numbers: dict[str, float]) -> None:
+        """Shows the newest numbers of a step."""
+        self._numbers |= numbers
+        if not self._began:  # the first numbers come after compilation
+            self._start, self._began = step, time.perf_counter()
+        if self._live is not None:
+            self._bar.update(self._task, completed=step)
+            self._text.plain = self._line(step)
+        elif time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES or step == self._total:
+            self._last_line = time.perf_counter()
+            done = step - self._start
+            left = f"  {(self._total - step) * (self._last_line - self._began) / done:.0f} s left" if done else ""
+            print(f"step {step}/{self._total}  {self._line(step)}{left}", flush=True)
+
+    def _line(self, step: int) -> str:
+        shown = [f"epoch {step / self._steps_per_epoch:.1f}"]
+        for name, form in (
+            ("train/loss", "loss {:.4f}"),
+            ("images_per_second", "{:.0f} images/s"),
+            ("data_wait", "data wait {:.0%}"),
+            ("eval/accuracy", "test accuracy {:.2%}"),
+        ):
+            if name in self._numbers:
+                shown.append(form.format(self._numbers[name]))
+        return "  ".join(shown)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._live is not None:
+            self._live.stop()

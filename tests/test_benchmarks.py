@@ -1,0 +1,76 @@
+import json
+import os
+import re
+import time
+
+import pytest
+
+from benchmarks import measure
+
+from .conftest import ROOT
+
+
+def sleeper(seconds, log):
+    def call():
+        with open(log, "a") as file:
+            file.write(f"{seconds}\n")
+        time.sleep(seconds)
+
+    return call
+
+
+def reporter():
+    return lambda: {"seconds": 2.0, "accuracy": 0.5}
+
+
+def broken():
+    raise RuntimeError("no such device")
+
+
+def setting():
+    return lambda: {"seconds": float(os.environ["A_SETTING"])}
+
+
+def test_contenders_take_turns_and_failures_are_kept(tmp_path):
+    log = str(tmp_path / "log")
+    contenders = [
+        measure.Contender("slow", sleeper, {"seconds": 0.05, "log": log}),
+        measure.Contender("broken", broken),
+        measure.Contender("fast", sleeper, {"seconds": 0.01, "log": log}),
+        measure.Contender("own clock", reporter),
+        measure.Contender("setting", setting, environment={"A_SETTING": "4"}),
+    ]
+    results = measure.alternate(contenders, rounds=3)
+    turns = (tmp_path / "log").read_text().split()
+    assert turns[2:] == ["0.05", "0.01"] * 3
+    assert results["broken"] == {"error": "RuntimeError: no such device"}
+    assert all(seconds >= 0.05 for seconds in results["slow"]["seconds"])
+    assert results["own clock"]["kept"] == [{"accuracy": 0.5}] * 3
+    assert results["setting"]["seconds"] == [4.0] * 3
+    assert "A_SETTING" not in os.environ
+
+
+def test_rows_are_medians_and_ratios_of_the_same_case():
+    def result(*seconds):
+        return {"seconds": list(seconds), "kept": [], "setup": 1.0}
+
+    rows = [
+        measure.row("case", "resnet_jax", result(1.0, 2.0, 4.0), 8, "images"),
+        measure.row("case", "torch", result(4.0, 4.0, 4.0), 8, "images"),
+        measure.row("case", "missing", {"error": "none"}, 8, "images"),
+    ]
+    rows = measure.with_ratios(rows)
+    assert rows[0]["median"] == 4.0
+    assert rows[0]["quartiles"] == [2.0, 8.0]
+    assert rows[1]["ours_over_this"] == 2.0
+    assert "ours_over_this" not in rows[2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_results_say_where_they_come_from(path):
+    record = json.loads(path.read_text())
+    assert record["command"].startswith("python -m benchmarks.")
+    assert re.fullmatch(r"[0-9a-f]{7,}(\+changes)?", record["commit"])
+    assert {"processor", "cores", "gpu"} <= set(record["hardware"])
+    assert {"jax", "jaxlib", "python"} <= set(record["versions"])
+    assert all("error" in row or {"median", "quartiles", "n", "unit"} <= set(row) for row in record["rows"])
