@@ -14,6 +14,7 @@ def draw(path: Path) -> None:
     """A bar for each opponent in each case: how many times as fast ours is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     short = hardware()["short"]
     bars = []
@@ -25,12 +26,20 @@ def draw(path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     names, ratios = zip(*reversed(bars), strict=True)
-    axes.barh(names, ratios, color=["#0b62a4" if ratio >= 1 else "#d1495b" for ratio in ratios])
+    axes.barh(
+        names,
+        [ratio - 1 for ratio in ratios],
+        left=1,
+        color=["#0b62a4" if ratio >= 1 else "#d1495b" for ratio in ratios],
+    )
     axes.axvline(1, color="black", linewidth=1)
     for i, ratio in enumerate(ratios):
-        axes.text(ratio, i, f" {ratio:.2f}", va="center", fontsize=8)
+        axes.text(max(ratio, 1.0), i, f" {ratio:.2f}", va="center", fontsize=8)
     axes.set_xscale("log")
-    axes.set_xlim(right=1.3 * max(ratios))
+    axes.set_xlim(0.8 * min(ratios), 1.3 * max(ratios))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(ScalarFormatter())
+    axes.margins(y=0.01)
     axes.set_title(f"times as fast as the opponent, on {short}; right of the line ours is faster", loc="left")
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

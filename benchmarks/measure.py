@@ -147,7 +147,8 @@ def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
     """Writes `results/<name>-<hardware>.json` and returns its path."""
     RESULTS.mkdir(exist_ok=True, parents=True)
     path = RESULTS / f"{name}-{hardware()['short']}.json"
-    command = " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # folders by their names alone
+    command = " ".join(["python", "-m", f"benchmarks.{name}", *words])
     record = {"command": command, "commit": commit(), "hardware": hardware(), "versions": versions()}
     path.write_text(json.dumps(record | more | {"rows": rows}, indent=1) + "\n")
     print(f"written: {path}")
