@@ -24,7 +24,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script: `main` in a process that asks for large pages of memory.
 
     glibc reads that wish only when a process starts, so the process replaces itself once. A training step on a CPU
-    gained a fifth from it where we measured (`benchmarks/train_step.py`).
+    gained up to an eighth from it where we measured (`benchmarks/train_step.py`).
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

@@ -53,9 +53,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """The axis of the batch is split over the devices."""
-    return NamedSharding(mesh, P(*[None] * axis, "data"))
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis is split over the devices."""
+    return NamedSharding(mesh, P("data"))
 
 
 @cache

@@ -64,7 +64,7 @@ def means(total: Sums) -> dict[str, Any]:
     if count == 0:
         raise ValueError("there is no example to average over")
     result: dict[str, Any] = {
-        name: float(value) / count for name, value in total.items() if name not in ("count",) and np.ndim(value) == 0
+        name: float(value) / count for name, value in total.items() if name != "count" and np.ndim(value) == 0
     }
     result["count"] = int(count)
     if "class_count" in total:

@@ -35,8 +35,8 @@ def make_plan(config: Config, examples: int) -> Plan:
     total = config.train.steps or max(1, math.ceil(config.train.epochs * per_epoch))
     eval_every = max(1, round(config.train.eval_every_epochs * per_epoch))
     save_every = config.checkpoint.every_steps or eval_every
-    if config.data.on_device and total * config.train.batch_size >= 2**32:
-        raise InputError("the run draws 2**32 images or more; data on the device cannot count so far: shorten it")
+    if total * config.train.batch_size >= 2**32:
+        raise InputError("the run draws 2**32 images or more, further than the order of the data counts: shorten it")
     return Plan(total, per_epoch, eval_every, save_every, config.log.every_steps)
 
 
