@@ -46,7 +46,7 @@ def ours(name: str, folder: str, epochs: int, seed: int) -> Any:
     config = c.Config(
         model=c.ModelConfig(name=name, zero_init_last=False),
         data=c.DataConfig(image_size=32, mean=MEAN, std=STD),
-        augment=c.AugmentConfig(pad=4, flip=True),
+        augment=c.AugmentConfig(pad=4, flip="random"),
         optimizer=c.OptimizerConfig(learning_rate=RATE, weight_decay=DECAY, decay_rules=((".*", 1.0),)),
         schedule=c.ScheduleConfig(name="one_cycle"),
         train=c.TrainConfig(batch_size=BATCH, seed=seed, ema_decay=None),

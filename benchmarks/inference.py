@@ -1,5 +1,6 @@
 """Images a second of a network in evaluation, batch normalisation folded into the convolutions by both sides."""
 
+from functools import partial
 from typing import Any
 
 from benchmarks.limits import forward_flops, measure_limits
@@ -17,9 +18,8 @@ def jax_forward(name: str, batch: int, size: int, classes: int, dtype: str, exam
     import jax
     import jax.numpy as jnp
 
-    from resnet_jax.models.fold import fold_batch_norm
+    from resnet_jax.inference import make_forward
     from resnet_jax.models.registry import create_model
-    from resnet_jax.sharding import compiler_options
 
     images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
     if example:
@@ -29,12 +29,10 @@ def jax_forward(name: str, batch: int, size: int, classes: int, dtype: str, exam
     else:
         model = create_model(name, num_classes=classes, dtype=jnp.dtype(dtype))
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
-    if not example:
-        model, variables = fold_batch_norm(model, variables)
-    forward = jax.jit(model.apply, compiler_options={} if example else compiler_options())
+    forward = partial(jax.jit(model.apply), variables) if example else make_forward(model, variables)
 
     def call() -> None:
-        jax.block_until_ready(forward(variables, images))
+        jax.block_until_ready(forward(images))
 
     return call
 

@@ -26,7 +26,7 @@ def ours_in_process(folder: str) -> Any:
     from resnet_jax.config import AugmentConfig
     from resnet_jax.data.transforms import augment
 
-    files, recipe = files_in(folder), AugmentConfig(crop="random_resized", flip=True)
+    files, recipe = files_in(folder), AugmentConfig(crop="random_resized", flip="random")
 
     def call() -> None:
         for i, path in enumerate(files):
@@ -99,7 +99,7 @@ def our_loader(folder: str, workers: int, passes: int) -> Any:
     config = dataclasses.replace(
         Config(),
         data=DataConfig(image_size=SIZE, on_device=False, workers=workers),
-        augment=AugmentConfig(crop="random_resized", flip=True),
+        augment=AugmentConfig(crop="random_resized", flip="random"),
         train=TrainConfig(batch_size=50),
     )
     source, steps = FileSource(tuple(files), (0,) * len(files)), len(files) * passes // 50

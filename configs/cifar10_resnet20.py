@@ -25,7 +25,7 @@ config = Config(
         std=(0.2470, 0.2435, 0.2616),
         on_device=True,
     ),
-    augment=AugmentConfig(crop="pad", pad=4, flip=True),
+    augment=AugmentConfig(crop="pad", pad=4, flip="random"),
     optimizer=OptimizerConfig(learning_rate=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4),
     schedule=ScheduleConfig(name="step", boundaries=(0.5, 0.75), warmup_epochs=0.0),
     train=TrainConfig(steps=64_000, batch_size=128, ema_decay=None, eval_every_epochs=10.0),

@@ -28,7 +28,7 @@ config = Config(
         workers=16,
         on_bad_image="skip",
     ),
-    augment=AugmentConfig(crop="random_resized", flip=True, eval_crop=0.875),
+    augment=AugmentConfig(crop="random_resized", flip="random", eval_crop=0.875),
     optimizer=OptimizerConfig(learning_rate=0.1, base_batch_size=256, weight_decay=5e-5),
     schedule=ScheduleConfig(name="cosine", warmup_epochs=5.0),
     train=TrainConfig(epochs=90.0, batch_size=256, label_smoothing=0.1, ema_decay=None, eval_every_epochs=1.0),

@@ -4,11 +4,21 @@ from importlib import metadata
 from typing import Any
 
 from resnet_jax.config import Config, InputError
+from resnet_jax.inference import make_forward
 from resnet_jax.models.fold import fold_batch_norm
 from resnet_jax.models.registry import create_model, list_models
 
 __version__ = metadata.version("resnet_jax")
-__all__ = ["Config", "InputError", "__version__", "create_model", "fold_batch_norm", "list_models", "train"]
+__all__ = [
+    "Config",
+    "InputError",
+    "__version__",
+    "create_model",
+    "fold_batch_norm",
+    "list_models",
+    "make_forward",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

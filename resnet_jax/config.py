@@ -72,8 +72,8 @@ class AugmentConfig:
     """Width of that border in pixels."""
     area: tuple[float, float] = (0.08, 1.0)
     """Least and greatest share of the image that random_resized cuts out."""
-    flip: bool = False
-    """Mirror left and right in half of the cases."""
+    flip: Literal["none", "random", "alternating"] = "none"
+    """Mirror left and right: half of the images of every epoch by chance, or each image in every second epoch."""
     randaugment: int = 0
     """Magnitude (1 to 10) of two random operations an image; 0 for none. Host data only."""
     mixup: float = 0.0
@@ -82,6 +82,8 @@ class AugmentConfig:
     """Alpha of CutMix (Yun et al. 2019); 0 for none. With mixup, each batch takes one of them by a coin."""
     eval_crop: float = 1.0
     """Test images are resized to eval_image_size / eval_crop on the short side, then cut out at the centre."""
+    eval_flip: bool = False
+    """Test images are seen as they are and mirrored, and the two logits are averaged."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ class ScheduleConfig:
     warmup_shape: Literal["linear", "constant"] = "linear"
     """constant stays at the starting value until the warm-up ends."""
     boundaries: tuple[float, ...] = (0.5, 0.75)
-    """Shares of the run at which `step` divides the rate by ten."""
+    """Shares of the run at which `step` multiplies the rate by `factor`."""
+    factor: float = 0.1
+    """Of `step`."""
 
 
 @dataclass(frozen=True)

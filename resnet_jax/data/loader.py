@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax.config import AugmentConfig, Config, InputError
-from resnet_jax.data.order import example_index
+from resnet_jax.data.order import alternately, example_index
 from resnet_jax.data.sources import Source
 from resnet_jax.data.transforms import BadImage, augment, decode, fit
 from resnet_jax.sharding import put_batch
@@ -71,12 +71,14 @@ class TrainExample:
 
     def __call__(self, place: int) -> dict[str, Any]:
         position = self.position(place)
-        first = int(example_index(np.asarray([position], np.uint32), len(self.source), self.seed)[0])
-        for tries in range(len(self.source)):
-            raw, label = self.source[(first + tries) % len(self.source)]
+        where, size = np.asarray([position], np.uint32), len(self.source)
+        index = example_index(where, size, self.seed)
+        first, turn = int(index[0]), bool(alternately(where, index, size, self.seed)[0])
+        for tries in range(size):
+            raw, label = self.source[(first + tries) % size]
             rng = np.random.default_rng([self.seed, position])
             try:
-                image = augment(raw, rng, self.image_size, self.recipe)
+                image = augment(raw, rng, self.image_size, self.recipe, turn)
             except BadImage:
                 continue
             return {"image": image, "label": np.int32(label), "bad": np.int64(first if tries else -1)}

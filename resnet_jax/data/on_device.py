@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.data.order import example_index
+from resnet_jax.data.order import alternately, example_index
 
 Array = jax.Array
 
@@ -16,12 +16,13 @@ def draw_batch(data: dict[str, Array], step: Array, batch_size: int, seed: int) 
       step: int32 scalar, counted from 0.
 
     Returns:
-      `image` [batch_size, ...] and `label` [batch_size].
+      `image` [batch_size, ...] and `label` [batch_size]; `turn` bool [batch_size]: mirrored if flips alternate.
     """
     size = data["label"].shape[0]
     positions = step.astype(jnp.uint32) * batch_size + jnp.arange(batch_size, dtype=jnp.uint32)
     index = example_index(positions, size, seed, jnp)
-    return {name: jnp.take(values, index, axis=0) for name, values in data.items()}
+    turn = alternately(positions, index, size, seed, jnp)
+    return {name: jnp.take(values, index, axis=0) for name, values in data.items()} | {"turn": turn}
 
 
 def pad_crop(key: Array, images: Array, pad: int) -> Array:
@@ -36,10 +37,9 @@ def pad_crop(key: Array, images: Array, pad: int) -> Array:
     return jax.vmap(cut)(padded, corners)
 
 
-def flip(key: Array, images: Array) -> Array:
-    """Mirrors each image left and right with probability one half."""
-    mirrored = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
-    return jnp.where(mirrored, images[:, :, ::-1], images)
+def flip(mirrored: Array, images: Array) -> Array:
+    """Mirrors left and right those images for which `mirrored` bool [batch] is true."""
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
 def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype) -> Array:

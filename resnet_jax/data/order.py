@@ -44,6 +44,18 @@ def example_index(position: Any, size: int, seed: int, xp: ModuleType = np) -> A
     return _walk(encipher, index, size, xp).astype(xp.int32)
 
 
+def alternately(position: Any, index: Any, size: int, seed: int, xp: ModuleType = np) -> Any:
+    """Whether an image is mirrored in turn: half of them in one epoch, the other half in the next, and so on.
+
+    Args:
+      position: uint32 array of positions of the endless row.
+      index: what `example_index` gives for them.
+    """
+    epoch = xp.asarray(position, xp.uint32) // xp.uint32(size)
+    first = _mix(xp.asarray(index).astype(xp.uint32) + _mix(xp.asarray(seed % 2**32, xp.uint32), xp), xp)
+    return (first + epoch) % xp.uint32(2) == 1
+
+
 def _walk(encipher: Any, index: Any, size: int, xp: ModuleType) -> Any:
     """Enciphers again what fell into the few cells beyond `size`, until nothing is there."""
     if xp is np:

@@ -77,8 +77,8 @@ def pad_crop(image: np.ndarray, rng: np.random.Generator, pad: int) -> np.ndarra
     return padded[top : top + height, left : left + width]
 
 
-def augment(raw: Raw, rng: np.random.Generator, size: int, recipe: AugmentConfig) -> np.ndarray:
-    """A training image: crop as the recipe says, then RandAugment, then flip."""
+def augment(raw: Raw, rng: np.random.Generator, size: int, recipe: AugmentConfig, turn: bool = False) -> np.ndarray:
+    """A training image: crop as the recipe says, then RandAugment, then flip; `turn`: mirrored if flips alternate."""
     if recipe.crop == "random_resized":
         image = np.asarray(random_resized_crop(decode(raw), rng, size, recipe.area))
     else:
@@ -87,7 +87,7 @@ def augment(raw: Raw, rng: np.random.Generator, size: int, recipe: AugmentConfig
             image = pad_crop(image, rng, recipe.pad)
     if recipe.randaugment:
         image = np.asarray(rand_augment(Image.fromarray(image), rng, recipe.randaugment))
-    if recipe.flip and rng.random() < 0.5:
+    if turn if recipe.flip == "alternating" else recipe.flip == "random" and rng.random() < 0.5:
         image = image[:, ::-1]
     return image
 

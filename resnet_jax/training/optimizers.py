@@ -32,7 +32,7 @@ def make_schedule(config: Config, steps: int, steps_per_epoch: float) -> optax.S
         "constant": lambda: optax.constant_schedule(peak),
         "cosine": lambda: optax.cosine_decay_schedule(peak, steps - warmup),
         "step": lambda: optax.piecewise_constant_schedule(
-            peak, {round(share * steps) - warmup: 0.1 for share in schedule.boundaries}
+            peak, {round(share * steps) - warmup: schedule.factor for share in schedule.boundaries}
         ),
     }[schedule.name]()
     if warmup == 0:

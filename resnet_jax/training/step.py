@@ -56,8 +56,9 @@ def prepare(batch: Batch, key: jax.Array, config: Config, model: nn.Module) -> t
     images, augment = batch["image"], config.augment
     if config.data.on_device and augment.crop == "pad":
         images = on_device.pad_crop(crop_key, images, augment.pad)
-    if config.data.on_device and augment.flip:
-        images = on_device.flip(flip_key, images)
+    if config.data.on_device and augment.flip != "none":
+        by_chance = jax.random.bernoulli(flip_key, shape=batch["label"].shape)
+        images = on_device.flip(by_chance if augment.flip == "random" else batch["turn"], images)
     images = on_device.normalize(images, config.data.mean, config.data.std, model.dtype)
     targets = soft_targets(batch["label"], model.num_classes, config.train.label_smoothing)
     if augment.mixup or augment.cutmix:
@@ -110,6 +111,8 @@ def make_eval_step(model: nn.Module, config: Config) -> Callable[[PyTree, Batch]
     def eval_step(variables: PyTree, batch: Batch) -> Sums:
         images = on_device.normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
         logits: Any = model.apply(variables, images, train=False)
+        if config.augment.eval_flip:
+            logits = (logits + model.apply(variables, images[:, :, ::-1], train=False)) / 2
         losses = loss_of(logits, soft_targets(batch["label"], model.num_classes, 0.0))
         return eval_sums(losses, logits, batch["label"], batch["mask"])
 

@@ -1,10 +1,12 @@
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, TrainConfig
+from resnet_jax.data import on_device
 from resnet_jax.data.loader import BadImages, TrainExample, eval_batches, train_batches, whole_split
 from resnet_jax.data.sources import ArraySource, FileSource
 from resnet_jax.sharding import make_mesh
@@ -44,7 +46,7 @@ def test_hosts_partition_every_epoch(hosts):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_the_same_from_any_step_and_any_workers(workers):
-    augment = AugmentConfig(crop="pad", pad=1, flip=True)
+    augment = AugmentConfig(crop="pad", pad=1, flip="random")
     mesh, bad = make_mesh(1), BadImages("error")
     whole = list(train_batches(SOURCE, recipe(augment=augment), mesh, bad, range(9)))
     later = list(train_batches(SOURCE, recipe(augment=augment, workers=workers), mesh, bad, range(5, 9)))
@@ -52,6 +54,17 @@ def test_batches_are_the_same_from_any_step_and_any_workers(workers):
     for a, b in zip(whole[5:], later, strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
         np.testing.assert_array_equal(a["label"], b["label"])
+
+
+def test_alternating_flips_are_the_same_from_host_and_device():
+    images = np.random.default_rng(0).integers(0, 256, (SIZE, 4, 4, 3), dtype=np.uint8)
+    labels = np.arange(SIZE, dtype=np.int32)
+    config = recipe(augment=AugmentConfig(crop="none", flip="alternating"))
+    batches = train_batches(ArraySource(images, labels), config, make_mesh(1), BadImages("error"), range(10))
+    for step, batch in enumerate(batches):
+        drawn = on_device.draw_batch({"image": images, "label": labels}, jnp.asarray(step), 8, 3)
+        np.testing.assert_array_equal(batch["image"], on_device.flip(drawn["turn"], drawn["image"]))
+        np.testing.assert_array_equal(batch["label"], drawn["label"])
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -114,7 +127,7 @@ def test_real_pictures_of_any_size_become_batches(pictures):
     paths = tuple(str(p) for p in sorted((pictures / "imagenet_samples").glob("*.JPEG"))[:24])
     source = FileSource(paths, tuple(range(24)))
     config = dataclasses.replace(
-        recipe(8, augment=AugmentConfig(crop="random_resized", flip=True, eval_crop=0.875)),
+        recipe(8, augment=AugmentConfig(crop="random_resized", flip="random", eval_crop=0.875)),
         data=DataConfig(image_size=96, eval_image_size=128, on_device=False),
     )
     batches = list(train_batches(source, config, make_mesh(1), BadImages("error"), range(3)))

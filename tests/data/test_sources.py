@@ -132,7 +132,7 @@ def test_training_on_tfds(stripes, tmp_path):
     config = dataclasses.replace(
         base,
         data=dataclasses.replace(stripes, on_device=False),
-        augment=AugmentConfig(crop="pad", pad=1, flip=True),
+        augment=AugmentConfig(crop="pad", pad=1, flip="random"),
         train=dataclasses.replace(base.train, batch_size=16, steps=20, eval_every_epochs=100.0),
         schedule=dataclasses.replace(base.schedule, warmup_epochs=0.0),
         parallel=dataclasses.replace(base.parallel, devices=1),

@@ -21,7 +21,7 @@ def recipe(steps=23, devices=1, **train):
     base = Config()
     return dataclasses.replace(
         base,
-        augment=AugmentConfig(crop="pad", pad=1, flip=True, mixup=0.2),
+        augment=AugmentConfig(crop="pad", pad=1, flip="random", mixup=0.2),
         train=TrainConfig(**({"steps": steps, "batch_size": 32, "ema_decay": 0.9, "eval_every_epochs": 0.2} | train)),
         schedule=dataclasses.replace(base.schedule, warmup_epochs=0.1),
         parallel=dataclasses.replace(base.parallel, devices=devices),

@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 DATA = {"image": RNG.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), "label": RNG.integers(0, 7, 40, dtype=np.int32)}
 BATCH = {name: values[:16] for name, values in DATA.items()}
 CONFIG = Config(
-    augment=AugmentConfig(crop="pad", pad=1, flip=True, mixup=0.3),
+    augment=AugmentConfig(crop="pad", pad=1, flip="random", mixup=0.3),
     train=TrainConfig(batch_size=16, label_smoothing=0.1, ema_decay=0.9),
 )
 
@@ -133,6 +133,21 @@ def test_masked_examples_do_not_count():
     other = step(variables, rest | {"mask": np.arange(16) < 11})
     chex.assert_trees_all_close(jax.tree.map(lambda a, b: a + b, part, other), whole, rtol=1e-5, atol=1e-5)
     assert part["count"] == 5 and whole["count"] == 16
+
+
+def test_evaluation_with_flips_does_not_tell_left_from_right():
+    model = net()
+    state = new_state(model, optax.sgd(0.1))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    config = dataclasses.replace(CONFIG, augment=AugmentConfig(eval_flip=True))
+    mirrored = BATCH | {"image": BATCH["image"][:, :, ::-1]}
+    sums = {
+        (flips, which): make_eval_step(model, c)(variables, batch | {"mask": np.ones(16, bool)})["loss"]
+        for flips, c in ((False, CONFIG), (True, config))
+        for which, batch in (("as it is", BATCH), ("mirrored", mirrored))
+    }
+    assert abs(sums[True, "as it is"] - sums[True, "mirrored"]) < 1e-4
+    assert abs(sums[False, "as it is"] - sums[False, "mirrored"]) > 1e-2
 
 
 def test_warm_up_and_boundaries_of_he_et_al():
