@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -64,16 +65,11 @@ class TrainExample:
     rank: int = 0
     hosts: int = 1
 
-    def position(self, place: int) -> int:
-        """Position in the endless row of all hosts together."""
-        step, offset = divmod(place, self.share)
-        return (step * self.hosts + self.rank) * self.share + offset
-
     def __call__(self, place: int) -> dict[str, Any]:
-        position = self.position(place)
-        where, size = np.asarray([position], np.uint32), len(self.source)
-        index = example_index(where, size, self.seed)
-        first, turn = int(index[0]), bool(alternately(where, index, size, self.seed)[0])
+        step, offset = divmod(place, self.share)
+        start, size = (step * self.hosts + self.rank) * self.share, len(self.source)
+        indices, turns = _drawn(start, self.share, size, self.seed)
+        position, first, turn = start + offset, int(indices[offset]), bool(turns[offset])
         for tries in range(size):
             raw, label = self.source[(first + tries) % size]
             rng = np.random.default_rng([self.seed, position])
@@ -83,6 +79,14 @@ class TrainExample:
                 continue
             return {"image": image, "label": np.int32(label), "bad": np.int64(first if tries else -1)}
         raise InputError("none of the training images can be decoded")
+
+
+@lru_cache(maxsize=64)
+def _drawn(start: int, count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and turns of so many positions, since they cost little more together than one alone."""
+    positions = np.arange(start, start + count, dtype=np.uint32)
+    indices = example_index(positions, size, seed)
+    return indices, alternately(positions, indices, size, seed)
 
 
 @dataclass(frozen=True)

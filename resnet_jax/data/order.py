@@ -52,7 +52,7 @@ def alternately(position: Any, index: Any, size: int, seed: int, xp: ModuleType 
       index: what `example_index` gives for them.
     """
     epoch = xp.asarray(position, xp.uint32) // xp.uint32(size)
-    first = _mix(xp.asarray(index).astype(xp.uint32) + _mix(xp.asarray(seed % 2**32, xp.uint32), xp), xp)
+    first = _mix(_mix(xp.asarray(index).astype(xp.uint32), xp) + xp.uint32(seed % 2**32), xp)
     return (first + epoch) % xp.uint32(2) == 1
 
 
