@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,8 @@ class Contender:
 def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict[str, dict[str, Any]]:
     """Times contenders in the order A B C A B C ..., `rounds` times each after `warmup` calls.
 
-    Only one of the processes works at a time.
+    Only one of the processes works at a time; the others are stopped, their children too, since a loader that fills
+    its buffers again would take the time of the next one.
 
     Returns:
       name -> `seconds` and `kept` of each call and `setup` (seconds of build and warm-up), or `error` where a
@@ -57,17 +59,21 @@ def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict
         if kind == "ready":
             workers[contender.name] = (ours, process)
             results[contender.name] = {"seconds": [], "kept": [], "setup": value}
+            os.killpg(process.pid, signal.SIGSTOP)
         else:
             results[contender.name] = {"error": value}
     for _ in range(rounds):
-        for name, (pipe, _process) in workers.items():
+        for name, (pipe, process) in workers.items():
+            os.killpg(process.pid, signal.SIGCONT)
             pipe.send("go")
             kind, value = _receive(pipe)
+            os.killpg(process.pid, signal.SIGSTOP)
             if kind == "error":
                 raise RuntimeError(f"{name}: {value}")
             results[name]["seconds"].append(value.pop("seconds"))
             results[name]["kept"].append(value)
     for pipe, process in workers.values():
+        os.killpg(process.pid, signal.SIGCONT)
         pipe.send("end")
         process.join(5)
         process.terminate()
@@ -82,6 +88,7 @@ def _receive(pipe: Any) -> tuple[str, Any]:
 
 
 def _work(pipe: Any, contender: Contender, warmup: int) -> None:
+    os.setsid()
     try:
         began = time.perf_counter()
         call = contender.build(**contender.arguments)
