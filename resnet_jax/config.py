@@ -20,6 +20,9 @@ class ModelConfig:
     """A name from `resnet-jax models`."""
     num_classes: int | None = None
     """Outputs of the head; None takes the number of classes in the data."""
+    pretrained: str | None = None
+    """Weights to start from: a tag such as resnet50.tv2_in1k, a file, hf-hub:OWNER/NAME, a run's folder. Preprocessing
+    fields that the recipe leaves at their defaults become those of the weights."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and convolutions; parameters, statistics, logits and loss are float32 always."""
     shortcut: Literal["A", "B", "C", "D", "none"] | None = None
@@ -30,6 +33,20 @@ class ModelConfig:
     """Keep running variances the PyTorch way, n / (n - 1)."""
     zero_init_last: bool = True
     """Every residual branch starts at zero."""
+    act: Literal["relu", "silu", "gelu", "identity"] | None = None
+    """Activation in place of the model's own."""
+    attention: Literal["none", "se", "eca"] | None = None
+    """Attention over channels in place of the model's own."""
+    anti_alias: Literal["none", "average", "blur"] | None = None
+    """Low pass before pixels are left out, in place of the model's own."""
+    drop_rate: float | None = None
+    """Of the dropout before the head."""
+    drop_path_rate: float | None = None
+    """Share of the images whose last branch is left out in training; it falls to 0 at the first."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """The image never shrinks further than by this; later stages are dilated instead."""
+    global_pool: Literal["avg", "max", "avgmax", "catavgmax"] | None = None
+    """Pooling before the head."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,8 @@ class AugmentConfig:
     """Alpha of CutMix (Yun et al. 2019); 0 for none. With mixup, each batch takes one of them by a coin."""
     eval_crop: float = 1.0
     """Test images are resized to eval_image_size / eval_crop on the short side, then cut out at the centre."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized; antialiased in both cases."""
     eval_flip: bool = False
     """Test images are seen as they are and mirrored, and the two logits are averaged."""
 

@@ -1,4 +1,4 @@
-"""Layers of residual networks: convolution, norms, pooling. Images are [batch, height, width, channel]."""
+"""Layers of residual networks: convolution, norms, drop path. Images are [batch, height, width, channel]."""
 
 from collections.abc import Callable
 from functools import partial
@@ -98,13 +98,18 @@ def _convolve_in_chunks_jvp(
 
 
 class Conv(nn.Module):
-    """A convolution without bias: `conv2d` with a float32 kernel of its own, He normal (fan-out) at the start."""
+    """A convolution without bias: `conv2d` with a float32 kernel of its own, He normal (fan-out) at the start.
+
+    Attributes:
+      standardized: the kernel of each output channel gets mean 0 and variance 1 first (Qiao et al. 2019).
+    """
 
     features: int
     kernel_size: int = 3
     strides: int = 1
     dilation: int = 1
     groups: int = 1
+    standardized: bool = False
     dtype: Dtype = jnp.float32
     kernel_init: Initializer = he_normal_fan_out
 
@@ -112,6 +117,9 @@ class Conv(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        if self.standardized:
+            kernel = kernel - kernel.mean((0, 1, 2))
+            kernel = kernel * lax.rsqrt(jnp.square(kernel).mean((0, 1, 2)) + 1e-8)
         return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.dilation, self.groups)
 
 
@@ -203,14 +211,41 @@ class FoldedNorm(nn.Module):
         return (x.astype(jnp.float32) + bias).astype(self.dtype)
 
 
-def max_pool(x: Array) -> Array:
-    """3x3 maximum with stride 2 and one row of -inf around the image: [batch, ceil(h / 2), ceil(w / 2), channel]."""
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+class DropPath(nn.Module):
+    """Zero for a random share of the images of a batch when training, and scaled up for the rest (Huang et al. 2016).
+
+    Draws from the `dropout` random numbers.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        if not train or self.rate == 0:
+            return x
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.shape[0], 1, 1, 1))
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
-def average_pool(x: Array, strides: int) -> Array:
-    """Mean over windows of `strides` squared; at an odd border over the pixels that are there (He et al. 2019)."""
-    if strides == 1:
-        return x
-    padding = [(0, -size % strides) for size in x.shape[1:3]]
-    return nn.avg_pool(x, (strides, strides), strides=(strides, strides), padding=padding, count_include_pad=False)
+NORMS: dict[str, Any] = {
+    "batch": BatchNorm,
+    "frozen_batch": partial(BatchNorm, frozen=True),
+    "group": GroupNorm,
+    "folded": FoldedNorm,
+}
+
+
+def make_norm(kind: str, dtype: Dtype, unbiased_variance: bool = False, epsilon: float = 1e-5) -> Any:
+    """The class of a norm with everything but its name set.
+
+    Args:
+      kind: `batch`, `frozen_batch`, `group`, or `folded`, which `fold_batch_norm` makes.
+    """
+    if kind not in NORMS:
+        raise ValueError(f"norm {kind!r} is unknown; choose one of {', '.join(NORMS)}")
+    options: dict[str, Any] = {"dtype": dtype}
+    if kind != "folded":
+        options["epsilon"] = epsilon
+    if kind in ("batch", "frozen_batch"):
+        options["unbiased_variance"] = unbiased_variance
+    return partial(NORMS[kind], **options)

@@ -1,50 +1,28 @@
-"""The table of named models, and how to make one."""
+"""Models by name: making them, listing them, counting what they hold and cost."""
 
 import difflib
 import fnmatch
 import math
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, ModelConfig
+from resnet_jax.models.densenet import DenseNet
+from resnet_jax.models.googlenet import GoogLeNet
+from resnet_jax.models.layers import BatchNorm, Conv, GroupNorm
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.models.table import DENSENETS, GOOGLENETS, RESNETS
 
-IMAGENET: dict[str, dict[str, Any]] = {
-    "resnet18": {"stage_sizes": (2, 2, 2, 2), "block": "basic"},
-    "resnet34": {"stage_sizes": (3, 4, 6, 3), "block": "basic"},
-    "resnet50": {"stage_sizes": (3, 4, 6, 3)},
-    "resnet101": {"stage_sizes": (3, 4, 23, 3)},
-    "resnet152": {"stage_sizes": (3, 8, 36, 3)},
-    "resnet200": {"stage_sizes": (3, 24, 36, 3)},
-    "resnet50d": {"stage_sizes": (3, 4, 6, 3), "stem": "deep", "shortcut": "D"},
-    "wide_resnet50_2": {"stage_sizes": (3, 4, 6, 3), "base_width": 128},
-    "wide_resnet101_2": {"stage_sizes": (3, 4, 23, 3), "base_width": 128},
-    "resnext50_32x4d": {"stage_sizes": (3, 4, 6, 3), "cardinality": 32, "base_width": 4},
-    "resnext101_32x8d": {"stage_sizes": (3, 4, 23, 3), "cardinality": 32, "base_width": 8},
-    "resnetv2_50": {"stage_sizes": (3, 4, 6, 3), "preact": True},
-    "resnetv2_101": {"stage_sizes": (3, 4, 23, 3), "preact": True},
-    "resnetv2_152": {"stage_sizes": (3, 8, 36, 3), "preact": True},
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{name: (ResNet, row) for name, row in RESNETS.items()},
+    **{name: (DenseNet, row) for name, row in DENSENETS.items()},
+    **{name: (GoogLeNet, row) for name, row in GOOGLENETS.items()},
 }
-
-
-def _cifar(blocks: int, **fields: Any) -> dict[str, Any]:
-    """Three stages of `blocks` blocks on a 3x3 stem of 16 channels (He et al. 2015, section 4.2)."""
-    row = {"stage_sizes": (blocks,) * 3, "block": "basic", "widths": (16, 32, 64), "stem_width": 16}
-    return row | {"stem": "3x3", "stem_pool": False, "num_classes": 10} | fields
-
-
-CIFAR: dict[str, dict[str, Any]] = {
-    **{f"cifar_resnet{n}": _cifar((n - 2) // 6, shortcut="A") for n in (20, 32, 44, 56, 110, 1202)},
-    **{f"cifar_plain{n}": _cifar((n - 2) // 6, shortcut="none") for n in (20, 32, 44, 56, 110, 1202)},
-    **{f"cifar_resnetv2_{n}": _cifar((n - 2) // 9, block="bottleneck", preact=True) for n in (164, 1001)},
-    "cifar_wrn_28_10": _cifar(4, preact=True, widths=(160, 320, 640)),
-    "cifar_resnet18": _cifar(0, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem_width=64),
-}
-
-MODELS = IMAGENET | CIFAR
+"""Name -> module and the fields in which the model differs from the module's defaults."""
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -57,26 +35,86 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
     Args:
       name: a name from `list_models()`.
-      **overrides: fields of `ResNet` that differ from the named model's: `num_classes`, `dtype`, `shortcut`, ...
+      **overrides: fields of its module that differ from the named model's: `num_classes`, `in_channels`, `act`,
+        `norm`, `attention`, `anti_alias`, `output_stride`, `drop_rate`, `drop_path_rate`, `global_pool`, `dtype`, ...
 
     Raises:
       InputError: the name or a field is unknown; the message has the nearest ones.
     """
     if name not in MODELS:
-        raise InputError(f"no model is called {name!r}; {_nearest(name, MODELS)} See `resnet-jax models`.")
-    fields = [f for f in ResNet.__dataclass_fields__ if f not in ("parent", "name")]
+        raise InputError(f"no model is called {name!r}; {nearest(name, MODELS)} See `resnet-jax models`.")
+    module, row = MODELS[name]
+    fields = [f for f in module.__dataclass_fields__ if f not in ("parent", "name")]
     for field in overrides:
         if field not in fields:
-            raise InputError(f"{name} has no field {field!r}; {_nearest(field, fields)}")
-    return ResNet(**(MODELS[name] | overrides))
+            raise InputError(f"{name} has no field {field!r}; {nearest(field, fields)}")
+    return module(**(row | overrides))
 
 
-def _nearest(word: str, words: Any) -> str:
+def model_fields(recipe: ModelConfig) -> dict[str, Any]:
+    """The fields of a recipe's model that differ from the named model's, apart from classes and type."""
+    apart = ("name", "num_classes", "pretrained", "compute_dtype")
+    default = ModelConfig()
+    names = [name for name in ModelConfig.__dataclass_fields__ if name not in apart]
+    return {name: value for name in names if (value := getattr(recipe, name)) != getattr(default, name)}
+
+
+def nearest(word: str, words: Any) -> str:
+    """A sentence that names the words most like a wrong one, or all where none is."""
     near = difflib.get_close_matches(word, list(words), n=3, cutoff=0.4)
     return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(sorted(words))}."
 
 
+@lru_cache(maxsize=256)
+def variable_shapes(model: Any) -> Any:
+    """Shapes and types of a model's variables; nothing is allocated."""
+    images = jax.ShapeDtypeStruct((1, 64, 64, model.in_channels), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable values, from shapes alone: running statistics do not count, nothing is allocated."""
-    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variable_shapes(model)["params"]))
+
+
+class Feature(NamedTuple):
+    """An endpoint of a model: `stride` is how many times the image is larger."""
+
+    name: str
+    channels: int
+    stride: int
+
+
+def feature_info(model: Any) -> list[Feature]:
+    """The maps that `model.apply(..., endpoints=True)` returns beside the logits, for those who build on them."""
+    images = jax.ShapeDtypeStruct((1, 256, 256, model.in_channels), jnp.float32)
+    maps = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), jnp.zeros(images.shape), endpoints=True))
+    taps = maps[0][1]
+    names = ["stem", *sorted(name for name in taps if name.startswith("stage"))]
+    return [Feature(name, taps[name].shape[-1], 256 // taps[name].shape[1]) for name in names]
+
+
+def count_macs(model: Any, size: int) -> int:
+    """Multiply-adds of one image of size x size, counted as timm's tables do: convolutions, dense layers, and norms.
+
+    An element costs 2 in batch normalisation, 5 in group normalisation, and a standardised weight 4.
+    """
+    total = 0
+
+    def count(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        nonlocal total
+        out, module = call(*args, **kwargs), context.module
+        if context.method_name != "__call__":
+            return out
+        if isinstance(module, Conv):
+            kernel = module.kernel_size**2 * args[0].shape[-1] // module.groups
+            total += out.size * kernel + (4 * kernel * out.shape[-1] if module.standardized else 0)
+        elif isinstance(module, nn.Dense):
+            total += out.size * args[0].shape[-1]
+        elif isinstance(module, BatchNorm | GroupNorm):
+            total += out.size * (2 if isinstance(module, BatchNorm) else 5)
+        return out
+
+    with nn.intercept_methods(count):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, model.in_channels)))
+    return total

@@ -1,4 +1,4 @@
-"""One module for all residual networks; the named ones are rows of the table in `registry.py`."""
+"""One module for all residual networks; the named ones are rows of the table in `table.py`."""
 
 from functools import partial
 from typing import Any
@@ -8,18 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.blocks import BASIC, BOTTLENECK, PreactBlock, ResidualBlock
-from resnet_jax.models.layers import ACTIVATIONS, BatchNorm, Conv, Dtype, FoldedNorm, GroupNorm, max_pool
+from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
+from resnet_jax.models.pooling import ANTI_ALIASES, anti_alias, max_pool, pool_and_classify
 
 Array = jax.Array
 
 BLOCKS = {"basic": (BASIC, 1), "bottleneck": (BOTTLENECK, 4)}
 STEMS = ("7x7", "3x3", "deep", "deep_tiered")
-NORMS: dict[str, Any] = {
-    "batch": BatchNorm,
-    "frozen_batch": partial(BatchNorm, frozen=True),
-    "group": GroupNorm,
-    "folded": FoldedNorm,
-}
+STEM_POOLS = ("max", "max_zero", "conv", "none")
 
 
 class Stem(nn.Module):
@@ -53,17 +49,58 @@ class Stem(nn.Module):
         return x
 
 
-class Stage(nn.Module):
-    """Equal blocks in a row; the first one has the stride and changes the number of channels."""
+class StemPool(nn.Module):
+    """Halves what the stem puts out; the fields are those of `ResNet`."""
 
-    size: int
-    block: Any
-    strides: int
+    kind: str
+    anti_alias: str
+    conv: Any
+    norm: Any
+    act: Any
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        for i in range(1, self.size + 1):
-            x = self.block(strides=self.strides if i == 1 else 1, name=f"block{i}")(x, train)
+        if self.kind not in STEM_POOLS or self.anti_alias not in ANTI_ALIASES:
+            raise ValueError(
+                f"stem_pool {self.kind!r} or anti_alias {self.anti_alias!r} is unknown; "
+                f"choose one of {', '.join(STEM_POOLS)} and one of {', '.join(ANTI_ALIASES)}"
+            )
+        smooth = self.anti_alias != "none"
+        if self.kind == "none":
+            return x
+        if self.kind == "conv":
+            x = self.conv(x.shape[-1], 3, 1 if smooth else 2, name="conv")(x)
+            x = anti_alias(x, self.anti_alias, 2) if smooth else x
+            return self.act(self.norm(name="norm")(x, train))
+        if not smooth:
+            return max_pool(x, zero_border=self.kind == "max_zero")
+        return anti_alias(max_pool(x, strides=1) if self.anti_alias == "blur" else x, self.anti_alias, 2)
+
+
+class Stage(nn.Module):
+    """Blocks in a row; the first one has the stride and changes the number of channels.
+
+    Attributes:
+      drop_paths: one rate a block; their number is the number of blocks.
+      first_dilation: of the first block's strided convolution.
+    """
+
+    block: Any
+    drop_paths: tuple[float, ...]
+    strides: int
+    dilation: int = 1
+    first_dilation: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        for i, rate in enumerate(self.drop_paths, start=1):
+            x = self.block(
+                strides=self.strides if i == 1 else 1,
+                dilation=self.dilation,
+                first_dilation=self.first_dilation if i == 1 else self.dilation,
+                drop_path=rate,
+                name=f"block{i}",
+            )(x, train)
         return x
 
 
@@ -74,43 +111,66 @@ class ResNet(nn.Module):
     `stem/conv`, `stage3/block2/conv1`, `stage2/block1/shortcut/conv`, `head`.
 
     Sources: He et al. 2015 (arXiv:1512.03385), He et al. 2016 (1603.05027, `preact`), Xie et al. 2016 (1611.05431,
-    `cardinality`), Zagoruyko and Komodakis 2016 (1605.07146, `base_width` and `widths`), He et al. 2019 (1812.01187,
-    stem `deep`, shortcut `D`).
+    `cardinality`), Zagoruyko and Komodakis 2016 (1605.07146, `base_width` and `widths`), Hu et al. 2017 (1709.01507,
+    `attention`), He et al. 2019 (1812.01187, stem `deep`, shortcut `D`), Zhang 2019 (1904.11486, `anti_alias`),
+    Kolesnikov et al. 2019 (1912.11370, `standardized`), Bello et al. 2021 (2103.07579, `stem_pool` conv).
 
     Attributes:
       stage_sizes: blocks in each stage; every stage after the first halves the image.
-      block: `basic` (3x3, 3x3) or `bottleneck` (1x1, 3x3, 1x1, four times wider outside).
+      block: `basic` (3x3, 3x3) or `bottleneck` (1x1, 3x3, 1x1, four times wider outside), or one for each stage.
       preact: norm and activation come before each convolution.
       widths: channels inside each stage's blocks.
       cardinality: groups of the bottleneck's 3x3.
       base_width: width of a group's 3x3 in the first stage; (1, 64) is the plain bottleneck.
+      reduce_first: a bottleneck's first convolution is so many times narrower than its second.
       stem: `7x7`, `3x3`, `deep` or `deep_tiered`.
       stem_width: channels that leave the stem.
-      stem_pool: a 3x3 maximum with stride 2 follows the stem.
+      stem_pool: what halves them: `max` (3x3), `max_zero` (with a border of zeros), `conv`, or `none`.
       shortcut: `A`, `B`, `C`, `D`, or `none` for the plain twin.
+      shortcut_kernel: size of a projection where the image shrinks.
+      attention: `none`, `se` or `eca`, at the end of each branch.
+      attention_ratio: of `se`.
+      anti_alias: low pass before pixels are left out: `none`, `average` or `blur`. Not with `preact`.
       norm: `batch`, `frozen_batch` (running statistics only, nothing of the norm trains), `group`,
         or `folded`, which `fold_batch_norm` makes.
       unbiased_variance: running variances are kept the PyTorch way, n / (n - 1).
-      activation: `relu`, `silu`, `gelu` or `identity`.
+      standardized: kernels are standardised before they are used.
+      act: `relu`, `silu`, `gelu` or `identity`.
       zero_init_last: every branch starts at zero. Without effect on plain blocks.
-      num_classes: None returns the pooled features [batch, channel] instead of logits.
+      output_stride: the image never shrinks further than by this (8, 16 or 32); later stages are dilated instead.
+      drop_path_rate: share of the images whose last branch is left out when training; falls to 0 at the first branch.
+      drop_rate: of the dropout before the head.
+      global_pool: `avg`, `max`, `avgmax`, `catavgmax`, or `none`, which needs `num_classes=None`.
+      in_channels: of the images.
+      num_classes: None or 0 returns the pooled features [batch, channel] instead of logits.
       dtype: float32 or bfloat16.
     """
 
     stage_sizes: tuple[int, ...]
-    block: str = "bottleneck"
+    block: str | tuple[str, ...] = "bottleneck"
     preact: bool = False
     widths: tuple[int, ...] = (64, 128, 256, 512)
     cardinality: int = 1
     base_width: int = 64
+    reduce_first: int = 1
     stem: str = "7x7"
     stem_width: int = 64
-    stem_pool: bool = True
+    stem_pool: str = "max"
     shortcut: str = "B"
+    shortcut_kernel: int = 1
+    attention: str = "none"
+    attention_ratio: float = 1 / 16
+    anti_alias: str = "none"
     norm: str = "batch"
     unbiased_variance: bool = False
-    activation: str = "relu"
+    standardized: bool = False
+    act: str = "relu"
     zero_init_last: bool = True
+    output_stride: int = 32
+    drop_path_rate: float = 0.0
+    drop_rate: float = 0.0
+    global_pool: str = "avg"
+    in_channels: int = 3
     num_classes: int | None = 1000
     dtype: Dtype = jnp.float32
 
@@ -120,45 +180,84 @@ class ResNet(nn.Module):
 
         Args:
           images: float [batch, height, width, channel], normalised.
-          train: normalise with the statistics of the batch; then apply with `mutable=["batch_stats"]`.
+          train: normalise with the statistics of the batch; then apply with `mutable=["batch_stats"]`, and with
+            `rngs={"dropout": key}` where a drop rate is set.
           endpoints: return also what each part puts out: `stem` (before the pool), `stage1`, ..., `features`.
 
         Returns:
           logits, or (logits, endpoints).
         """
-        conv = partial(Conv, dtype=self.dtype)
-        norm, act = self._norm(), ACTIVATIONS[self.activation]
+        check_channels(images, self.in_channels)
+        self._check()
+        conv = partial(Conv, dtype=self.dtype, standardized=self.standardized)
+        norm, act = make_norm(self.norm, self.dtype, self.unbiased_variance), ACTIVATIONS[self.act]
         x = Stem(self.stem, self.stem_width, self.preact, conv, norm, act, name="stem")(images, train)
         taps = {"stem": x}
-        if self.stem_pool:
-            x = max_pool(x)
-        for i, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
-            block = partial(self._block(width), conv=conv, norm=norm, act=act)
-            x = Stage(size, block, strides=1 if i == 1 else 2, name=f"stage{i}")(x, train)
-            taps[f"stage{i}"] = x
+        x = StemPool(self.stem_pool, self.anti_alias, conv, norm, act, name="stem_pool")(x, train)
+        strides = self._strides()
+        for i, rates in enumerate(self._drop_paths()):
+            block = partial(self._block(i), conv=conv, norm=norm, act=act)
+            x = Stage(block, rates, *strides[i], name=f"stage{i + 1}")(x, train)
+            taps[f"stage{i + 1}"] = x
         if self.preact:
             x = act(norm(name="norm")(x, train))
-        out = taps["features"] = x.astype(jnp.float32).mean((1, 2))
-        if self.num_classes is not None:
-            out = nn.Dense(self.num_classes, name="head")(out)
+        taps["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
         return (out, taps) if endpoints else out
 
-    def _block(self, width: int) -> Any:
-        kernels, expansion = BLOCKS[self.block]
+    def _check(self) -> None:
+        if self.act not in ACTIVATIONS:
+            raise ValueError(f"act {self.act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+        if self.output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride {self.output_stride} is impossible; choose one of 8, 16, 32")
+        if self.preact and self.anti_alias != "none":
+            raise ValueError("anti_alias is not made for pre-activation networks: leave it at none")
+
+    def _strides(self) -> list[tuple[int, int, int]]:
+        """(strides, dilation, first dilation) of each stage, such that `output_stride` is kept."""
+        reached = (1 if self.stem == "3x3" else 2) * (1 if self.stem_pool == "none" else 2)
+        dilation, layout = 1, []
+        for i in range(len(self.stage_sizes)):
+            before, strides = dilation, 1 if i == 0 else 2
+            if reached >= self.output_stride:
+                dilation, strides = dilation * strides, 1
+            reached *= strides
+            layout.append((strides, dilation, before))
+        return layout
+
+    def _drop_paths(self) -> list[tuple[float, ...]]:
+        """The rate of each block of each stage: linear in depth, 0 at the first (Huang et al. 2016)."""
+        depth = max(1, sum(self.stage_sizes) - 1)
+        starts = [sum(self.stage_sizes[:i]) for i in range(len(self.stage_sizes))]
+        return [
+            tuple(self.drop_path_rate * (start + i) / depth for i in range(size))
+            for start, size in zip(starts, self.stage_sizes, strict=True)
+        ]
+
+    def _block(self, stage: int) -> Any:
+        kernels, expansion = BLOCKS[self.block if isinstance(self.block, str) else self.block[stage]]
+        width = self.widths[stage]
         inner = width * self.base_width // 64 * self.cardinality
+        smooth = {} if self.preact else {"anti_alias": self.anti_alias}
         return partial(
             PreactBlock if self.preact else ResidualBlock,
             features=width * expansion,
             kernels=kernels,
             width=inner,
+            first_width=inner // self.reduce_first,
             groups=self.cardinality,
             shortcut=self.shortcut,
+            shortcut_kernel=self.shortcut_kernel,
+            attention=self.attention,
+            attention_ratio=self.attention_ratio,
             zero_init_last=self.zero_init_last,
+            **smooth,
         )
 
-    def _norm(self) -> Any:
-        if self.norm not in NORMS:
-            raise ValueError(f"norm {self.norm!r} is unknown; choose one of {', '.join(NORMS)}")
-        batch = self.norm in ("batch", "frozen_batch")
-        options = {"unbiased_variance": self.unbiased_variance} if batch else {}
-        return partial(NORMS[self.norm], dtype=self.dtype, **options)
+
+def check_channels(images: Array, channels: int) -> None:
+    """Raises ValueError where images have another number of channels than the model was made for."""
+    if images.shape[-1] != channels:
+        raise ValueError(
+            f"images of shape {images.shape} have {images.shape[-1]} channels, the model takes {channels}: "
+            f"make it with in_channels={images.shape[-1]}, or bring them to [batch, height, width, {channels}]"
+        )

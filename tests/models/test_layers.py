@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.models.layers import BatchNorm, GroupNorm, average_pool, conv2d, max_pool
+from resnet_jax.models.layers import BatchNorm, GroupNorm, conv2d
+from resnet_jax.models.pooling import average_pool, max_pool
 
 X = np.random.default_rng(0).normal(1.0, 2.0, size=(4, 9, 9, 32)).astype(np.float32)
 

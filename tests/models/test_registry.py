@@ -1,23 +1,13 @@
+import csv
+from pathlib import Path
+
+import jax
 import pytest
 
 from resnet_jax import InputError, create_model, list_models
-from resnet_jax.models.registry import count_parameters
+from resnet_jax.models.registry import count_macs, count_parameters, feature_info, variable_shapes
 
-PARAMETERS = {  # timm's own counts; the nets for CIFAR by the arithmetic of their papers
-    "resnet18": 11_689_512,
-    "resnet34": 21_797_672,
-    "resnet50": 25_557_032,
-    "resnet101": 44_549_160,
-    "resnet152": 60_192_808,
-    "resnet200": 64_673_832,
-    "resnet50d": 25_576_264,
-    "wide_resnet50_2": 68_883_240,
-    "wide_resnet101_2": 126_886_696,
-    "resnext50_32x4d": 25_028_904,
-    "resnext101_32x8d": 88_791_336,
-    "resnetv2_50": 25_549_352,
-    "resnetv2_101": 44_541_480,
-    "resnetv2_152": 60_185_128,
+CIFAR = {  # by the arithmetic of their papers
     "cifar_resnet20": 269_722,
     "cifar_resnet32": 464_154,
     "cifar_resnet44": 658_586,
@@ -29,12 +19,55 @@ PARAMETERS = {  # timm's own counts; the nets for CIFAR by the arithmetic of the
     "cifar_wrn_28_10": 36_479_194,
     "cifar_resnet18": 11_173_962,
 }
+TIMM = {  # timm's own counts of parameters and of tensors in a state dict
+    row["name"]: (int(row["parameters"]), int(row["state_tensors"]))
+    for row in csv.DictReader(Path(__file__).with_name("timm_models.csv").read_text().splitlines())
+}
 
 
-@pytest.mark.parametrize("name", list_models())
-def test_parameter_count(name):
-    twin = name.replace("plain", "resnet")
-    assert count_parameters(create_model(name)) == PARAMETERS[twin]
+@pytest.mark.parametrize("name", TIMM)
+def test_parameters_and_tensors_are_those_of_timm(name):
+    model = create_model(name)
+    shapes = variable_shapes(model)
+    statistics = len(jax.tree.leaves(shapes.get("batch_stats", {})))
+    tensors = len(jax.tree.leaves(shapes)) + statistics // 2  # and `num_batches_tracked` of each norm
+    assert (count_parameters(model), tensors) == TIMM[name]
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if name not in TIMM])
+def test_parameters_of_the_others(name):
+    expected = CIFAR | {"googlenet": 6_624_904}  # torchvision's
+    assert count_parameters(create_model(name)) == expected[name.replace("plain", "resnet")]
+
+
+GIGA_MACS = {  # timm's benchmark of inference in 2024, at 224 and otherwise as given
+    "resnet18": 1.82,
+    "resnet50": 4.11,
+    "resnet50d": 4.35,
+    "resnet50_gn": 4.14,
+    "seresnext50_32x4d": 4.26,
+    "resnetblur50": 5.16,
+    "senet154": 20.77,
+    "wide_resnet50_2": 11.43,
+    "resnetv2_50": 4.11,
+    "resnetv2_50x1_bit": 4.23,
+    "densenet121": 2.87,
+}
+
+
+@pytest.mark.parametrize("name", GIGA_MACS)
+def test_multiply_adds_are_those_of_timm(name):
+    assert count_macs(create_model(name), 224) / 1e9 == pytest.approx(GIGA_MACS[name], rel=0.01)
+
+
+def test_feature_info_names_stages_channels_and_strides():
+    strides = [2, 4, 8, 16, 32]
+    info = feature_info(create_model("resnet50d"))
+    assert [tuple(feature) for feature in info] == list(
+        zip(("stem", "stage1", "stage2", "stage3", "stage4"), (64, 256, 512, 1024, 2048), strides, strict=True)
+    )
+    assert [f.stride for f in feature_info(create_model("resnet18", output_stride=8))] == [2, 4, 8, 8, 8]
+    assert [f.channels for f in feature_info(create_model("densenet121"))] == [64, 256, 512, 1024, 1024]
 
 
 def test_projection_shortcuts_add_what_the_paper_says():
@@ -42,7 +75,7 @@ def test_projection_shortcuts_add_what_the_paper_says():
 
 
 def test_list_models_matches_a_pattern():
-    assert list_models("resnext*") == ["resnext101_32x8d", "resnext50_32x4d"]
+    assert list_models("wide*") == ["wide_resnet101_2", "wide_resnet50_2"]
 
 
 def test_unknown_model_names_the_nearest():

@@ -25,7 +25,7 @@ CONFIG = Config(
 
 def net(dtype=jnp.float32):
     row = {"stage_sizes": (1, 1), "block": "basic", "widths": (8, 16), "stem": "3x3", "stem_width": 8}
-    return ResNet(**row, stem_pool=False, num_classes=7, dtype=dtype, zero_init_last=False)
+    return ResNet(**row, stem_pool="none", num_classes=7, dtype=dtype, zero_init_last=False)
 
 
 def new_state(model, optimizer):

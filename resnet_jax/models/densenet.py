@@ -1,0 +1,100 @@
+"""DenseNet: every layer sees what all layers before it put out, joined instead of added (Huang et al. 2016)."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
+from resnet_jax.models.pooling import pool_and_classify
+from resnet_jax.models.resnet import Stem, StemPool, check_channels
+
+Array = jax.Array
+
+
+class DenseLayer(nn.Module):
+    """norm, act, 1x1 to four times the growth, norm, act, 3x3 to the growth: what a layer adds to its input."""
+
+    growth: int
+    conv: Any
+    norm: Any
+    act: Any
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        y = self.conv(4 * self.growth, 1, name="conv1")(self.act(self.norm(name="norm1")(x, train)))
+        return self.conv(self.growth, 3, name="conv2")(self.act(self.norm(name="norm2")(y, train)))
+
+
+class DenseStage(nn.Module):
+    """Layers whose outputs are joined to their inputs."""
+
+    size: int
+    layer: Any
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        for i in range(1, self.size + 1):
+            x = jnp.concatenate([x, self.layer(name=f"block{i}")(x, train)], -1)
+        return x
+
+
+class Transition(nn.Module):
+    """norm, act, a 1x1 convolution to half the channels, and the mean over 2x2: between two stages."""
+
+    conv: Any
+    norm: Any
+    act: Any
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        x = self.conv(x.shape[-1] // 2, 1, name="conv")(self.act(self.norm(name="norm")(x, train)))
+        return nn.avg_pool(x, (2, 2), strides=(2, 2))
+
+
+class DenseNet(nn.Module):
+    """DenseNet-BC: images [batch, height, width, channel] -> logits [batch, num_classes] in float32.
+
+    Huang et al. 2016 (arXiv:1608.06993). Paths: `stem/conv`, `stage1/block6/conv2`, `transition1/conv`, `head`.
+
+    Attributes:
+      stage_sizes: layers in each stage.
+      growth: channels that each layer adds; twice as many leave the stem.
+      anti_alias: low pass in the stem's pool: `none`, `average` or `blur`.
+      stem, act, norm, unbiased_variance, drop_rate, global_pool, in_channels, num_classes, dtype: as in `ResNet`.
+    """
+
+    stage_sizes: tuple[int, ...]
+    growth: int = 32
+    stem: str = "7x7"
+    anti_alias: str = "none"
+    norm: str = "batch"
+    unbiased_variance: bool = False
+    act: str = "relu"
+    drop_rate: float = 0.0
+    global_pool: str = "avg"
+    in_channels: int = 3
+    num_classes: int | None = 1000
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False, endpoints: bool = False) -> Any:
+        """Logits, and with `endpoints` what each part puts out; as `ResNet.__call__`."""
+        check_channels(images, self.in_channels)
+        conv = partial(Conv, dtype=self.dtype, kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"))
+        norm, act = make_norm(self.norm, self.dtype, self.unbiased_variance), ACTIVATIONS[self.act]
+        x = Stem(self.stem, 2 * self.growth, False, conv, norm, act, name="stem")(images, train)
+        taps = {"stem": x}
+        x = StemPool("max", self.anti_alias, conv, norm, act, name="stem_pool")(x, train)
+        layer = partial(DenseLayer, self.growth, conv, norm, act)
+        for i, size in enumerate(self.stage_sizes, start=1):
+            x = DenseStage(size, layer, name=f"stage{i}")(x, train)
+            if i == len(self.stage_sizes):
+                x = act(norm(name="norm")(x, train))
+            taps[f"stage{i}"] = x
+            if i < len(self.stage_sizes):
+                x = Transition(conv, norm, act, name=f"transition{i}")(x, train)
+        taps["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
+        return (out, taps) if endpoints else out

@@ -1,0 +1,120 @@
+"""GoogLeNet: four branches side by side, joined (Szegedy et al. 2014), with batch normalisation as in torchvision."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
+from resnet_jax.models.pooling import max_pool, pool_and_classify
+from resnet_jax.models.resnet import check_channels
+
+Array = jax.Array
+
+STAGES: tuple[tuple[tuple[int, ...], ...], ...] = (
+    ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64)),
+    (
+        (192, 96, 208, 16, 48, 64),
+        (160, 112, 224, 24, 64, 64),
+        (128, 128, 256, 24, 64, 64),
+        (112, 144, 288, 32, 64, 64),
+        (256, 160, 320, 32, 128, 128),
+    ),
+    ((256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128)),
+)
+"""Channels of each module: 1x1; 3x3 reduced, 3x3; second 3x3 reduced, second 3x3; behind the pool (Table 1)."""
+
+
+class Chain(nn.Module):
+    """Convolutions in a row, each with norm and activation; `layers` are (features, kernel, strides)."""
+
+    layers: tuple[tuple[int, int, int], ...]
+    conv: Any
+    norm: Any
+    act: Any
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        for i, (features, kernel, strides) in enumerate(self.layers, start=1):
+            x = self.conv(features, kernel, strides, name=f"conv{i}")(x)
+            x = self.act(self.norm(name=f"norm{i}")(x, train))
+        return x
+
+
+class Inception(nn.Module):
+    """Four branches over one input, joined along the channels.
+
+    The third branch has a 3x3 where the paper has a 5x5, as torchvision's weights need it.
+    """
+
+    widths: tuple[int, ...]
+    chain: Any
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        one, reduced3, three, reduced5, five, pooled = self.widths
+        branches = [
+            self.chain(((one, 1, 1),), name="branch1")(x, train),
+            self.chain(((reduced3, 1, 1), (three, 3, 1)), name="branch2")(x, train),
+            self.chain(((reduced5, 1, 1), (five, 3, 1)), name="branch3")(x, train),
+            self.chain(((pooled, 1, 1),), name="branch4")(max_pool(x, strides=1), train),
+        ]
+        return jnp.concatenate(branches, -1)
+
+
+class InceptionStage(nn.Module):
+    """Modules in a row."""
+
+    widths: tuple[tuple[int, ...], ...]
+    chain: Any
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        for i, widths in enumerate(self.widths, start=1):
+            x = Inception(widths, self.chain, name=f"block{i}")(x, train)
+        return x
+
+
+class GoogLeNet(nn.Module):
+    """GoogLeNet without its auxiliary heads: images [batch, height, width, channel] -> logits in float32.
+
+    Szegedy et al. 2014 (arXiv:1409.4842). Paths: `stem1/conv1`, `stage2/block5/branch3/conv2`, `head`.
+
+    Attributes:
+      norm, unbiased_variance, act, drop_rate, global_pool, in_channels, num_classes, dtype: as in `ResNet`.
+    """
+
+    norm: str = "batch"
+    unbiased_variance: bool = False
+    act: str = "relu"
+    drop_rate: float = 0.2
+    global_pool: str = "avg"
+    in_channels: int = 3
+    num_classes: int | None = 1000
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False, endpoints: bool = False) -> Any:
+        """Logits, and with `endpoints` what each part puts out; as `ResNet.__call__`."""
+        check_channels(images, self.in_channels)
+        init = nn.initializers.truncated_normal(0.01)
+        conv = partial(Conv, dtype=self.dtype, kernel_init=init)
+        norm = make_norm(self.norm, self.dtype, self.unbiased_variance, epsilon=1e-3)
+        chain = partial(Chain, conv=conv, norm=norm, act=ACTIVATIONS[self.act])
+        x = chain(((64, 7, 2),), name="stem1")(images, train)
+        taps = {"stem": x}
+        x = chain(((64, 1, 1), (192, 3, 1)), name="stem2")(ceil_max_pool(x, 3), train)
+        for i, widths in enumerate(STAGES, start=1):
+            x = InceptionStage(widths, chain, name=f"stage{i}")(ceil_max_pool(x, 3 if i < 3 else 2), train)
+            taps[f"stage{i}"] = x
+        taps["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
+        return (out, taps) if endpoints else out
+
+
+def ceil_max_pool(x: Array, window: int) -> Array:
+    """Maximum with stride 2 from the first pixel on; the last window may hang over (`ceil_mode` in PyTorch)."""
+    sizes = [-(-(size - window) // 2) * 2 + window for size in x.shape[1:3]]
+    padding = [(0, max(0, whole - size)) for whole, size in zip(sizes, x.shape[1:3], strict=True)]
+    return nn.max_pool(x, (window, window), strides=(2, 2), padding=padding)

@@ -1,0 +1,79 @@
+"""Pooling, anti-aliasing, and the head. Images are [batch, height, width, channel]."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+GLOBAL_POOLS = ("avg", "max", "avgmax", "catavgmax", "none")
+ANTI_ALIASES = ("none", "average", "blur")
+
+
+def max_pool(x: Array, window: int = 3, strides: int = 2, zero_border: bool = False) -> Array:
+    """Maximum over windows: [batch, ceil(h / strides), ceil(w / strides), channel] for a window of 3.
+
+    The border is -inf, `(window - 1) // 2` wide; `zero_border` makes it zero, as Big Transfer's networks have it.
+    """
+    edge = (window - 1) // 2
+    if zero_border:
+        x, edge = jnp.pad(x, ((0, 0), (edge, edge), (edge, edge), (0, 0))), 0
+    return nn.max_pool(x, (window, window), strides=(strides, strides), padding=((edge, edge), (edge, edge)))
+
+
+def average_pool(x: Array, strides: int, dilation: int = 1) -> Array:
+    """Mean over 2x2 windows; at an odd border over the pixels that are there (He et al. 2019).
+
+    Without stride and dilation it is x itself; in a dilated stage the windows overlap, the size stays, and zeros stand
+    beyond the border, as in timm.
+    """
+    if dilation > 1:
+        return nn.avg_pool(x, (2, 2), padding=((0, 1), (0, 1)))
+    if strides == 1:
+        return x
+    padding = [(0, -size % strides) for size in x.shape[1:3]]
+    return nn.avg_pool(x, (2, 2), strides=(strides, strides), padding=padding, count_include_pad=False)
+
+
+def anti_alias(x: Array, kind: str, strides: int) -> Array:
+    """Takes every `strides`-th pixel after a low pass: `average` over 2x2, or `blur` by [1, 2, 1] (Zhang 2019)."""
+    if kind == "blur":
+        return _blur(_blur(x, 1, strides), 2, strides)
+    return average_pool(x, strides)
+
+
+def _blur(x: Array, axis: int, strides: int) -> Array:
+    size = x.shape[axis]
+    padded = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)], mode="reflect")
+    left, centre, right = (lax.slice_in_dim(padded, i, i + size, strides, axis) for i in range(3))
+    return (left + 2 * centre + right) / 4
+
+
+def global_pool(x: Array, kind: str) -> Array:
+    """[batch, height, width, channel] -> float32 [batch, channel], twice the channels for `catavgmax`; `none`: x."""
+    if kind not in GLOBAL_POOLS:
+        raise ValueError(f"global_pool {kind!r} is unknown; choose one of {', '.join(GLOBAL_POOLS)}")
+    x = x.astype(jnp.float32)
+    if kind == "none":
+        return x
+    mean, maximum = x.mean((1, 2)), x.max((1, 2))
+    if kind == "catavgmax":
+        return jnp.concatenate([mean, maximum], -1)
+    return {"avg": mean, "max": maximum, "avgmax": (mean + maximum) / 2}[kind]
+
+
+def pool_and_classify(
+    x: Array, pool: str, drop_rate: float, num_classes: int | None, train: bool
+) -> tuple[Array, Array]:
+    """Pooled features and logits, both float32; without classes the features twice. To be called in a compact module.
+
+    The dense layer is called `head`; dropout draws from the `dropout` random numbers when training.
+    """
+    features = global_pool(x, pool)
+    if not num_classes:
+        return features, features
+    if pool == "none":
+        raise ValueError("global_pool none gives a map, not a vector that can be classified: add num_classes=None")
+    dropped = nn.Dropout(drop_rate, deterministic=not train)(features)
+    return features, nn.Dense(num_classes, name="head")(dropped)

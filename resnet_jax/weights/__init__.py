@@ -1,0 +1,1 @@
+"""Weights in from PyTorch and back out: tags, files, names, layouts."""

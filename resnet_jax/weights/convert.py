@@ -1,0 +1,142 @@
+"""Variables of our models to PyTorch's tensors and back, exactly: values are moved, never computed."""
+
+import re
+from collections import ChainMap
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from resnet_jax.config import InputError
+from resnet_jax.models.googlenet import GoogLeNet
+from resnet_jax.models.registry import nearest
+from resnet_jax.weights.names import Entry, entries, torch_module
+
+Tensors = Mapping[str, Any]
+
+LISTED = 50
+"""Names of each kind that an error lists before it counts the rest."""
+
+
+def to_torch(model: Any, variables: Any) -> dict[str, np.ndarray]:
+    """A PyTorch state dict as NumPy arrays: what timm's, or torchvision's, model of the same name loads strictly.
+
+    Args:
+      model: a module of `create_model`.
+      variables: its `{"params", "batch_stats"}`.
+    """
+    flat = flatten_dict(variables)
+    tensors = {}
+    for entry in entries(model):
+        value = np.asarray(flat[entry.path])
+        turned = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        tensors[entry.key] = np.ascontiguousarray(turned).reshape(entry.tensor_shape)
+        if entry.path[-1] == "var":
+            tensors[entry.key.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
+    return tensors
+
+
+def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
+    """Variables of a model from a PyTorch state dict with torchvision's or timm's names.
+
+    Args:
+      model: a module of `create_model`; where it has no head, that of the tensors is left out.
+      tensors: name -> NumPy array or CPU tensor; floating-point types other than float32 are converted.
+      head: `{"kernel", "bias"}` to take in place of the tensors' own.
+
+    Returns:
+      `{"params", "batch_stats"}` in float32; no `batch_stats` for a model that has none.
+
+    Raises:
+      InputError: tensors are missing, left over or of another shape; all of them are listed.
+    """
+    names = {name: key for key in tensors if (name := modern_name(model, key))}
+    wanted = list(entries(model))
+    if head is not None or not model.num_classes:
+        names = {name: key for name, key in names.items() if not name.startswith(head_key(model) + ".")}
+        wanted = [entry for entry in wanted if entry.path[1] != "head"]
+    flat, other = {}, []
+    for entry in wanted:
+        if entry.key in names:
+            tensor = np.asarray(tensors[names[entry.key]])
+            if _fits(tensor.shape, entry):
+                flat[entry.path] = _ours(tensor, entry)
+            else:
+                shapes = f"{list(tensor.shape)}, the model has {list(entry.tensor_shape)}"
+                other.append(f"shape: {entry.key} is {shapes}")
+    check_tensors({entry.key for entry in wanted}, set(names), other)
+    variables = unflatten_dict(flat)
+    if head is not None and model.num_classes:
+        variables["params"]["head"] = head
+    return variables
+
+
+def _ours(tensor: np.ndarray, entry: Entry) -> jax.Array:
+    turned = tensor.transpose(2, 3, 1, 0) if len(entry.shape) == 4 else tensor.reshape(entry.shape[::-1]).T
+    return jnp.asarray(np.ascontiguousarray(turned, np.float32))
+
+
+def modern_name(model: Any, key: str) -> str:
+    """A tensor's name as today's state dicts have it; empty for what we have no use for.
+
+    DenseNet's published files say `norm.1` for `norm1`; wrappers put `module.` or `model.` in front.
+    """
+    key = re.sub(r"^(module|model)\.", "", key)
+    key = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)
+    if key.endswith("num_batches_tracked") or (isinstance(model, GoogLeNet) and key.startswith("aux")):
+        return ""
+    return key
+
+
+def check_tensors(wanted: set[str], present: set[str], other: list[str]) -> None:
+    """Raises InputError with all that is missing or left over and the sentences of `other`, with the nearest names."""
+    left = sorted(present - wanted)
+    missing = []
+    for i, key in enumerate(sorted(wanted - present)):
+        hint = f" ({nearest(key, left)})" if i < 10 and 0 < len(left) < 100 else ""
+        missing.append(f"missing: {key}{hint}")
+    lines = []
+    for kind in (missing, [f"left over: {key}" for key in left], other):
+        lines += kind[:LISTED] + ([f"... {len(kind)} in all"] if len(kind) > LISTED else [])
+    if lines:
+        raise InputError("the tensors are not those of this model:\n  " + "\n  ".join(lines))
+
+
+def _fits(shape: tuple[int, ...], entry: Entry) -> bool:
+    """Whether a tensor has an entry's shape, apart from the two 1s that a dense layer has as a 1x1 convolution."""
+    if len(entry.shape) == 2 and len(shape) == 4 and shape[2:] == (1, 1):
+        shape = shape[:2]
+    target = entry.tensor_shape[:2] if len(entry.shape) == 2 else entry.tensor_shape
+    return shape == target
+
+
+def head_key(model: Any) -> str:
+    """Name of the classifier in a state dict, without `.weight` and `.bias`."""
+    return torch_module(model, "head")
+
+
+def adapt_stem(model: Any, tensors: Tensors) -> Tensors:
+    """Fits the first convolution, made for RGB, to the model's `in_channels`.
+
+    One channel sees the sum over red, green and blue, so that a grey image gives what it gave as RGB; n channels take
+    the three in turn, scaled by 3 / n. Tensors that fit are left alone.
+    """
+    first = next(entry for entry in entries(model) if entry.path[1].startswith("stem") and entry.path[-1] == "kernel")
+    key = next((key for key in tensors if modern_name(model, key) == first.key), None)
+    n = model.in_channels
+    if key is None or n == 3 or tensors[key].shape[1] != 3:
+        return tensors
+    rgb = np.asarray(tensors[key]).astype(np.float32)
+    adapted = rgb.sum(1, keepdims=True) if n == 1 else rgb[:, np.arange(n) % 3] * np.float32(3 / n)
+    return ChainMap({key: adapted}, tensors)  # type: ignore[arg-type]  # it only reads
+
+
+def fresh_head(model: Any) -> Any:
+    """A new classifier, `{"kernel", "bias"}`, drawn as the model's own would be."""
+    shape = next(entry.shape for entry in entries(model) if entry.path[1:] == ("head", "kernel"))
+    kernel = nn.initializers.lecun_normal()(jax.random.key(0), shape, jnp.float32)
+    return {"kernel": kernel, "bias": jnp.zeros(shape[1])}

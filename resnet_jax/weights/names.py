@@ -1,0 +1,135 @@
+"""Which name PyTorch has for each of our parameters: torchvision's and timm's state dicts."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from resnet_jax.models.densenet import DenseNet
+from resnet_jax.models.googlenet import GoogLeNet
+from resnet_jax.models.registry import variable_shapes
+
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+class Entry(NamedTuple):
+    """One of our arrays and its tensor.
+
+    Attributes:
+      path: from the collection down: `("params", "stage1", "block1", "conv1", "kernel")`.
+      shape: of our array.
+      key: the tensor's name in a state dict.
+      tensor_shape: of the tensor.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    key: str
+    tensor_shape: tuple[int, ...]
+
+
+def entries(model: Any) -> Iterator[Entry]:
+    """Every array of a model's variables and the tensor that PyTorch keeps it in, without `num_batches_tracked`."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(variable_shapes(model)):
+        path = tuple(key.key for key in keys)
+        module = "/".join(path[1:-1])
+        pointwise = "attention/fc" in module or (module == "head" and getattr(model, "preact", False))
+        key = f"{torch_module(model, module)}.{LEAVES[path[-1]]}"
+        yield Entry(path, leaf.shape, key, torch_shape(leaf.shape, pointwise and path[-1] == "kernel"))
+
+
+def torch_shape(shape: tuple[int, ...], pointwise: bool) -> tuple[int, ...]:
+    """A kernel has its outputs first in PyTorch; a dense layer that PyTorch has as a 1x1 convolution is `pointwise`."""
+    if len(shape) == 4:
+        return (shape[3], shape[2], shape[0], shape[1])
+    return shape[::-1] + ((1, 1) if pointwise else ())
+
+
+def torch_module(model: nn.Module, module: str) -> str:
+    """PyTorch's name of a module of ours: `stage1/block2/norm1` -> `layer1.1.bn1`."""
+    rules = _rules(model)
+    for pattern, name in rules:
+        match = re.fullmatch(pattern, module)
+        if match:
+            return match.expand(name) if isinstance(name, str) else name(*match.groups())
+    raise KeyError(f"{module} has no name in PyTorch")  # a gap in the rules below
+
+
+def _rules(model: Any) -> list[tuple[str, Any]]:
+    if isinstance(model, GoogLeNet):
+        return GOOGLENET
+    if isinstance(model, DenseNet):
+        return DENSENET
+    if model.preact:
+        return PREACTIVATED
+    behind_pool = 1 if model.shortcut == "D" else 0
+    behind_blur = 1 if model.anti_alias == "none" else 2
+    return [
+        *RESIDUAL,
+        (r"stem_pool/norm", f"maxpool.{behind_blur}"),
+        (r"stage(\d)/block(\d+)/shortcut/conv", lambda s, b: f"layer{s}.{int(b) - 1}.downsample.{behind_pool}"),
+        (r"stage(\d)/block(\d+)/shortcut/norm", lambda s, b: f"layer{s}.{int(b) - 1}.downsample.{behind_pool + 1}"),
+    ]
+
+
+def _kind(word: str) -> str:
+    return "bn" if word == "norm" else word
+
+
+RESIDUAL: list[tuple[str, Any]] = [
+    (r"stem/conv", "conv1"),
+    (r"stem/norm3?", "bn1"),
+    (r"stem/(conv|norm)(\d)", lambda kind, i: f"conv1.{3 * int(i) - (3 if kind == 'conv' else 2)}"),
+    (r"stem_pool/conv", "maxpool.0"),
+    (r"stage(\d)/block(\d+)/(conv|norm)(\d)", lambda s, b, kind, i: f"layer{s}.{int(b) - 1}.{_kind(kind)}{i}"),
+    (r"stage(\d)/block(\d+)/attention/(\w+)", lambda s, b, name: f"layer{s}.{int(b) - 1}.se.{name}"),
+    (r"head", "fc"),
+]
+"""ResNet, ResNeXt, SENet, ... (torchvision and timm), and ours for CIFAR."""
+
+PREACTIVATED: list[tuple[str, Any]] = [
+    (r"stem/(\w+)", r"stem.\1"),
+    (r"stage(\d)/block(\d+)/shortcut/conv", lambda s, b: f"stages.{int(s) - 1}.blocks.{int(b) - 1}.downsample.conv"),
+    (r"stage(\d)/block(\d+)/attention/(\w+)", lambda s, b, n: f"stages.{int(s) - 1}.blocks.{int(b) - 1}.se.{n}"),
+    (r"stage(\d)/block(\d+)/(\w+)", lambda s, b, name: f"stages.{int(s) - 1}.blocks.{int(b) - 1}.{name}"),
+    (r"norm", "norm"),
+    (r"head", "head.fc"),
+]
+"""ResNetV2 and Big Transfer (timm)."""
+
+DENSENET: list[tuple[str, Any]] = [
+    (r"stem/(conv|norm)", r"features.\g<1>0"),
+    (r"stem/(conv|norm)(\d)", lambda kind, i: f"features.{kind}{int(i) - 1}"),
+    (r"stage(\d)/block(\d+)/(\w+)", r"features.denseblock\1.denselayer\2.\3"),
+    (r"transition(\d)/(\w+)", r"features.transition\1.\2"),
+    (r"norm", "features.norm5"),
+    (r"head", "classifier"),
+]
+"""DenseNet (torchvision and timm)."""
+
+GOOGLENET: list[tuple[str, Any]] = [
+    (r"stem1/(conv|norm)1", lambda kind: f"conv1.{_kind(kind)}"),
+    (r"stem2/(conv|norm)(\d)", lambda kind, i: f"conv{int(i) + 1}.{_kind(kind)}"),
+    (
+        r"stage(\d)/block(\d)/branch1/(conv|norm)1",
+        lambda s, b, kind: f"inception{int(s) + 2}{' abcde'[int(b)]}.branch1.{_kind(kind)}",
+    ),
+    (
+        r"stage(\d)/block(\d)/branch([23])/(conv|norm)(\d)",
+        lambda s, b, k, kind, i: f"inception{int(s) + 2}{' abcde'[int(b)]}.branch{k}.{int(i) - 1}.{_kind(kind)}",
+    ),
+    (
+        r"stage(\d)/block(\d)/branch4/(conv|norm)1",
+        lambda s, b, kind: f"inception{int(s) + 2}{' abcde'[int(b)]}.branch4.1.{_kind(kind)}",
+    ),
+    (r"head", "fc"),
+]
+"""GoogLeNet (torchvision)."""

@@ -1,0 +1,245 @@
+"""Finding weights: a published tag, the Hugging Face hub, a file, a folder, a run of ours."""
+
+import json
+import logging
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from resnet_jax.config import Config, InputError, from_dict
+from resnet_jax.models.registry import MODELS, create_model, model_fields
+from resnet_jax.weights.convert import to_torch
+from resnet_jax.weights.tags import Preprocessing, Tag, find_tag
+
+FILES = (".safetensors", ".pth", ".pt", ".bin")
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors under PyTorch's names, and what is known of the model they belong to.
+
+    Attributes:
+      tensors: name -> array; read from the file when it is asked for.
+      name: of the model; None where the source does not say.
+      fields: of its module, that differ from the named model's.
+      preprocessing: how images are prepared; None where the source does not say.
+      class_names: None where the source does not say.
+    """
+
+    tensors: Mapping[str, Any]
+    name: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+def find_weights(source: str) -> Weights:
+    """What a source names: a tag or model (`resnet50.tv2_in1k`, `resnet50`), `hf-hub:OWNER/NAME`, a `.safetensors`,
+    `.pth` or `.pt` file, a folder with weights and `config.json`, or the folder of a run.
+
+    Raises:
+      InputError: there is no such thing, or it cannot be read; the message says what would help.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_file(path)
+    if path.suffix in FILES:
+        raise InputError(f"{source}: there is no such file")
+    if source.startswith("hf-hub:"):
+        return _from_hub(source.removeprefix("hf-hub:"))
+    tag = find_tag(source)
+    return _of_tag(tag, read_tensors(_download(tag.repository, "model.safetensors")))
+
+
+def preprocessing_of(source: str) -> Preprocessing | None:
+    """How images are prepared for a source's weights; for a tag nothing is fetched. None where the source is silent.
+
+    Raises:
+      InputError: as `find_weights`.
+    """
+    if Path(source).expanduser().exists() or source.startswith("hf-hub:") or Path(source).suffix in FILES:
+        return find_weights(source).preprocessing
+    return find_tag(source).preprocessing
+
+
+def _of_tag(tag: Tag, tensors: Mapping[str, Any]) -> Weights:
+    return Weights(tensors, tag.name, {"num_classes": tag.num_classes}, tag.preprocessing)
+
+
+def _download(repository: str, name: str) -> Path:
+    import huggingface_hub
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name))
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{name} of {repository} is neither in the cache of the Hugging Face hub nor can it be fetched "
+            f"({type(error).__name__}). Without a network, fetch the file elsewhere and give its path, "
+            "or copy the cache (HF_HOME) of a machine that has it"
+        ) from error
+
+
+def _from_hub(repository: str) -> Weights:
+    config = json.loads(_download(repository, "config.json").read_text())
+    return _described(config, read_tensors(_download(repository, "model.safetensors")), repository)
+
+
+def _from_folder(folder: Path) -> Weights:
+    if (folder / "checkpoints").is_dir():
+        return _from_run(folder)
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in FILES]
+    if not files or not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds neither a run nor a file of weights beside a config.json")
+    chosen = min(files, key=lambda path: (FILES.index(path.suffix), path.name))
+    return _described(json.loads((folder / "config.json").read_text()), read_tensors(chosen), str(folder))
+
+
+def _described(config: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> Weights:
+    """Weights with a `config.json` as timm writes it."""
+    name = config.get("architecture")
+    if name not in MODELS:
+        raise InputError(f"{where}: config.json names the architecture {name!r}, which is not among our models")
+    known = config.get("pretrained_cfg") or config
+    labels = known.get("label_names") or config.get("label_names")
+    preprocessing = None
+    if "mean" in known and "input_size" in known:
+        size, tested = known["input_size"], known.get("test_input_size") or known["input_size"]
+        crop = known.get("test_crop_pct") or known.get("crop_pct", 0.875)
+        mean, std = tuple(known["mean"]), tuple(known["std"])
+        preprocessing = Preprocessing(mean, std, size[1], tested[1], crop, known.get("interpolation", "bilinear"))
+    classes = config.get("num_classes", known.get("num_classes", 1000))
+    return Weights(tensors, name, {"num_classes": classes}, preprocessing, tuple(labels) if labels else None)
+
+
+def _from_file(path: Path) -> Weights:
+    if path.suffix != ".safetensors":
+        return Weights(read_tensors(path))
+    tensors = SafeTensors(path)
+    if "resnet_jax" not in tensors.metadata:
+        return Weights(tensors)
+    said = json.loads(tensors.metadata["resnet_jax"])
+    preprocessing = said["preprocessing"]
+    if preprocessing is not None:
+        lists = {name: tuple(preprocessing[name]) for name in ("mean", "std")}
+        preprocessing = Preprocessing(**(preprocessing | lists))
+    names = said["class_names"]
+    return Weights(tensors, said["name"], said["fields"], preprocessing, tuple(names) if names else None)
+
+
+def _from_run(folder: Path) -> Weights:
+    """The moving average of a run's latest checkpoint, or its parameters where there is none."""
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise InputError(f"{folder} holds no checkpoint; the run ended before its first one")
+        saved = manager.item_metadata(step)["state"]
+        template = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), saved)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore())
+        restored = manager.restore(step, args=items)
+    state, record = restored.state, restored.record
+    config: Config = from_dict(record["recipe"])
+    variables = state["ema"] or {"params": state["params"], "batch_stats": state["batch_stats"]}
+    variables = {name: values for name, values in variables.items() if values}
+    fields: dict[str, Any] = {"num_classes": variables["params"]["head"]["bias"].shape[0]}
+    fields |= model_fields(config.model)
+    tensors = to_torch(create_model(config.model.name, **fields), variables)
+    data, augment = config.data, config.augment
+    size = data.eval_image_size or data.image_size
+    preprocessing = Preprocessing(data.mean, data.std, data.image_size, size, augment.eval_crop, augment.interpolation)
+    return Weights(tensors, config.model.name, fields, preprocessing, tuple(record["class_names"]))
+
+
+class SafeTensors(Mapping[str, np.ndarray]):
+    """The tensors of a safetensors file, each read when it is asked for.
+
+    Raises:
+      InputError: the file is damaged or something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self.file = safe_open(path, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+        self.metadata: dict[str, str] = self.file.metadata() or {}
+        self.names = list(self.file.keys())
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_tensors(path: Path) -> Mapping[str, Any]:
+    """The tensors of a file; a `.pth` is read with torch and only if it holds nothing but tensors.
+
+    Raises:
+      InputError: torch is missing, the file is damaged, or it holds code.
+    """
+    if path.suffix == ".safetensors":
+        return SafeTensors(path)
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{path} is a file of PyTorch: install torch to read it, or turn it into safetensors where torch is"
+        ) from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds more than tensors and was refused, since such a file can run code; "
+            "save its state_dict() alone"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); fetch it again") from error
+    for wrapper in WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise InputError(f"{path} holds no state dict: expected names with tensors")
+    return {name: (tensor.float() if tensor.is_floating_point() else tensor).numpy() for name, tensor in loaded.items()}
+
+
+def save_tensors(path: Path, weights: Weights, form: str) -> None:
+    """Writes tensors as `safetensors` or `pth`; a safetensors file carries what is known of the model in its header.
+
+    Raises:
+      InputError: torch is missing for `pth`.
+    """
+    if form == "safetensors":
+        from safetensors.numpy import save_file
+
+        said = {
+            "name": weights.name,
+            "fields": weights.fields,
+            "preprocessing": asdict(weights.preprocessing) if weights.preprocessing else None,
+            "class_names": weights.class_names,
+        }
+        save_file(dict(weights.tensors), path, metadata={"format": "pt", "resnet_jax": json.dumps(said)})
+        return
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError("--format pth needs torch; install it, or take --format safetensors") from error
+    torch.save({name: torch.from_numpy(np.array(value)) for name, value in weights.tensors.items()}, path)

@@ -1,0 +1,87 @@
+"""The published weights: their tags, and how images are prepared for them. The facts in `tags.jsonl` are timm's."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from resnet_jax.config import InputError
+from resnet_jax.models.registry import nearest
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are prepared for weights.
+
+    Attributes:
+      mean, std: of the channels of pixels in [0, 1].
+      image_size: height and width in training, in pixels.
+      eval_image_size: the same in evaluation.
+      eval_crop: share of the short side that an evaluation image keeps.
+      interpolation: `bilinear` or `bicubic`.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    eval_image_size: int
+    eval_crop: float
+    interpolation: str
+
+
+@dataclass(frozen=True)
+class Tag:
+    """Published weights. `name` is the model, `tag` the whole name, `num_classes` 0 where there is no head."""
+
+    name: str
+    tag: str
+    num_classes: int
+    preprocessing: Preprocessing
+    license: str | None
+    default: bool
+
+    @property
+    def repository(self) -> str:
+        """Where the Hugging Face hub has them."""
+        return f"timm/{self.tag}"
+
+
+@cache
+def all_tags() -> dict[str, Tag]:
+    """Every tag by its whole name, such as `resnet50.tv2_in1k`."""
+    tags = {}
+    for line in resources.files(__package__).joinpath("tags.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        preprocessing = Preprocessing(
+            tuple(row["mean"]),
+            tuple(row["std"]),
+            row["size"],
+            row["eval_size"],
+            row["eval_crop"],
+            row["interpolation"],
+        )
+        name = row["tag"].partition(".")[0]
+        default = row.get("default", False)
+        tags[row["tag"]] = Tag(name, row["tag"], row["classes"], preprocessing, row["license"], default)
+    return tags
+
+
+def tags_of(name: str) -> list[Tag]:
+    """The tags of a model, its default first; empty where nobody published weights."""
+    return sorted((tag for tag in all_tags().values() if tag.name == name), key=lambda tag: not tag.default)
+
+
+def find_tag(source: str) -> Tag:
+    """The tag of that name; the name of a model alone takes its default.
+
+    Raises:
+      InputError: there is none; the message has the nearest ones.
+    """
+    if source in all_tags():
+        return all_tags()[source]
+    name = source.partition(".")[0]
+    if own := tags_of(name):
+        if source == name:
+            return own[0]
+        raise InputError(f"{name} has no weights {source!r}; there are {', '.join(tag.tag for tag in own)}")
+    raise InputError(f"no weights are called {source!r}, and there is no such file; {nearest(source, all_tags())}")
