@@ -6,7 +6,9 @@ from typing import Any
 from resnet_jax.config import Config, InputError
 from resnet_jax.inference import make_forward
 from resnet_jax.models.fold import fold_batch_norm
-from resnet_jax.models.registry import create_model, list_models
+from resnet_jax.models.registry import create_model, feature_info, list_models
+from resnet_jax.weights.convert import from_torch, to_torch
+from resnet_jax.weights.load import load_pretrained
 
 __version__ = metadata.version("resnet_jax")
 __all__ = [
@@ -14,9 +16,13 @@ __all__ = [
     "InputError",
     "__version__",
     "create_model",
+    "feature_info",
     "fold_batch_norm",
+    "from_torch",
     "list_models",
+    "load_pretrained",
     "make_forward",
+    "to_torch",
     "train",
 ]
 

@@ -1,7 +1,6 @@
-"""The `resnet-jax` command: train, evaluate, models."""
+"""The `resnet-jax` command: train, evaluate, export, models."""
 
 import argparse
-import fnmatch
 import json
 import os
 import sys
@@ -15,7 +14,8 @@ USAGE = """usage: resnet-jax COMMAND ...
 
   train     [--config FILE] [--workdir DIR] [--SECTION.FIELD VALUE ...]   train as a recipe says
   evaluate  WORKDIR [--best] [--per-class] [--json]                       test a run's checkpoint
-  models    [PATTERN] [--json]                                            list the models
+  export    SOURCE FILE [--format safetensors|pth] [--name MODEL]         weights for PyTorch, timm and torchvision
+  models    [PATTERN] [--json]                                            list the models and their weights
 
 resnet-jax COMMAND --help tells more."""
 
@@ -148,23 +148,65 @@ def format_result(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def export_command(arguments: Sequence[str]) -> int:
+    """`resnet-jax export`."""
+    parser = argparse.ArgumentParser(prog="resnet-jax export", description="Writes weights under PyTorch's names.")
+    parser.add_argument("source", help="the folder of a run, a tag, a file: all that --model.pretrained takes")
+    parser.add_argument("file", type=Path, help="the file to write, such as out.safetensors")
+    parser.add_argument("--format", choices=("safetensors", "pth"), help="by default what the file's name says")
+    parser.add_argument("--name", help="the model, where the source does not say")
+    options = parser.parse_args(arguments)
+    form = options.format or options.file.suffix.removeprefix(".")
+    if form not in ("safetensors", "pth"):
+        raise InputError(f"{options.file}: end the name with .safetensors or .pth, or say which with --format")
+    from resnet_jax.weights.export import export
+
+    name, count = export(options.source, options.file, form, options.name)
+    print(f"{options.file}: {name}, {count} tensors under the names of PyTorch")
+    return 0
+
+
 def models_command(arguments: Sequence[str]) -> int:
     """`resnet-jax models`."""
-    parser = argparse.ArgumentParser(prog="resnet-jax models", description="Lists the models and their parameters.")
+    parser = argparse.ArgumentParser(
+        prog="resnet-jax models", description="Lists models, their cost and their weights."
+    )
     parser.add_argument("pattern", nargs="?", default="*", help="a shell pattern such as 'resnext*'")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     options = parser.parse_args(arguments)
-    from resnet_jax.models.registry import MODELS, count_parameters, create_model
+    from resnet_jax.models.registry import list_models
 
-    names = sorted(fnmatch.filter(MODELS, options.pattern))
+    names = list_models(options.pattern)
     if not names:
         raise InputError(f"no model matches {options.pattern!r}; try resnet-jax models '*resnet*'")
-    rows = [{"name": name, "parameters": count_parameters(create_model(name))} for name in names]
+    rows = []
+    for name in names:
+        rows.append(describe_model(name))
+        if not options.json:
+            print(format_model(rows[-1]))
     if options.json:
         print(json.dumps(rows, indent=2))
-    else:
-        print("\n".join(f"{row['name']:<24}{row['parameters']:>13,}" for row in rows))
     return 0
+
+
+def describe_model(name: str) -> dict[str, Any]:
+    """A model's parameters, its GMACs at the size of its default weights, and its tags with their licences."""
+    from resnet_jax.models.registry import cost, create_model
+    from resnet_jax.weights.tags import tags_of
+
+    tags = tags_of(name)
+    size = tags[0].preprocessing.image_size if tags else 32 if name.startswith("cifar_") else 224
+    parameters, macs = cost(create_model(name), size)
+    listed = [{"tag": t.tag, "license": t.license, "num_classes": t.num_classes, "default": t.default} for t in tags]
+    return {"name": name, "parameters": parameters, "gmacs": round(macs / 1e9, 3), "size": size, "tags": listed}
+
+
+def format_model(row: dict[str, Any]) -> str:
+    """The lines that `resnet-jax models` prints of a model."""
+    lines = [f"{row['name']:<24}{row['parameters']:>13,} parameters{row['gmacs']:>9.2f} GMACs at {row['size']}"]
+    for tag in row["tags"]:
+        lines.append(f"    {tag['tag']:<46}{tag['license'] or 'no licence given'}{', default' * tag['default']}")
+    return "\n".join(lines)
 
 
 def use_compilation_cache() -> None:
@@ -180,6 +222,7 @@ def use_compilation_cache() -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command,
     "evaluate": evaluate_command,
+    "export": export_command,
     "models": models_command,
 }
 

@@ -95,7 +95,7 @@ class EvalExample:
 
     source: Source
     image_size: int
-    crop: float
+    recipe: AugmentConfig
     share: int
     rank: int = 0
     hosts: int = 1
@@ -108,7 +108,7 @@ class EvalExample:
             return {"image": blank, "label": np.int32(0), "mask": np.False_, "bad": np.int64(-1)}
         raw, label = self.source[index]
         try:
-            image = fit(raw, self.image_size, self.crop)
+            image = fit(raw, self.image_size, self.recipe.eval_crop, self.recipe.interpolation)
         except BadImage:
             return {"image": blank, "label": np.int32(label), "mask": np.False_, "bad": np.int64(index)}
         return {"image": image, "label": np.int32(label), "mask": np.True_, "bad": np.int64(-1)}
@@ -156,14 +156,14 @@ def eval_batches(
     """Every test example exactly once; the last batch is filled up with examples whose `mask` is False."""
     share = config.train.batch_size // hosts
     size = config.data.eval_image_size or config.data.image_size
-    example = EvalExample(source, size, config.augment.eval_crop, share, rank, hosts)
+    example = EvalExample(source, size, config.augment, share, rank, hosts)
     count = -(-len(source) // (share * hosts))
     for batch in _batches(example, 0, count, share, config.data.workers):
         bad.note(source, batch.pop("bad"))
         yield put_batch(batch, mesh)
 
 
-def whole_split(source: Source, image_size: int, bad: BadImages) -> Batch:
+def whole_split(source: Source, image_size: int, bad: BadImages, interpolation: str = "bilinear") -> Batch:
     """All examples of a split in memory, resized: `image` uint8 [size, image_size, image_size, 3], `label` [size].
 
     Raises:
@@ -173,7 +173,7 @@ def whole_split(source: Source, image_size: int, bad: BadImages) -> Batch:
     for index in range(len(source)):
         raw, label = source[index]
         try:
-            images.append(fit(raw, image_size))
+            images.append(fit(raw, image_size, interpolation=interpolation))
             labels.append(label)
         except BadImage:
             bad.note(source, np.asarray([index]))

@@ -14,6 +14,9 @@ Raw = Any
 """What a source holds: a path, the bytes of a file, or a uint8 array [height, width, 3]."""
 
 
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
 class BadImage(ValueError):
     """An image cannot be decoded."""
 
@@ -33,7 +36,7 @@ def decode(raw: Raw) -> Image.Image:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
-def fit(raw: Raw, size: int, crop: float = 1.0) -> np.ndarray:
+def fit(raw: Raw, size: int, crop: float = 1.0, interpolation: str = "bilinear") -> np.ndarray:
     """The centre of an image: the short side is resized to size / crop, then size x size is cut out."""
     if isinstance(raw, np.ndarray) and raw.shape[:2] == (size, size) and crop == 1.0:
         return raw
@@ -41,13 +44,14 @@ def fit(raw: Raw, size: int, crop: float = 1.0) -> np.ndarray:
     short = round(size / crop)
     width, height = image.size
     scale = short / min(width, height)
-    image = image.resize((max(short, int(width * scale)), max(short, int(height * scale))), Image.Resampling.BILINEAR)
+    sides = max(short, int(width * scale)), max(short, int(height * scale))
+    image = image.resize(sides, RESAMPLING[interpolation])
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def random_resized_crop(
-    image: Image.Image, rng: np.random.Generator, size: int, area: tuple[float, float]
+    image: Image.Image, rng: np.random.Generator, size: int, area: tuple[float, float], interpolation: str = "bilinear"
 ) -> Image.Image:
     """A random part of an image, resized to size x size (Szegedy et al. 2015).
 
@@ -66,7 +70,7 @@ def random_resized_crop(
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
     box = (int(left), int(top), int(left + w), int(top + h))
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return image.resize((size, size), RESAMPLING[interpolation], box=box)
 
 
 def pad_crop(image: np.ndarray, rng: np.random.Generator, pad: int) -> np.ndarray:
@@ -80,9 +84,9 @@ def pad_crop(image: np.ndarray, rng: np.random.Generator, pad: int) -> np.ndarra
 def augment(raw: Raw, rng: np.random.Generator, size: int, recipe: AugmentConfig, turn: bool = False) -> np.ndarray:
     """A training image: crop as the recipe says, then RandAugment, then flip; `turn`: mirrored if flips alternate."""
     if recipe.crop == "random_resized":
-        image = np.asarray(random_resized_crop(decode(raw), rng, size, recipe.area))
+        image = np.asarray(random_resized_crop(decode(raw), rng, size, recipe.area, recipe.interpolation))
     else:
-        image = fit(raw, size)
+        image = fit(raw, size, interpolation=recipe.interpolation)
         if recipe.crop == "pad":
             image = pad_crop(image, rng, recipe.pad)
     if recipe.randaugment:

@@ -18,8 +18,10 @@ def fold_batch_norm(model: ResNet, variables: Tree) -> tuple[ResNet, Tree]:
     pre-activation block, becomes a factor and a bias. The result is for evaluation only.
 
     Raises:
-      ValueError: the model's norm is not batch normalisation.
+      ValueError: the model's norm is not batch normalisation, its kernels are standardised, or it is no ResNet.
     """
+    if not isinstance(model, ResNet) or model.standardized:
+        raise ValueError("only a ResNet whose kernels are used as they are can be folded")
     if model.norm not in ("batch", "frozen_batch"):
         raise ValueError(f"norm {model.norm!r} cannot be folded into convolutions; only batch and frozen_batch can")
     params = _fold(variables["params"], variables["batch_stats"], model.preact)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from resnet_jax.config import InputError, ModelConfig
 from resnet_jax.models.densenet import DenseNet
@@ -94,27 +95,44 @@ def feature_info(model: Any) -> list[Feature]:
     return [Feature(name, taps[name].shape[-1], 256 // taps[name].shape[1]) for name in names]
 
 
-def count_macs(model: Any, size: int) -> int:
-    """Multiply-adds of one image of size x size, counted as timm's tables do: convolutions, dense layers, and norms.
+class Cost(NamedTuple):
+    """Trainable values of a model, and multiply-adds of one image."""
 
-    An element costs 2 in batch normalisation, 5 in group normalisation, and a standardised weight 4.
+    parameters: int
+    macs: int
+
+
+def cost(model: Any, size: int) -> Cost:
+    """What a model holds and what an image of size x size costs, counted as timm's tables do; nothing is allocated.
+
+    Convolutions, dense layers and norms count; an element costs 2 in batch normalisation, 5 in group normalisation, and
+    a standardised weight 4. Of equal blocks of a ResNet one is traced.
     """
-    total = 0
+    short = model.clone(stage_sizes=tuple(min(n, 2) for n in model.stage_sizes)) if isinstance(model, ResNet) else model
+    macs = 0
+
+    def repeats(path: Any) -> int:
+        """How often the module at a path stands in the whole model: the second block of a stage for all later ones."""
+        equal = isinstance(model, ResNet) and path[0].startswith("stage") and "block2" in path[1:2]
+        return model.stage_sizes[int(path[0][-1]) - 1] - 1 if equal else 1
 
     def count(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        nonlocal total
+        nonlocal macs
         out, module = call(*args, **kwargs), context.module
-        if context.method_name != "__call__":
-            return out
         if isinstance(module, Conv):
             kernel = module.kernel_size**2 * args[0].shape[-1] // module.groups
-            total += out.size * kernel + (4 * kernel * out.shape[-1] if module.standardized else 0)
+            each = out.size * kernel + (4 * kernel * out.shape[-1] if module.standardized else 0)
         elif isinstance(module, nn.Dense):
-            total += out.size * args[0].shape[-1]
+            each = out.size * args[0].shape[-1]
         elif isinstance(module, BatchNorm | GroupNorm):
-            total += out.size * (2 if isinstance(module, BatchNorm) else 5)
+            each = out.size * (2 if isinstance(module, BatchNorm) else 5)
+        else:
+            return out
+        macs += each * repeats(module.path)
         return out
 
     with nn.intercept_methods(count):
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, model.in_channels)))
-    return total
+        images = jax.ShapeDtypeStruct((1, size, size, model.in_channels), jnp.float32)
+        params = jax.eval_shape(short.init, jax.random.key(0), images)["params"]
+    leaves = flatten_dict(params).items()
+    return Cost(sum(math.prod(leaf.shape) * repeats(path) for path, leaf in leaves), macs)

@@ -237,7 +237,7 @@ class ResNet(nn.Module):
         kernels, expansion = BLOCKS[self.block if isinstance(self.block, str) else self.block[stage]]
         width = self.widths[stage]
         inner = width * self.base_width // 64 * self.cardinality
-        smooth = {} if self.preact else {"anti_alias": self.anti_alias}
+        smooth: dict[str, Any] = {} if self.preact else {"anti_alias": self.anti_alias}
         return partial(
             PreactBlock if self.preact else ResidualBlock,
             features=width * expansion,

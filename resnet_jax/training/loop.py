@@ -23,7 +23,15 @@ from resnet_jax.training import checkpoints
 from resnet_jax.training.evaluation import Result, headline, make_evaluate, scalars
 from resnet_jax.training.metrics import Sums
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
-from resnet_jax.training.recipe import Plan, build_model, make_plan, sharded_shapes, state_maker
+from resnet_jax.training.recipe import (
+    Plan,
+    build_model,
+    complete,
+    make_plan,
+    sharded_shapes,
+    state_maker,
+    with_weights,
+)
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.step import make_device_step, make_train_step
 from resnet_jax.training.trackers import Report, draw_curves
@@ -45,6 +53,7 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     """
     began = time.perf_counter()
     check(config)
+    config = complete(config, recorded(workdir))
     start_processes(config.parallel.distributed)
     mesh = make_mesh(config.parallel.devices)
     check_batch(config.train.batch_size, mesh)
@@ -80,7 +89,8 @@ def start_or_resume(
     """
     new_state = state_maker(config, model, schedule)
     if manager.latest_step() is None:
-        state, record = jax.device_put(new_state(), replicated(mesh)), new_record(config, dataset)
+        state = with_weights(new_state(), config, model)
+        state, record = jax.device_put(state, replicated(mesh)), new_record(config, dataset)
     else:
         state, record = checkpoints.restore(manager, sharded_shapes(new_state, mesh))
         print(f"resuming at step {int(state.step)} of {plan.total}", flush=True)
@@ -163,6 +173,12 @@ def finish(
     return summary
 
 
+def recorded(workdir: str | Path | None) -> Config | None:
+    """The recipe of the run that a folder holds, if it holds one."""
+    recipe = Path(workdir or "").expanduser() / "config.json"
+    return from_dict(json.loads(recipe.read_text())) if workdir is not None and recipe.is_file() else None
+
+
 def open_workdir(workdir: str | Path | None, config: Config) -> Path:
     """Makes the run's folder with the recipe in it, or checks that it is one of the same recipe.
 
@@ -174,8 +190,8 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
     recipe = folder / "config.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if recipe.exists():
-            changed = differences(from_dict(json.loads(recipe.read_text())), config)
+        if previous := recorded(folder):
+            changed = differences(previous, config)
             if changed:
                 raise InputError(
                     f"{folder} holds a run of another recipe: {'; '.join(changed)}. "
@@ -222,7 +238,8 @@ def make_advance(
 
         return advance_host
 
-    data = jax.device_put(whole_split(dataset.train, config.data.image_size, bad), everywhere)
+    split = whole_split(dataset.train, config.data.image_size, bad, config.augment.interpolation)
+    data = jax.device_put(split, everywhere)
     several = config.train.steps_per_call
     on_batch = batch_sharding(mesh)
     device_steps = {n: compiled(make_device_step(train_step, config, n, on_batch)) for n in (1, several)}

@@ -1,5 +1,6 @@
 """What a recipe means: a plan in steps, a model, a first state."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError
-from resnet_jax.models.registry import create_model
+from resnet_jax.config import Config, InputError, ModelConfig
+from resnet_jax.models.registry import create_model, model_fields
 from resnet_jax.sharding import replicated
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.state import TrainState, create_state
+from resnet_jax.weights.load import fit_weights
+from resnet_jax.weights.sources import Weights, find_weights
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,73 @@ def make_plan(config: Config, examples: int) -> Plan:
     return Plan(total, per_epoch, eval_every, save_every, config.log.every_steps)
 
 
+def complete(config: Config, recorded: Config | None) -> Config:
+    """The recipe with the fields of `FROM_WEIGHTS` that it leaves at their defaults taken from its pretrained weights.
+
+    Args:
+      recorded: the recipe of the run that is resumed, which then says what the weights said at its start.
+
+    Raises:
+      InputError: the weights cannot be found.
+    """
+    source = config.model.pretrained
+    if source is None:
+        return config
+    given = recorded if recorded and recorded.model.pretrained == source else recipe_of(find_weights(source))
+    sections = {}
+    for section, names in FROM_WEIGHTS.items():
+        ours, default, theirs = (getattr(c, section) for c in (config, Config(), given))
+        if section == "data" and ours.image_size != default.image_size:
+            names = ("mean", "std")
+        taken = {name: getattr(theirs, name) for name in names if getattr(ours, name) == getattr(default, name)}
+        sections[section] = dataclasses.replace(ours, **taken)
+    return dataclasses.replace(config, **sections)
+
+
+FROM_WEIGHTS = {
+    "model": tuple(
+        f for f in ModelConfig.__dataclass_fields__ if f not in ("pretrained", "num_classes", "compute_dtype")
+    ),
+    "data": ("mean", "std", "image_size", "eval_image_size"),
+    "augment": ("eval_crop", "interpolation"),
+}
+"""What weights say of a recipe, by section."""
+
+
+def recipe_of(weights: Weights) -> Config:
+    """What weights say of a recipe; everything else is as in `Config()`."""
+    recipe, preprocessing = Config(), weights.preprocessing
+    known = {name: value for name, value in weights.fields.items() if name in FROM_WEIGHTS["model"]}
+    model = dataclasses.replace(recipe.model, **known, name=weights.name or recipe.model.name)
+    if preprocessing is None:
+        return dataclasses.replace(recipe, model=model)
+    values = dataclasses.asdict(preprocessing)
+    data = dataclasses.replace(recipe.data, **{name: values[name] for name in FROM_WEIGHTS["data"]})
+    augment = dataclasses.replace(recipe.augment, **{name: values[name] for name in FROM_WEIGHTS["augment"]})
+    return dataclasses.replace(recipe, model=model, data=data, augment=augment)
+
+
+def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainState:
+    """A first state with the recipe's pretrained weights, if it has any; a head that does not fit stays random.
+
+    Raises:
+      InputError: the weights cannot be read, or are not those of this model.
+    """
+    source = config.model.pretrained
+    if source is None:
+        return state
+    variables = fit_weights(model, find_weights(source).tensors, source, state.params["head"])
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    ema = state.ema and jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+    return state.replace(params=params, batch_stats=batch_stats, ema=ema)
+
+
 def build_model(config: Config, classes: int) -> nn.Module:
     """The recipe's model with a head for so many classes."""
     recipe = config.model
-    overrides = {name: value for name in ("shortcut", "norm") if (value := getattr(recipe, name)) is not None}
-    return create_model(
-        recipe.name,
-        num_classes=recipe.num_classes or classes,
-        dtype=jnp.dtype(recipe.compute_dtype),
-        unbiased_variance=recipe.unbiased_variance,
-        zero_init_last=recipe.zero_init_last,
-        **overrides,
-    )
+    classes = recipe.num_classes or classes
+    dtype = jnp.dtype(recipe.compute_dtype)
+    return create_model(recipe.name, num_classes=classes, dtype=dtype, **model_fields(recipe))
 
 
 def state_maker(config: Config, model: nn.Module, schedule: Any) -> Callable[[], TrainState]:

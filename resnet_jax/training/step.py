@@ -31,10 +31,13 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         images, targets = prepare(batch, key, config, model)
+        dropout_key = jax.random.split(key, 4)[3]
 
         def objective(params: PyTree) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            logits, updates = model.apply(
+                variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key}
+            )
             losses = loss_of(logits, targets)
             return losses.mean(), (losses, logits, updates.get("batch_stats", {}))
 
@@ -52,7 +55,7 @@ def make_train_step(
 
 def prepare(batch: Batch, key: jax.Array, config: Config, model: nn.Module) -> tuple[jax.Array, jax.Array]:
     """Images as the network takes them and soft targets, from a batch of uint8 images and labels."""
-    crop_key, flip_key, mix_key = jax.random.split(key, 3)
+    crop_key, flip_key, mix_key, _ = jax.random.split(key, 4)
     images, augment = batch["image"], config.augment
     if config.data.on_device and augment.crop == "pad":
         images = on_device.pad_crop(crop_key, images, augment.pad)

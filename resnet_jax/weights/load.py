@@ -8,7 +8,7 @@ import flax.linen as nn
 from resnet_jax.config import InputError
 from resnet_jax.models.registry import create_model
 from resnet_jax.weights.convert import Tensors, adapt_stem, fresh_head, from_torch, head_key, modern_name
-from resnet_jax.weights.sources import find_weights
+from resnet_jax.weights.sources import Weights, find_weights
 
 logger = logging.getLogger("resnet_jax")
 
@@ -34,14 +34,25 @@ def load_pretrained(
       InputError: the source cannot be found or read, or its tensors are not those of the model.
     """
     weights = find_weights(source)
-    name = name or weights.name
-    if name is None:
-        raise InputError(f"{source} does not say which model it belongs to: give its name, such as name='resnet50'")
-    fields = weights.fields | {"num_classes": 1000, "in_channels": in_channels} | overrides
-    classes = classes_of(create_model(name, **fields), weights.tensors)
-    fields["num_classes"] = (classes if num_classes is None else num_classes) or None
+    name, fields = model_of(weights, source, name)
+    fields |= {"in_channels": in_channels} | overrides
+    if num_classes is not None:
+        fields["num_classes"] = num_classes or None
     model = create_model(name, **fields)
     return model, fit_weights(model, weights.tensors, source)
+
+
+def model_of(weights: Weights, source: str, name: str | None) -> tuple[str, dict[str, Any]]:
+    """Name and fields of the model that weights belong to, with as many classes as they have.
+
+    Raises:
+      InputError: neither the weights nor `name` say which model it is.
+    """
+    name = name or weights.name
+    if name is None:
+        raise InputError(f"{source} does not say which model it belongs to: give its name, such as resnet50")
+    classes = classes_of(create_model(name), weights.tensors)
+    return name, weights.fields | {"num_classes": classes or None}
 
 
 def classes_of(model: nn.Module, tensors: Tensors) -> int:

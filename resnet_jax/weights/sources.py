@@ -4,7 +4,7 @@ import json
 import logging
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,10 @@ def _download(repository: str, name: str) -> Path:
     import huggingface_hub
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=True))
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        logging.getLogger("resnet_jax").info("fetching %s of %s", name, repository)
     try:
         return Path(huggingface_hub.hf_hub_download(repository, name))
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
@@ -219,27 +223,3 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise InputError(f"{path} holds no state dict: expected names with tensors")
     return {name: (tensor.float() if tensor.is_floating_point() else tensor).numpy() for name, tensor in loaded.items()}
-
-
-def save_tensors(path: Path, weights: Weights, form: str) -> None:
-    """Writes tensors as `safetensors` or `pth`; a safetensors file carries what is known of the model in its header.
-
-    Raises:
-      InputError: torch is missing for `pth`.
-    """
-    if form == "safetensors":
-        from safetensors.numpy import save_file
-
-        said = {
-            "name": weights.name,
-            "fields": weights.fields,
-            "preprocessing": asdict(weights.preprocessing) if weights.preprocessing else None,
-            "class_names": weights.class_names,
-        }
-        save_file(dict(weights.tensors), path, metadata={"format": "pt", "resnet_jax": json.dumps(said)})
-        return
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError("--format pth needs torch; install it, or take --format safetensors") from error
-    torch.save({name: torch.from_numpy(np.array(value)) for name, value in weights.tensors.items()}, path)

@@ -7,7 +7,10 @@ from resnet_jax import create_model, fold_batch_norm
 IMAGES = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "resnet50d", "resnetv2_50", "cifar_wrn_28_10", "resnext50_32x4d"])
+@pytest.mark.parametrize(
+    "name",
+    ["cifar_resnet20", "resnet50d", "resnetv2_50", "cifar_wrn_28_10", "resnext50_32x4d", "resnetrs50", "resnetblur18"],
+)
 def test_folded_networks_have_the_same_logits(name):
     small = {"stage_sizes": (1, 1), "widths": (16, 32), "num_classes": 7}
     model = create_model(name, **small)
@@ -32,4 +35,10 @@ def test_folded_networks_have_the_same_logits(name):
 def test_other_norms_are_refused():
     model = create_model("cifar_resnet20", norm="group")
     with pytest.raises(ValueError, match="only batch"):
+        fold_batch_norm(model, {})
+
+
+@pytest.mark.parametrize("model", [create_model("densenet121"), create_model("resnet18", standardized=True)])
+def test_what_cannot_be_folded_is_refused(model):
+    with pytest.raises(ValueError, match="only a ResNet"):
         fold_batch_norm(model, {})

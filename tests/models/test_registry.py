@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from resnet_jax import InputError, create_model, list_models
-from resnet_jax.models.registry import count_macs, count_parameters, feature_info, variable_shapes
+from resnet_jax.models.registry import cost, count_parameters, feature_info, variable_shapes
 
 CIFAR = {  # by the arithmetic of their papers
     "cifar_resnet20": 269_722,
@@ -57,7 +57,9 @@ GIGA_MACS = {  # timm's benchmark of inference in 2024, at 224 and otherwise as 
 
 @pytest.mark.parametrize("name", GIGA_MACS)
 def test_multiply_adds_are_those_of_timm(name):
-    assert count_macs(create_model(name), 224) / 1e9 == pytest.approx(GIGA_MACS[name], rel=0.01)
+    model = create_model(name)
+    assert cost(model, 224).macs / 1e9 == pytest.approx(GIGA_MACS[name], rel=0.01)
+    assert cost(model, 224).parameters == count_parameters(model)
 
 
 def test_feature_info_names_stages_channels_and_strides():

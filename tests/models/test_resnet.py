@@ -6,6 +6,7 @@ import pytest
 
 from resnet_jax import create_model
 from resnet_jax.models.blocks import BOTTLENECK, PreactBlock, ResidualBlock, Shortcut
+from resnet_jax.models.layers import DropPath
 from resnet_jax.models.resnet import ResNet
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
@@ -142,4 +143,49 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
 @pytest.mark.parametrize("field", [{"shortcut": "E"}, {"stem": "9x9"}, {"norm": "layer"}])
 def test_unknown_values_are_refused_with_the_choices(field):
     with pytest.raises(ValueError, match="choose one of"):
+        tiny(**field).init(jax.random.key(0), IMAGES)
+
+
+def test_drop_path_leaves_out_whole_images_and_keeps_the_mean():
+    x = jnp.ones((4000, 2, 2, 3))
+    y = DropPath(0.25).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
+    assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
+    assert (y.min((1, 2, 3)) == y.max((1, 2, 3))).all()
+    assert abs(y.mean() - 1) < 0.03
+    np.testing.assert_array_equal(DropPath(0.25).apply({}, x, False), x)
+
+
+def test_dropout_and_drop_path_act_in_training_only():
+    model = tiny(drop_rate=0.5, drop_path_rate=0.5, zero_init_last=False)
+    variables = model.init(jax.random.key(0), IMAGES)
+
+    def logits(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply(variables, IMAGES, train=True, mutable=["batch_stats"], rngs=rngs)[0]
+
+    np.testing.assert_array_equal(logits(1), logits(1))
+    assert np.abs(logits(1) - logits(2)).max() > 1e-3
+    plain = tiny(zero_init_last=False)
+    np.testing.assert_array_equal(model.apply(variables, IMAGES), plain.apply(variables, IMAGES))
+
+
+def test_a_map_comes_out_without_global_pool():
+    model = tiny(global_pool="none", num_classes=None)
+    assert model.init_with_output(jax.random.key(0), IMAGES)[0].shape == (2, 16, 16, 16)
+    with pytest.raises(ValueError, match="num_classes=None"):
+        tiny(global_pool="none").init(jax.random.key(0), IMAGES)
+
+
+def test_images_with_other_channels_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="in_channels=4"):
+        tiny().init(jax.random.key(0), jnp.zeros((1, 8, 8, 4)))
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"act": "tanh"}, {"output_stride": 4}, {"preact": True, "anti_alias": "blur"}, {"attention": "cbam"},
+     {"anti_alias": "median"}, {"stem_pool": "min"}, {"global_pool": "median"}],
+)  # fmt: skip
+def test_impossible_knobs_are_refused(field):
+    with pytest.raises(ValueError, match=next(reversed(field))):
         tiny(**field).init(jax.random.key(0), IMAGES)

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from resnet_jax.weights.convert import to_torch
+from resnet_jax import create_model, to_torch
+from resnet_jax.weights.convert import adapt_stem
 
 from .torch_twins import close, images_for, nchw, nhwc, ours_of, timm, torch, torch_step, torchvision, twins
 
@@ -167,3 +168,20 @@ def test_a_training_step(name):
     named = to_torch(model, {"params": grads} | (moved if "batch_stats" in variables else {}))
     for key, gradient in (theirs_grads | stats).items():
         close(named[key], gradient, 1e-4, key)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_the_first_convolution_is_adapted_as_timm_does_it(channels):
+    model = create_model("resnet50d", stage_sizes=(1, 1, 1, 1), in_channels=channels)
+    kernel = torch.randn(32, 3, 3, 3)
+    adapted = adapt_stem(model, {"conv1.0.weight": kernel})["conv1.0.weight"]
+    expected = timm.models.adapt_input_conv(channels, kernel)
+    np.testing.assert_allclose(adapted, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnetv2_50"])
+def test_drop_path_rates_are_those_of_timm(name):
+    module = timm.create_model(name, drop_path_rate=0.3)
+    paths = [m.drop_prob for m in module.modules() if isinstance(m, timm.layers.DropPath)]
+    ours = [rate for stage in create_model(name, drop_path_rate=0.3)._drop_paths() for rate in stage]
+    np.testing.assert_allclose(ours, [0.0] * (len(ours) - len(paths)) + paths, rtol=1e-6)

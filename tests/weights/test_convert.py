@@ -1,0 +1,86 @@
+import jax
+import numpy as np
+import pytest
+
+from resnet_jax import InputError, create_model, from_torch, list_models, to_torch
+from resnet_jax.models.densenet import DenseNet
+from resnet_jax.models.registry import variable_shapes
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.convert import adapt_stem
+
+
+def counted(model):
+    """Variables in which every number stands once."""
+    leaves, tree = jax.tree.flatten(variable_shapes(model))
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    values = [
+        np.arange(e - leaf.size, e, dtype=np.float32).reshape(leaf.shape) for e, leaf in zip(ends, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, values)
+
+
+def small(name):
+    model = create_model(name)
+    if isinstance(model, ResNet):
+        short = model.clone(stage_sizes=tuple(min(n, 2) for n in model.stage_sizes))
+        return short.clone(widths=(64, 128, 256, 512), stem_width=64) if model.standardized else short
+    return model.clone(stage_sizes=(2, 1, 1, 1)) if isinstance(model, DenseNet) else model
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_out_and_in_again_changes_no_bit(name):
+    model = small(name)
+    variables = counted(model)
+    tensors = to_torch(model, variables)
+    again = from_torch(model, tensors)
+    assert jax.tree.structure(again) == jax.tree.structure(variables)
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(variables), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for key, tensor in to_torch(model, again).items():
+        np.testing.assert_array_equal(tensor, tensors[key])
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    model = small("resnet18")
+    tensors = to_torch(model, counted(model))
+    tensors["layer1.0.conv1.wieght"] = tensors.pop("layer1.0.conv1.weight")
+    tensors["fc.weight"] = tensors["fc.weight"][:, :-1]
+    del tensors["bn1.bias"]
+    with pytest.raises(InputError) as error:
+        from_torch(model, tensors)
+    said = str(error.value)
+    assert "missing: layer1.0.conv1.weight (did you mean layer1.0.conv1.wieght?)" in said
+    assert "missing: bn1.bias" in said and "left over: layer1.0.conv1.wieght" in said
+    assert "shape: fc.weight is [1000, 511], the model has [1000, 512]" in said
+
+
+def test_old_names_wrappers_and_half_precision_are_understood():
+    model = small("densenet121")
+    variables = jax.tree.map(lambda leaf: leaf % 512, counted(model))  # whole numbers that float16 holds
+    tensors = {}
+    for key, tensor in to_torch(model, variables).items():
+        old = key.replace("norm1.", "norm.1.").replace("conv2.", "conv.2.") if "denselayer" in key else key
+        tensors[f"module.{old}"] = tensor.astype(np.float16) if tensor.dtype == np.float32 else tensor
+    assert any("conv.2.weight" in key for key in tensors)
+    jax.tree.map(np.testing.assert_array_equal, from_torch(model, tensors), variables)
+
+
+def test_auxiliary_heads_of_googlenet_are_left_out():
+    model = small("googlenet")
+    variables = counted(model)
+    tensors = to_torch(model, variables) | {"aux1.fc2.bias": np.zeros(1000, np.float32)}
+    jax.tree.map(np.testing.assert_array_equal, from_torch(model, tensors), variables)
+
+
+@pytest.mark.parametrize("name", ["resnet50d", "resnetv2_50"])
+def test_a_grey_image_gives_the_same_features_as_its_rgb(name):
+    model = create_model(name, stage_sizes=(1, 1), widths=(16, 32), num_classes=5)
+    grey = np.random.default_rng(0).normal(size=(1, 64, 64, 1)).astype(np.float32)
+    rgb = np.repeat(grey, 3, -1)
+    variables = model.init(jax.random.key(0), rgb)
+    tensors = to_torch(model, variables)
+    for channels in (1, 6):
+        other = model.clone(in_channels=channels)
+        adapted = from_torch(other, adapt_stem(other, tensors))
+        logits = other.apply(adapted, np.repeat(grey, channels, -1))
+        np.testing.assert_allclose(logits, model.apply(variables, rgb), rtol=1e-3, atol=1e-4)

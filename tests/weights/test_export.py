@@ -1,0 +1,121 @@
+"""Weights that leave: timm and torchvision load them strictly and compute the same."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from resnet_jax import create_model, load_pretrained
+from resnet_jax.cli import main
+from resnet_jax.config import Config, DataConfig, ModelConfig, ScheduleConfig, TrainConfig
+from resnet_jax.training.loop import train
+from resnet_jax.weights.export import save_tensors
+from resnet_jax.weights.sources import Weights, find_weights
+
+from .torch_twins import close, images_for, nchw, timm, torch
+
+SMALL = Config(
+    model=ModelConfig(name="test_resnet", drop_rate=0.1, drop_path_rate=0.1),
+    data=DataConfig(dataset="synthetic", synthetic_size=16, synthetic_classes=5, image_size=32),
+    schedule=ScheduleConfig(warmup_epochs=0.0),
+    train=TrainConfig(steps=2, batch_size=8),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train(SMALL, folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_timm_loads_a_run_of_ours_strictly(run, tmp_path, form):
+    path = tmp_path / f"out.{form}"
+    assert main(["export", str(run), str(path)]) == 0
+    module = timm.create_model("test_resnet", num_classes=5, checkpoint_path=str(path)).eval()
+    model, variables = load_pretrained(str(run))
+    images = images_for(size=32)
+    with torch.no_grad():
+        expected = module(nchw(images))
+    close(model.apply(variables, images), expected, 1e-4, "logits")
+    again, same = load_pretrained(str(path), "test_resnet")
+    jax.tree.map(np.testing.assert_array_equal, same, variables)
+    assert again == dataclasses.replace(model) or form == "pth"
+
+
+def test_a_file_from_a_run_knows_classes_and_preprocessing(run, tmp_path):
+    assert main(["export", str(run), str(tmp_path / "out.safetensors")]) == 0
+    weights = find_weights(str(tmp_path / "out.safetensors"))
+    assert weights.name == "test_resnet" and len(weights.class_names) == 5
+    assert weights.preprocessing.mean == SMALL.data.mean and weights.preprocessing.image_size == 32
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, capsys):
+    class Trap:
+        def __reduce__(self):
+            return (print, ("the trap was sprung",))
+
+    torch.save({"conv1.weight": Trap()}, tmp_path / "trap.pth")
+    assert main(["export", str(tmp_path / "trap.pth"), str(tmp_path / "out.safetensors")]) == 2
+    said = capsys.readouterr()
+    assert "refused" in said.err and "sprung" not in said.out
+
+
+def test_a_wrapped_and_damaged_pth(tmp_path, capsys):
+    module = timm.create_model("test_resnet")
+    torch.save({"state_dict": module.state_dict(), "epoch": 3}, tmp_path / "wrapped.pth")
+    _, variables = load_pretrained(str(tmp_path / "wrapped.pth"), "test_resnet")
+    np.testing.assert_array_equal(variables["params"]["head"]["kernel"], module.state_dict()["fc.weight"].numpy().T)
+    (tmp_path / "short.pth").write_bytes((tmp_path / "wrapped.pth").read_bytes()[:5000])
+    assert main(["export", str(tmp_path / "short.pth"), str(tmp_path / "out.safetensors")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_training_starts_from_pretrained_weights(tmp_path, run):
+    """With a new head for other classes, and with the preprocessing and the model that the weights name."""
+    data = dataclasses.replace(SMALL.data, image_size=8, synthetic_classes=3)
+    config = dataclasses.replace(
+        SMALL, data=data, model=ModelConfig(pretrained=str(run)), train=TrainConfig(steps=1, batch_size=8),
+        optimizer=dataclasses.replace(SMALL.optimizer, learning_rate=0.0),
+    )  # fmt: skip
+    summary = train(config, tmp_path / "tuned")
+    assert summary["steps"] == 1
+    _, before = load_pretrained(str(run))
+    model, after = load_pretrained(str(tmp_path / "tuned"))
+    assert model.drop_rate == 0.1 and model.num_classes == 3
+    assert find_weights(str(tmp_path / "tuned")).preprocessing.image_size == 32
+    del before["params"]["head"], after["params"]["head"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after["params"], before["params"])
+    assert train(config, tmp_path / "tuned") == summary
+
+
+def test_a_published_tag_brings_its_preprocessing(tmp_path, monkeypatch):
+    from resnet_jax.training import recipe
+
+    tag = Weights({}, "resnet50", {"num_classes": 1000}, find_tag_preprocessing("resnet50.tv2_in1k"))
+    monkeypatch.setattr(recipe, "find_weights", lambda source: tag)
+    config = recipe.complete(Config(model=ModelConfig(pretrained="resnet50.tv2_in1k")), None)
+    assert config.model.name == "resnet50" and config.data.mean == (0.485, 0.456, 0.406)
+    assert (config.data.image_size, config.data.eval_image_size, config.augment.eval_crop) == (176, 224, 0.965)
+    own = Config(model=ModelConfig(pretrained="x"), data=DataConfig(image_size=64, mean=(0.1, 0.1, 0.1)))
+    kept = recipe.complete(own, None).data
+    assert (kept.image_size, kept.eval_image_size, kept.mean, kept.std) == (64, None, (0.1,) * 3, (0.229, 0.224, 0.225))
+
+
+def find_tag_preprocessing(tag):
+    from resnet_jax.weights.tags import find_tag
+
+    return find_tag(tag).preprocessing
+
+
+def test_exporting_to_a_place_that_cannot_be_written(tmp_path, capsys):
+    model = create_model("test_resnet")
+    variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    from resnet_jax import to_torch
+
+    save_tensors(tmp_path / "in.safetensors", Weights(to_torch(model, variables), "test_resnet"), "safetensors")
+    (tmp_path / "file").write_text("")
+    assert main(["export", str(tmp_path / "in.safetensors"), str(tmp_path / "file" / "out.safetensors")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

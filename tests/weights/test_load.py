@@ -1,0 +1,172 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import jax
+import numpy as np
+import pytest
+
+from resnet_jax import InputError, create_model, load_pretrained, to_torch
+from resnet_jax.weights.export import export, save_tensors
+from resnet_jax.weights.sources import Weights, find_weights
+from resnet_jax.weights.tags import all_tags, find_tag, tags_of
+
+TAG = "test_resnet.r160_in1k"
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    model = create_model("test_resnet")
+    variables = model.init(jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))
+    return to_torch(model, variables)
+
+
+@pytest.fixture
+def file(tmp_path, tensors):
+    path = tmp_path / "weights.safetensors"
+    save_tensors(path, Weights(tensors), "safetensors")
+    return path
+
+
+def same(model, variables, tensors, apart=()):
+    for key, tensor in to_torch(model, variables).items():
+        if key not in apart:
+            np.testing.assert_array_equal(tensor, tensors[key])
+
+
+def test_every_tag_has_a_model_and_every_model_one_default():
+    names = {tag.name for tag in all_tags().values()}
+    assert len(all_tags()) > 170
+    for name in names:
+        create_model(name)
+        assert [tag.default for tag in tags_of(name)].count(True) == 1
+    assert find_tag("resnet50").tag == "resnet50.a1_in1k"
+    tag = find_tag("resnet50.tv2_in1k").preprocessing
+    assert (tag.image_size, tag.eval_image_size, tag.eval_crop, tag.interpolation) == (176, 224, 0.965, "bilinear")
+
+
+def test_a_tag_comes_from_the_cache_of_the_hub_alone(tmp_path, tensors):
+    snapshot = tmp_path / "hub" / f"models--timm--{TAG}" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    save_tensors(snapshot / "model.safetensors", Weights(tensors), "safetensors")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    code = f"import resnet_jax as rj; m, v = rj.load_pretrained({TAG!r}, num_classes=0); print(m.num_classes, len(v))"
+    result = run(code, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert result.stdout.split() == ["None", "2"], result.stderr
+
+
+def test_without_network_and_cache_the_error_says_what_to_do(tmp_path):
+    code = f"import resnet_jax as rj\ntry: rj.load_pretrained({TAG!r})\nexcept rj.InputError as error: print(error)"
+    result = run(code, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert TAG in result.stdout and "give its path" in result.stdout
+
+
+def test_a_tag_is_fetched_and_cached(tmp_path, file):
+    """From a small server of our own that speaks as the hub does."""
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer(b"")
+
+        def do_GET(self):
+            self.answer(file.read_bytes())
+
+        def answer(self, body):
+            asked.append((self.command, self.path))
+            self.send_response(200)
+            for name, value in {"ETag": '"abc"', "X-Repo-Commit": "1" * 40}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(file.stat().st_size))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = f"import resnet_jax as rj; m, v = rj.load_pretrained({TAG!r}); print(m.num_classes)"
+    place = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    try:
+        for _ in range(2):
+            result = run(code, **place)
+            assert result.stdout.strip() == "1000", result.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
+    fetched = [path for command, path in asked if command == "GET" and TAG in path]
+    assert fetched == [f"/timm/{TAG}/resolve/main/model.safetensors"]
+
+
+def run(code, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True)
+
+
+def test_a_file_with_the_head_swapped_and_grey_images(file, tensors, caplog):
+    with caplog.at_level(logging.WARNING, "resnet_jax"):
+        model, variables = load_pretrained(str(file), "test_resnet", num_classes=5, in_channels=1)
+    assert "1000 classes, the model 5: its head is made anew" in caplog.text
+    assert variables["params"]["head"]["kernel"].shape == (96, 5)
+    same(model, variables, tensors, apart=("conv1.0.weight", "fc.weight", "fc.bias"))
+    model.apply(variables, np.zeros((1, 32, 32, 1), np.float32))
+    model, variables = load_pretrained(str(file), "test_resnet")
+    same(model, variables, tensors)
+
+
+def test_a_folder_as_timm_writes_it(tmp_path, file, tensors):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    file.rename(folder / "model.safetensors")
+    known = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "input_size": [3, 160, 160], "crop_pct": 0.95,
+             "interpolation": "bicubic"}  # fmt: skip
+    config = {"architecture": "test_resnet", "num_classes": 1000, "pretrained_cfg": known}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, variables = load_pretrained(str(folder))
+    same(model, variables, tensors)
+    preprocessing = find_weights(str(folder)).preprocessing
+    assert preprocessing.mean == (0.5, 0.4, 0.3) and preprocessing.eval_image_size == 160
+    (folder / "config.json").write_text(json.dumps(config | {"architecture": "vit_huge"}))
+    with pytest.raises(InputError, match="vit_huge"):
+        load_pretrained(str(folder))
+
+
+def test_an_exported_file_says_itself_what_it_is(tmp_path, file, tensors):
+    export(str(file), tmp_path / "named.safetensors", "safetensors", "test_resnet")
+    model, variables = load_pretrained(str(tmp_path / "named.safetensors"))
+    same(model, variables, tensors)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("resnet50.tv3_in1k", "resnet50.tv2_in1k"),
+        ("resnet5", "did you mean resnet"),
+        ("nothing.safetensors", "no such file"),
+        ("{tmp}/short.safetensors", "not a whole safetensors file"),
+        ("{tmp}/text.safetensors", "not a whole safetensors file"),
+        ("{tmp}/weights.safetensors", "give its name"),
+        ("{tmp}", "neither a run nor a file of weights"),
+    ],
+)
+def test_bad_sources_are_named(tmp_path, file, source, says):
+    (tmp_path / "short.safetensors").write_bytes(file.read_bytes()[:-1000])
+    (tmp_path / "text.safetensors").write_text("this is no file of weights")
+    with pytest.raises(InputError, match=says):
+        load_pretrained(source.format(tmp=tmp_path))
+
+
+def test_weights_of_another_architecture_name_the_keys(file):
+    with pytest.raises(InputError, match=r"missing: layer1.0.bn3[\s\S]*left over: conv1.3.weight[\s\S]*shape: "):
+        load_pretrained(str(file), "resnet50", num_classes=1000)
+
+
+def test_a_knob_that_the_model_does_not_have_is_refused(file):
+    with pytest.raises(InputError, match="densenet121 has no field 'drop_path_rate'"):
+        create_model("densenet121", drop_path_rate=0.1)
