@@ -55,29 +55,29 @@ def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
       InputError: tensors are missing, left over or of another shape; all of them are listed.
     """
     names = {name: key for key in tensors if (name := modern_name(model, key))}
-    wanted = list(entries(model))
+    wanted = entries(model)
     if head is not None or not model.num_classes:
         names = {name: key for name, key in names.items() if not name.startswith(head_key(model) + ".")}
-        wanted = [entry for entry in wanted if entry.path[1] != "head"]
+        wanted = tuple(entry for entry in wanted if entry.path[1] != "head")
     flat, other = {}, []
     for entry in wanted:
         if entry.key in names:
             tensor = np.asarray(tensors[names[entry.key]])
             if _fits(tensor.shape, entry):
-                flat[entry.path] = _ours(tensor, entry)
+                flat[entry.path] = _turned(tensor, entry)
             else:
                 shapes = f"{list(tensor.shape)}, the model has {list(entry.tensor_shape)}"
                 other.append(f"shape: {entry.key} is {shapes}")
     check_tensors({entry.key for entry in wanted}, set(names), other)
-    variables = unflatten_dict(flat)
+    variables = jax.device_put(unflatten_dict(flat), may_alias=False)  # copies and turns in one pass
     if head is not None and model.num_classes:
         variables["params"]["head"] = head
     return variables
 
 
-def _ours(tensor: np.ndarray, entry: Entry) -> jax.Array:
-    turned = tensor.transpose(2, 3, 1, 0) if len(entry.shape) == 4 else tensor.reshape(entry.shape[::-1]).T
-    return jnp.asarray(np.ascontiguousarray(turned, np.float32))
+def _turned(tensor: np.ndarray, entry: Entry) -> np.ndarray:
+    tensor = tensor.astype(np.float32, copy=False)
+    return tensor.transpose(2, 3, 1, 0) if len(entry.shape) == 4 else tensor.reshape(entry.shape[::-1]).T
 
 
 def modern_name(model: Any, key: str) -> str:

@@ -1,7 +1,7 @@
 """Which name PyTorch has for each of our parameters: torchvision's and timm's state dicts."""
 
 import re
-from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -36,14 +36,17 @@ class Entry(NamedTuple):
     tensor_shape: tuple[int, ...]
 
 
-def entries(model: Any) -> Iterator[Entry]:
+@lru_cache(maxsize=16)
+def entries(model: Any) -> tuple[Entry, ...]:
     """Every array of a model's variables and the tensor that PyTorch keeps it in, without `num_batches_tracked`."""
+    found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(variable_shapes(model)):
         path = tuple(key.key for key in keys)
         module = "/".join(path[1:-1])
         pointwise = "attention/fc" in module or (module == "head" and getattr(model, "preact", False))
         key = f"{torch_module(model, module)}.{LEAVES[path[-1]]}"
-        yield Entry(path, leaf.shape, key, torch_shape(leaf.shape, pointwise and path[-1] == "kernel"))
+        found.append(Entry(path, leaf.shape, key, torch_shape(leaf.shape, pointwise and path[-1] == "kernel")))
+    return tuple(found)
 
 
 def torch_shape(shape: tuple[int, ...], pointwise: bool) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config import Config, InputError, from_dict
@@ -17,6 +18,7 @@ from resnet_jax.weights.convert import to_torch
 from resnet_jax.weights.tags import Preprocessing, Tag, find_tag
 
 FILES = (".safetensors", ".pth", ".pt", ".bin")
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I64": np.int64}
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
@@ -168,7 +170,7 @@ def _from_run(folder: Path) -> Weights:
 
 
 class SafeTensors(Mapping[str, np.ndarray]):
-    """The tensors of a safetensors file, each read when it is asked for.
+    """The tensors of a safetensors file as views of the mapped file: nothing is read before it is used.
 
     Raises:
       InputError: the file is damaged or something else.
@@ -178,20 +180,26 @@ class SafeTensors(Mapping[str, np.ndarray]):
         from safetensors import SafetensorError, safe_open
 
         try:
-            self.file = safe_open(path, framework="numpy")
+            with safe_open(path, framework="numpy") as checked:
+                self.metadata: dict[str, str] = checked.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-        self.metadata: dict[str, str] = self.file.metadata() or {}
-        self.names = list(self.file.keys())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self.entries: dict[str, Any] = json.loads(file.read(length))
+        self.entries.pop("__metadata__", None)
+        self.bytes = np.memmap(path, np.uint8, "r", offset=8 + length)
 
     def __getitem__(self, key: str) -> np.ndarray:
-        return self.file.get_tensor(key)
+        entry = self.entries[key]
+        begin, end = entry["data_offsets"]
+        return self.bytes[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.entries)
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
