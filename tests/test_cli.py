@@ -46,7 +46,7 @@ def test_a_misspelt_flag_names_the_nearest(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "there are train, evaluate, models"),
+        (["trian"], "there are train, evaluate, export, models"),
         (["train", "--model.name", "rsnet50"], "did you mean resnet50"),
         (["train", "--data.dataset", "web"], "digits, folder:PATH"),
         (["train", "--data.dataset", "folder:/no/such"], "there is no such folder"),
@@ -71,12 +71,17 @@ def test_help_describes_every_field(capsys):
     assert run([], capsys)[0] == 0
 
 
-def test_models_lists_parameters(capsys):
-    status, out, _ = run(["models", "resnet50*"], capsys)
-    assert status == 0 and out.split() == ["resnet50", "25,557,032", "resnet50d", "25,576,264"]
-    assert json.loads(run(["models", "resnet18", "--json"], capsys)[1]) == [
-        {"name": "resnet18", "parameters": 11_689_512}
-    ]
+def test_models_lists_cost_and_weights(capsys):
+    status, out, _ = run(["models", "resnet26*"], capsys)
+    lines = out.splitlines()
+    assert status == 0 and [line.split()[0] for line in lines if not line.startswith(" ")] == [
+        "resnet26", "resnet26d", "resnet26t"
+    ]  # fmt: skip
+    assert lines[0].split()[1:] == ["15,995,176", "parameters", "2.36", "GMACs", "at", "224"]
+    assert lines[1].split() == ["resnet26.bt_in1k", "apache-2.0,", "default"]
+    (row,) = json.loads(run(["models", "resnet18d", "--json"], capsys)[1])
+    assert (row["name"], row["parameters"], row["size"]) == ("resnet18d", 11_708_744, 224)
+    assert [tag["default"] for tag in row["tags"]] == [True, False]
 
 
 def test_a_run_from_the_shell(tmp_path):

@@ -66,42 +66,65 @@ def test_without_network_and_cache_the_error_says_what_to_do(tmp_path):
     assert TAG in result.stdout and "give its path" in result.stdout
 
 
-def test_a_tag_is_fetched_and_cached(tmp_path, file):
-    """From a small server of our own that speaks as the hub does."""
+@pytest.fixture
+def hub(tmp_path, file):
+    """A small server that speaks as the hub does: its environment, and what it was asked for."""
     asked = []
+    config = json.dumps({"architecture": "test_resnet", "num_classes": 1000}).encode()
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self):
-            self.answer(b"")
+            self.answer()
 
         def do_GET(self):
-            self.answer(file.read_bytes())
+            self.answer()
 
-        def answer(self, body):
+        def answer(self):
             asked.append((self.command, self.path))
+            body = config if self.path.endswith("config.json") else file.read_bytes()
             self.send_response(200)
-            for name, value in {"ETag": '"abc"', "X-Repo-Commit": "1" * 40}.items():
+            for name, value in {"ETag": f'"{len(body)}"', "X-Repo-Commit": "1" * 40}.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(file.stat().st_size))
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command == "GET":
+                self.wfile.write(body)
 
         def log_message(self, *args):
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}, asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_tag_is_fetched_and_cached(hub):
+    environment, asked = hub
     code = f"import resnet_jax as rj; m, v = rj.load_pretrained({TAG!r}); print(m.num_classes)"
-    place = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    try:
-        for _ in range(2):
-            result = run(code, **place)
-            assert result.stdout.strip() == "1000", result.stderr
-    finally:
-        server.shutdown()
-        server.server_close()
+    for _ in range(2):
+        result = run(code, **environment)
+        assert result.stdout.strip() == "1000", result.stderr
     fetched = [path for command, path in asked if command == "GET" and TAG in path]
     assert fetched == [f"/timm/{TAG}/resolve/main/model.safetensors"]
+
+
+def test_a_repository_of_the_hub_says_which_model_it_is(hub):
+    environment, asked = hub
+    code = "import resnet_jax as rj; m, v = rj.load_pretrained('hf-hub:someone/net'); print(m.stem_width)"
+    result = run(code, **environment)
+    assert result.stdout.strip() == "32", result.stderr
+    assert ("GET", "/someone/net/resolve/main/config.json") in asked
+
+
+def test_a_file_of_pytorch_without_torch_says_what_to_do(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"")
+    code = "import sys; sys.modules['torch'] = None\nimport resnet_jax as rj\n"
+    code += (
+        f"try: rj.load_pretrained({str(tmp_path / 'weights.pth')!r}, 'resnet18')\nexcept rj.InputError as e: print(e)"
+    )
+    assert "install torch" in run(code).stdout
 
 
 def run(code, **environment):
