@@ -150,7 +150,7 @@ def test_a_training_step(name):
     """
     ours, theirs = knobs(TIMM[name], {"act": "silu"}, {"act_layer": "silu"})
     module, model, variables = twins(name, ours, theirs, {"num_classes": 7})
-    images, labels = images_for(batch=8, size=48), np.arange(8) % 7
+    images, labels = images_for(batch=8), np.arange(8) % 7
 
     @jax.jit
     @partial(jax.value_and_grad, has_aux=True)
