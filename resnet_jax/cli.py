@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config import Config, InputError, load_config
+from resnet_jax.config import Config, InputError
+from resnet_jax.recipes import load_config
 
 USAGE = """usage: resnet-jax COMMAND ...
 

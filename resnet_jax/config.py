@@ -1,11 +1,8 @@
 """The recipe of a run: frozen dataclasses. `Config()` is the digits recipe; every field is a flag."""
 
-import dataclasses
-import runpy
-import typing
+import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 
 class InputError(ValueError):
@@ -175,8 +172,22 @@ class ParallelConfig:
 
     devices: int | None = None
     """Use the first so many devices; None for all."""
+    strategy: Literal["jit", "shard_map", "pmap"] = "jit"
+    """How the step is split: jit leaves it to XLA; shard_map and pmap run a function for each device."""
+    batch_norm: str = "global"
+    """Whose statistics batch normalisation takes: global (the whole batch), local (each device's), or ghost:N (groups
+    of N images)."""
+    fsdp: int = 1
+    """Parameters, averages and optimizer state are spread over so many devices; needs jit."""
     distributed: Literal["auto", "off"] = "off"
-    """auto: join the processes of the cluster that JAX detects (SLURM, Open MPI, Kubernetes, Cloud TPU)."""
+    """auto: join the processes of the cluster that JAX detects (SLURM, Open MPI, Kubernetes, Cloud TPU), or of the
+    coordinator below."""
+    coordinator: str | None = None
+    """Address and port of the first process, such as 10.0.0.1:1234; None asks the cluster."""
+    processes: int | None = None
+    """How many processes there are; with coordinator."""
+    process_id: int | None = None
+    """Number of this process, from 0; with coordinator."""
 
 
 @dataclass(frozen=True)
@@ -214,21 +225,6 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-FREE_FIELDS = frozenset(
-    {
-        "data.data_dir",
-        "data.workers",
-        "parallel.devices",
-        "parallel.distributed",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "log.every_steps",
-        "log.tensorboard",
-    }
-)
-"""Fields that a resumed run may change, since they do not change its result."""
-
-
 def check(config: Config) -> None:
     """Raises InputError where fields are impossible or contradict each other."""
     problems = [
@@ -260,60 +256,33 @@ def check(config: Config) -> None:
         (config.log.every_steps < 1, "log.every_steps must be at least 1"),
         (config.checkpoint.keep < 1, "checkpoint.keep must be at least 1"),
     ]
-    for wrong, message in problems:
+    for wrong, message in problems + _parallel_problems(config.parallel, config.train.steps_per_call):
         if wrong:
             raise InputError(message)
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """The recipe as JSON types."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(values: dict[str, Any], kind: Any = Config, where: str = "") -> Any:
-    """The inverse of `to_dict`; lists become tuples, absent fields their defaults.
-
-    Raises:
-      InputError: a field is unknown.
-    """
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise InputError(f"the recipe has unknown fields: {', '.join(where + name for name in unknown)}")
-    parsed = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            parsed[name] = from_dict(value, hints[name], f"{where}{name}.")
-        else:
-            parsed[name] = _tuples(value)
-    return kind(**parsed)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """`field: old -> new` for every field that differs and changes the result."""
-    before, after = to_dict(old), to_dict(new)
+def _parallel_problems(recipe: ParallelConfig, steps_per_call: int) -> list[tuple[bool, str]]:
+    given = [value is not None for value in (recipe.coordinator, recipe.processes, recipe.process_id)]
     return [
-        f"{section}.{name}: {before[section][name]!r} -> {value!r}"
-        for section, fields in after.items()
-        for name, value in fields.items()
-        if value != before[section][name] and f"{section}.{name}" not in FREE_FIELDS
+        (recipe.fsdp < 1, "parallel.fsdp must be at least 1"),
+        (
+            recipe.fsdp > 1 and recipe.strategy != "jit",
+            f"parallel.fsdp needs parallel.strategy jit: {recipe.strategy} keeps all of the state on each device",
+        ),
+        (
+            recipe.strategy == "pmap" and steps_per_call > 1,
+            "parallel.strategy pmap runs one step a call: leave train.steps_per_call at 1, or take jit",
+        ),
+        (
+            recipe.strategy == "pmap" and recipe.distributed == "auto",
+            "parallel.strategy pmap is for one process: take jit or shard_map for several",
+        ),
+        (
+            not re.fullmatch(r"global|local|ghost:[1-9]\d*", recipe.batch_norm),
+            f"parallel.batch_norm {recipe.batch_norm!r} is unknown; choose global, local or ghost:N",
+        ),
+        (
+            any(given) and not (all(given) and recipe.distributed == "auto"),
+            "parallel.coordinator, processes and process_id belong together, with parallel.distributed auto",
+        ),
     ]
-
-
-def load_config(path: str | Path) -> Config:
-    """The variable `config` of a Python file.
-
-    Raises:
-      InputError: there is no such file, or it defines no `config` of type Config.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"--config {path}: there is no such file; recipes are Python files such as those in configs/")
-    config = runpy.run_path(str(path)).get("config")
-    if not isinstance(config, Config):
-        raise InputError(f"--config {path}: the file must define `config = Config(...)`")
-    return config

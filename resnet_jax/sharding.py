@@ -8,33 +8,48 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, ParallelConfig
 
 
-def start_processes(distributed: str) -> None:
+def start_processes(recipe: ParallelConfig) -> None:
     """Joins the processes of a cluster if `distributed` is `auto`; call before any other use of JAX.
 
     Raises:
       InputError: JAX finds no cluster to join.
     """
-    if distributed == "off" or jax.distributed.is_initialized():
+    if recipe.distributed == "off" or jax.distributed.is_initialized():
         return
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(
+            recipe.coordinator, recipe.processes, recipe.process_id, heartbeat_timeout_seconds=LOST_AFTER
+        )
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"parallel.distributed auto: {error}; give --parallel.distributed off on one host") from error
+        raise InputError(
+            f"parallel.distributed auto: {error}; give --parallel.distributed off on one host, or "
+            "--parallel.coordinator ADDRESS:PORT --parallel.processes N --parallel.process_id I"
+        ) from error
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
-    """A mesh with one axis, `data`, over the first so many devices of all processes; None for all.
+LOST_AFTER = 30
+"""Seconds without a sign of life after which a process counts as lost and the others end."""
+
+
+def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
+    """A mesh with the axis `data` over the first so many devices of all processes; None for all.
+
+    Args:
+      fsdp: size of a second axis, `fsdp`, over which the state is spread; 1 for none.
 
     Raises:
-      InputError: there are not so many.
+      InputError: there are not so many, or they do not divide by `fsdp`.
     """
     present = jax.devices()
     if devices is not None and not 0 < devices <= len(present):
         raise InputError(f"parallel.devices {devices}: there are {len(present)} devices of kind {present[0].platform}")
-    return Mesh(np.asarray(present[:devices]), ("data",))
+    chosen = np.asarray(present[:devices])
+    if len(chosen) % fsdp:
+        raise InputError(f"parallel.fsdp {fsdp}: {len(chosen)} devices do not divide by it")
+    return Mesh(chosen.reshape(-1, fsdp), ("data", "fsdp")) if fsdp > 1 else Mesh(chosen, ("data",))
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
@@ -54,8 +69,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over the devices."""
-    return NamedSharding(mesh, P("data"))
+    """The first axis is split over all devices."""
+    return NamedSharding(mesh, P(mesh.axis_names))
+
+
+SPREAD_ABOVE = 2**14
+"""Values that an array needs to be spread over the axis `fsdp`; smaller ones cost more in traffic than in room."""
+
+
+def state_sharding(shapes: Any, mesh: Mesh) -> Any:
+    """How each array of a state lies on a mesh: along its largest axis that divides by `fsdp`, or whole everywhere."""
+    parts = mesh.shape.get("fsdp", 1)
+
+    def place(array: Any) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(array.shape) if size % parts == 0]
+        if parts == 1 or not axes or array.size < SPREAD_ABOVE:
+            return replicated(mesh)
+        largest = max(axes, key=lambda axis: array.shape[axis])
+        return NamedSharding(mesh, P(*[None] * largest, "fsdp"))
+
+    return jax.tree.map(place, shapes)
 
 
 @cache
@@ -79,3 +112,20 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """This process's share of a batch, as global arrays split over the mesh."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in batch.items()}
+
+
+def put_everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that are the same in every process, whole on every device of the mesh."""
+    return jax.tree.map(lambda x: _put(x, replicated(mesh)), tree)
+
+
+def put_state(state: Any, mesh: Mesh) -> Any:
+    """A first state, the same in every process, as `state_sharding` says."""
+    return jax.tree.map(_put, state, state_sharding(state, mesh))
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    whole = np.asarray(array)  # each process has all of it and gives its devices their part
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from resnet_jax.config import Config, DataConfig, InputError, TrainConfig, check, differences, from_dict, load_config
+from resnet_jax.config import Config, DataConfig, InputError, TrainConfig, check
 from resnet_jax.config import to_dict as as_dict
+from resnet_jax.recipes import differences, from_dict, load_config
 
 
 def test_json_round_trip():

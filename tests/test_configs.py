@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from resnet_jax.config import Config, check, load_config
+from resnet_jax.config import Config, check
+from resnet_jax.recipes import load_config
 from resnet_jax.training import loop
 
 from .conftest import ROOT

@@ -63,7 +63,8 @@ class DenseNet(nn.Module):
       stage_sizes: layers in each stage.
       growth: channels that each layer adds; twice as many leave the stem.
       anti_alias: low pass in the stem's pool: `none`, `average` or `blur`.
-      stem, act, norm, unbiased_variance, drop_rate, global_pool, in_channels, num_classes, dtype: as in `ResNet`.
+      stem, act, norm, unbiased_variance, ghost, axis_name, drop_rate, global_pool, in_channels, num_classes, dtype: as
+        in `ResNet`.
     """
 
     stage_sizes: tuple[int, ...]
@@ -72,6 +73,8 @@ class DenseNet(nn.Module):
     anti_alias: str = "none"
     norm: str = "batch"
     unbiased_variance: bool = False
+    ghost: int | None = None
+    axis_name: str | None = None
     act: str = "relu"
     drop_rate: float = 0.0
     global_pool: str = "avg"
@@ -84,7 +87,7 @@ class DenseNet(nn.Module):
         """Logits, and with `endpoints` what each part puts out; as `ResNet.__call__`."""
         check_channels(images, self.in_channels)
         conv = partial(Conv, dtype=self.dtype, kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"))
-        norm, act = make_norm(self.norm, self.dtype, self.unbiased_variance), ACTIVATIONS[self.act]
+        norm, act = make_norm(self), ACTIVATIONS[self.act]
         x = Stem(self.stem, 2 * self.growth, False, conv, norm, act, name="stem")(images, train)
         taps = {"stem": x}
         x = StemPool("max", self.anti_alias, conv, norm, act, name="stem_pool")(x, train)

@@ -83,11 +83,14 @@ class GoogLeNet(nn.Module):
     Szegedy et al. 2014 (arXiv:1409.4842). Paths: `stem1/conv1`, `stage2/block5/branch3/conv2`, `head`.
 
     Attributes:
-      norm, unbiased_variance, act, drop_rate, global_pool, in_channels, num_classes, dtype: as in `ResNet`.
+      norm, unbiased_variance, ghost, axis_name, act, drop_rate, global_pool, in_channels, num_classes, dtype: as in
+        `ResNet`.
     """
 
     norm: str = "batch"
     unbiased_variance: bool = False
+    ghost: int | None = None
+    axis_name: str | None = None
     act: str = "relu"
     drop_rate: float = 0.2
     global_pool: str = "avg"
@@ -101,7 +104,7 @@ class GoogLeNet(nn.Module):
         check_channels(images, self.in_channels)
         init = nn.initializers.truncated_normal(0.01)
         conv = partial(Conv, dtype=self.dtype, kernel_init=init)
-        norm = make_norm(self.norm, self.dtype, self.unbiased_variance, epsilon=1e-3)
+        norm = make_norm(self, epsilon=1e-3)
         chain = partial(Chain, conv=conv, norm=norm, act=ACTIVATIONS[self.act])
         x = chain(((64, 7, 2),), name="stem1")(images, train)
         taps = {"stem": x}

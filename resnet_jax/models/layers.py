@@ -1,5 +1,6 @@
 """Layers of residual networks: convolution, norms, drop path. Images are [batch, height, width, channel]."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -128,19 +129,25 @@ class BatchNorm(nn.Module):
 
     With `train=True` it normalises with the statistics of the batch and moves the running ones (collection
     `batch_stats`: `mean`, `var`); with `train=False` it uses the running ones. Under `jit` with a sharded batch the
-    statistics are those of the whole batch, on any number of devices.
+    statistics are those of the whole batch, on any number of devices; in a function of one device (`shard_map`, `pmap`)
+    they are its own, unless `axis_name` says over which devices to average.
 
     Attributes:
       momentum: share of the old running value that is kept (PyTorch's `momentum` is one minus this).
       unbiased_variance: the running variance takes n / (n - 1) times the variance of the batch, as PyTorch does;
         otherwise the biased one, as Flax does. Normalisation itself uses the biased one in both.
       frozen: always the running statistics, never moved, and no gradient to scale and bias.
+      ghost: statistics over groups of so many images in turn (Hoffer et al. 2017); the running ones move by the mean
+        over the groups. None: over all of the batch.
+      axis_name: of the mapped axis.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
     unbiased_variance: bool = False
     frozen: bool = False
+    ghost: int | None = None
+    axis_name: str | None = None
     dtype: Dtype = jnp.float32
     scale_init: Initializer = nn.initializers.ones
 
@@ -154,27 +161,52 @@ class BatchNorm(nn.Module):
         if self.frozen:
             scale, bias = lax.stop_gradient((scale, bias))
 
+        shape = x.shape
         if train and not self.frozen:
-            mean, var = batch_moments(x)
+            axis_name = None if self.is_initializing() else self.axis_name
+            x = in_groups(x, None if self.is_initializing() else self.ghost)
+            mean, var, count = batch_moments(x, axis_name)
             if not self.is_initializing():
-                count = x.size // x.shape[-1]
                 correction = count / max(count - 1, 1) if self.unbiased_variance else 1.0
                 keep = self.momentum
-                running_mean.value = keep * running_mean.value + (1 - keep) * mean
-                running_var.value = keep * running_var.value + (1 - keep) * correction * var
+                group_mean, group_var = mean.reshape(-1, *features).mean(0), var.reshape(-1, *features).mean(0)
+                running_mean.value = keep * running_mean.value + (1 - keep) * group_mean
+                running_var.value = keep * running_var.value + (1 - keep) * correction * group_var
         else:
             mean, var = running_mean.value, running_var.value
 
         factor = scale * lax.rsqrt(var + self.epsilon)
-        return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(self.dtype)
+        return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(self.dtype).reshape(shape)
 
 
-def batch_moments(x: Array) -> tuple[Array, Array]:
-    """Mean and biased variance of each channel over all other axes, in float32: [channel], [channel]."""
-    axes = tuple(range(x.ndim - 1))
+def in_groups(x: Array, ghost: int | None) -> Array:
+    """[batch, height, width, channel] -> [groups, ghost, height, width, channel]; x itself for no ghost batches.
+
+    Raises:
+      ValueError: the batch does not divide into groups of that size.
+    """
+    if ghost is None:
+        return x
+    if x.shape[0] % ghost:
+        raise ValueError(f"a batch of {x.shape[0]} images does not divide into ghost batches of {ghost}")
+    return x.reshape(-1, ghost, *x.shape[1:])
+
+
+def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array, int]:
+    """Mean and biased variance of each channel, in float32, and over how many values of each they were taken.
+
+    [batch, height, width, channel] gives [channel]; [groups, ghost, height, width, channel] gives
+    [groups, 1, 1, 1, channel]. With `axis_name` they are those of all devices of that mapped axis.
+    """
+    grouped = x.ndim == 5
+    axes = (1, 2, 3) if grouped else tuple(range(x.ndim - 1))
     x = x.astype(jnp.float32)
-    mean = x.mean(axes)
-    return mean, jnp.maximum(jnp.square(x).mean(axes) - jnp.square(mean), 0.0)
+    mean, square = x.mean(axes, keepdims=grouped), jnp.square(x).mean(axes, keepdims=grouped)
+    count = math.prod(x.shape[axis] for axis in axes)
+    if axis_name is not None:
+        mean, square = lax.pmean((mean, square), axis_name)
+        count *= lax.axis_size(axis_name)
+    return mean, jnp.maximum(square - jnp.square(mean), 0.0), count
 
 
 class GroupNorm(nn.Module):
@@ -235,17 +267,19 @@ NORMS: dict[str, Any] = {
 }
 
 
-def make_norm(kind: str, dtype: Dtype, unbiased_variance: bool = False, epsilon: float = 1e-5) -> Any:
-    """The class of a norm with everything but its name set.
+def make_norm(model: Any, epsilon: float = 1e-5) -> Any:
+    """The class of a model's norm with everything but its name set.
 
     Args:
-      kind: `batch`, `frozen_batch`, `group`, or `folded`, which `fold_batch_norm` makes.
+      model: with the fields `norm` (`batch`, `frozen_batch`, `group`, or `folded`, which `fold_batch_norm` makes),
+        `dtype`, `unbiased_variance`, `ghost` and `axis_name`.
     """
+    kind = model.norm
     if kind not in NORMS:
         raise ValueError(f"norm {kind!r} is unknown; choose one of {', '.join(NORMS)}")
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": model.dtype}
     if kind != "folded":
         options["epsilon"] = epsilon
     if kind in ("batch", "frozen_batch"):
-        options["unbiased_variance"] = unbiased_variance
+        options |= {name: getattr(model, name) for name in ("unbiased_variance", "ghost", "axis_name")}
     return partial(NORMS[kind], **options)

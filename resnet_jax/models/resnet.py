@@ -134,6 +134,7 @@ class ResNet(nn.Module):
       norm: `batch`, `frozen_batch` (running statistics only, nothing of the norm trains), `group`,
         or `folded`, which `fold_batch_norm` makes.
       unbiased_variance: running variances are kept the PyTorch way, n / (n - 1).
+      ghost, axis_name: scope of the batch statistics, as in `BatchNorm`.
       standardized: kernels are standardised before they are used.
       act: `relu`, `silu`, `gelu` or `identity`.
       zero_init_last: every branch starts at zero. Without effect on plain blocks.
@@ -163,6 +164,8 @@ class ResNet(nn.Module):
     anti_alias: str = "none"
     norm: str = "batch"
     unbiased_variance: bool = False
+    ghost: int | None = None
+    axis_name: str | None = None
     standardized: bool = False
     act: str = "relu"
     zero_init_last: bool = True
@@ -190,7 +193,7 @@ class ResNet(nn.Module):
         check_channels(images, self.in_channels)
         self._check()
         conv = partial(Conv, dtype=self.dtype, standardized=self.standardized)
-        norm, act = make_norm(self.norm, self.dtype, self.unbiased_variance), ACTIVATIONS[self.act]
+        norm, act = make_norm(self), ACTIVATIONS[self.act]
         x = Stem(self.stem, self.stem_width, self.preact, conv, norm, act, name="stem")(images, train)
         taps = {"stem": x}
         x = StemPool(self.stem_pool, self.anti_alias, conv, norm, act, name="stem_pool")(x, train)

@@ -9,9 +9,10 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, from_dict
+from resnet_jax.config import Config, InputError
 from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.sources import Dataset, load_dataset
+from resnet_jax.recipes import from_dict
 from resnet_jax.sharding import check_batch, compiler_options, make_mesh, replicated
 from resnet_jax.training import checkpoints
 from resnet_jax.training.metrics import Sums, add, means

@@ -1,24 +1,37 @@
 """A whole run, from a recipe to a folder with its results. Read `train` from top to bottom."""
 
 import json
+import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import flax.linen as nn
 import jax
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, check, differences, from_dict, to_dict
+from resnet_jax.config import Config, InputError, check
 from resnet_jax.data.loader import BadImages, train_batches, whole_split
 from resnet_jax.data.sources import Dataset, load_dataset
-from resnet_jax.sharding import batch_sharding, check_batch, compiler_options, make_mesh, replicated, start_processes
+from resnet_jax.recipes import differences, from_dict, to_dict
+from resnet_jax.sharding import (
+    batch_sharding,
+    check_batch,
+    compiler_options,
+    make_mesh,
+    put_everywhere,
+    put_state,
+    replicated,
+    start_processes,
+    state_sharding,
+)
 from resnet_jax.training import checkpoints
 from resnet_jax.training.evaluation import Result, headline, make_evaluate, scalars
 from resnet_jax.training.metrics import Sums
@@ -33,7 +46,7 @@ from resnet_jax.training.recipe import (
     with_weights,
 )
 from resnet_jax.training.state import TrainState
-from resnet_jax.training.step import make_device_step, make_train_step
+from resnet_jax.training.step import draw, make_device_step, make_pmap_step, make_train_step
 from resnet_jax.training.trackers import Report, draw_curves
 
 
@@ -54,18 +67,18 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     began = time.perf_counter()
     check(config)
     config = complete(config, recorded(workdir))
-    start_processes(config.parallel.distributed)
-    mesh = make_mesh(config.parallel.devices)
+    start_processes(config.parallel)
+    mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh)
     dataset = load_dataset(config.data, config.train.seed)
     plan = make_plan(config, len(dataset.train))
     model = build_model(config, len(dataset.class_names))
     schedule = make_schedule(config, plan.total, plan.per_epoch)
     folder = open_workdir(workdir, config)
-    print(f"run: {folder}", flush=True)
+    say(f"run: {folder}")
     with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
         if manager.latest_step() == plan.total and (folder / "summary.json").exists():
-            print(f"the run is finished; see it with: resnet-jax evaluate {folder}")
+            say(f"the run is finished; see it with: resnet-jax evaluate {folder}")
             return json.loads((folder / "summary.json").read_text())
         record, images_per_second = start_or_resume(folder, config, plan, model, schedule, dataset, mesh, manager)
     speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
@@ -90,17 +103,41 @@ def start_or_resume(
     new_state = state_maker(config, model, schedule)
     if manager.latest_step() is None:
         state = with_weights(new_state(), config, model)
-        state, record = jax.device_put(state, replicated(mesh)), new_record(config, dataset)
+        state = put_state(state, mesh)
+        record = new_record(config, dataset)
     else:
         state, record = checkpoints.restore(manager, sharded_shapes(new_state, mesh))
-        print(f"resuming at step {int(state.step)} of {plan.total}", flush=True)
+        say(f"resuming at step {int(state.step)} of {plan.total}")
     start = int(state.step)
     bad = BadImages(config.data.on_bad_image, set(record["skipped"]))
     advance = make_advance(config, model, schedule, dataset, mesh, bad, range(start, plan.total))
     evaluate = make_evaluate(config, model, dataset, mesh, bad)
     with Report(folder, config, plan, schedule, start, record["sums"], manager.latest_step) as report:
-        run_steps(plan, state, record, advance, evaluate, report, manager, bad)
+        try:
+            run_steps(plan, state, record, advance, evaluate, report, manager, bad)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() > 1:
+                end_with_lost_process(error)
+            raise
     return record, report.speed()
+
+
+def end_with_lost_process(error: Exception) -> NoReturn:
+    """Ends this process at once with status 1: with a process missing, everything that would tidy up waits for it."""
+    reason = str(error).splitlines()[0]
+    print(
+        f"error: process {jax.process_index()} lost touch with another process of the run ({reason}); "
+        "start the same command again in all processes to go on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def say(text: str) -> None:
+    """Prints in the first process alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def run_steps(
@@ -185,6 +222,8 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
     Raises:
       InputError: the folder cannot be written, or belongs to a recipe with another result.
     """
+    if workdir is None and jax.process_count() > 1:
+        raise InputError("a run of several processes needs --workdir, the same folder for all of them")
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.name}"
     folder = Path("runs") / stamp if workdir is None else Path(workdir).expanduser()
     recipe = folder / "config.json"
@@ -198,7 +237,9 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
                     "Give another --workdir, or the recipe it was started with"
                 )
         if jax.process_index() == 0:
-            recipe.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            whole = recipe.with_suffix(".new")  # other processes must never see half of it
+            whole.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            whole.replace(recipe)
     except OSError as error:
         raise InputError(
             f"the folder {folder} of the run cannot be written: {error}; give another --workdir"
@@ -222,13 +263,19 @@ def make_advance(
 
     `waited` is the time in seconds that it took to get the batch; each of the sums has n entries, or none for one step.
     """
-    everywhere = replicated(mesh)
-    train_step = make_train_step(model, make_optimizer(config.optimizer, schedule), config)
+    everywhere, on_batch = replicated(mesh), batch_sharding(mesh)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    pmapped = partial(make_pmap_step, model, optimizer, config, mesh) if config.parallel.strategy == "pmap" else None
+    train_step = make_train_step(model, optimizer, config, mesh)
+    shapes = jax.eval_shape(state_maker(config, model, schedule))
     compiled = partial(
-        jax.jit, donate_argnums=0, out_shardings=(everywhere, everywhere), compiler_options=compiler_options()
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=(state_sharding(shapes, mesh), everywhere),
+        compiler_options=compiler_options(),
     )
     if not config.data.on_device:
-        step_function = compiled(train_step)
+        step_function = pmapped() if pmapped else compiled(train_step)
         batches = train_batches(dataset.train, config, mesh, bad, steps, jax.process_index(), jax.process_count())
 
         def advance_host(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
@@ -239,10 +286,12 @@ def make_advance(
         return advance_host
 
     split = whole_split(dataset.train, config.data.image_size, bad, config.augment.interpolation)
-    data = jax.device_put(split, everywhere)
+    data = put_everywhere(split, mesh)
     several = config.train.steps_per_call
-    on_batch = batch_sharding(mesh)
-    device_steps = {n: compiled(make_device_step(train_step, config, n, on_batch)) for n in (1, several)}
+    if pmapped:
+        device_steps = {1: pmapped(partial(draw, config=config, batch_sharding=on_batch))}
+    else:
+        device_steps = {n: compiled(make_device_step(train_step, config, n, on_batch)) for n in (1, several)}
 
     def advance_device(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
         n = several if step % several == 0 and step + several <= steps.stop else 1

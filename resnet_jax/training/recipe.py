@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError, ModelConfig
 from resnet_jax.models.registry import create_model, model_fields
-from resnet_jax.sharding import replicated
+from resnet_jax.sharding import state_sharding
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.state import TrainState, create_state
 from resnet_jax.weights.load import fit_weights
@@ -127,5 +127,6 @@ def state_maker(config: Config, model: nn.Module, schedule: Any) -> Callable[[],
 
 def sharded_shapes(new_state: Callable[[], TrainState], mesh: Mesh) -> Any:
     """Shapes, types and shardings of a state, to restore into."""
-    sharding = replicated(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(new_state))
+    shapes = jax.eval_shape(new_state)
+    place = state_sharding(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, place)

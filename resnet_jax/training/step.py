@@ -1,12 +1,15 @@
 """The training and the evaluation step as pure functions. The only file that takes a gradient."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from resnet_jax.config import Config
 from resnet_jax.data import on_device
@@ -18,44 +21,122 @@ Batch = dict[str, jax.Array]
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, config: Config
+    model: nn.Module, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """`train_step(state, batch) -> (state, sums)`: one update from one batch, to be jitted with the state donated.
 
     The batch holds `image` uint8 [batch, height, width, channel] and `label` int32 [batch]. Crops and flips are drawn
-    here when the data lies on the device, otherwise they were made on the host. Under `jit` with a batch that is split
-    over a mesh, loss, gradient and batch statistics are those of the whole batch.
+    here when the data lies on the device, otherwise they were made on the host. With the strategy `jit`, a batch that
+    is split over a mesh gives loss, gradient and batch statistics of the whole batch; with `shard_map` the same update
+    runs for each device of `mesh` and averages over them.
+    """
+    devices = 1 if mesh is None else mesh.size
+    each = config.parallel.strategy == "shard_map"
+    update = make_update(with_scope(model, config, devices), optimizer, config, "data" if each else None)
+    if each:
+        assert mesh is not None
+        split, whole = P("data"), P()
+        update = jax.shard_map(
+            update, mesh=mesh, in_specs=(whole, split, split, split), out_specs=whole, check_vma=False
+        )
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        images, targets = prepare(batch, state.step, config, model)
+        return update(state, images, targets, batch["label"])
+
+    return train_step
+
+
+def make_update(
+    model: nn.Module, optimizer: optax.GradientTransformation, config: Config, axis_name: str | None
+) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]]:
+    """`update(state, images, targets, labels) -> (state, sums)`: gradient, optimizer and averages, for all strategies.
+
+    Args:
+      axis_name: None sees the whole batch; otherwise the function is one device's, and averages over that axis.
     """
     loss_of = LOSSES[config.train.loss]
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        images, targets = prepare(batch, key, config, model)
-        dropout_key = jax.random.split(key, 4)[3]
+    def update(state: TrainState, images: jax.Array, targets: jax.Array, labels: jax.Array) -> tuple[TrainState, Sums]:
+        key = jax.random.split(step_key(state.step, config), 4)[3]
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
         def objective(params: PyTree) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updates = model.apply(
-                variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key}
-            )
+            logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})
             losses = loss_of(logits, targets)
             return losses.mean(), (losses, logits, updates.get("batch_stats", {}))
 
         grads, (losses, logits, batch_stats) = jax.grad(objective, has_aux=True)(state.params)
+        sums = train_sums(losses, logits, labels)
+        if axis_name is not None:
+            grads, batch_stats = jax.lax.pmean((grads, batch_stats), axis_name)
+            sums = jax.lax.psum(sums, axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
             ema = moving_average(ema, {"params": params, "batch_stats": batch_stats}, state.step, config)
-        sums = train_sums(losses, logits, batch["label"])
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), sums
 
-    return train_step
+    return update
 
 
-def prepare(batch: Batch, key: jax.Array, config: Config, model: nn.Module) -> tuple[jax.Array, jax.Array]:
+def make_pmap_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    mesh: Mesh,
+    draw: Callable[[jax.Array, Batch], Batch] | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    """`step(state, batch) -> (state, sums)` with the classical `pmap` around the update; it compiles itself.
+
+    Args:
+      draw: makes the batch of a step from what the step is given: `draw(step, data)`; None where that is a batch.
+    """
+    devices = mesh.size
+    update = make_update(with_scope(model, config, devices), optimizer, config, "data")
+    each = jax.pmap(
+        update,
+        axis_name="data",
+        in_axes=(None, 0, 0, 0),
+        out_axes=None,
+        donate_argnums=0,
+        devices=list(mesh.devices.flat),
+    )
+    by_device = NamedSharding(mesh, P("data"))
+
+    @partial(jax.jit, out_shardings=by_device)
+    def prepared(step: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
+        batch = batch if draw is None else draw(step, batch)
+        images, targets = prepare(batch, step, config, model)
+        return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (images, targets, batch["label"]))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        return each(state, *prepared(state.step, batch))
+
+    return step
+
+
+def with_scope(model: Any, config: Config, devices: int) -> Any:
+    """The model with batch statistics of the recipe's scope, for the view that its strategy has of the batch."""
+    scope, per_device = config.parallel.batch_norm, config.parallel.strategy != "jit"
+    if scope.startswith("ghost:"):
+        return model.clone(ghost=int(scope.removeprefix("ghost:")))
+    if scope == "local":
+        return model if per_device else model.clone(ghost=config.train.batch_size // devices)
+    return model.clone(axis_name="data") if per_device else model
+
+
+def step_key(step: jax.Array, config: Config) -> jax.Array:
+    """The random key of a step."""
+    return jax.random.fold_in(jax.random.key(config.train.seed), step)
+
+
+def prepare(batch: Batch, step: jax.Array, config: Config, model: Any) -> tuple[jax.Array, jax.Array]:
     """Images as the network takes them and soft targets, from a batch of uint8 images and labels."""
-    crop_key, flip_key, mix_key, _ = jax.random.split(key, 4)
+    crop_key, flip_key, mix_key, _ = jax.random.split(step_key(step, config), 4)
     images, augment = batch["image"], config.augment
     if config.data.on_device and augment.crop == "pad":
         images = on_device.pad_crop(crop_key, images, augment.pad)
@@ -89,8 +170,7 @@ def make_device_step(
     """
 
     def one(state: TrainState, data: Batch) -> tuple[TrainState, Sums]:
-        batch = on_device.draw_batch(data, state.step, config.train.batch_size, config.train.seed)
-        return train_step(state, jax.lax.with_sharding_constraint(batch, batch_sharding))
+        return train_step(state, draw(state.step, data, config, batch_sharding))
 
     def device_step(state: TrainState, data: Batch) -> tuple[TrainState, Sums]:
         if steps > 1 and jax.default_backend() != "cpu":
@@ -102,6 +182,12 @@ def make_device_step(
         return state, jax.tree.map(lambda *values: jnp.stack(values), *parts)
 
     return device_step
+
+
+def draw(step: jax.Array, data: Batch, config: Config, batch_sharding: jax.sharding.Sharding) -> Batch:
+    """The batch of a step from data that lies on the device, split over the devices."""
+    batch = on_device.draw_batch(data, step, config.train.batch_size, config.train.seed)
+    return jax.lax.with_sharding_constraint(batch, batch_sharding)
 
 
 def make_eval_step(model: nn.Module, config: Config) -> Callable[[PyTree, Batch], Sums]:

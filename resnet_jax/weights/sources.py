@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.config import Config, InputError, from_dict
+from resnet_jax.config import Config, InputError
 from resnet_jax.models.registry import MODELS, create_model, model_fields
+from resnet_jax.recipes import from_dict
 from resnet_jax.weights.convert import to_torch
 from resnet_jax.weights.tags import Preprocessing, Tag, find_tag
 
@@ -148,11 +149,13 @@ def _from_run(folder: Path) -> Weights:
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
     logging.getLogger("absl").setLevel(logging.ERROR)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options) as manager:
+    handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
+    place = (folder / "checkpoints").resolve()
+    with ocp.CheckpointManager(place, options=options, item_handlers=handlers) as manager:
         step = manager.latest_step()
         if step is None:
             raise InputError(f"{folder} holds no checkpoint; the run ended before its first one")
-        saved = manager.item_metadata(step)["state"]
+        saved = manager.item_metadata(step)["state"].tree
         template = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), saved)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore())
         restored = manager.restore(step, args=items)

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, TrainConfig, from_dict, to_dict
+from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, TrainConfig
+from resnet_jax.recipes import from_dict, to_dict
 from resnet_jax.sharding import make_mesh
 from resnet_jax.training import checkpoints, loop
 from resnet_jax.training.evaluation import evaluate_run

@@ -1,0 +1,105 @@
+"""Real processes that train together over the loopback, and what happens when one of them is killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from resnet_jax import load_pretrained
+from resnet_jax.training.trackers import read_lines
+
+FLAGS = [
+    "--train.steps", "24", "--train.batch_size", "32", "--augment.flip", "random", "--augment.mixup", "0.2",
+    "--schedule.warmup_epochs", "0", "--checkpoint.every_steps", "4", "--log.every_steps", "4", "--log.no_tensorboard",
+    "--train.eval_every_epochs", "0.2",
+]  # fmt: skip
+
+
+def start(workdir, processes, devices, strategy="jit"):
+    """So many processes with so many virtual devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "GLIBC_TUNABLES": "",
+    }
+    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(workdir), *FLAGS]
+    command += ["--parallel.strategy", strategy]
+    together = ["--parallel.distributed", "auto", "--parallel.coordinator", f"localhost:{port}",
+                "--parallel.processes", str(processes), "--parallel.process_id"]  # fmt: skip
+    return [
+        subprocess.Popen(
+            command + ([*together, str(i)] if processes > 1 else []),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(running):
+    for process in running:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, out + err
+
+
+def kill_after_a_checkpoint(running, workdir, victim):
+    """Kills one process once a checkpoint is there; returns it when it is dead."""
+    while not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+        assert running[victim].poll() is None, running[victim].communicate()
+        time.sleep(0.05)
+    running[victim].send_signal(signal.SIGKILL)
+    running[victim].communicate()
+    assert not (workdir / "summary.json").exists()
+
+
+def same_as(workdir, expected):
+    ours, theirs = (load_pretrained(str(folder))[1] for folder in (workdir, expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
+    lines, others = (list(read_lines(f / "metrics.jsonl")) for f in (workdir, expected))
+    assert [line["step"] for line in lines] == [line["step"] for line in others]
+    losses = [[line["train/loss"] for line in run if "train/loss" in line] for run in (lines, others)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    counts = {json.loads((f / "summary.json").read_text())["test"]["count"] for f in (workdir, expected)}
+    assert counts == {360}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    finish(start(folder, 1, 1))
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["jit", "shard_map"])
+def test_two_processes_train_what_one_trains(tmp_path, alone, strategy):
+    finish(start(tmp_path / "run", 2, 2, strategy))
+    same_as(tmp_path / "run", alone)
+
+
+def test_when_one_process_dies_the_other_ends_and_one_alone_goes_on(tmp_path, alone):
+    running = start(tmp_path / "run", 2, 2)
+    kill_after_a_checkpoint(running, tmp_path / "run", victim=1)
+    began = time.monotonic()
+    _, err = running[0].communicate(timeout=60)
+    assert running[0].returncode not in (0, None) and time.monotonic() - began < 60
+    assert "lost touch with another process" in err or "another task died" in err, err  # ours, or that of JAX
+    finish(start(tmp_path / "run", 1, 4))
+    same_as(tmp_path / "run", alone)
+
+
+def test_two_processes_go_on_where_one_was_killed(tmp_path, alone):
+    running = start(tmp_path / "run", 1, 1)
+    kill_after_a_checkpoint(running, tmp_path / "run", victim=0)
+    finish(start(tmp_path / "run", 2, 2))
+    same_as(tmp_path / "run", alone)

@@ -1,0 +1,135 @@
+"""The three ways to split a step, the scopes of batch normalisation, and the state spread over devices."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, ParallelConfig, TrainConfig, check
+from resnet_jax.data.loader import BadImages
+from resnet_jax.data.sources import ArraySource, Dataset
+from resnet_jax.models.layers import BatchNorm
+from resnet_jax.models.registry import create_model
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.sharding import make_mesh, put_state, state_sharding
+from resnet_jax.training.loop import make_advance
+from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.recipe import state_maker
+from resnet_jax.training.state import create_state
+
+RNG = np.random.default_rng(0)
+SPLIT = ArraySource(RNG.integers(0, 256, (80, 8, 8, 3), dtype=np.uint8), RNG.integers(0, 5, 80))
+DATA = Dataset(SPLIT, SPLIT, tuple("abcde"))
+MODEL = ResNet((1, 1), block="basic", widths=(8, 16), stem="3x3", stem_width=8, stem_pool="none", num_classes=5)
+
+
+def run(devices, strategy="jit", batch_norm="global", fsdp=1, on_device=True, steps=20, model=MODEL):
+    """The state after so many steps with augmentation, mixup and averages."""
+    config = Config(
+        data=DataConfig(image_size=8, on_device=on_device),
+        augment=AugmentConfig(crop="pad", pad=1, flip="random", mixup=0.3),
+        train=TrainConfig(batch_size=16, ema_decay=0.9, label_smoothing=0.1),
+        parallel=ParallelConfig(strategy=strategy, batch_norm=batch_norm, fsdp=fsdp),
+    )
+    check(config)
+    mesh, schedule = make_mesh(devices, fsdp), optax.constant_schedule(0.05)
+    state = put_state(state_maker(config, model, schedule)(), mesh)
+    advance = make_advance(config, model, schedule, DATA, mesh, BadImages("error"), range(steps))
+    total = 0.0
+    for step in range(steps):
+        state, sums, n, _ = advance(state, step)
+        assert n == 1 and np.sum(sums["count"]) == 16
+        total += float(np.sum(sums["loss"]))
+    return jax.device_get(state), total
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {on_device: run(1, on_device=on_device) for on_device in (True, False)}
+
+
+def same(result, expected):
+    chex.assert_trees_all_close(result[0], expected[0], rtol=1e-5, atol=2e-5)
+    assert result[1] == pytest.approx(expected[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("strategy", ["jit", "shard_map", "pmap"])
+def test_every_strategy_on_any_devices_is_one_device(strategy, devices, alone):
+    same(run(devices, strategy), alone[True])
+
+
+@pytest.mark.parametrize("strategy", ["shard_map", "pmap"])
+def test_the_same_with_data_from_the_host(strategy, alone):
+    same(run(4, strategy, on_device=False), alone[False])
+
+
+@pytest.mark.parametrize("batch_norm", ["local", "ghost:2"])
+def test_scopes_mean_the_same_in_every_strategy(batch_norm, alone):
+    expected = run(4, "jit", batch_norm)
+    for strategy in ("shard_map", "pmap"):
+        same(run(4, strategy, batch_norm), expected)
+    same(run(1, "jit", "ghost:4" if batch_norm == "local" else batch_norm), expected)
+    assert abs(expected[1] - alone[True][1]) > 1e-3
+
+
+def test_ghost_batches_are_batches_of_their_own():
+    x = jnp.asarray(RNG.normal(size=(6, 3, 3, 4)), jnp.float32)
+    whole, ghost = BatchNorm(), BatchNorm(ghost=2)
+    variables = whole.init(jax.random.key(0), x)
+    y, moved = ghost.apply(variables, x, train=True, mutable=["batch_stats"])
+    parts = [whole.apply(variables, x[i : i + 2], train=True, mutable=["batch_stats"]) for i in (0, 2, 4)]
+    np.testing.assert_allclose(y, np.concatenate([part for part, _ in parts]), rtol=1e-5, atol=1e-5)
+    mean = jax.tree.map(lambda *stats: np.mean(stats, 0), *(stats for _, stats in parts))
+    chex.assert_trees_all_close(moved, mean, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="batch of 5 images does not divide into ghost batches of 2"):
+        ghost.apply(variables, x[:5], train=True, mutable=["batch_stats"])
+
+
+def test_a_state_spread_over_devices_trains_the_same():
+    wide = MODEL.clone(widths=(32, 64), stem_width=32)
+    expected = run(1, model=wide)
+    for devices, fsdp in ((8, 8), (8, 2), (4, 4)):
+        same(run(devices, fsdp=fsdp, model=wide), expected)
+
+
+@pytest.mark.parametrize(("name", "parts"), [("resnet152", 8), ("resnet152", 2), ("resnetv2_152x4_bit", 8)])
+def test_a_device_holds_its_share_of_the_state_of_a_large_model(name, parts):
+    """Read from the compiled program of an update: parameters, momentum and averages."""
+    mesh = make_mesh(8, parts)
+    optimizer = make_optimizer(Config().optimizer, optax.constant_schedule(0.1))
+    model = create_model(name)
+    shapes = jax.eval_shape(lambda: create_state(model, optimizer, jax.random.key(0), (64, 64, 3), ema=True))
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_sharding(shapes, mesh)
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, placed)
+    update = jax.jit(lambda state: jax.tree.map(lambda x: x * 2, state), donate_argnums=0, out_shardings=shardings)
+    held = update.lower(placed).compile().memory_analysis().argument_size_in_bytes
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    assert held <= 1.1 / parts * whole
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"strategy": "pmap", "fsdp": 2}, "fsdp needs parallel.strategy jit"),
+        ({"strategy": "pmap", "distributed": "auto"}, "one process"),
+        ({"strategy": "shard_map", "fsdp": 2}, "fsdp needs parallel.strategy jit"),
+        ({"batch_norm": "ghosts"}, "choose global, local or ghost:N"),
+        ({"batch_norm": "ghost:0"}, "choose global, local or ghost:N"),
+        ({"coordinator": "localhost:1"}, "belong together"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        check(dataclasses.replace(Config(), parallel=ParallelConfig(**fields)))
+
+
+def test_devices_that_do_not_divide_are_named():
+    with pytest.raises(InputError, match="8 devices do not divide"):
+        make_mesh(8, 3)
