@@ -1,4 +1,4 @@
-"""The `resnet-jax` command: train, evaluate, export, models."""
+"""The `resnet-jax` command: train, plan, evaluate, export, models."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from resnet_jax.recipes import load_config
 USAGE = """usage: resnet-jax COMMAND ...
 
   train     [--config FILE] [--workdir DIR] [--SECTION.FIELD VALUE ...]   train as a recipe says
+  plan      [--devices N] [--memory 80GiB] [--json] [flags of train]      what a run will need, before it starts
   evaluate  WORKDIR [--best] [--per-class] [--json]                       test a run's checkpoint
   export    SOURCE FILE [--format safetensors|pth] [--name MODEL]         weights for PyTorch, timm and torchvision
   models    [PATTERN] [--json]                                            list the models and their weights
@@ -113,6 +114,45 @@ def train_command(arguments: Sequence[str]) -> int:
     except Diverged as error:
         return fail(str(error), status=1)
     return 0
+
+
+def plan_command(arguments: Sequence[str]) -> int:
+    """`resnet-jax plan`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--memory")
+    parser.add_argument("--json", action="store_true")
+    options, flags = parser.parse_known_args(arguments)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.devices}"
+    )
+    config, _ = parse_recipe(flags)
+    use_compilation_cache()
+    from resnet_jax.training.forecast import forecast, parse_memory
+
+    needs = forecast(config, options.devices)
+    if options.memory:
+        needs["memory"] = parse_memory(options.memory)
+        needs["fits"] = needs["total"] <= needs["memory"]
+    print(json.dumps(needs, indent=2) if options.json else format_plan(needs))
+    return 0
+
+
+def format_plan(needs: dict[str, Any]) -> str:
+    """The table that `resnet-jax plan` prints."""
+    mib = {f"  {name}": count for name, count in needs["state"].items()}
+    mib |= {"  batch": needs["batch"], "  activations and the like": needs["temporary"], "together": needs["total"]}
+    rows = [
+        f"{needs['parameters']:,} parameters, {needs['flops'] / 1e9:,.1f} GFLOP a step on {needs['devices']} devices",
+        "MiB on each device, in a step compiled for CPUs; an accelerator's compiler may use less or more:",
+        *(f"{name:<28}{count / 2**20:>12,.1f}" for name, count in mib.items()),
+        "MiB that each device exchanges in a step:",
+        *(f"  {name:<26}{count / 2**20:>12,.1f}" for name, count in needs["collectives"].items()),
+    ]
+    if "fits" in needs:
+        rows.append(f"{'fits into' if needs['fits'] else 'does NOT fit into'} {needs['memory'] / 2**30:,.1f} GiB")
+    return "\n".join(rows)
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:
@@ -222,6 +262,7 @@ def use_compilation_cache() -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command,
+    "plan": plan_command,
     "evaluate": evaluate_command,
     "export": export_command,
     "models": models_command,

@@ -30,6 +30,8 @@ class ModelConfig:
     """Keep running variances the PyTorch way, n / (n - 1)."""
     zero_init_last: bool = True
     """Every residual branch starts at zero."""
+    remat: Literal["none", "block", "stage"] = "none"
+    """What of a ResNet is computed a second time on the way back instead of being kept: saves memory, costs time."""
     act: Literal["relu", "silu", "gelu", "identity"] | None = None
     """Activation in place of the model's own."""
     attention: Literal["none", "se", "eca"] | None = None
@@ -160,6 +162,8 @@ class TrainConfig:
     """Share of the target that is spread over all classes."""
     ema_decay: float | None = 0.99
     """Decay of the moving average of parameters and batch statistics; None for none."""
+    accumulate_steps: int = 1
+    """Parts in which a batch goes through, to save memory; batch normalisation then sees one part at a time."""
     steps_per_call: int = 1
     """Steps in one dispatch; needs data.on_device."""
     eval_every_epochs: float = 5.0
@@ -232,6 +236,7 @@ def check(config: Config) -> None:
         (config.train.steps is None and config.train.epochs <= 0, "train.epochs must be above 0"),
         (config.train.steps is not None and config.train.steps < 1, "train.steps must be at least 1"),
         (config.train.eval_every_epochs <= 0, "train.eval_every_epochs must be above 0"),
+        (config.train.accumulate_steps < 1, "train.accumulate_steps must be at least 1"),
         (config.train.steps_per_call < 1, "train.steps_per_call must be at least 1"),
         (
             config.train.steps_per_call > 1 and not config.data.on_device,

@@ -10,6 +10,7 @@ from resnet_jax.config import Config, InputError
 
 FREE_FIELDS = frozenset(
     {
+        "model.remat",
         "data.data_dir",
         "data.workers",
         "parallel.devices",

@@ -52,14 +52,15 @@ def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
     return Mesh(chosen.reshape(-1, fsdp), ("data", "fsdp")) if fsdp > 1 else Mesh(chosen, ("data",))
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raises InputError, with the nearest size that works, where a batch does not divide over the devices."""
-    devices = mesh.size
-    if batch_size % devices:
-        lower, upper = batch_size // devices * devices, (batch_size // devices + 1) * devices
+def check_batch(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+    """Raises InputError, with the nearest size that works, where a batch does not divide over devices and `parts`."""
+    each = mesh.size * parts
+    if batch_size % each:
+        lower, upper = batch_size // each * each, (batch_size // each + 1) * each
         nearest = upper if lower == 0 or upper - batch_size < batch_size - lower else lower
+        over = f"{mesh.size} devices" + (f" in {parts} parts" if parts > 1 else "")
         raise InputError(
-            f"train.batch_size {batch_size} does not divide over {devices} devices; the nearest that does is {nearest}"
+            f"train.batch_size {batch_size} does not divide over {over}; the nearest that does is {nearest}"
         )
 
 

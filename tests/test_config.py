@@ -4,8 +4,8 @@ import json
 import pytest
 
 from resnet_jax.config import Config, DataConfig, InputError, TrainConfig, check
-from resnet_jax.config import to_dict as as_dict
 from resnet_jax.recipes import differences, from_dict, load_config
+from resnet_jax.recipes import to_dict as as_dict
 
 
 def test_json_round_trip():

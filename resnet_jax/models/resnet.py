@@ -138,6 +138,7 @@ class ResNet(nn.Module):
       standardized: kernels are standardised before they are used.
       act: `relu`, `silu`, `gelu` or `identity`.
       zero_init_last: every branch starts at zero. Without effect on plain blocks.
+      remat: `block` or `stage`: those are computed a second time on the way back instead of being kept; or `none`.
       output_stride: the image never shrinks further than by this (8, 16 or 32); later stages are dilated instead.
       drop_path_rate: share of the images whose last branch is left out when training; falls to 0 at the first branch.
       drop_rate: of the dropout before the head.
@@ -169,6 +170,7 @@ class ResNet(nn.Module):
     standardized: bool = False
     act: str = "relu"
     zero_init_last: bool = True
+    remat: str = "none"
     output_stride: int = 32
     drop_path_rate: float = 0.0
     drop_rate: float = 0.0
@@ -200,7 +202,8 @@ class ResNet(nn.Module):
         strides = self._strides()
         for i, rates in enumerate(self._drop_paths()):
             block = partial(self._block(i), conv=conv, norm=norm, act=act)
-            x = Stage(block, rates, *strides[i], name=f"stage{i + 1}")(x, train)
+            stage = kept_from(Stage, self.remat == "stage")
+            x = stage(block, rates, *strides[i], name=f"stage{i + 1}")(x, train)
             taps[f"stage{i + 1}"] = x
         if self.preact:
             x = act(norm(name="norm")(x, train))
@@ -212,6 +215,8 @@ class ResNet(nn.Module):
             raise ValueError(f"act {self.act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
         if self.output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride {self.output_stride} is impossible; choose one of 8, 16, 32")
+        if self.remat not in ("none", "block", "stage"):
+            raise ValueError(f"remat {self.remat!r} is unknown; choose one of none, block, stage")
         if self.preact and self.anti_alias != "none":
             raise ValueError("anti_alias is not made for pre-activation networks: leave it at none")
 
@@ -242,7 +247,7 @@ class ResNet(nn.Module):
         inner = width * self.base_width // 64 * self.cardinality
         smooth: dict[str, Any] = {} if self.preact else {"anti_alias": self.anti_alias}
         return partial(
-            PreactBlock if self.preact else ResidualBlock,
+            kept_from(PreactBlock if self.preact else ResidualBlock, self.remat == "block"),
             features=width * expansion,
             kernels=kernels,
             width=inner,
@@ -255,6 +260,11 @@ class ResNet(nn.Module):
             zero_init_last=self.zero_init_last,
             **smooth,
         )
+
+
+def kept_from(module: Any, remat: bool) -> Any:
+    """The module's class, with `remat` one whose insides are computed again on the way back (Chen et al. 2016)."""
+    return nn.remat(module, static_argnums=(2,)) if remat else module
 
 
 def check_channels(images: Array, channels: int) -> None:

@@ -69,7 +69,7 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     config = complete(config, recorded(workdir))
     start_processes(config.parallel)
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
-    check_batch(config.train.batch_size, mesh)
+    check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     dataset = load_dataset(config.data, config.train.seed)
     plan = make_plan(config, len(dataset.train))
     model = build_model(config, len(dataset.class_names))

@@ -52,24 +52,39 @@ def make_update(
 ) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]]:
     """`update(state, images, targets, labels) -> (state, sums)`: gradient, optimizer and averages, for all strategies.
 
+    With `train.accumulate_steps` the batch goes through in so many parts, which saves memory: the update is that of the
+    whole batch, but for batch normalisation, which takes the statistics of each part.
+
     Args:
       axis_name: None sees the whole batch; otherwise the function is one device's, and averages over that axis.
     """
-    loss_of = LOSSES[config.train.loss]
+    loss_of, parts = LOSSES[config.train.loss], config.train.accumulate_steps
 
     def update(state: TrainState, images: jax.Array, targets: jax.Array, labels: jax.Array) -> tuple[TrainState, Sums]:
         key = jax.random.split(step_key(state.step, config), 4)[3]
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
-        def objective(params: PyTree) -> tuple[jax.Array, Any]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+        def objective(params: PyTree, stats: PyTree, part: PyTree) -> tuple[jax.Array, Any]:
+            images, targets, labels, key = part
+            given = {"params": params, "batch_stats": stats}
+            logits, moved = model.apply(given, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})
             losses = loss_of(logits, targets)
-            return losses.mean(), (losses, logits, updates.get("batch_stats", {}))
+            return losses.mean(), (moved.get("batch_stats", {}), train_sums(losses, logits, labels))
 
-        grads, (losses, logits, batch_stats) = jax.grad(objective, has_aux=True)(state.params)
-        sums = train_sums(losses, logits, labels)
+        def add_part(carried: PyTree, part: PyTree) -> tuple[PyTree, Sums]:
+            grads, stats = carried
+            more, (stats, sums) = jax.grad(objective, has_aux=True)(state.params, stats, part)
+            return (jax.tree.map(jnp.add, grads, more), stats), sums
+
+        if parts == 1:
+            whole = (images, targets, labels, key)
+            grads, (batch_stats, sums) = jax.grad(objective, has_aux=True)(state.params, state.batch_stats, whole)
+        else:
+            split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (images, targets, labels))
+            start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+            (grads, batch_stats), sums = in_turn(add_part, start, (*split, jax.random.split(key, parts)))
+            grads, sums = jax.tree.map(lambda g: g / parts, grads), jax.tree.map(lambda s: s.sum(0), sums)
         if axis_name is not None:
             grads, batch_stats = jax.lax.pmean((grads, batch_stats), axis_name)
             sums = jax.lax.psum(sums, axis_name)
@@ -122,10 +137,11 @@ def make_pmap_step(
 def with_scope(model: Any, config: Config, devices: int) -> Any:
     """The model with batch statistics of the recipe's scope, for the view that its strategy has of the batch."""
     scope, per_device = config.parallel.batch_norm, config.parallel.strategy != "jit"
+    parts = config.train.accumulate_steps
     if scope.startswith("ghost:"):
         return model.clone(ghost=int(scope.removeprefix("ghost:")))
     if scope == "local":
-        return model if per_device else model.clone(ghost=config.train.batch_size // devices)
+        return model if per_device else model.clone(ghost=config.train.batch_size // devices // parts)
     return model.clone(axis_name="data") if per_device else model
 
 
@@ -165,23 +181,28 @@ def make_device_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """`device_step(state, data) -> (state, sums)`: `steps` steps on batches drawn from data that lies on the device.
 
-    `data` is a whole split as `draw_batch` takes it; each sum comes back as an array [steps]. On a CPU the steps are
-    unrolled, since XLA runs convolutions inside a loop many times slower there.
+    `data` is a whole split as `draw_batch` takes it; each sum comes back as an array [steps].
     """
 
     def one(state: TrainState, data: Batch) -> tuple[TrainState, Sums]:
         return train_step(state, draw(state.step, data, config, batch_sharding))
 
     def device_step(state: TrainState, data: Batch) -> tuple[TrainState, Sums]:
-        if steps > 1 and jax.default_backend() != "cpu":
-            return jax.lax.scan(lambda carried, _: one(carried, data), state, length=steps)
-        parts = []
-        for _ in range(steps):
-            state, sums = one(state, data)
-            parts.append(sums)
-        return state, jax.tree.map(lambda *values: jnp.stack(values), *parts)
+        return in_turn(lambda carried, _: one(carried, data), state, jnp.arange(steps))
 
     return device_step
+
+
+def in_turn(function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carried: PyTree, parts: PyTree) -> Any:
+    """`jax.lax.scan`; on a CPU unrolled, since XLA runs convolutions inside a loop many times slower there."""
+    length = len(jax.tree.leaves(parts)[0])
+    if length > 1 and jax.default_backend() != "cpu":
+        return jax.lax.scan(function, carried, parts)
+    results = []
+    for i in range(length):
+        carried, result = function(carried, jax.tree.map(lambda x, i=i: x[i], parts))
+        results.append(result)
+    return carried, jax.tree.map(lambda *values: jnp.stack(values), *results)
 
 
 def draw(step: jax.Array, data: Batch, config: Config, batch_sharding: jax.sharding.Sharding) -> Batch:

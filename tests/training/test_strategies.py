@@ -27,12 +27,12 @@ DATA = Dataset(SPLIT, SPLIT, tuple("abcde"))
 MODEL = ResNet((1, 1), block="basic", widths=(8, 16), stem="3x3", stem_width=8, stem_pool="none", num_classes=5)
 
 
-def run(devices, strategy="jit", batch_norm="global", fsdp=1, on_device=True, steps=20, model=MODEL):
+def run(devices, strategy="jit", batch_norm="global", fsdp=1, on_device=True, steps=20, model=MODEL, accumulate=1):
     """The state after so many steps with augmentation, mixup and averages."""
     config = Config(
         data=DataConfig(image_size=8, on_device=on_device),
         augment=AugmentConfig(crop="pad", pad=1, flip="random", mixup=0.3),
-        train=TrainConfig(batch_size=16, ema_decay=0.9, label_smoothing=0.1),
+        train=TrainConfig(batch_size=16, ema_decay=0.9, label_smoothing=0.1, accumulate_steps=accumulate),
         parallel=ParallelConfig(strategy=strategy, batch_norm=batch_norm, fsdp=fsdp),
     )
     check(config)
@@ -133,3 +133,48 @@ def test_what_does_not_go_together_is_refused(fields, message):
 def test_devices_that_do_not_divide_are_named():
     with pytest.raises(InputError, match="8 devices do not divide"):
         make_mesh(8, 3)
+
+
+@pytest.mark.parametrize("strategy", ["jit", "shard_map"])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_parts_of_a_batch_add_up_to_the_batch(strategy, devices):
+    """To the last rounding without batch normalisation; with it each part is a ghost batch."""
+    grouped = MODEL.clone(norm="group", widths=(32, 32), stem_width=32)
+    expected = run(1, model=grouped, steps=5)
+    same(run(devices, strategy, model=grouped, steps=5, accumulate=4), expected)
+
+
+def test_parts_move_the_running_statistics_one_after_the_other():
+    state, loss = run(1, steps=1, accumulate=2)
+    whole, _ = run(1, steps=1)
+    assert (
+        np.isfinite(loss)
+        and np.abs(state.batch_stats["stem"]["norm"]["mean"]).max()
+        > 1.5 * np.abs(whole.batch_stats["stem"]["norm"]["mean"]).max()
+    )
+
+
+@pytest.mark.parametrize("remat", ["block", "stage"])
+def test_what_is_computed_twice_comes_to_the_same(remat, alone):
+    same(run(1, model=MODEL.clone(remat=remat)), alone[True])
+
+
+def test_rematerialised_blocks_keep_a_fraction_between_forward_and_backward():
+    """Bytes that the backward pass of cifar_resnet110 is given, apart from the parameters, from shapes alone."""
+    images = jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.float32)
+
+    def kept(remat):
+        model = create_model("cifar_resnet110", remat=remat)
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+        def backward(params, stats, images):
+            def loss(params):
+                given = {"params": params, "batch_stats": stats}
+                return jnp.square(model.apply(given, images, train=True, mutable=["batch_stats"])[0]).mean()
+
+            return jax.vjp(loss, params)[1]
+
+        shapes = jax.eval_shape(backward, variables["params"], variables["batch_stats"], images)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes) if x.shape[:1] == (128,))
+
+    assert 0 < kept("stage") < kept("block") <= 0.3 * kept("none")

@@ -1,0 +1,91 @@
+"""What a run will need, read from its compiled step: nothing is allocated and no data is read."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from resnet_jax.config import Config, InputError, check
+from resnet_jax.sharding import batch_sharding, check_batch, make_mesh, replicated, state_sharding
+from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.recipe import build_model, complete, state_maker
+from resnet_jax.training.step import make_train_step
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64}
+UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+
+
+def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
+    """Compiles the step of a recipe from shapes, for so many devices that JAX sees, None for all.
+
+    Returns:
+      `devices`, `parameters` (their number), `flops` (of a step, on all devices, as XLA counts them), in bytes on each
+      device `state` (`params`, `batch_stats`, `opt_state`, `ema`), `batch`, `temporary` (activations and all else that
+      lives within a step) and `total`, and `collectives`: name -> bytes of a step that each device puts out.
+
+    Raises:
+      InputError: the recipe contradicts itself or does not fit the devices.
+    """
+    check(config)
+    config = complete(config, None)
+    mesh = make_mesh(devices, config.parallel.fsdp)
+    check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
+    schedule = optax.constant_schedule(0.1)
+    model = build_model(config, 1000)
+    shapes = jax.eval_shape(state_maker(config, model, schedule))
+    places = state_sharding(shapes, mesh)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+    size, count, split = config.data.image_size, config.train.batch_size, batch_sharding(mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8, sharding=split),
+        "label": jax.ShapeDtypeStruct((count,), jnp.int32, sharding=split),
+        "turn": jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=split),
+    }
+    step = make_train_step(model, make_optimizer(config.optimizer, schedule), config, mesh)
+    program = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh))).lower(state, batch).compile()
+    held = {name: bytes_on_a_device(getattr(state, name)) for name in ("params", "batch_stats", "opt_state", "ema")}
+    images, temporary = bytes_on_a_device(batch), getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
+    return {
+        "devices": mesh.size,
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
+        "flops": (program.cost_analysis() or {}).get("flops", 0.0) * mesh.size,
+        "state": held,
+        "batch": images,
+        "temporary": temporary,
+        "total": sum(held.values()) + images + temporary,
+        "collectives": collective_bytes(program.as_text() or ""),
+    }
+
+
+def bytes_on_a_device(tree: Any) -> int:
+    """Of arrays with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """Bytes that each kind of collective of a compiled program's text results in on a device."""
+    found = dict.fromkeys(COLLECTIVES, 0)
+    for line in text.splitlines():
+        match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
+        if match:
+            shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            found[match[2]] += sum(
+                math.prod(int(n) for n in dims.split(",") if n) * BITS.get(kind, 32) // 8 for kind, dims in shapes
+            )
+    return {name: count for name, count in found.items() if count}
+
+
+def parse_memory(text: str) -> int:
+    """`80GiB` in bytes.
+
+    Raises:
+      InputError: it is no number with a unit.
+    """
+    match = re.fullmatch(r"([\d.]+) ?(MB|GB|MiB|GiB)", text)
+    if match is None:
+        raise InputError(f"--memory {text}: give a number and MB, GB, MiB or GiB, such as 80GiB")
+    return int(float(match[1]) * UNITS[match[2]])

@@ -1,0 +1,53 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, ModelConfig, ParallelConfig
+from resnet_jax.training.forecast import collective_bytes, forecast, parse_memory
+
+RECIPE = Config(model=ModelConfig(num_classes=10), data=DataConfig(on_device=False), augment=AugmentConfig(crop="none"))
+
+
+def test_data_parallel_steps_exchange_gradients_and_batch_statistics_and_no_activations():
+    needs = forecast(RECIPE, 8)
+    gradients, statistics = 4 * needs["parameters"], needs["state"]["batch_stats"]
+    assert set(needs["collectives"]) == {"all-reduce"}
+    assert gradients <= needs["collectives"]["all-reduce"] <= 1.01 * (gradients + statistics)
+
+
+def test_a_spread_state_is_smaller_on_each_device_and_gathered():
+    whole = forecast(RECIPE, 8)["state"]
+    spread = forecast(dataclasses.replace(RECIPE, parallel=ParallelConfig(fsdp=8)), 8)
+    assert spread["state"]["opt_state"] < 0.4 * whole["opt_state"]
+    assert spread["collectives"]["all-gather"] > 0
+
+
+def test_bytes_are_read_from_the_text_of_a_program():
+    text = """
+  %a = f32[8,16]{1,0} all-reduce(%x), replica_groups={{0,1}}
+  %b = (f32[4]{0}, bf16[2,2]{1,0}) all-reduce(%y, %z), to_apply=%add
+  %c = u8[10]{0} all-gather-start(%w), dimensions={0}
+  %d = f32[] add(%p, %q)
+"""
+    assert collective_bytes(text) == {"all-reduce": 4 * 128 + 16 + 8, "all-gather": 10}
+
+
+def test_memory_has_a_unit():
+    assert parse_memory("80GiB") == 80 * 2**30 and parse_memory("1.5 GB") == 1.5e9
+    with pytest.raises(InputError, match="such as 80GiB"):
+        parse_memory("80")
+
+
+def test_the_command_needs_no_device_and_no_data():
+    flags = ["--devices", "4", "--memory", "1GiB", "--json", "--model.num_classes", "10"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "resnet_jax.cli", "plan", *flags, "--data.dataset", "folder:/nowhere"]
+    result = subprocess.run(command, env=environment | {"GLIBC_TUNABLES": ""}, capture_output=True, text=True)
+    needs = json.loads(result.stdout)
+    assert needs["devices"] == 4 and needs["parameters"] == 269_722 and needs["fits"]
+    assert jax.device_count() == 8  # this process is untouched
