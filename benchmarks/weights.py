@@ -8,13 +8,18 @@ from typing import Any
 from benchmarks.measure import Contender, alternate, options, print_table, row, with_ratios, write
 
 
-def write_file(path: Path) -> None:
-    """Random weights of torchvision's resnet152 in a safetensors file."""
+def write_files(folder: Path) -> list[Path]:
+    """Random weights of torchvision's resnet152 as safetensors and as PyTorch's own file."""
+    import torch
     from safetensors.torch import save_file
 
     from benchmarks.torch_models import torch_model
 
-    save_file(torch_model("resnet152", 1000).state_dict(), path)
+    tensors = torch_model("resnet152", 1000).state_dict()
+    paths = [folder / "resnet152.safetensors", folder / "resnet152.pth"]
+    save_file(tensors, paths[0])
+    torch.save(tensors, paths[1])
+    return paths
 
 
 def peak_mib() -> float:
@@ -46,7 +51,8 @@ def ours(path: str) -> Any:
 
 
 def theirs(path: str) -> Any:
-    """Reads, and copies into a module that is there already."""
+    """Reads as torchvision's hub and timm do, and copies into a module that is there already."""
+    import torch
     from safetensors.torch import load_file
 
     from benchmarks.torch_models import torch_model
@@ -58,7 +64,8 @@ def theirs(path: str) -> Any:
         import time
 
         began = time.perf_counter()
-        module.load_state_dict(load_file(path))
+        tensors = load_file(path) if path.endswith("safetensors") else torch.load(path, weights_only=True)
+        module.load_state_dict(tensors)
         return {"seconds": time.perf_counter() - began, "peak_mib": peak_mib() - before}
 
     return call
@@ -67,20 +74,18 @@ def theirs(path: str) -> Any:
 def main() -> None:
     """Times both in turn."""
     flags = options(__doc__ or "")
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "resnet152.safetensors"
-        write_file(path)
-        size = path.stat().st_size / 2**20
-        contenders = [
-            Contender("resnet_jax", ours, {"path": str(path)}),
-            Contender("torch", theirs, {"path": str(path)}),
-        ]
-        times = alternate(contenders, flags.rounds or 9)
-        rows = []
-        for name, result in times.items():
-            peak = max(kept["peak_mib"] for kept in result["kept"]) / size
-            rows.append(row("read resnet152", name, result, 1, "files", peak_over_file=peak))
-            print(f"{name}: at its peak {peak:.2f} times the file's {size:.0f} MiB beyond what it held before")
+        for path in write_files(Path(folder)):
+            size = path.stat().st_size / 2**20
+            contenders = [
+                Contender("resnet_jax", ours, {"path": str(path)}),
+                Contender("torch", theirs, {"path": str(path)}),
+            ]
+            for name, result in alternate(contenders, flags.rounds or 9).items():
+                peak = max(kept["peak_mib"] for kept in result["kept"]) / size
+                rows.append(row(f"read resnet152{path.suffix}", name, result, 1, "files", peak_over_file=peak))
+                print(f"{name}: at its peak {peak:.2f} times the file's {size:.0f} MiB beyond what it held before")
     rows = with_ratios(rows)
     print_table(rows)
     write("weights", rows, file_mib=size)

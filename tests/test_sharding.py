@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, ParallelConfig
 from resnet_jax.sharding import check_batch, make_mesh, put_batch, start_processes
 
 
@@ -28,4 +28,4 @@ def test_more_devices_than_there_are_is_refused():
 
 def test_no_cluster_to_join_is_said():
     with pytest.raises(InputError, match=r"parallel.distributed auto: .*off on one host"):
-        start_processes("auto")
+        start_processes(ParallelConfig(distributed="auto"))

@@ -219,8 +219,10 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
         raise InputError(
             f"{path} is a file of PyTorch: install torch to read it, or turn it into safetensors where torch is"
         ) from error
+    with path.open("rb") as file:
+        mapped = file.read(2) == b"PK"  # today's files are zip archives, which can be mapped; those before 2020 are not
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} holds more than tensors and was refused, since such a file can run code; "
