@@ -212,6 +212,8 @@ class LogConfig:
     """Write training metrics, averaged since the last line, this often."""
     tensorboard: bool = True
     """Write TensorBoard events too."""
+    profile: tuple[int, int] | None = None
+    """First and last step of a trace for TensorBoard and xprof, in the run's folder."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ FREE_FIELDS = frozenset(
         "checkpoint.keep",
         "log.every_steps",
         "log.tensorboard",
+        "log.profile",
     }
 )
 """Fields that a resumed run may change, since they do not change its result."""
@@ -57,14 +58,21 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
+def result_fields(config: Config) -> dict[str, Any]:
+    """`section.field` -> value of all that can change a run's result."""
+    return {
+        f"{section}.{name}": value
+        for section, fields in to_dict(config).items()
+        for name, value in fields.items()
+        if f"{section}.{name}" not in FREE_FIELDS
+    }
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """`field: old -> new` for every field that differs and changes the result."""
-    before, after = to_dict(old), to_dict(new)
+    before = result_fields(old)
     return [
-        f"{section}.{name}: {before[section][name]!r} -> {value!r}"
-        for section, fields in after.items()
-        for name, value in fields.items()
-        if value != before[section][name] and f"{section}.{name}" not in FREE_FIELDS
+        f"{name}: {before[name]!r} -> {value!r}" for name, value in result_fields(new).items() if value != before[name]
     ]
 
 

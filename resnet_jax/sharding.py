@@ -1,5 +1,8 @@
 """Devices: the mesh, how arrays lie on it, and the start of several processes."""
 
+import hashlib
+import socket
+import time
 from functools import cache
 from typing import Any
 
@@ -15,10 +18,12 @@ def start_processes(recipe: ParallelConfig) -> None:
     """Joins the processes of a cluster if `distributed` is `auto`; call before any other use of JAX.
 
     Raises:
-      InputError: JAX finds no cluster to join.
+      InputError: JAX finds no cluster to join, or the coordinator does not answer.
     """
     if recipe.distributed == "off" or jax.distributed.is_initialized():
         return
+    if recipe.coordinator and recipe.process_id:
+        await_coordinator(recipe.coordinator, WAIT)
     try:
         jax.distributed.initialize(
             recipe.coordinator, recipe.processes, recipe.process_id, heartbeat_timeout_seconds=LOST_AFTER
@@ -30,8 +35,48 @@ def start_processes(recipe: ParallelConfig) -> None:
         ) from error
 
 
+WAIT = 300
+"""Seconds for which a process waits for the coordinator."""
+
 LOST_AFTER = 30
 """Seconds without a sign of life after which a process counts as lost and the others end."""
+
+
+def await_coordinator(address: str, seconds: float) -> None:
+    """Returns once something listens at `host:port`; JAX itself would end the process without saying why.
+
+    Raises:
+      InputError: nothing did for so many seconds, or the address is none.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"parallel.coordinator {address}: give a host and a port, such as 10.0.0.1:1234")
+    began = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() - began > seconds:
+                raise InputError(
+                    f"parallel.coordinator {address} did not answer for {seconds:.0f} seconds ({error}); "
+                    "is process 0 running there, and may this host reach that port?"
+                ) from error
+            time.sleep(0.2)
+
+
+def check_same(text: str) -> None:
+    """Raises InputError where the processes of a run were given different recipes, as JSON."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    digests = np.asarray(multihost_utils.process_allgather(digest)).reshape(jax.process_count(), -1)
+    if other := [i for i, row in enumerate(digests) if (row != digests[0]).any()]:
+        raise InputError(
+            f"processes {', '.join(map(str, other))} were given another recipe than process 0: give all one"
+        )
 
 
 def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:

@@ -12,17 +12,18 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_jax import load_pretrained
+from resnet_jax import InputError, load_pretrained
+from resnet_jax.sharding import await_coordinator
 from resnet_jax.training.trackers import read_lines
 
 FLAGS = [
-    "--train.steps", "24", "--train.batch_size", "32", "--augment.flip", "random", "--augment.mixup", "0.2",
-    "--schedule.warmup_epochs", "0", "--checkpoint.every_steps", "4", "--log.every_steps", "4", "--log.no_tensorboard",
+    "--model.name", "test_resnet", "--train.steps", "16", "--train.batch_size", "32", "--augment.flip", "random", "--augment.mixup", "0.2",
+    "--schedule.warmup_epochs", "0", "--checkpoint.every_steps", "3", "--log.every_steps", "3", "--log.no_tensorboard",
     "--train.eval_every_epochs", "0.2",
 ]  # fmt: skip
 
 
-def start(workdir, processes, devices, strategy="jit"):
+def start(workdir, processes, devices, strategy="jit", more=lambda i: []):
     """So many processes with so many virtual devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,7 +38,7 @@ def start(workdir, processes, devices, strategy="jit"):
                 "--parallel.processes", str(processes), "--parallel.process_id"]  # fmt: skip
     return [
         subprocess.Popen(
-            command + ([*together, str(i)] if processes > 1 else []),
+            command + ([*together, str(i)] if processes > 1 else []) + more(i),
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -81,9 +82,8 @@ def alone(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["jit", "shard_map"])
-def test_two_processes_train_what_one_trains(tmp_path, alone, strategy):
-    finish(start(tmp_path / "run", 2, 2, strategy))
+def test_two_processes_train_what_one_trains(tmp_path, alone):
+    finish(start(tmp_path / "run", 2, 2, "shard_map"))
     same_as(tmp_path / "run", alone)
 
 
@@ -103,3 +103,17 @@ def test_two_processes_go_on_where_one_was_killed(tmp_path, alone):
     kill_after_a_checkpoint(running, tmp_path / "run", victim=0)
     finish(start(tmp_path / "run", 2, 2))
     same_as(tmp_path / "run", alone)
+
+
+def test_processes_with_different_recipes_end_before_the_first_step(tmp_path):
+    running = start(tmp_path / "run", 2, 1, more=lambda i: ["--optimizer.learning_rate", f"0.{i + 1}"])
+    for process in running:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and "processes 1 were given another recipe than process 0" in err, err
+
+
+def test_a_coordinator_that_does_not_answer_is_named():
+    with pytest.raises(InputError, match=r"coordinator localhost:1 did not answer for 1 seconds"):
+        await_coordinator("localhost:1", 1)
+    with pytest.raises(InputError, match="a host and a port"):
+        await_coordinator("localhost", 1)

@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from resnet_jax.config import Config, InputError, check
 from resnet_jax.data.loader import BadImages, train_batches, whole_split
 from resnet_jax.data.sources import Dataset, load_dataset
-from resnet_jax.recipes import differences, from_dict, to_dict
+from resnet_jax.recipes import differences, from_dict, result_fields, to_dict
 from resnet_jax.sharding import (
     batch_sharding,
     check_batch,
+    check_same,
     compiler_options,
     make_mesh,
     put_everywhere,
@@ -68,6 +69,7 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     check(config)
     config = complete(config, recorded(workdir))
     start_processes(config.parallel)
+    check_same(json.dumps(result_fields(config)))
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     dataset = load_dataset(config.data, config.train.seed)
@@ -114,7 +116,7 @@ def start_or_resume(
     evaluate = make_evaluate(config, model, dataset, mesh, bad)
     with Report(folder, config, plan, schedule, start, record["sums"], manager.latest_step) as report:
         try:
-            run_steps(plan, state, record, advance, evaluate, report, manager, bad)
+            run_steps(plan, state, record, traced(advance, config, folder), evaluate, report, manager, bad)
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() > 1:
                 end_with_lost_process(error)
@@ -298,6 +300,29 @@ def make_advance(
         return *device_steps[n](state, data), n, 0.0
 
     return advance_device
+
+
+def traced(advance: Advance, config: Config, folder: Path) -> Advance:
+    """`advance` that writes a trace of the steps of `log.profile` into `folder/profile`; the device is waited for."""
+    if config.log.profile is None:
+        return advance
+    first, last = config.log.profile
+    running = False
+
+    def advance_traced(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
+        nonlocal running
+        if not running and first <= step < last:
+            jax.profiler.start_trace(str(folder / "profile"))
+            running = True
+        result = advance(state, step)
+        if running and step + result[2] >= last:
+            jax.block_until_ready(result[0])
+            jax.profiler.stop_trace()
+            running = False
+            say(f"the trace of steps {first} to {last} lies in {folder / 'profile'}")
+        return result
+
+    return advance_traced
 
 
 def device_name(mesh: Mesh) -> str:

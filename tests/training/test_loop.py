@@ -229,3 +229,10 @@ def test_bad_images_of_a_folder_end_in_the_summary(tmp_path):
     strict = dataclasses.replace(config, data=dataclasses.replace(config.data, on_bad_image="error"))
     with pytest.raises(InputError, match=r"dark/3\.png cannot be decoded"):
         loop.train(strict, tmp_path / "strict")
+
+
+def test_a_trace_of_some_steps_is_written(tmp_path):
+    config = recipe(8, eval_every_epochs=9.0)
+    config = dataclasses.replace(config, log=dataclasses.replace(config.log, profile=(3, 5)))
+    loop.train(config, tmp_path / "run")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

@@ -178,3 +178,26 @@ def test_rematerialised_blocks_keep_a_fraction_between_forward_and_backward():
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes) if x.shape[:1] == (128,))
 
     assert 0 < kept("stage") < kept("block") <= 0.3 * kept("none")
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_the_loop_moves_nothing_unasked_and_compiles_once(on_device):
+    compiled = []
+
+    def listen(event, *_, **__):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    config = Config(data=DataConfig(image_size=8, on_device=on_device), train=TrainConfig(batch_size=16, ema_decay=0.9))
+    mesh, schedule = make_mesh(4), optax.constant_schedule(0.05)
+    state = put_state(state_maker(config, MODEL, schedule)(), mesh)
+    advance = make_advance(config, MODEL, schedule, DATA, mesh, BadImages("error"), range(12))
+    state, *_ = advance(state, 0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with jax.transfer_guard("disallow"):
+            for step in range(1, 12):
+                state, *_ = advance(state, step)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not compiled and int(state.step) == 12

@@ -22,7 +22,8 @@ def counted(model):
 def small(name):
     model = create_model(name)
     if isinstance(model, ResNet):
-        short = model.clone(stage_sizes=tuple(min(n, 2) for n in model.stage_sizes))
+        blocks = 2 if name in ("resnet50", "resnetv2_18") else 1
+        short = model.clone(stage_sizes=(blocks,) * len(model.stage_sizes))
         return short.clone(widths=(64, 128, 256, 512), stem_width=64) if model.standardized else short
     return model.clone(stage_sizes=(2, 1, 1, 1)) if isinstance(model, DenseNet) else model
 
