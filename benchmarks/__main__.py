@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.measure import RESULTS, hardware, options
 
-SCRIPTS = ("train_step", "inference", "startup", "overhead")
+SCRIPTS = ("train_step", "inference", "startup", "overhead", "weights")
 
 
 def draw(path: Path) -> None:

@@ -17,7 +17,7 @@ from resnet_jax.sharding import await_coordinator
 from resnet_jax.training.trackers import read_lines
 
 FLAGS = [
-    "--model.name", "test_resnet", "--train.steps", "16", "--train.batch_size", "32", "--augment.flip", "random", "--augment.mixup", "0.2",
+    "--train.steps", "16", "--train.batch_size", "32", "--augment.flip", "random", "--augment.mixup", "0.2",
     "--schedule.warmup_epochs", "0", "--checkpoint.every_steps", "3", "--log.every_steps", "3", "--log.no_tensorboard",
     "--train.eval_every_epochs", "0.2",
 ]  # fmt: skip
