@@ -48,7 +48,7 @@ from resnet_jax.training.recipe import (
 )
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.step import draw, make_device_step, make_pmap_step, make_train_step
-from resnet_jax.training.trackers import Report, draw_curves
+from resnet_jax.training.trackers import Advance, Report, draw_curves, say, traced
 
 
 def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
@@ -136,17 +136,11 @@ def end_with_lost_process(error: Exception) -> NoReturn:
     os._exit(1)
 
 
-def say(text: str) -> None:
-    """Prints in the first process alone."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
 def run_steps(
     plan: Plan,
     state: TrainState,
     record: checkpoints.Record,
-    advance: "Advance",
+    advance: Advance,
     evaluate: Callable[[TrainState], Result],
     report: Report,
     manager: checkpoints.Manager,
@@ -249,9 +243,6 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
     return folder
 
 
-Advance = Callable[[TrainState, int], tuple[TrainState, Sums, int, float]]
-
-
 def make_advance(
     config: Config,
     model: nn.Module,
@@ -300,29 +291,6 @@ def make_advance(
         return *device_steps[n](state, data), n, 0.0
 
     return advance_device
-
-
-def traced(advance: Advance, config: Config, folder: Path) -> Advance:
-    """`advance` that writes a trace of the steps of `log.profile` into `folder/profile`; the device is waited for."""
-    if config.log.profile is None:
-        return advance
-    first, last = config.log.profile
-    running = False
-
-    def advance_traced(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
-        nonlocal running
-        if not running and first <= step < last:
-            jax.profiler.start_trace(str(folder / "profile"))
-            running = True
-        result = advance(state, step)
-        if running and step + result[2] >= last:
-            jax.block_until_ready(result[0])
-            jax.profiler.stop_trace()
-            running = False
-            say(f"the trace of steps {first} to {last} lies in {folder / 'profile'}")
-        return result
-
-    return advance_traced
 
 
 def device_name(mesh: Mesh) -> str:

@@ -251,3 +251,36 @@ def fetch(parts: list[Part]) -> tuple[list[Sums], float]:
 def all_finite(tree: Any) -> jax.Array:
     """Whether no array of a tree holds an infinity or a nan: bool scalar."""
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def say(text: str) -> None:
+    """Prints in the first process alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+Advance = Callable[[TrainState, int], tuple[TrainState, Sums, int, float]]
+"""`advance(state, step) -> (state, sums, n, waited)`: what dispatches the next n steps of a run."""
+
+
+def traced(advance: Advance, config: Config, folder: Path) -> Advance:
+    """`advance` that writes a trace of the steps of `log.profile` into `folder/profile`; the device is waited for."""
+    if config.log.profile is None:
+        return advance
+    first, last = config.log.profile
+    running = False
+
+    def advance_traced(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
+        nonlocal running
+        if not running and first <= step < last:
+            jax.profiler.start_trace(str(folder / "profile"))
+            running = True
+        result = advance(state, step)
+        if running and step + result[2] >= last:
+            jax.block_until_ready(result[0])
+            jax.profiler.stop_trace()
+            running = False
+            say(f"the trace of steps {first} to {last} lies in {folder / 'profile'}")
+        return result
+
+    return advance_traced
