@@ -32,8 +32,8 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
     """Convolves with zero padding of `dilation * (k - 1) / 2` on both sides, as PyTorch models do.
 
     `'SAME'` would pad a strided convolution on one side only, and imported weights would give other logits. Where it is
-    lowered for a CPU, a 1x1 convolution is one matrix product, and the weight gradient of small images is summed over
-    parts of the batch; elsewhere XLA's own convolution is used. Derivatives of all kinds and orders work.
+    lowered for a CPU, a 1x1 convolution is one matrix product, and on a single one the weight gradient of small images
+    is summed over parts of the batch; elsewhere it is XLA's own convolution. Derivatives of all kinds and orders work.
 
     Args:
       x: [batch, height, width, in].
@@ -53,7 +53,8 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
         )
     image_bytes = x.size // x.shape[0] * x.dtype.itemsize
     chunk = max(1, CHUNK_BYTES // image_bytes)
-    if image_bytes > CHUNK_BYTES // 4 or chunk >= x.shape[0]:
+    across = jax.device_count() > 1  # parts of a batch that is split over devices would have to travel
+    if image_bytes > CHUNK_BYTES // 4 or chunk >= x.shape[0] or across:
         return _convolve(x, kernel, strides, dilation)
     return _convolve_in_chunks(x, kernel, strides, dilation, chunk)
 

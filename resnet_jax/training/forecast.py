@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from resnet_jax.config import Config, InputError, check
+from resnet_jax.models.registry import create_model
 from resnet_jax.sharding import batch_sharding, check_batch, make_mesh, replicated, state_sharding
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.recipe import build_model, complete, state_maker
@@ -35,7 +36,7 @@ def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
     mesh = make_mesh(devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     schedule = optax.constant_schedule(0.1)
-    model = build_model(config, 1000)
+    model = build_model(config, create_model(config.model.name).num_classes)
     shapes = jax.eval_shape(state_maker(config, model, schedule))
     places = state_sharding(shapes, mesh)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)

@@ -8,7 +8,10 @@ import jax
 import pytest
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, ModelConfig, ParallelConfig
+from resnet_jax.recipes import load_config
 from resnet_jax.training.forecast import collective_bytes, forecast, parse_memory
+
+from ..conftest import ROOT
 
 RECIPE = Config(model=ModelConfig(num_classes=10), data=DataConfig(on_device=False), augment=AugmentConfig(crop="none"))
 
@@ -18,6 +21,13 @@ def test_data_parallel_steps_exchange_gradients_and_batch_statistics_and_no_acti
     gradients, statistics = 4 * needs["parameters"], needs["state"]["batch_stats"]
     assert set(needs["collectives"]) == {"all-reduce"}
     assert gradients <= needs["collectives"]["all-reduce"] <= 1.01 * (gradients + statistics)
+
+
+def test_nothing_travels_but_gradients_and_statistics_with_crops_and_flips_on_the_device():
+    small = load_config(ROOT / "configs" / "cifar10_resnet20.py")
+    needs = forecast(dataclasses.replace(small, train=dataclasses.replace(small.train, batch_size=128)), 2)
+    assert set(needs["collectives"]) == {"all-reduce"} and needs["parameters"] == 269_722
+    assert needs["collectives"]["all-reduce"] <= 1.01 * (4 * needs["parameters"] + needs["state"]["batch_stats"])
 
 
 def test_a_spread_state_is_smaller_on_each_device_and_gathered():
