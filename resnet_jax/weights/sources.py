@@ -16,7 +16,7 @@ from resnet_jax.config import Config, InputError
 from resnet_jax.models.registry import MODELS, create_model, model_fields
 from resnet_jax.recipes import from_dict
 from resnet_jax.weights.convert import to_torch
-from resnet_jax.weights.tags import Preprocessing, Tag, find_tag
+from resnet_jax.weights.tags import Preprocessing, find_tag
 
 FILES = (".safetensors", ".pth", ".pt", ".bin")
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I64": np.int64}
@@ -59,21 +59,7 @@ def find_weights(source: str) -> Weights:
     if source.startswith("hf-hub:"):
         return _from_hub(source.removeprefix("hf-hub:"))
     tag = find_tag(source)
-    return _of_tag(tag, read_tensors(_download(tag.repository, "model.safetensors")))
-
-
-def preprocessing_of(source: str) -> Preprocessing | None:
-    """How images are prepared for a source's weights; for a tag nothing is fetched. None where the source is silent.
-
-    Raises:
-      InputError: as `find_weights`.
-    """
-    if Path(source).expanduser().exists() or source.startswith("hf-hub:") or Path(source).suffix in FILES:
-        return find_weights(source).preprocessing
-    return find_tag(source).preprocessing
-
-
-def _of_tag(tag: Tag, tensors: Mapping[str, Any]) -> Weights:
+    tensors = read_tensors(_download(tag.repository, "model.safetensors"))
     return Weights(tensors, tag.name, {"num_classes": tag.num_classes}, tag.preprocessing)
 
 

@@ -42,7 +42,8 @@ def test_timm_loads_a_run_of_ours_strictly(run, tmp_path, form):
     close(model.apply(variables, images), expected, 1e-4, "logits")
     again, same = load_pretrained(str(path), "test_resnet")
     jax.tree.map(np.testing.assert_array_equal, same, variables)
-    assert again == dataclasses.replace(model) or form == "pth"
+    if form == "safetensors":
+        assert again == model
 
 
 def test_a_file_from_a_run_knows_classes_and_preprocessing(run, tmp_path):
