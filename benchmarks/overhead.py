@@ -5,12 +5,13 @@ Python, dispatch and bookkeeping.
 """
 
 import time
+from typing import Any
 
 from benchmarks.measure import options, print_table, row, write
 
 
-def main() -> None:
-    """Times rounds of a thousand steps."""
+def host_rows(rounds: int) -> list[dict[str, Any]]:
+    """Times rounds of a thousand steps, one and five of them in a call."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -19,7 +20,6 @@ def main() -> None:
     from resnet_jax.data.sources import load_dataset
     from resnet_jax.training.recipe import build_model, state_maker
 
-    flags = options(__doc__ or "")
     config = Config()
     dataset = load_dataset(config.data, 0)
     state = state_maker(config, build_model(config, len(dataset.class_names)), lambda step: 0.1)()
@@ -29,7 +29,7 @@ def main() -> None:
     rows, arrays = [], len(jax.tree.leaves((state, data)))
     for several in (1, 5):
         seconds = []
-        for _ in range(1 + (flags.rounds or 9)):
+        for _ in range(1 + rounds):
             parts = []
             began = time.perf_counter()
             for i in range(0, 1000, several):
@@ -40,6 +40,13 @@ def main() -> None:
         times = {"seconds": [1 / (1e6 * s) for s in seconds[1:]], "setup": seconds[0]}
         case = f"host time of a step, steps_per_call {several}"
         rows.append(row(case, "resnet_jax", times, 1, "us") | {"unit": "us", "arrays": arrays})
+    return rows
+
+
+def main() -> None:
+    """Runs and writes them."""
+    flags = options(__doc__ or "")
+    rows = host_rows(flags.rounds or 9)
     print_table(rows)
     write("overhead", rows)
 

@@ -30,16 +30,16 @@ DEPTH = """
 import jax, jax.numpy as jnp
 from resnet_jax.config import *
 from resnet_jax.sharding import compiler_options
-from resnet_jax.training.recipe import build_model, state_maker
+from resnet_jax.training.recipe import build_model, in_form, state_maker
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.step import make_train_step
-config = Config(model=ModelConfig(name={name!r}), data=DataConfig(image_size=32, on_device=False),
+config = Config(model=ModelConfig(name={name!r}, {more}), data=DataConfig(image_size=32, on_device=False),
                 train=TrainConfig(batch_size=8, ema_decay=None), augment=AugmentConfig(crop="none"))
 model = build_model(config, 10)
 schedule = lambda step: 0.1
 jax.devices()
 start = time.perf_counter()
-state = jax.block_until_ready(state_maker(config, model, schedule)())
+state = jax.block_until_ready(in_form(state_maker(config, model, schedule)(), config))
 made = time.perf_counter()
 batch = {{"image": jnp.zeros((8, 32, 32, 3), jnp.uint8), "label": jnp.zeros(8, jnp.int32)}}
 step = jax.jit(make_train_step(model, make_optimizer(config.optimizer, schedule), config), donate_argnums=0,
@@ -53,16 +53,18 @@ tell(init=made - start, trace=traced - made, compile=done - traced)
 DIGITS = """
 import os, tempfile
 os.chdir(tempfile.mkdtemp())
+import jax
 from resnet_jax import cli
 import resnet_jax.training.loop as loop
+compiled = []
+jax.monitoring.register_event_listener(lambda event, **_: compiled.append(event) if "cache_misses" in event else None)
 make = loop.make_advance
 def timed(*arguments):
     advance = make(*arguments)
     def first(state, step):
-        import jax
         result = advance(state, step)
         jax.block_until_ready(result[1])
-        tell(seconds=time.perf_counter() - began)
+        tell(seconds=time.perf_counter() - began, compiled=len(compiled))
         os._exit(0)
     return first
 loop.make_advance = timed
@@ -85,6 +87,17 @@ def seconds_row(case: str, what: str, times: list[float]) -> dict[str, Any]:
     return row(case, what, {"seconds": [1 / t for t in times], "setup": 0.0}, 1, "s") | {"unit": "s"}
 
 
+def first_step_rows(rounds: int) -> list[dict[str, Any]]:
+    """From the start of Python to the end of the first step of the digits, and how many programs were compiled."""
+    rows = []
+    caches = [tempfile.mkdtemp() for _ in range(rounds)]
+    for state in ("cold", "warm"):
+        found = [fresh(DIGITS, cache) for cache in caches]
+        times = seconds_row("first step of the digits", state, [f["seconds"] for f in found])
+        rows.append(times | {"compiled": int(max(f["compiled"] for f in found))})
+    return rows
+
+
 def main() -> None:
     """Runs all cases."""
     flags = options(__doc__ or "")
@@ -94,17 +107,16 @@ def main() -> None:
         for case, code in IMPORTS.items():
             rows.append(seconds_row(case, "resnet_jax", [fresh(code, cache)["seconds"] for _ in range(rounds)]))
     depths = ("cifar_resnet20", "cifar_resnet110") if flags.quick else (
-        "cifar_resnet20", "cifar_resnet56", "cifar_resnet110", "cifar_resnet1202")  # fmt: skip
-    for name in depths:
-        tries = 1 if "1202" in name else min(rounds, 3)
+        "cifar_resnet20", "cifar_resnet56", "cifar_resnet110")  # fmt: skip
+    looped = [(name, "scan=True") for name in (*depths[::2], "cifar_resnet1202")]  # one by one: 11 min
+    for name, more in [(name, "") for name in depths] + looped:
+        tries = min(rounds, 3)
         caches = [tempfile.mkdtemp() for _ in range(tries)]
         for state in ("cold", "warm"):
-            found = [fresh(DEPTH.format(name=name), cache) for cache in caches]
-            rows += [seconds_row(f"{what} {name}", state, [f[what] for f in found]) for what in found[0]]
-    caches = [tempfile.mkdtemp() for _ in range(rounds)]
-    for state in ("cold", "warm"):
-        times = [fresh(DIGITS, cache)["seconds"] for cache in caches]
-        rows.append(seconds_row("first step of the digits", state, times))
+            found = [fresh(DEPTH.format(name=name, more=more), cache) for cache in caches]
+            case = f"{name} {more}".strip()
+            rows += [seconds_row(f"{what} {case}", state, [f[what] for f in found]) for what in found[0]]
+    rows += first_step_rows(rounds)
     print_table(rows)
     write("startup", rows)
 

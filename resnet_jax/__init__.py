@@ -4,8 +4,9 @@ from importlib import metadata
 from typing import Any
 
 from resnet_jax.config import Config, InputError
-from resnet_jax.inference import make_forward
+from resnet_jax.inference import Predictor, make_forward
 from resnet_jax.models.fold import fold_batch_norm
+from resnet_jax.models.gradcam import grad_cam
 from resnet_jax.models.registry import create_model, feature_info, list_models
 from resnet_jax.weights.convert import from_torch, to_torch
 from resnet_jax.weights.load import load_pretrained
@@ -14,11 +15,13 @@ __version__ = metadata.version("resnet_jax")
 __all__ = [
     "Config",
     "InputError",
+    "Predictor",
     "__version__",
     "create_model",
     "feature_info",
     "fold_batch_norm",
     "from_torch",
+    "grad_cam",
     "list_models",
     "load_pretrained",
     "make_forward",

@@ -1,13 +1,16 @@
-"""The `resnet-jax` command: train, plan, evaluate, export, models."""
+"""The `resnet-jax` command, and what it does with recipes and runs: train, plan, evaluate, runs."""
 
 import argparse
 import json
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from resnet_jax.cli_sources import export_command, models_command, predict_command
 from resnet_jax.config import Config, InputError
 from resnet_jax.recipes import load_config
 
@@ -16,6 +19,8 @@ USAGE = """usage: resnet-jax COMMAND ...
   train     [--config FILE] [--workdir DIR] [--SECTION.FIELD VALUE ...]   train as a recipe says
   plan      [--devices N] [--memory 80GiB] [--json] [flags of train]      what a run will need, before it starts
   evaluate  WORKDIR [--best] [--per-class] [--json]                       test a run's checkpoint
+  runs      [DIR] [--json]                                                the runs under a folder and their state
+  predict   SOURCE PATH... [--top K] [--format table|json|csv] [--cam DIR] classes of pictures
   export    SOURCE FILE [--format safetensors|pth] [--name MODEL]         weights for PyTorch, timm and torchvision
   models    [PATTERN] [--json]                                            list the models and their weights
 
@@ -106,13 +111,23 @@ def train_command(arguments: Sequence[str]) -> int:
     """`resnet-jax train`."""
     config, workdir = parse_recipe(arguments)
     use_compilation_cache()
+    from resnet_jax.data.watch import Stalled
     from resnet_jax.training.loop import train
-    from resnet_jax.training.trackers import Diverged
+    from resnet_jax.training.report import Diverged
+    from resnet_jax.training.signals import Stopped
 
     try:
         train(config, workdir)
     except Diverged as error:
         return fail(str(error), status=1)
+    except Stalled as error:
+        fail(str(error))
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(1)  # the threads that hang would be waited for
+    except Stopped as stopped:
+        print(f"{stopped}; the same command with --workdir goes on from there", flush=True)
+        return 130 if stopped.signal == signal.SIGINT else int(not stopped.saved)
     return 0
 
 
@@ -189,65 +204,26 @@ def format_result(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def export_command(arguments: Sequence[str]) -> int:
-    """`resnet-jax export`."""
-    parser = argparse.ArgumentParser(prog="resnet-jax export", description="Writes weights under PyTorch's names.")
-    parser.add_argument("source", help="the folder of a run, a tag, a file: all that --model.pretrained takes")
-    parser.add_argument("file", type=Path, help="the file to write, such as out.safetensors")
-    parser.add_argument("--format", choices=("safetensors", "pth"), help="by default what the file's name says")
-    parser.add_argument("--name", help="the model, where the source does not say")
-    options = parser.parse_args(arguments)
-    form = options.format or options.file.suffix.removeprefix(".")
-    if form not in ("safetensors", "pth"):
-        raise InputError(f"{options.file}: end the name with .safetensors or .pth, or say which with --format")
-    from resnet_jax.weights.export import export
-
-    name, count = export(options.source, options.file, form, options.name)
-    print(f"{options.file}: {name}, {count} tensors under the names of PyTorch")
-    return 0
-
-
-def models_command(arguments: Sequence[str]) -> int:
-    """`resnet-jax models`."""
-    parser = argparse.ArgumentParser(
-        prog="resnet-jax models", description="Lists models, their cost and their weights."
-    )
-    parser.add_argument("pattern", nargs="?", default="*", help="a shell pattern such as 'resnext*'")
+def runs_command(arguments: Sequence[str]) -> int:
+    """`resnet-jax runs`."""
+    parser = argparse.ArgumentParser(prog="resnet-jax runs", description="Lists the runs under a folder.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"))
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     options = parser.parse_args(arguments)
-    from resnet_jax.models.registry import list_models
+    if not options.folder.is_dir():
+        raise InputError(f"{options.folder}: there is no such folder")
+    from resnet_jax.training.workdir import runs_under
 
-    names = list_models(options.pattern)
-    if not names:
-        raise InputError(f"no model matches {options.pattern!r}; try resnet-jax models '*resnet*'")
-    rows = []
-    for name in names:
-        rows.append(describe_model(name))
-        if not options.json:
-            print(format_model(rows[-1]))
+    rows = runs_under(options.folder)
     if options.json:
         print(json.dumps(rows, indent=2))
+    elif not rows:
+        print(f"there are no runs under {options.folder}")
+    for row in [] if options.json else rows:
+        best = "" if row["best"] is None else f"{row['best']:.2%}"
+        known = f"{row['model'] or '?':<20} {row['data'] or '?':<20} step {row['step'] or 0:<8} best {best:<8}"
+        print(f"{row['folder']:<36} {row['state']:<9} {known}")
     return 0
-
-
-def describe_model(name: str) -> dict[str, Any]:
-    """A model's parameters, its GMACs at the size of its default weights, and its tags with their licences."""
-    from resnet_jax.models.registry import cost, create_model
-    from resnet_jax.weights.tags import tags_of
-
-    tags = tags_of(name)
-    size = tags[0].preprocessing.image_size if tags else 32 if name.startswith("cifar_") else 224
-    parameters, macs = cost(create_model(name), size)
-    listed = [{"tag": t.tag, "license": t.license, "num_classes": t.num_classes, "default": t.default} for t in tags]
-    return {"name": name, "parameters": parameters, "gmacs": round(macs / 1e9, 3), "size": size, "tags": listed}
-
-
-def format_model(row: dict[str, Any]) -> str:
-    """The lines that `resnet-jax models` prints of a model."""
-    lines = [f"{row['name']:<24}{row['parameters']:>13,} parameters{row['gmacs']:>9.2f} GMACs at {row['size']}"]
-    for tag in row["tags"]:
-        lines.append(f"    {tag['tag']:<46}{tag['license'] or 'no licence given'}{', default' * tag['default']}")
-    return "\n".join(lines)
 
 
 def use_compilation_cache() -> None:
@@ -257,13 +233,15 @@ def use_compilation_cache() -> None:
     if jax.config.values.get("jax_compilation_cache_dir") is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "resnet_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a second start compiles nothing
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command,
     "plan": plan_command,
     "evaluate": evaluate_command,
+    "runs": runs_command,
+    "predict": predict_command,
     "export": export_command,
     "models": models_command,
 }

@@ -32,6 +32,9 @@ class ModelConfig:
     """Every residual branch starts at zero."""
     remat: Literal["none", "block", "stage"] = "none"
     """What of a ResNet is computed a second time on the way back instead of being kept: saves memory, costs time."""
+    scan: bool = False
+    """Compile the equal blocks of a ResNet's stage once and run them in a loop: compile time no longer grows with
+    depth. Slow on a CPU."""
     act: Literal["relu", "silu", "gelu", "identity"] | None = None
     """Activation in place of the model's own."""
     attention: Literal["none", "se", "eca"] | None = None
@@ -53,7 +56,7 @@ class DataConfig:
     """The images and how they are read."""
 
     dataset: str = "digits"
-    """digits, folder:PATH, tfds:NAME[:SPLIT] or synthetic."""
+    """digits, folder:PATH, csv:FILE (columns path, label and perhaps split), tfds:NAME[:SPLIT] or synthetic."""
     data_dir: str | None = None
     """Where tensorflow-datasets keeps its data; None for its own default."""
     image_size: int = 8
@@ -72,6 +75,8 @@ class DataConfig:
     """Processes that decode; 0 decodes in threads of this process."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do with an image that cannot be decoded; skipped ones are counted and listed in the summary."""
+    timeout: float = 600.0
+    """Seconds after which a loader that gives nothing ends the run, naming the image it is at."""
     synthetic_size: int = 1024
     """Images in the synthetic dataset."""
     synthetic_classes: int = 1000
@@ -122,6 +127,9 @@ class OptimizerConfig:
     """Decay towards zero, times the factor of the first rule that matches."""
     decay_rules: tuple[tuple[str, float], ...] = ((".*/kernel", 1.0), (".*/(bias|scale)", 0.0))
     """(regular expression over a whole parameter path, factor of weight_decay); every parameter needs a match."""
+    rate_rules: tuple[tuple[str, float], ...] = ()
+    """(regular expression over a whole parameter path, factor of learning_rate); the first match counts, 0 freezes, and
+    what no rule matches has the factor 1."""
     clip_norm: float | None = None
     """Greatest global norm of the gradient."""
 
@@ -162,6 +170,11 @@ class TrainConfig:
     """Share of the target that is spread over all classes."""
     ema_decay: float | None = 0.99
     """Decay of the moving average of parameters and batch statistics; None for none."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What to do when loss or state stops being finite: stop; skip that update, batch statistics and optimizer
+    included; or go back to the last checkpoint with half the learning rate."""
+    nonfinite_limit: int = 5
+    """Skipped updates in a row, or rollbacks of a run, after which it ends all the same."""
     accumulate_steps: int = 1
     """Parts in which a batch goes through, to save memory; batch normalisation then sees one part at a time."""
     steps_per_call: int = 1
@@ -239,6 +252,8 @@ def check(config: Config) -> None:
         (config.train.steps is not None and config.train.steps < 1, "train.steps must be at least 1"),
         (config.train.eval_every_epochs <= 0, "train.eval_every_epochs must be above 0"),
         (config.train.accumulate_steps < 1, "train.accumulate_steps must be at least 1"),
+        (config.train.nonfinite_limit < 1, "train.nonfinite_limit must be at least 1"),
+        (config.data.timeout <= 0, "data.timeout must be above 0"),
         (config.train.steps_per_call < 1, "train.steps_per_call must be at least 1"),
         (
             config.train.steps_per_call > 1 and not config.data.on_device,
@@ -260,6 +275,15 @@ def check(config: Config) -> None:
         ),
         (not 0 < config.augment.eval_crop <= 1, "augment.eval_crop must lie in (0, 1]"),
         (not 0 <= config.augment.randaugment <= 10, "augment.randaugment must lie in 0..10"),
+        (
+            config.model.scan and bool(config.model.drop_path_rate),
+            "model.scan needs equal blocks, and model.drop_path_rate gives each its own rate: leave one of them out",
+        ),
+        (
+            config.model.scan and config.optimizer.name in ("lars", "lamb"),
+            f"optimizer.name {config.optimizer.name} takes the norm of each layer, and model.scan stacks them: leave "
+            "model.scan out, or take sgd or adamw",
+        ),
         (config.log.every_steps < 1, "log.every_steps must be at least 1"),
         (config.checkpoint.keep < 1, "checkpoint.keep must be at least 1"),
     ]

@@ -1,15 +1,27 @@
-"""Networks for use: norms folded, compiled, and on a CPU fed with parts of the batch that stay in its cache."""
+"""Networks for use: a compiled forward pass, and pictures in, probabilities and class names out."""
 
-from collections.abc import Callable
-from typing import Any
+import glob
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from resnet_jax.config import InputError
+from resnet_jax.data.on_device import normalize
 from resnet_jax.models.fold import fold_batch_norm
+from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.sharding import compiler_options
+from resnet_jax.weights.load import fit_weights, model_of
+from resnet_jax.weights.sources import find_weights
+from resnet_jax.weights.tags import Preprocessing, tags_of
 
 LARGE_PART, SMALL_PART = 8, 64
 """Images that a CPU takes at once: of 96 x 96 pixels or more, and smaller ones."""
@@ -43,3 +55,135 @@ def make_forward(model: nn.Module, variables: Any) -> Callable[[jax.Array], jax.
         return jnp.concatenate(parts)[:count]
 
     return forward
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A network with what belongs to it: `predictor(images)` gives probabilities.
+
+    Attributes:
+      model, variables: as `load_pretrained` gives them.
+      preprocessing: how pictures are resized, cut and normalised, as in the evaluation of the run.
+      class_names: of the columns.
+      forward: normalised images -> logits.
+    """
+
+    model: Any
+    variables: Any
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    forward: Callable[[jax.Array], jax.Array]
+
+    @classmethod
+    def from_source(cls, source: str | Path, name: str | None = None) -> Self:
+        """From anything that `load_pretrained` takes; `name` is the model's, where the source does not say.
+
+        Raises:
+          InputError: the source cannot be read, or nothing says how pictures are prepared for it.
+        """
+        weights = find_weights(str(source))
+        name, fields = model_of(weights, str(source), name)
+        model = create_model(name, **fields)
+        if not model.num_classes:
+            raise InputError(f"{source} has no classifier: there is nothing to predict")
+        tags = tags_of(name)
+        preprocessing = weights.preprocessing or (tags[0].preprocessing if tags else None)
+        if preprocessing is None:
+            raise InputError(f"{source} does not say how pictures are prepared; take the run, or what it exports")
+        variables = fit_weights(model, weights.tensors, str(source))
+        names = weights.class_names or tuple(str(i) for i in range(model.num_classes))
+        return cls(model, variables, preprocessing, names, make_forward(model, variables))
+
+    @classmethod
+    def from_run(cls, folder: str | Path) -> Self:
+        """From the folder of a run: its averages if it kept any, from the newest sound checkpoint."""
+        return cls.from_source(folder)
+
+    def prepare(self, raw: Any) -> np.ndarray:
+        """A picture (path, a file's bytes, uint8 array or Pillow image) as the network sees it, uint8.
+
+        Raises:
+          BadImage: it cannot be decoded.
+        """
+        from resnet_jax.data.transforms import fit
+
+        look = self.preprocessing
+        return fit(raw, look.eval_image_size, look.eval_crop, look.interpolation)
+
+    def normalized(self, prepared: Sequence[np.ndarray]) -> jax.Array:
+        """Prepared pictures as the network takes them, [batch, height, width, 3]."""
+        look = self.preprocessing
+        return normalize(jnp.asarray(np.stack(prepared)), look.mean, look.std, self.model.dtype)
+
+    def probabilities(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 [batch, classes] of prepared pictures."""
+        return np.asarray(jax.nn.softmax(self.forward(self.normalized(prepared))))
+
+    def __call__(self, images: Iterable[Any], batch: int = 32) -> np.ndarray:
+        """Probabilities, float32 [number of images, classes].
+
+        Args:
+          images: paths, bytes of files, uint8 arrays [height, width, 3], or Pillow images.
+          batch: so many go through the network at once.
+        """
+        prepared = [self.prepare(raw) for raw in images]
+        parts = [self.probabilities(prepared[i : i + batch]) for i in range(0, len(prepared), batch)]
+        return np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
+
+
+def predict_files(
+    predictor: Predictor, paths: Iterable[Path], batch: int = 32
+) -> Iterator[tuple[Path, np.ndarray | None, str]]:
+    """(path, probabilities, "") of each file in its order, or (path, None, reason) of one that cannot be decoded.
+
+    Files are read and decoded by threads, two batches ahead at most: memory does not grow with their number.
+    """
+    from resnet_jax.data.transforms import BadImage
+
+    def prepare(path: Path) -> tuple[Path, np.ndarray | None, str]:
+        try:
+            return path, predictor.prepare(str(path)), ""
+        except BadImage as error:
+            return path, None, str(error)
+
+    def settled(group: list[Any]) -> Iterator[tuple[Path, np.ndarray | None, str]]:
+        done = [future.result() for future in group]
+        good = [image for _, image, _ in done if image is not None]
+        padded = good + [np.zeros_like(good[0])] * (batch - len(good)) if good else []  # one shape, compiled once
+        rows = iter(predictor.probabilities(padded)[: len(good)] if good else [])
+        for path, image, reason in done:
+            yield path, None if image is None else next(rows), reason
+
+    with ThreadPoolExecutor() as pool:
+        ahead: deque[list[Any]] = deque()
+        group: list[Any] = []
+        for path in paths:
+            group.append(pool.submit(prepare, path))
+            if len(group) == batch:
+                ahead.append(group)
+                group = []
+            if len(ahead) == 2:
+                yield from settled(ahead.popleft())
+        for rest in (*ahead, group):
+            yield from settled(rest)
+
+
+def find_files(words: Sequence[str]) -> Iterator[Path]:
+    """The files that paths, folders and patterns such as `a/*.jpg` name; of folders all pictures, by name.
+
+    Raises:
+      InputError: one of them names nothing.
+    """
+    from resnet_jax.data.sources import IMAGE_SUFFIXES
+
+    for word in words:
+        path = Path(word).expanduser()
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        elif path.exists():
+            found = [path]
+        else:
+            found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise InputError(f"{word}: there is no such file, and no picture of such a name")
+        yield from found

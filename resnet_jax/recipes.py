@@ -11,8 +11,10 @@ from resnet_jax.config import Config, InputError
 FREE_FIELDS = frozenset(
     {
         "model.remat",
+        "model.scan",
         "data.data_dir",
         "data.workers",
+        "data.timeout",
         "parallel.devices",
         "parallel.strategy",
         "parallel.fsdp",

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from resnet_jax.config import InputError, ParallelConfig
+from resnet_jax.models.stacking import EQUAL
 
 
 def start_processes(recipe: ParallelConfig) -> None:
@@ -127,14 +128,15 @@ def state_sharding(shapes: Any, mesh: Mesh) -> Any:
     """How each array of a state lies on a mesh: along its largest axis that divides by `fsdp`, or whole everywhere."""
     parts = mesh.shape.get("fsdp", 1)
 
-    def place(array: Any) -> NamedSharding:
-        axes = [axis for axis, size in enumerate(array.shape) if size % parts == 0]
+    def place(path: Any, array: Any) -> NamedSharding:
+        stacked = any(getattr(part, "key", None) == EQUAL for part in path)  # a loop takes one block at a time
+        axes = [axis for axis, size in enumerate(array.shape) if size % parts == 0 and axis >= stacked]
         if parts == 1 or not axes or array.size < SPREAD_ABOVE:
             return replicated(mesh)
         largest = max(axes, key=lambda axis: array.shape[axis])
         return NamedSharding(mesh, P(*[None] * largest, "fsdp"))
 
-    return jax.tree.map(place, shapes)
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 @cache
@@ -142,9 +144,13 @@ def compiler_options() -> dict[str, str]:
     """Options for `jax.jit` that are worth setting on the default platform.
 
     On a CPU: Eigen's convolutions in place of YNNPACK's, which were slower wherever we measured
-    (`benchmarks/train_step.py`). Empty where this version of XLA does not know the option.
+    (`benchmarks/train_step.py`); and the barriers of rematerialisation stay, without which XLA finds the second
+    computation equal to the first and keeps that. Empty where this version of XLA does not know the options.
     """
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    options = {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+    }
     if jax.default_backend() != "cpu":
         return {}
     try:

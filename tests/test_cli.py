@@ -46,7 +46,7 @@ def test_a_misspelt_flag_names_the_nearest(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "there are train, plan, evaluate, export, models"),
+        (["trian"], "there are train, plan, evaluate, runs, predict, export, models"),
         (["train", "--model.name", "rsnet50"], "did you mean resnet50"),
         (["train", "--data.dataset", "web"], "digits, folder:PATH"),
         (["train", "--data.dataset", "folder:/no/such"], "there is no such folder"),
@@ -86,16 +86,24 @@ def test_models_lists_cost_and_weights(capsys):
 
 def test_a_run_from_the_shell(tmp_path):
     """The real processes: train, evaluate as a table and as JSON."""
-    environment = os.environ | {"XLA_FLAGS": ""}
-    flags = ["--workdir", "run", "--train.steps", "6", "--schedule.warmup_epochs", "0", "--train.batch_size", "32"]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    flags = ["--workdir", "run", "--model.name", "cifar_resnet8", "--train.steps", "6"]
+    flags += ["--schedule.warmup_epochs", "0", "--train.batch_size", "32"]
     shell = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
     train = subprocess.run([sys.executable, ROOT / "train.py", *flags], **shell)
     assert train.returncode == 0, train.stderr
     assert "resnet-jax evaluate run" in train.stdout
     assert "step 6/6" in train.stdout
+    assert "CACHE MISS" in train.stderr
+    second = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--workdir", "second"], **shell)
+    assert second.returncode == 0 and "cache hit" in second.stderr and "CACHE MISS" not in second.stderr
     command = [sys.executable, "-m", "resnet_jax.cli", "evaluate", "run"]
     table = subprocess.run([*command, "--per-class"], **shell)
     assert table.returncode == 0 and "360 images" in table.stdout and "top-5" in table.stdout, table.stderr
+    listed = subprocess.run([sys.executable, "-m", "resnet_jax.cli", "runs", "."], **shell).stdout.splitlines()
+    assert [line.split()[:2] for line in listed] == [["run", "finished"], ["second", "finished"]]
     result = json.loads(subprocess.run([*command, "--json"], **shell).stdout)
     assert result["test"]["count"] == 360 and result["step"] == 6
     again = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--train.seed", "1"], **shell)

@@ -9,7 +9,7 @@ from resnet_jax.training import loop
 from .conftest import ROOT
 
 SMALLER = {
-    "resnet50": "resnet18",
+    "resnet50": "resnet10t",
     "cifar_resnet18": "cifar_resnet20",
     "cifar_resnet56": "cifar_resnet20",
     "cifar_resnet110": "cifar_resnet20",
@@ -32,7 +32,9 @@ def test_recipe_loads_and_runs_a_step_when_shrunk(path, tmp_path):
         data=dataclasses.replace(
             config.data, dataset="synthetic", synthetic_size=16, image_size=size, eval_image_size=None, workers=0
         ),
-        model=dataclasses.replace(config.model, name=SMALLER.get(config.model.name, config.model.name)),
+        model=dataclasses.replace(
+            config.model, name=SMALLER.get(config.model.name, config.model.name), pretrained=None
+        ),
         train=dataclasses.replace(config.train, steps=1, batch_size=8),
         schedule=dataclasses.replace(config.schedule, warmup_epochs=0.0),
         parallel=dataclasses.replace(config.parallel, devices=1),

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from resnet_jax import InputError, load_pretrained
+from resnet_jax.integrity import steps_in
 from resnet_jax.sharding import await_coordinator
 from resnet_jax.training.trackers import read_lines
 
 FLAGS = [
-    "--train.steps", "16", "--train.batch_size", "32", "--augment.flip", "random", "--augment.mixup", "0.2",
+    "--model.name", "cifar_resnet8", "--train.steps", "24",
+    "--train.batch_size", "32", "--augment.flip", "random", "--augment.mixup", "0.2",
     "--schedule.warmup_epochs", "0", "--checkpoint.every_steps", "3", "--log.every_steps", "3", "--log.no_tensorboard",
     "--train.eval_every_epochs", "0.2",
 ]  # fmt: skip
@@ -55,7 +57,7 @@ def finish(running):
 
 
 def kill_after_a_checkpoint(running, workdir, victim):
-    """Kills one process once a checkpoint is there; returns it when it is dead."""
+    """Kills one process once a checkpoint is there; returns when it is dead."""
     while not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
         assert running[victim].poll() is None, running[victim].communicate()
         time.sleep(0.05)
@@ -98,10 +100,20 @@ def test_when_one_process_dies_the_other_ends_and_one_alone_goes_on(tmp_path, al
     same_as(tmp_path / "run", alone)
 
 
-def test_two_processes_go_on_where_one_was_killed(tmp_path, alone):
+def test_two_go_on_where_one_was_killed_and_stop_together_when_one_is_told(tmp_path, alone):
     running = start(tmp_path / "run", 1, 1)
     kill_after_a_checkpoint(running, tmp_path / "run", victim=0)
-    finish(start(tmp_path / "run", 2, 2))
+    first = max(steps_in(tmp_path / "run" / "checkpoints"))
+    running = start(tmp_path / "run", 2, 2)
+    while max(steps_in(tmp_path / "run" / "checkpoints"), default=0) <= first:
+        assert running[1].poll() is None, running[1].communicate()
+        time.sleep(0.02)
+    running[1].send_signal(signal.SIGTERM)
+    (out, err), _ = [process.communicate(timeout=60) for process in running]
+    assert running[0].returncode == running[1].returncode == 0, err
+    step = max(steps_in(tmp_path / "run" / "checkpoints"))
+    assert f"stopped by SIGTERM after step {step}, which is saved" in out and first < step < 24
+    finish(start(tmp_path / "run", 1, 4))
     same_as(tmp_path / "run", alone)
 
 

@@ -43,3 +43,10 @@ def test_the_block_in_a_module_of_ones_own_runs():
 def test_every_file_it_names_is_there():
     for name in re.findall(r"\]\(([^):#]+)\)", README) + re.findall(r"`(\w+\.py)`", README):
         assert (ROOT / name).exists() or (ROOT / "configs" / name).exists(), name
+
+
+def test_every_promise_names_tests_that_there_are():
+    table = README.partition("## What is promised")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(test_\w+)`", table))
+    there = set(re.findall(r"def (test_\w+)", "".join(p.read_text() for p in (ROOT / "tests").rglob("*.py"))))
+    assert len(named) > 15 and named <= there, named - there

@@ -2,9 +2,12 @@
 
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from resnet_jax.config import AugmentConfig, Config, InputError
 from resnet_jax.data.order import alternately, example_index
 from resnet_jax.data.sources import Source
 from resnet_jax.data.transforms import BadImage, augment, decode, fit
+from resnet_jax.data.watch import Noted, Stalled, awaited, under_way
 from resnet_jax.sharding import put_batch
 
 Batch = dict[str, np.ndarray]
@@ -80,6 +84,12 @@ class TrainExample:
             return {"image": image, "label": np.int32(label), "bad": np.int64(first if tries else -1)}
         raise InputError("none of the training images can be decoded")
 
+    def name(self, place: int) -> str:
+        """What to call the example at a place."""
+        step, offset = divmod(place, self.share)
+        start = (step * self.hosts + self.rank) * self.share
+        return self.source.describe(int(_drawn(start, self.share, len(self.source), self.seed)[0][offset]))
+
 
 @lru_cache(maxsize=64)
 def _drawn(start: int, count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,26 +123,37 @@ class EvalExample:
             return {"image": blank, "label": np.int32(label), "mask": np.False_, "bad": np.int64(index)}
         return {"image": image, "label": np.int32(label), "mask": np.True_, "bad": np.int64(-1)}
 
+    def name(self, place: int) -> str:
+        """What to call the example at a place."""
+        step, offset = divmod(place, self.share)
+        return self.source.describe((step * self.hosts + self.rank) * self.share + offset)
 
-def _batches(example: Any, start: int, stop: int, share: int, workers: int) -> Iterator[Batch]:
+
+def _batches(example: Any, start: int, stop: int, share: int, workers: int, timeout: float = 600.0) -> Iterator[Batch]:
     """Batches `start`..`stop` of this host's row, made by threads, or by worker processes."""
     import grain
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain 0.2.18 reads a flag when it starts workers
-    rows = grain.MapDataset.range(start * share, stop * share).map(example).batch(share)
+    notes = Path(tempfile.mkdtemp(prefix="resnet_jax-"))
+    rows = grain.MapDataset.range(start * share, stop * share).map(Noted(example, notes)).batch(share)
     threads = 1 if workers else min(os.cpu_count() or 1, 16)
     ds = rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1))  # whole batches
     if workers:
         ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-    iterator = iter(ds)
+    iterator, stalled = iter(ds), False
     try:
-        yield from iterator
+        yield from awaited(iterator, timeout, lambda: under_way(notes, example.name))
+    except Stalled:
+        stalled = True
+        raise
     finally:
-        iterator.close()
-        del iterator, ds, rows
-        gc.collect()  # grain's workers leave shared memory in reference cycles
+        if not stalled:  # what hangs could not be closed
+            iterator.close()
+            del iterator, ds, rows
+            gc.collect()  # grain's workers leave shared memory in reference cycles
+        shutil.rmtree(notes, ignore_errors=True)
 
 
 def train_batches(
@@ -145,7 +166,7 @@ def train_batches(
     """
     share = config.train.batch_size // hosts
     example = TrainExample(source, config.augment, config.data.image_size, config.train.seed, share, rank, hosts)
-    for batch in _batches(example, steps.start, steps.stop, share, config.data.workers):
+    for batch in _batches(example, steps.start, steps.stop, share, config.data.workers, config.data.timeout):
         bad.note(source, batch.pop("bad"))
         yield put_batch(batch, mesh)
 
@@ -158,7 +179,7 @@ def eval_batches(
     size = config.data.eval_image_size or config.data.image_size
     example = EvalExample(source, size, config.augment, share, rank, hosts)
     count = -(-len(source) // (share * hosts))
-    for batch in _batches(example, 0, count, share, config.data.workers):
+    for batch in _batches(example, 0, count, share, config.data.workers, config.data.timeout):
         bad.note(source, batch.pop("bad"))
         yield put_batch(batch, mesh)
 

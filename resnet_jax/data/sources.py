@@ -1,5 +1,6 @@
 """Where images come from: digits, a folder, tensorflow-datasets, synthetic. Random access to raw examples."""
 
+import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,10 +101,13 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         return _synthetic(config, seed)
     if kind == "folder" and rest:
         return _folder(Path(rest).expanduser(), config.validation_fraction, seed)
+    if kind == "csv" and rest:
+        return _csv(Path(rest).expanduser(), config.validation_fraction, seed)
     if kind == "tfds" and rest:
         return _tfds(rest, config)
     raise InputError(
-        f"data.dataset {config.dataset!r} is unknown; give digits, folder:PATH, tfds:NAME[:SPLIT] or synthetic"
+        f"data.dataset {config.dataset!r} is unknown; "
+        "give digits, folder:PATH, csv:FILE, tfds:NAME[:SPLIT] or synthetic"
     )
 
 
@@ -142,15 +146,59 @@ def _folder(root: Path, fraction: float, seed: int) -> Dataset:
         raise InputError(f"data.dataset folder:{root}: there is no such folder")
     if not (root / "train").is_dir():
         files = _class_files(root)
-        return _split(files, fraction, seed)
+        return _split(root, files, fraction, seed)
     train = _class_files(root / "train")
     test_root = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
     if test_root is None:
-        return _split(train, fraction, seed)
+        return _split(root, train, fraction, seed)
     test = _class_files(test_root)
     unknown = sorted(set(test) - set(train))
     if unknown:
         raise InputError(f"{test_root} has classes that {root / 'train'} lacks: {', '.join(unknown)}")
+    names = tuple(train)
+    _check_classes(root, names)
+    return Dataset(_file_source(train, names), _file_source(test, names), names)
+
+
+def _check_classes(where: Path, names: Sequence[str]) -> None:
+    if len(names) < 2:
+        raise InputError(f"{where} has {'no class' if not names else f'one class, {names[0]}'}; it takes two or more")
+
+
+def _csv(file: Path, fraction: float, seed: int) -> Dataset:
+    """Columns `path` (relative to the file's folder), `label`, and perhaps `split` (train, or one of TEST_FOLDERS)."""
+    if not file.is_file():
+        raise InputError(f"data.dataset csv:{file}: there is no such file")
+    with file.open(newline="") as opened:
+        table = csv.DictReader(opened)
+        missing = {"path", "label"} - set(table.fieldnames or ())
+        if missing:
+            raise InputError(
+                f"{file} has no column {', '.join(sorted(missing))}: its first line must name path and label"
+            )
+        rows = list(table)
+    splits: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
+    seen: set[str] = set()
+    for number, row in enumerate(rows, start=2):
+        path, label, split = str(file.parent / (row["path"] or "")), row["label"], row.get("split") or "train"
+        if path in seen:
+            raise InputError(f"{file}, line {number}: {path} is there twice; leave one of the lines out")
+        if not label or ";" in label:
+            raise InputError(f"{file}, line {number}: {label!r} is not one label; every picture needs exactly one")
+        if split != "train" and split not in TEST_FOLDERS:
+            raise InputError(
+                f"{file}, line {number}: split {split!r} is unknown; give train or {' or '.join(TEST_FOLDERS)}"
+            )
+        if not Path(path).is_file():
+            raise InputError(f"{file}, line {number}: there is no file {path}")
+        seen.add(path)
+        splits["train" if split == "train" else "test"].setdefault(label, []).append(path)
+    train, test = ({label: found[label] for label in sorted(found)} for found in splits.values())
+    _check_classes(file, tuple(train))
+    if unknown := sorted(set(test) - set(train)):
+        raise InputError(f"{file} tests classes that are not in its training split: {', '.join(unknown)}")
+    if not test:
+        return _split(file, train, fraction, seed)
     names = tuple(train)
     return Dataset(_file_source(train, names), _file_source(test, names), names)
 
@@ -174,8 +222,9 @@ def _file_source(files: dict[str, list[str]], names: tuple[str, ...]) -> FileSou
     return FileSource(tuple(path for path, _ in pairs), tuple(label for _, label in pairs))
 
 
-def _split(files: dict[str, list[str]], fraction: float, seed: int) -> Dataset:
+def _split(where: Path, files: dict[str, list[str]], fraction: float, seed: int) -> Dataset:
     """Holds out a share of each class, at least one image and never all."""
+    _check_classes(where, tuple(files))
     rng = np.random.default_rng(seed)
     train, test = {}, {}
     for name, paths in files.items():

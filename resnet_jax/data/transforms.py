@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from resnet_jax.config import AugmentConfig
 
 Raw = Any
-"""What a source holds: a path, the bytes of a file, or a uint8 array [height, width, 3]."""
+"""What a source holds: a path, the bytes of a file, or a uint8 array [height, width, 3]; also a Pillow image."""
 
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -24,16 +24,33 @@ class BadImage(ValueError):
 def decode(raw: Raw) -> Image.Image:
     """An RGB image from a path, a file's bytes or an array, turned upright as its EXIF entry says.
 
+    16 bits a channel are scaled to 8, alpha is left out as torchvision does, palettes and CMYK are resolved.
+
     Raises:
-      BadImage: with the decoder's reason.
+      BadImage: with the decoder's reason; also for more pixels than Pillow takes for safe.
     """
     if isinstance(raw, np.ndarray):
         return Image.fromarray(raw)
+    if isinstance(raw, Image.Image):
+        return _as_rgb(ImageOps.exif_transpose(raw))
     try:
         with Image.open(raw if isinstance(raw, str | Path) else io.BytesIO(raw)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _as_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise errors of many types
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow's own conversion saturates everything above 255
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise BadImage(f"pixels from {pixels.min()} to {pixels.max()} are not those of 16 bits")
+        image = Image.fromarray(np.round(pixels / 257).astype(np.uint8))
+    if image.mode == "F":
+        raise BadImage("pixels are floating-point numbers, whose range is unknown")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def fit(raw: Raw, size: int, crop: float = 1.0, interpolation: str = "bilinear") -> np.ndarray:

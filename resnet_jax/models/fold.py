@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.models.stacking import block_by_block, unstack_blocks
 
 Tree = dict[str, Any]
 
@@ -24,6 +25,7 @@ def fold_batch_norm(model: ResNet, variables: Tree) -> tuple[ResNet, Tree]:
         raise ValueError("only a ResNet whose kernels are used as they are can be folded")
     if model.norm not in ("batch", "frozen_batch"):
         raise ValueError(f"norm {model.norm!r} cannot be folded into convolutions; only batch and frozen_batch can")
+    model, variables = block_by_block(model), unstack_blocks(variables)
     params = _fold(variables["params"], variables["batch_stats"], model.preact)
     return model.clone(norm="folded"), {"params": params}
 

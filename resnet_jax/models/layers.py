@@ -211,7 +211,11 @@ def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array,
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu and He 2018); `train` is accepted and changes nothing."""
+    """Group normalisation (Wu and He 2018); `train` is accepted and changes nothing.
+
+    Raises:
+      ValueError: the channels do not divide into the groups.
+    """
 
     groups: int = 32
     epsilon: float = 1e-5
@@ -221,6 +225,11 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         shape = x.shape[-1:]
+        if shape[0] % self.groups:
+            raise ValueError(
+                f"{shape[0]} channels do not divide into the {self.groups} groups of group normalisation; take another "
+                "norm, or a network whose widths do"
+            )
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)

@@ -16,6 +16,7 @@ from resnet_jax.models.densenet import DenseNet
 from resnet_jax.models.googlenet import GoogLeNet
 from resnet_jax.models.layers import BatchNorm, Conv, GroupNorm
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.models.stacking import block_by_block
 from resnet_jax.models.table import DENSENETS, GOOGLENETS, RESNETS
 
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -108,6 +109,7 @@ def cost(model: Any, size: int) -> Cost:
     Convolutions, dense layers and norms count; an element costs 2 in batch normalisation, 5 in group normalisation, and
     a standardised weight 4. Of equal blocks of a ResNet one is traced.
     """
+    model = block_by_block(model)
     short = model.clone(stage_sizes=tuple(min(n, 2) for n in model.stage_sizes)) if isinstance(model, ResNet) else model
     macs = 0
 

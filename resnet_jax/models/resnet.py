@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from resnet_jax.models.blocks import BASIC, BOTTLENECK, PreactBlock, ResidualBlock
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
 from resnet_jax.models.pooling import ANTI_ALIASES, anti_alias, max_pool, pool_and_classify
+from resnet_jax.models.stacking import EQUAL
 
 Array = jax.Array
 
@@ -83,6 +84,7 @@ class Stage(nn.Module):
     Attributes:
       drop_paths: one rate a block; their number is the number of blocks.
       first_dilation: of the first block's strided convolution.
+      scan: the blocks after the first one are one, compiled once and run in a loop (`stacking.py`).
     """
 
     block: Any
@@ -90,17 +92,25 @@ class Stage(nn.Module):
     strides: int
     dilation: int = 1
     first_dilation: int = 1
+    scan: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        for i, rate in enumerate(self.drop_paths, start=1):
-            x = self.block(
-                strides=self.strides if i == 1 else 1,
-                dilation=self.dilation,
-                first_dilation=self.first_dilation if i == 1 else self.dilation,
-                drop_path=rate,
-                name=f"block{i}",
-            )(x, train)
+        block = partial(self.block, dilation=self.dilation)
+        first, *later = self.drop_paths
+        x = block(strides=self.strides, first_dilation=self.first_dilation, drop_path=first, name="block1")(x, train)
+        block = partial(block, strides=1, first_dilation=self.dilation)
+        if not self.scan:
+            for i, rate in enumerate(later, start=2):
+                x = block(drop_path=rate, name=f"block{i}")(x, train)
+        elif later:
+            repeated = nn.scan(
+                lambda block, x, _: (block(x, train), None),
+                variable_axes={"params": 0, "batch_stats": 0},
+                split_rngs={"params": True},
+                length=len(later),
+            )
+            x, _ = repeated(block(name=EQUAL), x, None)
         return x
 
 
@@ -138,7 +148,10 @@ class ResNet(nn.Module):
       standardized: kernels are standardised before they are used.
       act: `relu`, `silu`, `gelu` or `identity`.
       zero_init_last: every branch starts at zero. Without effect on plain blocks.
-      remat: `block` or `stage`: those are computed a second time on the way back instead of being kept; or `none`.
+      remat: `block` or `stage`: those, and the stem, are computed a second time on the way back instead of being kept;
+        or `none`.
+      scan: the equal blocks of a stage are compiled once and run in a loop, with their variables stacked as
+        `stack_blocks` does: compile time no longer grows with depth. On a CPU XLA runs such a loop many times slower.
       output_stride: the image never shrinks further than by this (8, 16 or 32); later stages are dilated instead.
       drop_path_rate: share of the images whose last branch is left out when training; falls to 0 at the first branch.
       drop_rate: of the dropout before the head.
@@ -171,6 +184,7 @@ class ResNet(nn.Module):
     act: str = "relu"
     zero_init_last: bool = True
     remat: str = "none"
+    scan: bool = False
     output_stride: int = 32
     drop_path_rate: float = 0.0
     drop_rate: float = 0.0
@@ -196,14 +210,15 @@ class ResNet(nn.Module):
         self._check()
         conv = partial(Conv, dtype=self.dtype, standardized=self.standardized)
         norm, act = make_norm(self), ACTIVATIONS[self.act]
-        x = Stem(self.stem, self.stem_width, self.preact, conv, norm, act, name="stem")(images, train)
+        stem = kept_from(Stem, self.remat != "none")
+        x = stem(self.stem, self.stem_width, self.preact, conv, norm, act, name="stem")(images, train)
         taps = {"stem": x}
         x = StemPool(self.stem_pool, self.anti_alias, conv, norm, act, name="stem_pool")(x, train)
         strides = self._strides()
         for i, rates in enumerate(self._drop_paths()):
             block = partial(self._block(i), conv=conv, norm=norm, act=act)
             stage = kept_from(Stage, self.remat == "stage")
-            x = stage(block, rates, *strides[i], name=f"stage{i + 1}")(x, train)
+            x = stage(block, rates, *strides[i], self.scan, name=f"stage{i + 1}")(x, train)
             taps[f"stage{i + 1}"] = x
         if self.preact:
             x = act(norm(name="norm")(x, train))
@@ -219,6 +234,10 @@ class ResNet(nn.Module):
             raise ValueError(f"remat {self.remat!r} is unknown; choose one of none, block, stage")
         if self.preact and self.anti_alias != "none":
             raise ValueError("anti_alias is not made for pre-activation networks: leave it at none")
+        if self.scan and self.drop_path_rate:
+            raise ValueError(
+                "scan needs equal blocks, and drop_path_rate gives each its own rate: leave one of them out"
+            )
 
     def _strides(self) -> list[tuple[int, int, int]]:
         """(strides, dilation, first dilation) of each stage, such that `output_stride` is kept."""

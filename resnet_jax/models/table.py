@@ -161,8 +161,8 @@ def _cifar(blocks: int, **fields: Any) -> Fields:
 
 
 CIFAR: dict[str, Fields] = {
-    **{f"cifar_resnet{n}": _cifar((n - 2) // 6, shortcut="A") for n in (20, 32, 44, 56, 110, 1202)},
-    **{f"cifar_plain{n}": _cifar((n - 2) // 6, shortcut="none") for n in (20, 32, 44, 56, 110, 1202)},
+    **{f"cifar_resnet{n}": _cifar((n - 2) // 6, shortcut="A") for n in (8, 14, 20, 32, 44, 56, 110, 1202)},
+    **{f"cifar_plain{n}": _cifar((n - 2) // 6, shortcut="none") for n in (8, 14, 20, 32, 44, 56, 110, 1202)},
     **{f"cifar_resnetv2_{n}": _cifar((n - 2) // 9, block="bottleneck", preact=True) for n in (164, 1001)},
     "cifar_wrn_28_10": _cifar(4, preact=True, widths=(160, 320, 640)),
     "cifar_resnet18": _cifar(0, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem_width=64),

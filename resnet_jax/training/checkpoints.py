@@ -1,86 +1,200 @@
-"""Checkpoints with Orbax: asynchronous, the latest and the best are kept."""
+"""Checkpoints with Orbax: written beside the run, sealed, the latest and the best are kept, damage is found."""
 
 import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from resnet_jax.config import InputError
+from resnet_jax.integrity import damage, newest_sound, seal, steps_in
 
-Manager: TypeAlias = ocp.CheckpointManager
 Record: TypeAlias = dict[str, Any]
-"""JSON that travels with a state: recipe, class names, preprocessing, best metric, unwritten training sums."""
+"""JSON that travels with a state: recipe, class names, best metric, unwritten training sums, what is still owed."""
+
+NONE, DAMAGED = -1, -2
 
 
-def open_checkpoints(workdir: Path, keep: int) -> Manager:
-    """The checkpoints of a run's folder, to save into: the latest `keep` and the one with the greatest `metric` stay.
+class Checkpoints:
+    """The checkpoints of a run's folder, to save into: the latest `keep` stay, and that of the step `best`.
 
-    What a killed run had begun to write is removed.
+    What a killed run had begun to write is removed. A save that fails is said and left out; the run goes on.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    options = ocp.CheckpointManagerOptions(
-        save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
-        preservation_policy=latest_and_best(keep),
-        best_fn=metric_of,
-        cleanup_tmp_directories=True,
-    )
-    return Manager((workdir / "checkpoints").resolve(), options=options)
+
+    def __init__(self, workdir: Path, keep: int) -> None:
+        self.folder = (workdir / "checkpoints").resolve()
+        self.best: int | None = None
+        self._writing: int | None = None
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        options = ocp.CheckpointManagerOptions(
+            save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
+            preservation_policy=LatestAndBest(keep, self),
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._seal,
+                create_directories_asynchronously=False,  # where they cannot be made, Orbax would wait for them
+            ),
+        )
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(use_compression=False),  # it costs the step time and gains a tenth
+            "record": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.settle()
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint; waits for the one that is being written."""
+        self.settle()
+        return next((step for step in steps_in(self.folder) if damage(self.folder / str(step), False) is None), None)
+
+    def save(self, step: int, state: Any, record: Record) -> None:
+        """Starts to write a checkpoint and returns once the state has been copied from the device."""
+        self.settle()
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
+        self._writing = step
+        try:
+            self._manager.save(step, args=items, force=True)
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:  # Orbax and TensorStore have many kinds for a disk that takes no more
+            self._failed(error)
+
+    def settle(self) -> None:
+        """Waits until what is being written is there, or says that it could not be written."""
+        if self._writing is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._writing = None
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:
+            self._failed(error)
+
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of a step; waits for the one that is being written."""
+        self.settle()
+        return step in steps_in(self.folder)
+
+    def restore(self, template: Any, step: int) -> tuple[Any, Record]:
+        """A state like `template` (shapes, types and shardings) and its record."""
+        places = ocp.checkpoint_utils.construct_restore_args(template)
+        state = ocp.args.PyTreeRestore(template, restore_args=places)
+        items = ocp.args.Composite(state=state, record=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        return restored.state, restored.record
+
+    def _seal(self) -> None:
+        """Runs in Orbax's thread when all is written, before the folder gets its final name."""
+        if jax.process_index() == 0:
+            for folder in self.folder.glob(f"{self._writing}.orbax-checkpoint-tmp*"):
+                seal(folder)
+
+    def _failed(self, error: Exception) -> None:
+        step, self._writing = self._writing, None
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        if jax.process_index() == 0:
+            for left in (self.folder / str(step), *self.folder.glob(f"{step}.orbax-checkpoint-tmp*")):
+                shutil.rmtree(left, ignore_errors=True)
+        self._manager.reload()
+        print(
+            f"WARNING: the checkpoint of step {step} could not be written ({reason[0][:600]}). The run goes on and "
+            f"tries again at the next interval; the last checkpoint is that of step {self.latest()}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
-def metric_of(metrics: Any) -> float:
-    """What checkpoints are ranked by. Orbax writes and reads metrics only where it is given such a function."""
-    return metrics["metric"]
+class LatestAndBest:
+    """Orbax's policy of what is kept."""
+
+    def __init__(self, keep: int, checkpoints: Checkpoints) -> None:
+        self.keep, self.checkpoints = keep, checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer for each checkpoint, the oldest first."""
+        newest = [info.step for info in checkpoints][-self.keep :]
+        return [info.step in newest or info.step == self.checkpoints.best for info in checkpoints]
 
 
-def latest_and_best(keep: int) -> Any:
-    """Orbax's policy that keeps the latest `keep` checkpoints and the one with the greatest `metric`."""
-    managers = ocp.checkpoint_managers
-    best = managers.BestN(get_metric_fn=metric_of, n=1, keep_checkpoints_without_metrics=False)
-    return managers.AnyPreservationPolicy([managers.LatestN(keep), best])
-
-
-def read_checkpoints(workdir: Path) -> Manager:
-    """The checkpoints of a run's folder, to read only: nothing is touched, so the run may be under way.
+def sound_step(workdir: Path) -> int | None:
+    """Step of the newest sound checkpoint of a run, None where there is none yet; damaged newer ones are moved aside.
 
     Raises:
-      InputError: there are none.
+      InputError: there are checkpoints and none is sound; nothing is touched then.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    if jax.process_count() == 1:
+        return _sound_step(workdir)
+    from jax.experimental import multihost_utils
+
+    told, problem = NONE, None
+    if jax.process_index() == 0:
+        try:
+            found = _sound_step(workdir)
+            told = NONE if found is None else found
+        except InputError as error:
+            told, problem = DAMAGED, error
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(told)))
+    if step == DAMAGED:
+        raise problem or InputError(f"no checkpoint in {workdir} is sound; process 0 says more")
+    return None if step == NONE else step
+
+
+def _sound_step(workdir: Path) -> int | None:
+    folder = workdir / "checkpoints"
+    step, problems = newest_sound(folder)
+    if step is None and problems:
+        listed = "; ".join(f"step {bad}: {problem}" for bad, problem in problems.items())
+        raise InputError(
+            f"no checkpoint in {folder} is sound ({listed}). Nothing was changed. Put back a copy of one, or start "
+            "anew in another --workdir"
+        )
+    for bad, problem in problems.items():
+        aside = workdir / "damaged"
+        aside.mkdir(exist_ok=True)
+        number = len(list(aside.iterdir()))
+        place = aside / f"{bad}-{number}"
+        os.replace(folder / str(bad), place)
+        print(
+            f"WARNING: the checkpoint of step {bad} is damaged ({problem}) and was moved to {place}; "
+            f"going on from that of step {step}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return step
+
+
+def read_checkpoint(workdir: Path, template: Any, step: int | None = None) -> tuple[Any, Record]:
+    """A checkpoint's state like `template` and its record, the newest sound one where `step` is None.
+
+    Nothing is touched, so the run may be under way.
+
+    Raises:
+      InputError: there is none, or it is damaged.
+    """
     folder = (workdir / "checkpoints").resolve()
-    if not folder.is_dir():
-        raise InputError(f"{workdir} holds no checkpoint; the run ended before its first one")
-    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, best_fn=metric_of)
-    return Manager(folder, options=options)
-
-
-def save(manager: Manager, step: int, state: Any, record: Record, metric: float | None) -> None:
-    """Starts to write a checkpoint and returns once the state has been copied from the device.
-
-    Args:
-      metric: what the best checkpoint is chosen by; None where this step was not evaluated.
-    """
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-    manager.save(step, args=items, metrics=None if metric is None else {"metric": metric}, force=True)
-
-
-def restore(manager: Manager, template: Any, step: int | None = None) -> tuple[Any, Record]:
-    """A state like `template` (shapes, types and shardings) and its record; the latest one if `step` is None.
-
-    Raises:
-      InputError: there is no checkpoint.
-    """
-    step = manager.latest_step() if step is None else step
     if step is None:
-        raise InputError(f"{manager.directory} holds no checkpoint; the run ended before its first one")
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore())
-    restored = manager.restore(step, args=items)
+        step, problems = newest_sound(folder)
+        if step is None:
+            listed = "".join(f"; that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
+            raise InputError(f"{workdir} holds no checkpoint{listed or '; the run ended before its first one'}")
+    elif problem := damage(folder / str(step)):
+        raise InputError(f"the checkpoint of step {step} in {workdir} is damaged: {problem}")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore())
+        restored = manager.restore(step, args=items)
     return restored.state, restored.record
-
-
-def best_step(manager: Manager) -> int | None:
-    """Step of the checkpoint with the greatest metric, the later one of equals; None if none was evaluated."""
-    ranked = [
-        (metric_of(metrics), step) for step in manager.all_steps() if (metrics := manager.metrics(step)) is not None
-    ]
-    return max(ranked)[1] if ranked else None

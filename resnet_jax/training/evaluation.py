@@ -12,22 +12,26 @@ from jax.sharding import Mesh
 from resnet_jax.config import Config, InputError
 from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.sources import Dataset, load_dataset
+from resnet_jax.models.stacking import block_by_block
 from resnet_jax.recipes import from_dict
 from resnet_jax.sharding import check_batch, compiler_options, make_mesh, replicated
-from resnet_jax.training import checkpoints
+from resnet_jax.training.checkpoints import read_checkpoint
 from resnet_jax.training.metrics import Sums, add, means
 from resnet_jax.training.recipe import build_model, sharded_shapes, state_maker
+from resnet_jax.training.signals import Stop
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.step import make_eval_step
+from resnet_jax.training.workdir import best_of
 
 Result = dict[str, dict[str, Any]]
 
 
 def make_evaluate(
-    config: Config, model: nn.Module, dataset: Dataset, mesh: Mesh, bad: BadImages
-) -> Callable[[TrainState], Result]:
+    config: Config, model: nn.Module, dataset: Dataset, mesh: Mesh, bad: BadImages, stop: Stop | None = None
+) -> Callable[[TrainState], Result | None]:
     """`evaluate(state) -> {"test": means, "ema": means}` over every test example once; `ema` only where there is one.
 
+    None where `stop` was asked for meanwhile: in one process only, since several would have to agree on a batch.
     Batches stay on the device between evaluations where the training data does.
     """
     step_function = jax.jit(
@@ -38,7 +42,7 @@ def make_evaluate(
     def batches() -> Iterator[Any]:
         return eval_batches(dataset.test, config, mesh, bad, jax.process_index(), jax.process_count())
 
-    def evaluate(state: TrainState) -> Result:
+    def evaluate(state: TrainState) -> Result | None:
         if config.data.on_device and not kept:
             kept.extend(batches())
         variables = {"test": {"params": state.params, "batch_stats": state.batch_stats}}
@@ -46,6 +50,8 @@ def make_evaluate(
             variables["ema"] = state.ema
         sums: dict[str, list[Sums]] = {name: [] for name in variables}
         for batch in kept or batches():
+            if stop is not None and stop.asked():
+                return None
             for name, values in variables.items():
                 sums[name].append(step_function(values, batch))
         return {name: means(add(parts)) for name, parts in sums.items()}
@@ -87,15 +93,14 @@ def evaluate_run(folder: Path, best: bool = False, per_class: bool = False) -> d
     mesh = make_mesh()
     check_batch(config.train.batch_size, mesh)
     dataset = load_dataset(config.data, config.train.seed)
-    model = build_model(config, len(dataset.class_names))
+    model = block_by_block(build_model(config, len(dataset.class_names)))
     template = sharded_shapes(state_maker(config, model, lambda step: 0.0), mesh)
-    with checkpoints.read_checkpoints(folder) as manager:
-        state, record = checkpoints.restore(manager, template, checkpoints.best_step(manager) if best else None)
+    state, record = read_checkpoint(folder, template, best_of(folder)[0] if best else None)
     names = record["class_names"]
     if names != list(dataset.class_names):
         raise InputError(f"{config.data.dataset} has other classes than the run: {', '.join(dataset.class_names)}")
     bad = BadImages("skip")
-    result: dict[str, Any] = dict(make_evaluate(config, model, dataset, mesh, bad)(state))
+    result: dict[str, Any] = dict(make_evaluate(config, model, dataset, mesh, bad)(state) or {})
     for values in result.values():
         accuracy, counts = values.pop("class_accuracy"), values.pop("class_count")
         if per_class:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +11,9 @@ import optax
 
 from resnet_jax.config import Config, InputError, check
 from resnet_jax.models.registry import create_model
-from resnet_jax.sharding import batch_sharding, check_batch, make_mesh, replicated, state_sharding
+from resnet_jax.sharding import batch_sharding, check_batch, compiler_options, make_mesh, replicated, state_sharding
 from resnet_jax.training.optimizers import make_optimizer
-from resnet_jax.training.recipe import build_model, complete, state_maker
+from resnet_jax.training.recipe import build_model, complete, in_form, state_maker
 from resnet_jax.training.step import make_train_step
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -37,7 +38,8 @@ def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     schedule = optax.constant_schedule(0.1)
     model = build_model(config, create_model(config.model.name).num_classes)
-    shapes = jax.eval_shape(state_maker(config, model, schedule))
+    new_state = state_maker(config, model, schedule)
+    shapes = jax.eval_shape(lambda: in_form(new_state(), config))
     places = state_sharding(shapes, mesh)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
     size, count, split = config.data.image_size, config.train.batch_size, batch_sharding(mesh)
@@ -47,7 +49,8 @@ def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
         "turn": jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=split),
     }
     step = make_train_step(model, make_optimizer(config.optimizer, schedule), config, mesh)
-    program = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh))).lower(state, batch).compile()
+    compiled = partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
+    program = compiled(step, out_shardings=(places, replicated(mesh))).lower(state, batch).compile()
     held = {name: bytes_on_a_device(getattr(state, name)) for name in ("params", "batch_stats", "opt_state", "ema")}
     images, temporary = bytes_on_a_device(batch), getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
     return {

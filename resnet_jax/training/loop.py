@@ -1,26 +1,23 @@
 """A whole run, from a recipe to a folder with its results. Read `train` from top to bottom."""
 
 import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
+from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import flax.linen as nn
 import jax
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, check
+from resnet_jax.config import Config, check
 from resnet_jax.data.loader import BadImages, train_batches, whole_split
 from resnet_jax.data.sources import Dataset, load_dataset
-from resnet_jax.recipes import differences, from_dict, result_fields, to_dict
+from resnet_jax.models.stacking import stack_blocks, unstack_blocks
+from resnet_jax.recipes import result_fields
 from resnet_jax.sharding import (
     batch_sharding,
     check_batch,
@@ -33,7 +30,7 @@ from resnet_jax.sharding import (
     start_processes,
     state_sharding,
 )
-from resnet_jax.training import checkpoints
+from resnet_jax.training.checkpoints import Checkpoints, Record, sound_step
 from resnet_jax.training.evaluation import Result, headline, make_evaluate, scalars
 from resnet_jax.training.metrics import Sums
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
@@ -41,18 +38,23 @@ from resnet_jax.training.recipe import (
     Plan,
     build_model,
     complete,
+    in_form,
     make_plan,
     sharded_shapes,
     state_maker,
     with_weights,
 )
+from resnet_jax.training.report import Advance, Diverged, Report, say, traced
+from resnet_jax.training.signals import Stop, Stopped, end_with_lost_process, stop_signals
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.step import draw, make_device_step, make_pmap_step, make_train_step
-from resnet_jax.training.trackers import Advance, Report, draw_curves, say, traced
+from resnet_jax.training.workdir import device_name, finish, locked, new_record, open_workdir, recorded
 
 
 def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     """Trains as the recipe says and leaves everything in `workdir`; a folder that holds a run resumes it.
+
+    SIGTERM and Ctrl-C end it after the step that runs, with a checkpoint.
 
     Args:
       config: the recipe.
@@ -63,7 +65,9 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
 
     Raises:
       InputError: the recipe, the data or the folder is not as it must be.
-      Diverged: the loss became infinite or not a number.
+      Diverged: the loss became infinite or not a number, more often than the recipe allows.
+      Stopped: a signal asked for it; the state is saved.
+      Stalled: the data gave nothing for `data.timeout` seconds.
     """
     began = time.perf_counter()
     check(config)
@@ -78,45 +82,78 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     schedule = make_schedule(config, plan.total, plan.per_epoch)
     folder = open_workdir(workdir, config)
     say(f"run: {folder}")
-    with checkpoints.open_checkpoints(folder, config.checkpoint.keep) as manager:
-        if manager.latest_step() == plan.total and (folder / "summary.json").exists():
+    with locked(folder, config), stop_signals() as stop:
+        step = sound_step(folder)
+        if step == plan.total and (folder / "summary.json").exists():
             say(f"the run is finished; see it with: resnet-jax evaluate {folder}")
             return json.loads((folder / "summary.json").read_text())
-        record, images_per_second = start_or_resume(folder, config, plan, model, schedule, dataset, mesh, manager)
-    speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
-    return finish(folder, record, plan.total, speed, device_name(mesh))
+        with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
+            run = Run(folder, config, plan, model, dataset, mesh, checkpoints, stop)
+            record, images_per_second = run_with_rollbacks(run, schedule, step)
+        speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
+        return finish(folder, record, plan.total, speed, device_name(mesh))
 
 
-def start_or_resume(
-    folder: Path,
-    config: Config,
-    plan: Plan,
-    model: nn.Module,
-    schedule: optax.Schedule,
-    dataset: Dataset,
-    mesh: Mesh,
-    manager: checkpoints.Manager,
-) -> tuple[checkpoints.Record, float]:
-    """Makes a new state or restores the latest one, and runs to the plan's end.
+@dataclass(frozen=True)
+class Run:
+    """What does not change while a run goes on."""
+
+    folder: Path
+    config: Config
+    plan: Plan
+    model: nn.Module
+    dataset: Dataset
+    mesh: Mesh
+    checkpoints: Checkpoints
+    stop: Stop
+
+
+def run_with_rollbacks(run: Run, schedule: optax.Schedule, step: int | None) -> tuple[Record, float]:
+    """Runs to the plan's end; where it diverges and the recipe says so, again from the last checkpoint, more slowly.
 
     Returns:
       The last record and the images a second.
     """
-    new_state = state_maker(config, model, schedule)
-    if manager.latest_step() is None:
-        state = with_weights(new_state(), config, model)
-        state = put_state(state, mesh)
-        record = new_record(config, dataset)
-    else:
-        state, record = checkpoints.restore(manager, sharded_shapes(new_state, mesh))
-        say(f"resuming at step {int(state.step)} of {plan.total}")
-    start = int(state.step)
-    bad = BadImages(config.data.on_bad_image, set(record["skipped"]))
-    advance = make_advance(config, model, schedule, dataset, mesh, bad, range(start, plan.total))
-    evaluate = make_evaluate(config, model, dataset, mesh, bad)
-    with Report(folder, config, plan, schedule, start, record["sums"], manager.latest_step) as report:
+    recipe, rollbacks = run.config.train, 0
+    while True:
+        state, record = begin(run, step)
+        rollbacks = record["rollbacks"] = max(rollbacks, record["rollbacks"])
+        factor = 0.5**rollbacks
         try:
-            run_steps(plan, state, record, traced(advance, config, folder), evaluate, report, manager, bad)
+            return go_on(run, state, record, lambda t, factor=factor: factor * schedule(t))
+        except Diverged as error:
+            if recipe.on_nonfinite != "rollback" or rollbacks >= recipe.nonfinite_limit:
+                raise
+            run.checkpoints.settle()
+            step, rollbacks = sound_step(run.folder), rollbacks + 1
+            say(f"WARNING: {error.what}; going back to step {step or 0} with {factor / 2:g} times the learning rate")
+
+
+def begin(run: Run, step: int | None) -> tuple[TrainState, Record]:
+    """A new state and record, or those of a step."""
+    config, mesh = run.config, run.mesh
+    new_state = state_maker(config, run.model, lambda step: 0.0)
+    if step is None:
+        state = put_state(in_form(with_weights(new_state(), config, run.model), config), mesh)
+        return state, new_record(config, run.dataset)
+    state, record = run.checkpoints.restore(sharded_shapes(new_state, mesh), step)
+    if config.model.scan:
+        form = state_sharding(jax.eval_shape(lambda: in_form(new_state(), config)), mesh)
+        state = jax.jit(stack_blocks, out_shardings=form)(state)
+    run.checkpoints.best = record["best"] and record["best"]["step"]
+    say(f"resuming at step {step} of {run.plan.total}")
+    return state, record
+
+
+def go_on(run: Run, state: TrainState, record: Record, schedule: optax.Schedule) -> tuple[Record, float]:
+    """Runs from a state to the plan's end; returns the last record and the images a second."""
+    config, plan, start = run.config, run.plan, int(state.step)
+    bad = BadImages(config.data.on_bad_image, set(record["skipped"]))
+    advance = make_advance(config, run.model, schedule, run.dataset, run.mesh, bad, range(start, plan.total))
+    evaluate = make_evaluate(config, run.model, run.dataset, run.mesh, bad, run.stop)
+    with Report(run.folder, config, plan, schedule, start, record, run.checkpoints.latest) as report:
+        try:
+            run_steps(run, state, record, traced(advance, config, run.folder), evaluate, report, bad)
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() > 1:
                 end_with_lost_process(error)
@@ -124,33 +161,23 @@ def start_or_resume(
     return record, report.speed()
 
 
-def end_with_lost_process(error: Exception) -> NoReturn:
-    """Ends this process at once with status 1: with a process missing, everything that would tidy up waits for it."""
-    reason = str(error).splitlines()[0]
-    print(
-        f"error: process {jax.process_index()} lost touch with another process of the run ({reason}); "
-        "start the same command again in all processes to go on from the last checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)
-
-
 def run_steps(
-    plan: Plan,
+    run: Run,
     state: TrainState,
-    record: checkpoints.Record,
+    record: Record,
     advance: Advance,
-    evaluate: Callable[[TrainState], Result],
+    evaluate: Callable[[TrainState], Result | None],
     report: Report,
-    manager: checkpoints.Manager,
     bad: BadImages,
 ) -> None:
-    """The loop: step, write metrics, evaluate, save, until the plan's end. `record` is brought up to date in place.
+    """The loop: step, write metrics, save, evaluate, until the plan's end. `record` is brought up to date in place.
 
-    Everything is written and found finite before a checkpoint replaces another one.
+    Everything is written and found finite before a checkpoint replaces another one. A checkpoint is begun before the
+    evaluation of its step, which it owes until then, so that the two run beside each other.
     """
-    step = int(state.step)
+    plan, step = run.plan, int(state.step)
+    if record["owed"]:
+        assess(run, state, step, record, evaluate, report, bad)
     while step < plan.total:
         before = step
         state, sums, n, waited = advance(state, step)
@@ -162,85 +189,49 @@ def run_steps(
         report.steps(step, n, sums, waited)
         if due(plan.log_every):
             report.flush()
-        if not due(plan.eval_every) and not due(plan.save_every):
+        stopping = run.stop.asked(step)
+        if not due(plan.eval_every) and not due(plan.save_every) and not stopping:
             continue
         record["sums"] = report.settle(state)
+        record |= {"skipped_updates": dict(report.skipped), "skipped": sorted(bad.names), "owed": due(plan.eval_every)}
         with report.paused():
-            metric = None
-            if due(plan.eval_every):
-                result = evaluate(state)
-                report.evaluation(step, result)
-                record["result"], metric = scalars(result), headline(result)
-                if record["best"] is None or metric > record["best"]["accuracy"]:
-                    record["best"] = {"step": step, "accuracy": metric}
-            if due(plan.save_every) or record["best"] == {"step": step, "accuracy": metric}:
-                record["skipped"] = sorted(bad.names)
-                checkpoints.save(manager, step, state, record, metric)
+            if due(plan.save_every) or stopping:
+                run.checkpoints.save(step, unstack_blocks(state), record)
+            if stopping:
+                raise Stopped(step, run.stop.signal or 0, run.checkpoints.has(step))
+            if record["owed"]:
+                assess(run, state, step, record, evaluate, report, bad)
 
 
-def new_record(config: Config, dataset: Dataset) -> checkpoints.Record:
-    """What a checkpoint holds beside the state, for a run that begins."""
-    return {
-        "recipe": to_dict(config),
-        "class_names": list(dataset.class_names),
-        "best": None,
-        "result": None,
-        "sums": None,
-        "skipped": [],
-    }
-
-
-def finish(
-    folder: Path, record: checkpoints.Record, steps: int, speed: dict[str, float], device: str
-) -> dict[str, Any]:
-    """Writes `summary.json` and `curves.png` and says what came out."""
-    skipped = {"count": len(record["skipped"]), "names": record["skipped"][:1000]}
-    summary = record["result"] | {"best": record["best"], "steps": steps} | speed
-    summary |= {"skipped_images": skipped, "device": device, "versions": versions()}
-    if jax.process_index() == 0:
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        draw_curves(folder)
-        test = summary["test"]
-        print(f"test accuracy {test['accuracy']:.2%} on {test['count']} images, loss {test['loss']:.4f}")
-        print(f"the run lies in {folder}; see it with: resnet-jax evaluate {folder} --per-class")
-    return summary
-
-
-def recorded(workdir: str | Path | None) -> Config | None:
-    """The recipe of the run that a folder holds, if it holds one."""
-    recipe = Path(workdir or "").expanduser() / "config.json"
-    return from_dict(json.loads(recipe.read_text())) if workdir is not None and recipe.is_file() else None
-
-
-def open_workdir(workdir: str | Path | None, config: Config) -> Path:
-    """Makes the run's folder with the recipe in it, or checks that it is one of the same recipe.
+def assess(
+    run: Run,
+    state: TrainState,
+    step: int,
+    record: Record,
+    evaluate: Callable[[TrainState], Result | None],
+    report: Report,
+    bad: BadImages,
+) -> None:
+    """Evaluates a step, and keeps its checkpoint if it is the best so far.
 
     Raises:
-      InputError: the folder cannot be written, or belongs to a recipe with another result.
+      Stopped: a signal came meanwhile; the step is saved, and owes its evaluation.
     """
-    if workdir is None and jax.process_count() > 1:
-        raise InputError("a run of several processes needs --workdir, the same folder for all of them")
-    stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.name}"
-    folder = Path("runs") / stamp if workdir is None else Path(workdir).expanduser()
-    recipe = folder / "config.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if previous := recorded(folder):
-            changed = differences(previous, config)
-            if changed:
-                raise InputError(
-                    f"{folder} holds a run of another recipe: {'; '.join(changed)}. "
-                    "Give another --workdir, or the recipe it was started with"
-                )
-        if jax.process_index() == 0:
-            whole = recipe.with_suffix(".new")  # other processes must never see half of it
-            whole.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-            whole.replace(recipe)
-    except OSError as error:
-        raise InputError(
-            f"the folder {folder} of the run cannot be written: {error}; give another --workdir"
-        ) from error
-    return folder
+    result = evaluate(state)
+    if result is None:
+        if not run.checkpoints.has(step):
+            run.checkpoints.save(step, unstack_blocks(state), record)
+        raise Stopped(step, run.stop.signal or 0, run.checkpoints.has(step))
+    report.evaluation(step, result)
+    record |= {"owed": False, "result": scalars(result), "skipped": sorted(bad.names)}
+    accuracy = headline(result)
+    if record["best"] is None or accuracy > record["best"]["accuracy"]:
+        best = {"step": step, "accuracy": accuracy}
+        if not run.checkpoints.has(step):
+            run.checkpoints.save(step, unstack_blocks(state), record | {"best": best})
+        if run.checkpoints.has(step):
+            record["best"] = best
+            run.checkpoints.best = step
 
 
 def make_advance(
@@ -260,7 +251,8 @@ def make_advance(
     optimizer = make_optimizer(config.optimizer, schedule)
     pmapped = partial(make_pmap_step, model, optimizer, config, mesh) if config.parallel.strategy == "pmap" else None
     train_step = make_train_step(model, optimizer, config, mesh)
-    shapes = jax.eval_shape(state_maker(config, model, schedule))
+    new_state = state_maker(config, model, schedule)
+    shapes = jax.eval_shape(lambda: in_form(new_state(), config))
     compiled = partial(
         jax.jit,
         donate_argnums=0,
@@ -291,14 +283,3 @@ def make_advance(
         return *device_steps[n](state, data), n, 0.0
 
     return advance_device
-
-
-def device_name(mesh: Mesh) -> str:
-    """Kind and number of the devices of a mesh, such as `4 x NVIDIA H200`."""
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of what computes."""
-    packages = ("resnet_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}

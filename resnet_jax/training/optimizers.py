@@ -69,7 +69,38 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
         ],
     }[config.name]()
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*clip, *parts)
+    rules = [rate_by_rule(config.rate_rules)] if config.rate_rules else []
+    return optax.chain(*clip, *parts, *rules)
+
+
+def rate_by_rule(rules: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+    """Multiplies each update by the factor of the first rule whose expression matches the whole path, or by 1.
+
+    Raises:
+      InputError: in `init`, a rule that is the first for no parameter: it is misspelt, or stands too late.
+    """
+
+    def first(path: str) -> int | None:
+        return next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, path)), None)
+
+    def init(params: Any) -> optax.EmptyState:
+        used: set[int | None] = set()
+        path_map(lambda path, _: used.add(first(path)), params)
+        if idle := [pattern for i, (pattern, _) in enumerate(rules) if i not in used]:
+            raise InputError(
+                f"optimizer.rate_rules: {', '.join(map(repr, idle))} is the first match of no parameter; paths look "
+                "like stage1/block1/conv1/kernel, and the first rule that matches counts"
+            )
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        def scaled(path: str, update: jax.Array) -> jax.Array:
+            rule = first(path)
+            return update if rule is None else update * rules[rule][1]
+
+        return path_map(scaled, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def decay_by_rule(weight_decay: float, rules: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:

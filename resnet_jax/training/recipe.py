@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError, ModelConfig
 from resnet_jax.models.registry import create_model, model_fields
+from resnet_jax.models.stacking import block_by_block, stack_blocks
 from resnet_jax.sharding import state_sharding
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.state import TrainState, create_state
@@ -98,7 +99,7 @@ def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainSt
     source = config.model.pretrained
     if source is None:
         return state
-    variables = fit_weights(model, find_weights(source).tensors, source, state.params["head"])
+    variables = fit_weights(block_by_block(model), find_weights(source).tensors, source, state.params["head"])
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     ema = state.ema and jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
     return state.replace(params=params, batch_stats=batch_stats, ema=ema)
@@ -113,16 +114,21 @@ def build_model(config: Config, classes: int) -> nn.Module:
 
 
 def state_maker(config: Config, model: nn.Module, schedule: Any) -> Callable[[], TrainState]:
-    """A function without arguments that returns the recipe's first state.
+    """A function without arguments that returns the recipe's first state, block by block, as checkpoints hold it.
 
     Its random bits come from JAX's `rbg` generator, which compiles several times faster than the default one; they are
     the same on any number of devices, but may differ between kinds of devices.
     """
     size = config.data.image_size
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer, model = make_optimizer(config.optimizer, schedule), block_by_block(model)
     key = partial(jax.random.key, config.train.seed, impl="rbg")
     ema = config.train.ema_decay is not None
     return lambda: create_state(model, optimizer, key(), (size, size, 3), ema)
+
+
+def in_form(state: TrainState, config: Config) -> TrainState:
+    """A state, or its shapes, as the recipe's model takes it: with `model.scan` equal blocks are stacked."""
+    return stack_blocks(state) if config.model.scan else state
 
 
 def sharded_shapes(new_state: Callable[[], TrainState], mesh: Mesh) -> Any:

@@ -93,9 +93,26 @@ def make_update(
         ema = state.ema
         if ema is not None:
             ema = moving_average(ema, {"params": params, "batch_stats": batch_stats}, state.step, config)
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), sums
+        moved = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+        return unless_nonfinite(state, moved, sums) if config.train.on_nonfinite == "skip" else (moved, sums)
 
     return update
+
+
+def unless_nonfinite(before: TrainState, after: TrainState, sums: Sums) -> tuple[TrainState, Sums]:
+    """An update, or the state before it where its loss or anything in it is not finite.
+
+    Integers, which count steps, go on in both cases, so that the learning rate keeps its place. The sums of a step that
+    was skipped are 0, but for `skipped`, which is 1.
+    """
+    floats = [x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
+    finite = jnp.stack([jnp.isfinite(x).all() for x in [sums["loss"], *floats]]).all()
+
+    def choose(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    state = jax.tree.map(choose, before, after)
+    return state, {name: jnp.where(finite, x, 0.0) for name, x in sums.items()} | {"skipped": 1.0 - finite}
 
 
 def make_pmap_step(

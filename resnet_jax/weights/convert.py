@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from resnet_jax.config import InputError
 from resnet_jax.models.googlenet import GoogLeNet
 from resnet_jax.models.registry import nearest
+from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.weights.names import Entry, entries, torch_module
 
 Tensors = Mapping[str, Any]
@@ -29,7 +30,7 @@ def to_torch(model: Any, variables: Any) -> dict[str, np.ndarray]:
       model: a module of `create_model`.
       variables: its `{"params", "batch_stats"}`.
     """
-    flat = flatten_dict(variables)
+    flat = flatten_dict(unstack_blocks(variables))
     tensors = {}
     for entry in entries(model):
         value = np.asarray(flat[entry.path])
@@ -72,7 +73,7 @@ def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
     variables = jax.device_put(unflatten_dict(flat), may_alias=False)  # copies and turns in one pass
     if head is not None and model.num_classes:
         variables["params"]["head"] = head
-    return variables
+    return stack_blocks(variables) if getattr(model, "scan", False) else variables
 
 
 def _turned(tensor: np.ndarray, entry: Entry) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax
 from resnet_jax.models.densenet import DenseNet
 from resnet_jax.models.googlenet import GoogLeNet
 from resnet_jax.models.registry import variable_shapes
+from resnet_jax.models.stacking import block_by_block
 
 LEAVES = {
     "kernel": "weight",
@@ -40,7 +41,7 @@ class Entry(NamedTuple):
 def entries(model: Any) -> tuple[Entry, ...]:
     """Every array of a model's variables and the tensor that PyTorch keeps it in, without `num_batches_tracked`."""
     found = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(variable_shapes(model)):
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(variable_shapes(block_by_block(model))):
         path = tuple(key.key for key in keys)
         module = "/".join(path[1:-1])
         pointwise = "attention/fc" in module or (module == "head" and getattr(model, "preact", False))

@@ -3,8 +3,9 @@
 import json
 import logging
 import pickle
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config import Config, InputError
+from resnet_jax.integrity import newest_sound
 from resnet_jax.models.registry import MODELS, create_model, model_fields
 from resnet_jax.recipes import from_dict
 from resnet_jax.weights.convert import to_torch
@@ -67,6 +69,8 @@ def _download(repository: str, name: str) -> Path:
     import huggingface_hub
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or ".." in repository:
+        raise InputError(f"{repository!r} is no name of a repository; it looks like OWNER/NAME")
     try:
         return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=True))
     except huggingface_hub.errors.LocalEntryNotFoundError:
@@ -132,15 +136,16 @@ def _from_run(folder: Path) -> Weights:
     """The moving average of a run's latest checkpoint, or its parameters where there is none."""
     import orbax.checkpoint as ocp
 
+    place = (folder / "checkpoints").resolve()
+    step, problems = newest_sound(place)
+    if step is None:
+        damaged = "".join(f"; that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
+        raise InputError(f"{folder} holds no checkpoint{damaged or '; the run ended before its first one'}")
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
     logging.getLogger("absl").setLevel(logging.ERROR)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
-    place = (folder / "checkpoints").resolve()
     with ocp.CheckpointManager(place, options=options, item_handlers=handlers) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise InputError(f"{folder} holds no checkpoint; the run ended before its first one")
         saved = manager.item_metadata(step)["state"].tree
         template = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), saved)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore())
@@ -150,7 +155,7 @@ def _from_run(folder: Path) -> Weights:
     variables = state["ema"] or {"params": state["params"], "batch_stats": state["batch_stats"]}
     variables = {name: values for name, values in variables.items() if values}
     fields: dict[str, Any] = {"num_classes": variables["params"]["head"]["bias"].shape[0]}
-    fields |= model_fields(config.model)
+    fields |= model_fields(replace(config.model, scan=False))
     tensors = to_torch(create_model(config.model.name, **fields), variables)
     data, augment = config.data, config.augment
     size = data.eval_image_size or data.image_size

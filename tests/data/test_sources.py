@@ -72,7 +72,7 @@ def test_a_wrong_folder_is_named(tmp_path, layout, message):
 
 @pytest.mark.parametrize("dataset", ["", "cifar10", "folder:", "web:images"])
 def test_an_unknown_kind_is_refused_with_the_choices(dataset):
-    with pytest.raises(InputError, match="digits, folder:PATH, tfds:NAME"):
+    with pytest.raises(InputError, match="digits, folder:PATH, csv:FILE, tfds:NAME"):
         load_dataset(DataConfig(dataset=dataset), seed=0)
 
 
@@ -145,3 +145,54 @@ def test_training_on_tfds(stripes, tmp_path):
 def test_an_unknown_tfds_is_named(tmp_path):
     with pytest.raises(InputError, match="no dataset 'nothing_of_this_name'"):
         load_dataset(DataConfig(dataset="tfds:nothing_of_this_name", data_dir=str(tmp_path)), seed=0)
+
+
+def written(folder, lines, pictures=("a0", "a1", "a2", "b0", "b1", "b2")):
+    (folder / "pictures").mkdir()
+    for name in pictures:
+        Image.new("RGB", (4, 4)).save(folder / "pictures" / f"{name}.png")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    return load_dataset(DataConfig(dataset=f"csv:{folder / 'table.csv'}", validation_fraction=0.34), 0)
+
+
+def test_a_table_names_pictures_where_they_lie(tmp_path):
+    rows = [f"pictures/{name}.png,{name[0]}" for name in ("b0", "a0", "a1", "b1", "a2", "b2")]
+    dataset = written(tmp_path, ["path,label", *rows])
+    assert dataset.class_names == ("a", "b") and (len(dataset.train), len(dataset.test)) == (4, 2)
+    path, label = dataset.train[0]
+    assert path == str(tmp_path / "pictures" / Path(path).name) and dataset.class_names[label] == Path(path).name[0]
+
+
+def test_a_table_may_say_the_split(tmp_path):
+    rows = [
+        f"pictures/{name}.png,{name[0]},{'val' if name[1] == '2' else 'train'}" for name in ("a0", "a2", "b1", "b2")
+    ]
+    dataset = written(tmp_path, ["path,label,split", *rows])
+    assert [Path(dataset.test[i][0]).name for i in range(len(dataset.test))] == ["a2.png", "b2.png"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["file,label"], "no column path"),
+        (["path,label", "pictures/a0.png,a", "pictures/a1.png,a"], "has one class, a; it takes two"),
+        (["path,label"], "has no class; it takes two"),
+        (["path,label", "pictures/zz.png,a"], r"line 2: there is no file .*zz\.png"),
+        (["path,label", "pictures/a0.png,a", "pictures/a0.png,b"], "line 3: .* is there twice"),
+        (["path,label", "pictures/a0.png,a;b"], "'a;b' is not one label"),
+        (["path,label", "pictures/a0.png,"], "'' is not one label"),
+        (["path,label,split", "pictures/a0.png,a,dev"], "split 'dev' is unknown"),
+        (["path,label,split", "pictures/a0.png,a,", "pictures/b0.png,b,", "pictures/b1.png,c,test"], "split: c"),
+        (["path,label", "pictures/a0.png,a", "pictures/b0.png,b", "pictures/b1.png,b"], "class 'a' has a single image"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_named(tmp_path, lines, says):
+    with pytest.raises(InputError, match=says):
+        written(tmp_path, lines)
+
+
+def test_a_folder_of_one_class_is_refused(tmp_path):
+    (tmp_path / "only").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "only" / "0.png")
+    with pytest.raises(InputError, match="has one class, only; it takes two"):
+        load_dataset(DataConfig(dataset=f"folder:{tmp_path}"), 0)

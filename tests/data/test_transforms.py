@@ -34,10 +34,72 @@ def test_decode_turns_by_exif():
     assert upright.size == (30, 40)
 
 
-@pytest.mark.parametrize("raw", [b"", b"no image", encoded(picture(), "JPEG")[:200], "/no/such/file.jpg"])
-def test_decode_names_the_reason(raw):
-    with pytest.raises(transforms.BadImage, match=r"\w+Error: "):
-        transforms.decode(raw)
+def saved(image, form="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+def kinds():
+    """Name -> a file of an unusual kind, and the RGB picture that it shows."""
+    rgb = Image.fromarray(picture())
+    grey, indexed = rgb.convert("L"), rgb.quantize(64)
+    wide = np.asarray(grey, np.uint16) * 257
+    alpha = rgb.copy()
+    alpha.putalpha(grey)
+    transparent = indexed.copy()
+    transparent.info["transparency"] = bytes(range(64))
+    cmyk = rgb.convert("CMYK")
+    return {
+        "grey": (saved(grey), grey.convert("RGB")),
+        "grey with alpha": (saved(grey.convert("LA")), grey.convert("RGB")),
+        "16-bit PNG": (saved(Image.fromarray(wide)), grey.convert("RGB")),
+        "16-bit TIFF": (saved(Image.fromarray(wide), "TIFF"), grey.convert("RGB")),
+        "alpha": (saved(alpha), rgb),
+        "palette": (saved(indexed), indexed.convert("RGB")),
+        "transparent palette": (saved(transparent), indexed.convert("RGB")),
+        "CMYK": (saved(cmyk, "TIFF"), cmyk.convert("RGB")),
+        "CMYK JPEG": (saved(cmyk, "JPEG"), rgb),
+        "black and white": (saved(grey.convert("1")), grey.convert("1").convert("RGB")),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_kind_of_picture_comes_out_as_rgb(kind):
+    raw, expected = kinds()[kind]
+    image = transforms.decode(raw)
+    assert image.mode == "RGB"
+    near = 12 if "JPEG" in kind else 0
+    difference = np.asarray(image).astype(int) - np.asarray(expected).astype(int)
+    assert np.abs(difference).mean() <= near
+
+
+NOISE = encoded(RNG.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+
+
+def broken_png():
+    data = bytearray(NOISE)
+    data[data.index(b"IDAT") - 5] ^= 0x08  # in the checksum of the chunk before
+    return bytes(data)
+
+
+BAD = {
+    "empty": b"",
+    "text": b"no image",
+    "truncated JPEG": encoded(picture(), "JPEG")[:-300],
+    "truncated PNG": NOISE[:2000],
+    "broken PNG": broken_png(),
+    "missing": "/no/such/file.jpg",
+    "bomb": saved(Image.new("1", (20_000, 10_000))),
+    "32-bit": saved(Image.fromarray(np.full((4, 4), 2**20, np.int32)), "TIFF"),
+    "float": saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_decode_names_the_reason(kind):
+    with pytest.raises(transforms.BadImage, match=r"\w+Error: |\w+Image: |DecompressionBomb"):
+        transforms.decode(BAD[kind])
 
 
 def test_fit_is_pillow_resize_and_centre_crop():

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -34,6 +35,8 @@ def test_folded_networks_have_the_same_logits(name):
 
 def test_other_norms_are_refused():
     model = create_model("cifar_resnet20", norm="group")
+    with pytest.raises(ValueError, match="16 channels do not divide into the 32 groups"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     with pytest.raises(ValueError, match="only batch"):
         fold_batch_norm(model, {})
 

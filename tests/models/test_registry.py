@@ -8,6 +8,8 @@ from resnet_jax import InputError, create_model, list_models
 from resnet_jax.models.registry import cost, count_parameters, feature_info, variable_shapes
 
 CIFAR = {  # by the arithmetic of their papers
+    "cifar_resnet8": 75_290,
+    "cifar_resnet14": 172_506,
     "cifar_resnet20": 269_722,
     "cifar_resnet32": 464_154,
     "cifar_resnet44": 658_586,

@@ -102,3 +102,33 @@ def test_linear_scaling_by_batch():
 def test_a_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(InputError, match="shorten it"):
         rates({"warmup_epochs": 10.0}, (0,))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "lars"])
+def test_rates_by_rule_freeze_and_scale(name):
+    """Frozen parameters stay to the last bit, decay included; the others move as with a rate of their own."""
+    rules = (("norm/.*", 0.0), ("conv/.*", 0.5))
+    ruled, halved = (
+        make_optimizer(OptimizerConfig(name=name, weight_decay=0.1, rate_rules=r), optax.constant_schedule(rate))
+        for r, rate in ((rules, 0.2), ((), 0.1))
+    )
+    gradients = jax.tree.map(lambda p: 0.3 + jnp.arange(p.size, dtype=jnp.float32).reshape(p.shape), PARAMS)
+    results = []
+    for optimizer in (ruled, halved):
+        params, state = PARAMS, optimizer.init(PARAMS)
+        for _ in range(3):
+            updates, state = optimizer.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        results.append(params)
+    np.testing.assert_allclose(results[0]["conv"]["kernel"], results[1]["conv"]["kernel"], rtol=1e-5)
+    for leaf in ("scale", "bias"):
+        np.testing.assert_array_equal(results[0]["norm"][leaf], PARAMS["norm"][leaf])
+        assert np.any(results[1]["norm"][leaf] != PARAMS["norm"][leaf])
+
+
+def test_a_rate_rule_that_matches_nothing_is_named():
+    optimizer = make_optimizer(
+        OptimizerConfig(rate_rules=((".*", 0.0), ("head/.*", 1.0))), optax.constant_schedule(1.0)
+    )
+    with pytest.raises(InputError, match=r"'head/\.\*' is the first match of no parameter"):
+        optimizer.init(PARAMS)

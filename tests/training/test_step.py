@@ -44,17 +44,6 @@ def run(devices, steps=3, config=CONFIG):
     return jax.device_get(state), jax.device_get(sums)
 
 
-def test_eight_devices_and_one_come_to_the_same():
-    """Loss, gradients (through the momentum), parameters, batch statistics and averages after one step."""
-    state1, sums1 = run(1, steps=1)
-    state8, sums8 = run(8, steps=1)
-    chex.assert_trees_all_close(sums8, sums1, rtol=1e-5)
-    chex.assert_trees_all_close(state8.batch_stats, state1.batch_stats, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(state8.opt_state, state1.opt_state, rtol=1e-5, atol=1e-5)
-    chex.assert_trees_all_close(state8.params, state1.params, rtol=1e-5, atol=1e-5)
-    chex.assert_trees_all_close(state8.ema, state1.ema, rtol=1e-5, atol=1e-5)
-
-
 def test_the_loss_falls_and_the_step_counts():
     first, later = run(1, steps=1)[1], run(1, steps=40)
     assert later[0].step == 40

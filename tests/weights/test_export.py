@@ -9,10 +9,12 @@ import pytest
 from resnet_jax import create_model, load_pretrained
 from resnet_jax.cli import main
 from resnet_jax.config import Config, DataConfig, ModelConfig, ScheduleConfig, TrainConfig
+from resnet_jax.recipes import load_config
 from resnet_jax.training.loop import train
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import Weights, find_weights
 
+from ..conftest import ROOT
 from .torch_twins import close, images_for, nchw, timm, torch
 
 SMALL = Config(
@@ -74,21 +76,25 @@ def test_a_wrapped_and_damaged_pth(tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_training_starts_from_pretrained_weights(tmp_path, run):
-    """With a new head for other classes, and with the preprocessing and the model that the weights name."""
-    data = dataclasses.replace(SMALL.data, image_size=8, synthetic_classes=3)
+def test_a_linear_probe_starts_from_pretrained_weights_and_trains_the_head_alone(tmp_path, run):
+    """With other classes, and with the preprocessing and the model that the weights name."""
+    config = load_config(ROOT / "configs" / "finetune_folder.py")
     config = dataclasses.replace(
-        SMALL, data=data, model=ModelConfig(pretrained=str(run)), train=TrainConfig(steps=1, batch_size=8),
-        optimizer=dataclasses.replace(SMALL.optimizer, learning_rate=0.0),
-    )  # fmt: skip
+        config,
+        model=ModelConfig(pretrained=str(run), norm="frozen_batch"),
+        data=dataclasses.replace(SMALL.data, image_size=8, synthetic_classes=3, on_device=False),
+        schedule=SMALL.schedule,
+        train=TrainConfig(steps=3, batch_size=8, ema_decay=None),
+    )
     summary = train(config, tmp_path / "tuned")
-    assert summary["steps"] == 1
+    assert summary["steps"] == 3
     _, before = load_pretrained(str(run))
     model, after = load_pretrained(str(tmp_path / "tuned"))
     assert model.drop_rate == 0.1 and model.num_classes == 3
     assert find_weights(str(tmp_path / "tuned")).preprocessing.image_size == 32
-    del before["params"]["head"], after["params"]["head"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after["params"], before["params"])
+    head = after["params"].pop("head")
+    assert before["params"].pop("head")["bias"].shape == (5,) and np.all(head["bias"] != 0)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
     assert train(config, tmp_path / "tuned") == summary
 
 

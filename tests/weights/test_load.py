@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from resnet_jax import InputError, create_model, load_pretrained, to_torch
+from resnet_jax.config import Config
+from resnet_jax.recipes import from_dict, to_dict
+from resnet_jax.training.recipe import build_model
 from resnet_jax.weights.export import export, save_tensors
 from resnet_jax.weights.sources import Weights, find_weights
 from resnet_jax.weights.tags import all_tags, find_tag, tags_of
@@ -193,3 +196,19 @@ def test_weights_of_another_architecture_name_the_keys(file):
 def test_a_knob_that_the_model_does_not_have_is_refused(file):
     with pytest.raises(InputError, match="densenet121 has no field 'drop_path_rate'"):
         create_model("densenet121", drop_path_rate=0.1)
+
+
+@pytest.mark.parametrize("source", ["hf-hub:../../etc/passwd", "hf-hub:a/../..", "hf-hub:/etc/x", "hf-hub:a/b/c"])
+def test_a_repository_that_would_leave_its_folder_is_refused(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(InputError, match="is no name of a repository"):
+        load_pretrained(source)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_in_a_checkpoint_is_data():
+    values = to_dict(Config())
+    values["model"]["name"] = "__import__('os').abort()"
+    assert from_dict(values).model.name == "__import__('os').abort()"
+    with pytest.raises(InputError, match="no model is called"):
+        build_model(from_dict(values), 10)

@@ -1,0 +1,125 @@
+"""What saving costs the loop: steps while a checkpoint is being written, the longest of them, and reading one back.
+
+The state is resnet50's with momentum and averages, some 300 MB. All cases take turns in one process. On a CPU the step
+and the writing share the cores; on an accelerator they do not. What is read back comes from the disk: the system was
+told to forget the files.
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import has_gpu, options, print_table, row, write
+
+
+def prepared(size: int, batch: int) -> tuple[Any, Any, Any]:
+    """A compiled step, a first state and a batch."""
+    import jax
+    import numpy as np
+
+    from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+    from resnet_jax.sharding import compiler_options
+    from resnet_jax.training.optimizers import make_optimizer
+    from resnet_jax.training.recipe import build_model, state_maker
+    from resnet_jax.training.step import make_train_step
+
+    config = Config(
+        ModelConfig("resnet50"),
+        DataConfig(image_size=size, on_device=False),
+        AugmentConfig(crop="none"),
+        train=TrainConfig(batch_size=batch),
+    )
+    model = build_model(config, 1000)
+    step = make_train_step(model, make_optimizer(config.optimizer, lambda step: 0.01), config)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    data = jax.device_put({"image": images, "label": rng.integers(0, 1000, batch, dtype=np.int32)})
+    state = state_maker(config, model, lambda step: 0.01)()
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options()), state, data
+
+
+def seconds(function: Any) -> float:
+    """Time of a call."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def forget(files: list[Path]) -> None:
+    """Drops files from the memory of the system, where it can (POSIX)."""
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main() -> None:
+    """Runs rounds of: quiet steps, a save and the steps beside it, a save that is waited for, a restore."""
+    import jax
+
+    from resnet_jax.integrity import steps_in
+    from resnet_jax.training.checkpoints import Checkpoints, sound_step
+
+    flags = options(__doc__ or "", size=224, batch=256 if has_gpu() else 16)
+    step_function, state, data = prepared(flags.size, flags.batch)
+
+    def one() -> None:
+        nonlocal state
+        state, sums = step_function(state, data)
+        jax.block_until_ready((state, sums))
+
+    folder = Path(tempfile.mkdtemp())
+    names = ("step", "step beside a save", "longest stall of the loop", "save, waited for", "checked and restored")
+    found: dict[str, list[float]] = {name: [] for name in (*names, "raw read")}
+    ratios: dict[str, list[float]] = {"slower": [], "stall": [], "restore": []}
+    with Checkpoints(folder, 1) as checkpoints:
+        for _ in range(3):
+            one()
+        for i in range(1 + (flags.rounds or (3 if flags.quick else 7))):
+            quiet = [seconds(one) for _ in range(8 if has_gpu() else 3)]
+            blocked = seconds(lambda i=i: checkpoints.save(2 * i, state, {}))
+            beside = []
+            while checkpoints._manager.is_saving_in_progress() or not beside:
+                beside.append(seconds(one))
+            checkpoints.settle()
+            whole = seconds(lambda i=i: (checkpoints.save(2 * i + 1, state, {}), checkpoints.settle()))
+            place = folder / "checkpoints" / str(steps_in(folder / "checkpoints")[0])
+            files = [path for path in place.rglob("*") if path.is_file()]
+            forget(files)
+            raw = seconds(lambda files=files: [path.read_bytes() for path in files])
+            forget(files)
+            template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            again = seconds(lambda t=template: jax.block_until_ready(checkpoints.restore(t, sound_step(folder))[0]))
+            if i:
+                middle = statistics.median(quiet)
+                stall = max(blocked, max(beside) - middle)
+                for name, value in zip(
+                    found, (middle, statistics.median(beside), stall, whole, again, raw), strict=True
+                ):
+                    found[name].append(value)
+                ratios["slower"].append(statistics.median(beside) / middle)
+                ratios["stall"].append(stall / whole)
+                ratios["restore"].append(again / raw)
+    size = sum(path.stat().st_size for path in files)
+    shutil.rmtree(folder)
+    report(f"resnet50 {flags.size} batch {flags.batch}", found, ratios, size)
+
+
+def report(case: str, found: dict[str, list[float]], ratios: dict[str, list[float]], size: int) -> None:
+    """Prints and writes the seconds that were found, and the ratios of each round."""
+    rows = [row(case, name, {"seconds": [1 / t for t in times], "setup": 0.0}, 1, "s") | {"unit": "s"}
+            for name, times in found.items()]  # fmt: skip
+    print_table(rows)
+    middles = {name: statistics.median(values) for name, values in ratios.items()}
+    print(f"{size / 1e6:.0f} MB; step beside a save / step {middles['slower']:.2f}, longest stall / save "
+          f"{middles['stall']:.2f}, restore / raw read {middles['restore']:.2f}")  # fmt: skip
+    write("checkpoint", rows, bytes=size, ratios={n: {"median": middles[n], "all": ratios[n]} for n in ratios})
+
+
+if __name__ == "__main__":
+    main()

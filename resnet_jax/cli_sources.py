@@ -1,0 +1,156 @@
+"""What the `resnet-jax` command does with weights: predict, export, models."""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.config import InputError
+
+Row = tuple[Path, list[tuple[str, float]]]
+
+
+def predict_command(arguments: Sequence[str]) -> int:
+    """`resnet-jax predict`."""
+    parser = argparse.ArgumentParser(prog="resnet-jax predict", description="Says which class pictures belong to.")
+    parser.add_argument("source", help="the folder of a run, a tag, a file: all that --model.pretrained takes")
+    parser.add_argument("paths", nargs="+", help="files, folders, or patterns such as 'a/*.jpg'")
+    parser.add_argument("--top", type=int, default=1, help="so many classes of each picture")
+    parser.add_argument("--format", choices=tuple(WRITERS), default="table", help="json is one object a line")
+    parser.add_argument("--cam", type=Path, help="a folder for pictures of where the network looked (Grad-CAM)")
+    parser.add_argument("--batch", type=int, default=32, help="pictures that go through the network at once")
+    parser.add_argument("--name", help="the model, where the source does not say")
+    options = parser.parse_args(arguments)
+    if options.top < 1 or options.batch < 1:
+        raise InputError("--top and --batch must be at least 1")
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from resnet_jax.inference import Predictor, find_files, predict_files
+
+    paths = list(find_files(options.paths))
+    predictor = Predictor.from_source(options.source, options.name)
+    if options.cam:
+        options.cam.mkdir(parents=True, exist_ok=True)
+    write, bad = WRITERS[options.format](), []
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("pictures", total=len(paths))
+        for i, (path, row, reason) in enumerate(predict_files(predictor, paths, options.batch)):
+            progress.advance(task)
+            if row is None:
+                bad.append((path, reason))
+                continue
+            best = row.argsort()[::-1][: options.top]
+            write((path, [(predictor.class_names[k], float(row[k])) for k in best]))
+            if options.cam:
+                draw_cam(predictor, path, int(best[0]), options.cam / f"{i:05d}-{path.stem}.png")
+    for path, reason in bad:
+        print(f"error: {path} cannot be decoded ({reason})", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def as_table() -> Callable[[Row], None]:
+    """Writes rows for the eye."""
+    return lambda row: print(f"{row[0]}   " + "   ".join(f"{name} {p:.2%}" for name, p in row[1]), flush=True)
+
+
+def as_json() -> Callable[[Row], None]:
+    """Writes one JSON object a line: `path`, `classes` with `name` and `probability`."""
+
+    def write(row: Row) -> None:
+        classes = [{"name": name, "probability": p} for name, p in row[1]]
+        print(json.dumps({"path": str(row[0]), "classes": classes}), flush=True)
+
+    return write
+
+
+def as_csv() -> Callable[[Row], None]:
+    """Writes comma-separated values: path, rank from 1, class, probability."""
+    writer = csv.writer(sys.stdout)
+    writer.writerow(["path", "rank", "class", "probability"])
+    return lambda row: writer.writerows([str(row[0]), i, name, p] for i, (name, p) in enumerate(row[1], start=1))
+
+
+WRITERS: dict[str, Callable[[], Callable[[Row], None]]] = {"table": as_table, "json": as_json, "csv": as_csv}
+
+
+def draw_cam(predictor: Any, path: Path, label: int, file: Path) -> None:
+    """Writes the picture as the network sees it, coloured by what speaks for a class."""
+    import jax.numpy as jnp
+    import numpy as np
+    from matplotlib import colormaps
+    from PIL import Image
+
+    from resnet_jax.models.gradcam import grad_cam
+
+    seen = predictor.prepare(str(path))
+    (heat,) = grad_cam(predictor.model, predictor.variables, predictor.normalized([seen]), jnp.asarray([label]))
+    size = (seen.shape[1], seen.shape[0])
+    large = np.asarray(Image.fromarray(np.asarray(heat)).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+    colours = colormaps["turbo"](large)[..., :3] * 255
+    share = 0.6 * large[..., None]
+    Image.fromarray((seen * (1 - share) + colours * share).round().astype(np.uint8)).save(file)
+
+
+def export_command(arguments: Sequence[str]) -> int:
+    """`resnet-jax export`."""
+    parser = argparse.ArgumentParser(prog="resnet-jax export", description="Writes weights under PyTorch's names.")
+    parser.add_argument("source", help="the folder of a run, a tag, a file: all that --model.pretrained takes")
+    parser.add_argument("file", type=Path, help="the file to write, such as out.safetensors")
+    parser.add_argument("--format", choices=("safetensors", "pth"), help="by default what the file's name says")
+    parser.add_argument("--name", help="the model, where the source does not say")
+    options = parser.parse_args(arguments)
+    form = options.format or options.file.suffix.removeprefix(".")
+    if form not in ("safetensors", "pth"):
+        raise InputError(f"{options.file}: end the name with .safetensors or .pth, or say which with --format")
+    from resnet_jax.weights.export import export
+
+    name, count = export(options.source, options.file, form, options.name)
+    print(f"{options.file}: {name}, {count} tensors under the names of PyTorch")
+    return 0
+
+
+def models_command(arguments: Sequence[str]) -> int:
+    """`resnet-jax models`."""
+    parser = argparse.ArgumentParser(
+        prog="resnet-jax models", description="Lists models, their cost and their weights."
+    )
+    parser.add_argument("pattern", nargs="?", default="*", help="a shell pattern such as 'resnext*'")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    options = parser.parse_args(arguments)
+    from resnet_jax.models.registry import list_models
+
+    names = list_models(options.pattern)
+    if not names:
+        raise InputError(f"no model matches {options.pattern!r}; try resnet-jax models '*resnet*'")
+    rows = []
+    for name in names:
+        rows.append(describe_model(name))
+        if not options.json:
+            print(format_model(rows[-1]))
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    return 0
+
+
+def describe_model(name: str) -> dict[str, Any]:
+    """A model's parameters, its GMACs at the size of its default weights, and its tags with their licences."""
+    from resnet_jax.models.registry import cost, create_model
+    from resnet_jax.weights.tags import tags_of
+
+    tags = tags_of(name)
+    size = tags[0].preprocessing.image_size if tags else 32 if name.startswith("cifar_") else 224
+    parameters, macs = cost(create_model(name), size)
+    listed = [{"tag": t.tag, "license": t.license, "num_classes": t.num_classes, "default": t.default} for t in tags]
+    return {"name": name, "parameters": parameters, "gmacs": round(macs / 1e9, 3), "size": size, "tags": listed}
+
+
+def format_model(row: dict[str, Any]) -> str:
+    """The lines that `resnet-jax models` prints of a model."""
+    lines = [f"{row['name']:<24}{row['parameters']:>13,} parameters{row['gmacs']:>9.2f} GMACs at {row['size']}"]
+    for tag in row["tags"]:
+        lines.append(f"    {tag['tag']:<46}{tag['license'] or 'no licence given'}{', default' * tag['default']}")
+    return "\n".join(lines)

@@ -1,0 +1,241 @@
+"""What a run says while it runs: sums of steps are gathered late, so that the loop never waits for a number."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax.config import Config
+from resnet_jax.training.console import Console
+from resnet_jax.training.metrics import Sums, add, means
+from resnet_jax.training.recipe import Plan
+from resnet_jax.training.state import TrainState
+from resnet_jax.training.trackers import Tracker
+
+
+class Diverged(RuntimeError):
+    """The loss or a parameter is no longer finite; `what` says so in a few words."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what = what
+        super().__init__(f"{what}; {remedy}")
+
+
+Part = tuple[int, int, Sums]
+"""(step, n, sums) of the n steps that end at a step."""
+
+
+@dataclass
+class Interval:
+    """Steps between two lines of the log; `waited` is in seconds."""
+
+    parts: list[Part] = field(default_factory=list)
+    images: int = 0
+    waited: float = 0.0
+
+
+class Report:
+    """Gathers the sums of steps and writes them late, so that the loop never waits for a number.
+
+    `skipped` counts the updates that were left out for not being finite, in `total` and `in_row` up to now.
+
+    A thread of its own waits for the device: `flush` hands it the newest interval and writes the one before it;
+    `settle` writes everything.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        plan: Plan,
+        schedule: Callable[[int], Any],
+        step: int,
+        record: dict[str, Any],
+        last_checkpoint: Callable[[], int | None],
+    ) -> None:
+        first = jax.process_index() == 0
+        self._tracker = Tracker(folder, step, config.log.tensorboard, record["owed"]) if first else None
+        self._console = Console(step, plan.total, plan.per_epoch) if first else None
+        self._batch_size, self._per_epoch, self._schedule = config.train.batch_size, plan.per_epoch, schedule
+        self._last_checkpoint = last_checkpoint
+        self._thread = ThreadPoolExecutor(1)
+        self._limit = config.train.nonfinite_limit
+        self.skipped = dict(record["skipped_updates"])
+        self._now, self._carried = Interval(), record["sums"]
+        self._handed: tuple[Interval, Future[Any]] | None = None
+        self._done: float | None = None  # when the last interval, or a pause, ended
+        self._images, self._seconds = 0, 0.0
+
+    def steps(self, step: int, n: int, sums: Sums, waited: float) -> None:
+        """Takes the sums of the `n` steps that end at `step`; they stay on the device."""
+        self._now.parts.append((step, n, sums))
+        if self._done is None:
+            self._done = time.perf_counter()  # the first call compiled: it does not count
+            return
+        self._now.images += n * self._batch_size
+        self._now.waited += waited
+
+    def flush(self) -> None:
+        """Ends the interval, and writes the one before it."""
+        handed, self._handed = self._handed, (self._now, self._thread.submit(fetch, self._now.parts))
+        self._now = Interval()
+        self._write(handed)
+
+    def settle(self, state: TrainState) -> Sums | None:
+        """Writes all whole intervals; returns the sums of the one that is under way, None where there are none.
+
+        Raises:
+          Diverged: a loss, or a parameter or statistic of the state, is not finite.
+        """
+        self._write(self._handed)
+        self._handed = None
+        if self._now.parts:
+            self._carried, _ = self._sum(self._now, self._thread.submit(fetch, self._now.parts))
+            self._now = Interval()
+        if not all_finite((state.params, state.batch_stats)):
+            self._diverged(int(state.step))
+        return None if self._carried is None else {name: float(value) for name, value in self._carried.items()}
+
+    def evaluation(self, step: int, result: dict[str, dict[str, Any]]) -> None:
+        """Writes means over the test set."""
+        names = {"test": "eval", "ema": "ema"}
+        line = {
+            f"{names[kind]}/{name}": value
+            for kind, values in result.items()
+            for name, value in values.items()
+            if name in ("loss", "accuracy", "top5")
+        }
+        self._show(step, line)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Work whose time does not count as training; everything must be settled before."""
+        yield
+        if self._done is not None:
+            self._done = time.perf_counter()
+
+    def speed(self) -> float:
+        """Training images a second so far, compilation, evaluation and saving apart."""
+        return self._images / self._seconds if self._seconds else 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+        for output in (self._console, self._tracker):
+            if output is not None:
+                output.close()
+
+    def _write(self, handed: tuple[Interval, Future[Any]] | None) -> None:
+        if handed is None or not handed[0].parts:
+            return
+        interval = handed[0]
+        sums, seconds = self._sum(*handed)
+        self._carried = None
+        step, skipped = interval.parts[-1][0], sums.pop("skipped", None)
+        line: dict[str, float] = {"epoch": step / self._per_epoch}
+        if sums["count"]:
+            mean = means(sums)
+            line |= {"train/loss": mean["loss"], "train/accuracy": mean["accuracy"]}
+        if skipped is not None:
+            line["skipped_updates"] = int(skipped)
+        line["learning_rate"] = float(self._schedule(step - 1))
+        if interval.images:
+            line |= {"images_per_second": interval.images / seconds, "data_wait": interval.waited / seconds}
+        self._show(step, line)
+
+    def _sum(self, interval: Interval, future: Future[Any]) -> tuple[Sums, float]:
+        """Sums of an interval on the host and its length in seconds.
+
+        Step is added to step in order, so that a run that resumes within an interval comes to the same bits.
+        """
+        assert self._done is not None
+        values, ended = future.result()
+        seconds, self._done = ended - self._done, ended
+        self._images += interval.images
+        self._seconds += seconds
+        single = [] if self._carried is None else [self._carried]
+        for (step, n, _), part in zip(interval.parts, values, strict=True):
+            columns = {name: np.atleast_1d(value) for name, value in part.items()}
+            for i in range(n):
+                single.append({name: column[i] for name, column in columns.items()})
+                self._check(step - n + 1 + i, single[-1])
+        return add(single), seconds
+
+    def _show(self, step: int, line: dict[str, Any]) -> None:
+        if self._tracker is not None and self._console is not None:
+            self._tracker.write(step, line)
+            self._console.update(step, line)
+
+    def _check(self, step: int, sums: Sums) -> None:
+        if not np.isfinite(sums["loss"]):
+            self._diverged(step)
+        if sums.get("skipped"):
+            self.skipped = {"total": self.skipped["total"] + 1, "in_row": self.skipped["in_row"] + 1}
+            if self.skipped["in_row"] >= self._limit:
+                self._diverged(step)
+        else:
+            self.skipped["in_row"] = 0
+
+    def _diverged(self, step: int) -> None:
+        rate, saved = float(self._schedule(step - 1)), self._last_checkpoint()
+        good = "there is no checkpoint" if saved is None else f"the last good checkpoint is that of step {saved}"
+        row = f" for {self.skipped['in_row']} updates in a row" if self.skipped["in_row"] else ""
+        raise Diverged(
+            f"the loss or a parameter is not finite at step {step}{row}, with learning rate {rate:g}",
+            f"{good}, and nothing was written over it. Lower optimizer.learning_rate, lengthen schedule.warmup_epochs, "
+            "or set optimizer.clip_norm",
+        )
+
+
+def fetch(parts: list[Part]) -> tuple[list[Sums], float]:
+    """Waits for the sums of some steps; they, on the host, and the time at which they were there."""
+    values = jax.device_get([sums for _, _, sums in parts])
+    return values, time.perf_counter()
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no array of a tree holds an infinity or a nan: bool scalar."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def say(text: str) -> None:
+    """Prints in the first process alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+Advance = Callable[[TrainState, int], tuple[TrainState, Sums, int, float]]
+"""`advance(state, step) -> (state, sums, n, waited)`: what dispatches the next n steps of a run."""
+
+
+def traced(advance: Advance, config: Config, folder: Path) -> Advance:
+    """`advance` that writes a trace of the steps of `log.profile` into `folder/profile`; the device is waited for."""
+    if config.log.profile is None:
+        return advance
+    first, last = config.log.profile
+    running = False
+
+    def advance_traced(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
+        nonlocal running
+        if not running and first <= step < last:
+            jax.profiler.start_trace(str(folder / "profile"))
+            running = True
+        result = advance(state, step)
+        if running and step + result[2] >= last:
+            jax.block_until_ready(result[0])
+            jax.profiler.stop_trace()
+            running = False
+            say(f"the trace of steps {first} to {last} lies in {folder / 'profile'}")
+        return result
+
+    return advance_traced

@@ -1,0 +1,101 @@
+"""SIGTERM and Ctrl-C: the run ends after its step, with a checkpoint; in several processes all end after the same."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+import jax
+
+
+class Stopped(RuntimeError):
+    """The run was told to stop by `signal`; if the disk took the step, it is `saved`, and the same command goes on."""
+
+    def __init__(self, step: int, number: int, saved: bool) -> None:
+        self.step, self.signal, self.saved = step, number, saved
+        which = "which is saved" if saved else "which could NOT be saved: what counts is the last checkpoint"
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, {which}")
+
+
+class Stop:
+    """Whether the run was told to stop."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._together = False
+
+    def asked(self, step: int | None = None) -> bool:
+        """Whether to stop now. With several processes they agree on a step: give the one that has just been dispatched.
+
+        Without a step it tells what this process alone knows.
+        """
+        if jax.process_count() == 1:
+            return self.signal is not None
+        if step is not None and not self._together:
+            from jax.experimental import multihost_utils
+
+            self._together = multihost_utils.reached_preemption_sync_point(step)
+            self.signal = (self.signal or signal.SIGTERM) if self._together else self.signal
+        return self._together
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Catches SIGTERM and SIGINT while it lasts; a second Ctrl-C ends the process at once with status 130.
+
+    A thread of its own learns of them, also while the main one compiles. With several processes JAX's own service
+    catches SIGTERM and tells the others; Ctrl-C is handed on to it. Outside the main thread, where Python allows no
+    handlers, nothing is caught.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    several = jax.process_count() > 1
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    thread = threading.Thread(target=listen, args=(reading, stop, several), daemon=True)
+    thread.start()
+    caught = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in caught}
+    woken = signal.set_wakeup_fd(writing)
+    try:
+        yield stop
+    finally:
+        signal.set_wakeup_fd(woken)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.write(writing, b"\0")
+        thread.join()
+        os.close(reading)
+        os.close(writing)
+
+
+def listen(pipe: int, stop: Stop, several: bool) -> None:
+    """Takes the numbers of signals from a pipe until a 0 comes."""
+    while number := os.read(pipe, 1)[0]:
+        if number == signal.SIGINT and stop.signal == signal.SIGINT:
+            os._exit(130)
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        stop.signal = number
+        again = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: saving after this step{again}\n".encode())
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_with_lost_process(error: Exception) -> NoReturn:
+    """Ends this process at once with status 1: with a process missing, everything that would tidy up waits for it."""
+    reason = str(error).splitlines()[0]
+    print(
+        f"error: process {jax.process_index()} lost touch with another process of the run ({reason}); "
+        "start the same command again in all processes to go on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)

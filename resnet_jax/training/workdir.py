@@ -1,0 +1,218 @@
+"""A run's folder: its recipe, the lock that keeps a second run out, its summary; and the runs under a folder."""
+
+import contextlib
+import json
+import os
+import platform
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from resnet_jax.config import Config, InputError
+from resnet_jax.data.sources import Dataset
+from resnet_jax.integrity import damage, steps_in, write_whole
+from resnet_jax.recipes import differences, from_dict, to_dict
+from resnet_jax.training.checkpoints import Record
+from resnet_jax.training.trackers import draw_curves, read_lines
+
+TOUCHED_EVERY, STALE_AFTER = 20.0, 120.0
+"""Seconds: how often a run touches its lock, and when one of another host counts as left behind."""
+
+
+def recorded(workdir: str | Path | None) -> Config | None:
+    """The recipe of the run that a folder holds, if it holds one."""
+    recipe = Path(workdir or "").expanduser() / "config.json"
+    return from_dict(json.loads(recipe.read_text())) if workdir is not None and recipe.is_file() else None
+
+
+def open_workdir(workdir: str | Path | None, config: Config) -> Path:
+    """Makes the run's folder, or checks that it is one of the same recipe.
+
+    Raises:
+      InputError: the folder cannot be written, or belongs to a recipe with another result.
+    """
+    if workdir is None and jax.process_count() > 1:
+        raise InputError("a run of several processes needs --workdir, the same folder for all of them")
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.name}"
+    folder = Path("runs") / stamp if workdir is None else Path(workdir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if previous := recorded(folder):
+            changed = differences(previous, config)
+            if changed:
+                raise InputError(
+                    f"{folder} holds a run of another recipe: {'; '.join(changed)}. "
+                    "Give another --workdir, or the recipe it was started with"
+                )
+    except OSError as error:
+        raise InputError(
+            f"the folder {folder} of the run cannot be written: {error}; give another --workdir"
+        ) from error
+    return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path, config: Config) -> Iterator[None]:
+    """Holds `folder/lock`, which says host, process and start, and writes the recipe. The first process alone does.
+
+    Raises:
+      InputError: another run holds it, or the folder cannot be written.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    lock, mine = folder / "lock", {"host": socket.gethostname(), "pid": os.getpid(), "start": start_of(os.getpid())}
+    try:
+        if holder := live_holder(lock):
+            raise InputError(
+                f"{folder} is in use by process {holder['pid']} on {holder['host']}, which locked it at "
+                f"{datetime.fromtimestamp(lock.stat().st_mtime):%Y-%m-%d %H:%M:%S} the last time; wait for it, stop "
+                f"it, or give another --workdir. If there is no such process, remove {lock}"
+            )
+        write_whole(lock, json.dumps(mine))
+        write_whole(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"the folder {folder} of the run cannot be written: {error}; give another --workdir"
+        ) from error
+    done = threading.Event()
+
+    def touch() -> None:
+        while not done.wait(TOUCHED_EVERY):
+            with contextlib.suppress(OSError):
+                os.utime(lock)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(lock.read_text()) == mine:
+                lock.unlink()
+
+
+def live_holder(lock: Path) -> dict[str, Any] | None:
+    """What a lock says of the run that holds it; None where there is none, or it was left behind by a dead one."""
+    try:
+        said, touched = json.loads(lock.read_text()), lock.stat().st_mtime
+    except (OSError, ValueError):
+        return None
+    if said["host"] == socket.gethostname():
+        return said if said["start"] is not None and start_of(said["pid"]) == said["start"] else None
+    return said if time.time() - touched < STALE_AFTER else None
+
+
+def start_of(pid: int) -> str | None:
+    """What tells a process from a later one of the same number: its start, if the system says; None if it is dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "alive"
+
+
+def new_record(config: Config, dataset: Dataset) -> Record:
+    """What a checkpoint holds beside the state, for a run that begins."""
+    return {
+        "recipe": to_dict(config),
+        "class_names": list(dataset.class_names),
+        "best": None,
+        "result": None,
+        "sums": None,
+        "skipped": [],
+        "skipped_updates": {"total": 0, "in_row": 0},
+        "owed": False,
+        "rollbacks": 0,
+    }
+
+
+def finish(folder: Path, record: Record, steps: int, speed: dict[str, float], device: str) -> dict[str, Any]:
+    """Writes `summary.json` and `curves.png` and says what came out."""
+    skipped = {"count": len(record["skipped"]), "names": record["skipped"][:1000]}
+    summary = record["result"] | {"best": record["best"], "steps": steps} | speed
+    summary |= {"skipped_images": skipped, "skipped_updates": record["skipped_updates"]["total"]}
+    summary |= {"device": device, "versions": versions()}
+    if jax.process_index() == 0:
+        draw_curves(folder)
+        write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        test = summary["test"]
+        print(f"test accuracy {test['accuracy']:.2%} on {test['count']} images, loss {test['loss']:.4f}")
+        print(f"the run lies in {folder}; see it with: resnet-jax evaluate {folder} --per-class")
+    return summary
+
+
+def device_name(mesh: Mesh) -> str:
+    """Kind and number of the devices of a mesh, such as `4 x NVIDIA H200`."""
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what computes."""
+    packages = ("resnet_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
+def runs_under(folder: Path) -> list[dict[str, Any]]:
+    """The runs under a folder: `folder`, `model`, `data`, `step`, `steps`, `best`, `state`, by name.
+
+    `state` is `running`, `finished`, `stopped` (the same command goes on), or `damaged` (a file cannot be read, or no
+    checkpoint is sound).
+    """
+    return [describe_run(path.parent) for path in sorted(folder.rglob("config.json")) if is_run(path.parent)]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, not just any config.json."""
+    return (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file() or (folder / "lock").is_file()
+
+
+def describe_run(folder: Path) -> dict[str, Any]:
+    """One row of `runs_under`."""
+    row: dict[str, Any] = {"folder": str(folder), "model": None, "data": None, "step": None, "best": None}
+    running = live_holder(folder / "lock") is not None
+    try:
+        config = from_dict(json.loads((folder / "config.json").read_text()))
+        row |= {"model": config.model.name, "data": config.data.dataset}
+        there = steps_in(folder / "checkpoints")
+        steps = [step for step in there if damage(folder / "checkpoints" / str(step), contents=False) is None]
+        summary = folder / "summary.json"
+        finished = json.loads(summary.read_text()) if summary.exists() else None
+    except (OSError, ValueError):
+        return row | {"state": "running" if running else "damaged"}
+    row["step"] = max(steps, default=0)
+    row["best"] = best_of(folder)[1]
+    if running:
+        return row | {"state": "running"}
+    if there and not steps:
+        return row | {"state": "damaged"}
+    return row | {"state": "finished" if finished else "stopped"}
+
+
+def best_of(folder: Path) -> tuple[int | None, float | None]:
+    """Step and accuracy of the best evaluation whose checkpoint is there, the first of equals; by `metrics.jsonl`."""
+    found: tuple[int | None, float | None] = (None, None)
+    there = set(steps_in(folder / "checkpoints"))
+    for line in read_lines(folder / "metrics.jsonl"):
+        accuracy = line.get("ema/accuracy", line.get("eval/accuracy"))
+        if accuracy is not None and line["step"] in there and (found[1] is None or accuracy > found[1]):
+            found = (line["step"], accuracy)
+    return found

@@ -1,0 +1,98 @@
+"""What holds for any recipe, any data order, any split of an evaluation, any residual network."""
+
+import dataclasses
+import itertools
+import json
+import typing
+
+import chex
+import jax
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resnet_jax import from_torch, to_torch
+from resnet_jax.config import AugmentConfig, Config
+from resnet_jax.data.loader import TrainExample
+from resnet_jax.data.sources import ArraySource
+from resnet_jax.models.registry import variable_shapes
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.recipes import differences, from_dict, to_dict
+from resnet_jax.training.losses import cross_entropy, soft_targets
+from resnet_jax.training.metrics import add, eval_sums, means
+
+settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
+settings.load_profile("same every time")
+st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
+
+
+def sections(kind):
+    """Any values of a dataclass of the recipe."""
+    if not dataclasses.is_dataclass(kind):
+        return st.from_type(kind)
+    return st.builds(kind, **{name: sections(hint) for name, hint in typing.get_type_hints(kind).items()})
+
+
+@settings(max_examples=60)
+@given(sections(Config))
+def test_any_recipe_comes_back_from_json(config):
+    again = from_dict(json.loads(json.dumps(to_dict(config))))
+    assert again == config and differences(config, again) == []
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 90), st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**40), st.integers(0, 3))
+def test_every_epoch_holds_every_example_once_for_any_hosts(size, share, hosts, seed, epoch):
+    source = ArraySource(np.zeros((size, 1, 1, 3), np.uint8), np.arange(size))
+    plain = AugmentConfig(crop="none")
+    rows = [TrainExample(source, plain, 1, seed, share, rank, hosts) for rank in range(hosts)]
+    positions = np.arange(epoch * size, (epoch + 1) * size)
+    step, offset = np.divmod(positions, share * hosts)
+    ranks, places = offset // share, step * share + offset % share
+    drawn = [int(rows[r](int(place))["label"]) for r, place in zip(ranks, places, strict=True)]
+    assert sorted(drawn) == list(range(size))
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 40), st.lists(st.integers(0, 40), max_size=4), st.integers(0, 2**31), st.sampled_from([3, 7]))
+def test_masked_parts_add_up_to_the_whole(count, cuts, seed, classes):
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(size=(count, classes)).astype(np.float32), rng.integers(0, classes, count)
+    losses = np.asarray(cross_entropy(logits, soft_targets(labels, classes, 0.0)))
+    whole = means(add([eval_sums(losses, logits, labels, np.ones(count, bool))]))
+    parts, edges = [], sorted({0, count, *(cut for cut in cuts if cut < count)})
+    for start, stop in itertools.pairwise(edges):
+        padding = 48 - (stop - start)
+        filled = [np.concatenate([x[start:stop], np.full((padding, *x.shape[1:]), junk, x.dtype)])
+                  for x, junk in ((losses, np.nan), (logits, 9.0), (labels, 0))]  # fmt: skip
+        parts.append(eval_sums(*filled, np.arange(48) < stop - start))
+    split = means(add(parts))
+    assert split.keys() == whole.keys() and split["count"] == count
+    for name, value in whole.items():
+        np.testing.assert_allclose(split[name], value, rtol=1e-5, err_msg=name)
+
+
+NETWORKS = st.fixed_dictionaries(
+    {
+        "stage_sizes": st.sampled_from([(1, 1, 1, 1), (1, 2, 1, 1)]),
+        "block": st.sampled_from(["basic", "bottleneck"]),
+        "preact": st.booleans(),
+        "cardinality": st.sampled_from([1, 2]),
+        "stem": st.sampled_from(["7x7", "deep", "deep_tiered"]),
+        "shortcut": st.sampled_from(["B", "D"]),
+        "attention": st.sampled_from(["none", "se", "eca"]),
+        "norm": st.sampled_from(["batch", "group"]),
+        "in_channels": st.sampled_from([1, 3, 5]),
+        "num_classes": st.sampled_from([2, 11]),
+        "scan": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=8)
+@given(NETWORKS, st.integers(0, 2**31))
+def test_any_network_comes_back_from_pytorch_names(fields, seed):
+    model = ResNet(widths=(32, 32, 64, 64), stem_width=64, **fields)
+    rng = np.random.default_rng(seed)
+    variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), variable_shapes(model))
+    chex.assert_trees_all_equal(from_torch(model, to_torch(model, variables)), variables)

@@ -1,0 +1,230 @@
+"""Real processes that are killed, told to stop, run out of disk, or wait for data that never comes."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import pytest
+from PIL import Image
+
+from resnet_jax.config import Config, InputError
+from resnet_jax.integrity import damage, steps_in
+from resnet_jax.training.trackers import read_lines
+from resnet_jax.training.workdir import describe_run, live_holder, locked, runs_under
+
+from .training.test_loop import final_state, lines_of
+
+FLAGS = [
+    "--model.name", "cifar_resnet8", "--train.steps", "240", "--train.batch_size", "32", "--train.ema_decay", "0.9",
+    "--augment.flip", "random", "--augment.mixup", "0.2", "--schedule.warmup_epochs", "0.5", "--log.no_tensorboard",
+    "--train.eval_every_epochs", "0.5", "--checkpoint.every_steps", "9", "--log.every_steps", "7",
+]  # fmt: skip
+ALONE = os.environ | {"XLA_FLAGS": "", "GLIBC_TUNABLES": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+PLACES = {"device": ["--train.steps_per_call", "3"], "host": ["--data.no_on_device"]}
+
+
+def start(workdir, *flags, **options):
+    """A training process, the large pages' second start apart so that its number stays."""
+    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(workdir), *FLAGS, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen(command, env=ALONE, **pipes)
+
+
+def wait_for(condition, process, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def finish(process, status=0):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == status, out + err
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Where the data lies -> the folder of a run that nothing happened to."""
+    made = {}
+
+    def run(place):
+        if place not in made:
+            made[place] = tmp_path_factory.mktemp(place) / "run"
+            finish(start(made[place], *PLACES[place]))
+        return made[place]
+
+    return run
+
+
+def same_run(folder, expected):
+    """State, record and every line but its timings, bit for bit."""
+    config = Config(model=Config().model.__class__("cifar_resnet8"))
+    ours, theirs = (final_state(place, config) for place in (folder, expected))
+    chex.assert_trees_all_equal(ours[0], theirs[0])
+    assert ours[1] == theirs[1] and ours[0].step == 240
+    assert lines_of(folder) == lines_of(expected)
+    summaries = [json.loads((place / "summary.json").read_text()) for place in (folder, expected)]
+    assert summaries[0]["best"] == summaries[1]["best"] and summaries[0]["test"] == summaries[1]["test"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_killed_ten_times_is_the_undisturbed_run_bit_for_bit(place, undisturbed, tmp_path):
+    """At random times: while it starts, between checkpoints, and while one is being written."""
+    draw = random.Random(place)
+    folder = tmp_path / "checkpoints"
+    for kill in range(10):
+        process = start(tmp_path, *PLACES[place], stdout=subprocess.DEVNULL)
+        seen = set(os.listdir(folder)) if folder.exists() else set()
+        if kill == 4:
+            time.sleep(draw.uniform(0, 4))
+        else:
+            wait_for(lambda seen=seen: folder.exists() and set(os.listdir(folder)) - seen, process)
+            time.sleep(draw.uniform(0, 0.2))
+        assert process.poll() is None, process.communicate()
+        if kill == 0:
+            with pytest.raises(InputError, match=f"in use by process {process.pid} on"), locked(tmp_path, Config()):
+                pass
+            assert describe_run(tmp_path)["state"] == "running"
+        process.kill()
+        process.communicate()
+        assert live_holder(tmp_path / "lock") is None
+    assert not (tmp_path / "summary.json").exists()
+    assert [run["state"] for run in runs_under(tmp_path.parent) if run["folder"] == str(tmp_path)] == ["stopped"]
+    finish(start(tmp_path, *PLACES[place]))
+    same_run(tmp_path, undisturbed(place))
+    assert describe_run(tmp_path)["state"] == "finished" and not (tmp_path / "lock").exists()
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(undisturbed, tmp_path):
+    for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+        before = max(steps_in(tmp_path / "checkpoints"), default=0)
+        process = start(tmp_path, *PLACES["device"])
+        wait_for(lambda b=before: any(x["step"] > b for x in read_lines(tmp_path / "metrics.jsonl")), process)
+        process.send_signal(number)
+        asked = time.monotonic()
+        out, err = finish(process, status)
+        assert time.monotonic() - asked < 30
+        step = max(steps_in(tmp_path / "checkpoints"))
+        name = signal.Signals(number).name
+        assert step > before and f"stopped by {name} after step {step}, which is saved" in out and name in err
+        assert not (tmp_path / "lock").exists()
+    finish(start(tmp_path, *PLACES["device"]))
+    same_run(tmp_path, undisturbed("device"))
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path):
+    """While the step compiles, which nothing interrupts from within."""
+    environment = ALONE | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(tmp_path), "--model.name"]
+    process = subprocess.Popen([*command, "cifar_resnet56"], env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for((tmp_path / "metrics.jsonl").exists, process)
+    process.send_signal(signal.SIGINT)
+    assert "SIGINT" in process.stderr.readline() + process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    assert process.wait(30) == 130 and time.monotonic() - asked < 3
+    process.stderr.close()
+
+
+def test_a_full_or_read_only_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
+    """A file system of 12 MB of the run's own, that somebody fills up, and then makes read-only for a while."""
+    disk, out = tmp_path / "disk", tmp_path / "run"
+    disk.mkdir()
+    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", f"{disk}/run", *FLAGS, *PLACES["device"]]
+    command += ["--train.steps", "900"]
+    script = f'mount -t tmpfs -o size=12m tmpfs {disk} && "$@"; status=$?; cp -r {disk}/run {out}; exit $status'
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(["unshare", "-rm", "sh", "-c", script, "sh", *command], env=ALONE, **pipes)
+    inside = Path(f"/proc/{process.pid}/root{disk}")
+    try:
+        wait_for(lambda: steps_in(inside / "run" / "checkpoints"), process)
+    except AssertionError as error:
+        if "unshare" in str(error) or "mount" in str(error):
+            pytest.skip("this system lets no user mount a file system of their own")
+        raise
+    lines = []
+    with open(inside / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    while not any("could not be written" in line for line in lines):
+        lines.append(process.stderr.readline())
+        assert lines[-1], process.communicate()
+    for line in (inside / "run" / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["step"]
+    (inside / "filler").unlink()
+    saved = max(steps_in(inside / "run" / "checkpoints"))
+    wait_for(lambda: max(steps_in(inside / "run" / "checkpoints")) > saved, process)
+    place = f"{disk}/run/checkpoints"
+    enter = ["nsenter", "-t", str(process.pid), "-U", "-m", "--preserve-credentials", "sh", "-c"]
+    subprocess.run([*enter, f"mount --bind {place} {place} && mount -o remount,bind,ro {place}"], check=True)
+    while not any("Read-only file system" in line for line in lines):
+        lines.append(process.stderr.readline())
+        assert lines[-1], process.communicate()
+    subprocess.run([*enter, f"umount {place}"], check=True)
+    finish(process)
+    said = "".join(lines)
+    assert ("No space left" in said or "RESOURCE_EXHAUSTED" in said) and "goes on and tries again" in said
+    assert max(steps_in(out / "checkpoints")) == 900 and damage(out / "checkpoints" / "900") is None
+    logged = [line["step"] for line in read_lines(out / "metrics.jsonl") if "train/loss" in line]
+    assert logged == [step for step in range(3, 901, 3) if step // 7 > (step - 3) // 7 or step == 900]
+    best = json.loads((out / "summary.json").read_text())["best"]
+    assert best["step"] in steps_in(out / "checkpoints")
+
+
+def test_data_that_never_comes_ends_the_run_and_is_named(tmp_path):
+    """A picture turns into a pipe that nobody writes into, as if its network drive had gone."""
+    for split, count in (("train", 6), ("test", 2)):
+        for name in ("a", "b"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (9, 9), (20 * i, 0, 0)).save(folder / f"{i}.png")
+    hanging, pipe = tmp_path / "data" / "train" / "b" / "3.png", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    flags = ["--data.dataset", f"folder:{tmp_path / 'data'}", "--data.no_on_device", "--data.workers", "1"]
+    flags += ["--data.timeout", "2", "--train.batch_size", "8", "--train.eval_every_epochs", "99"]
+    process = start(tmp_path / "run", *flags)
+    wait_for((tmp_path / "run" / "lock").exists, process)
+    pipe.replace(hanging)
+    _, err = finish(process, 1)
+    assert f"gave nothing for data.timeout = 2 seconds: {hanging} has been under way" in err
+
+
+def test_a_worker_that_dies_ends_the_run(tmp_path):
+    process = start(tmp_path, "--data.no_on_device", "--data.workers", "1", "--data.timeout", "10")
+    wait_for(lambda: steps_in(tmp_path / "checkpoints"), process)
+    children = " ".join(x.read_text() for x in Path(f"/proc/{process.pid}/task").glob("*/children")).split()
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") for pid in children}
+    workers = [pid for pid, command in commands.items() if b"resource_tracker" not in command]
+    assert workers, commands
+    for pid in workers:
+        os.kill(int(pid), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "error: " in err, out + err
+
+
+def test_nothing_grows_while_a_run_goes_on(tmp_path):
+    process = start(tmp_path, *PLACES["device"], "--train.steps", "2000", "--checkpoint.every_steps", "90")
+
+    def taken():
+        status = dict(x.split(":", 1) for x in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+        return int(status["VmRSS"].split()[0]), int(status["Threads"]), len(os.listdir(f"/proc/{process.pid}/fd"))
+
+    def least_after(step):
+        """Of each number the least within a second, since a checkpoint that is being written holds files for a while."""
+        wait_for(lambda: any(x["step"] >= step for x in read_lines(tmp_path / "metrics.jsonl")), process, 200)
+        return [min(values) for values in zip(*((time.sleep(0.05), taken())[1] for _ in range(20)), strict=True)]
+
+    early, late = least_after(200), least_after(1800)
+    finish(process)
+    assert late[0] < 1.05 * early[0]
+    assert late[1] <= early[1] + 2 and late[2] <= early[2] + 2
