@@ -17,15 +17,15 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 BATCH, RATE, DECAY = 128, 0.2, 5e-4
 
 
-def arrays(folder: str, image_size: int = 32) -> tuple[Any, Any]:
-    """Training and test split of a folder in memory."""
-    from resnet_jax.config import DataConfig
+def arrays(folder: str) -> tuple[Any, Any]:
+    """Training and test split of a folder of 32x32 pictures in memory."""
+    from resnet_jax.config import Config, DataConfig
     from resnet_jax.data.loader import BadImages, whole_split
     from resnet_jax.data.sources import load_dataset
 
-    dataset = load_dataset(DataConfig(dataset=f"folder:{folder}"), seed=0)
-    bad = BadImages("error")
-    return whole_split(dataset.train, image_size, bad), whole_split(dataset.test, image_size, bad)
+    config, bad = Config(data=DataConfig(dataset=f"folder:{folder}", image_size=32)), BadImages("error")
+    dataset = load_dataset(config.data, seed=0)
+    return whole_split(dataset.train, config, bad), whole_split(dataset.test, config, bad)
 
 
 def ours(name: str, folder: str, epochs: int, seed: int) -> Any:
@@ -72,7 +72,7 @@ def ours(name: str, folder: str, epochs: int, seed: int) -> Any:
         parts = []
         for start in range(0, len(test["label"]), 1000):
             batch = {name: jnp.asarray(values[start : start + 1000]) for name, values in test.items()}
-            parts.append(evaluate(variables, batch | {"mask": jnp.ones(len(batch["label"]), bool)}))
+            parts.append(evaluate(variables, batch | {"mask": jnp.ones(len(batch["label"]), bool)})[0])
         return {"seconds": seconds, "accuracy": means(add(parts))["accuracy"]}
 
     return call

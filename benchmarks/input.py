@@ -21,12 +21,21 @@ def files_in(folder: str) -> list[str]:
     return [str(path) for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
 
 
-def ours_in_process(folder: str) -> Any:
+MORE: dict[str, dict[str, Any]] = {
+    "color_jitter": {"color_jitter": 0.4},
+    "randaugment": {"randaugment": 9},
+    "trivial_augment": {"trivial_augment": True},
+    "erasing": {"erasing": 1.0},
+}
+"""What is done beside cropping and flipping, as fields of our recipe."""
+
+
+def ours_in_process(folder: str, more: str = "") -> Any:
     """Our transform, called for each file in turn; uint8 comes out, since the device normalises."""
     from resnet_jax.config import AugmentConfig
     from resnet_jax.data.transforms import augment
 
-    files, recipe = files_in(folder), AugmentConfig(crop="random_resized", flip="random")
+    files, recipe = files_in(folder), AugmentConfig(crop="random_resized", flip="random", **MORE.get(more, {}))
 
     def call() -> None:
         for i, path in enumerate(files):
@@ -35,7 +44,7 @@ def ours_in_process(folder: str) -> Any:
     return call
 
 
-def torchvision_transform() -> Any:
+def torchvision_transform(more: str = "") -> Any:
     """What torchvision's references do: Pillow, random resized crop, flip, to a normalised float tensor."""
     import torch
 
@@ -45,17 +54,22 @@ def torchvision_transform() -> Any:
     import_torchvision()
     from torchvision import transforms
 
+    policies = {
+        "color_jitter": [transforms.ColorJitter(0.4, 0.4, 0.4)],
+        "randaugment": [transforms.RandAugment(2, 9)],
+        "trivial_augment": [transforms.TrivialAugmentWide()],
+    }
+    crop = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
     normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return transforms.Compose(
-        [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize]
-    )
+    erase = [transforms.RandomErasing(1.0, value="random")] if more == "erasing" else []
+    return transforms.Compose([*crop, *policies.get(more, []), transforms.ToTensor(), normalize, *erase])
 
 
-def torch_in_process(folder: str) -> Any:
+def torch_in_process(folder: str, more: str = "") -> Any:
     """torchvision's transform, called for each file in turn."""
     from PIL import Image
 
-    files, transform = files_in(folder), torchvision_transform()
+    files, transform = files_in(folder), torchvision_transform(more)
 
     def call() -> None:
         for path in files:
@@ -160,6 +174,14 @@ def main() -> None:
         Contender("OpenCV", opencv_in_process, {"folder": folder}, ONE_THREAD),
     ]
     rows: list[dict[str, Any]] = [row("one core", c, t, count, "images") for c, t in alternate(one, rounds).items()]
+    for more in MORE:
+        given = {"folder": folder, "more": more}
+        pair = [
+            Contender("resnet_jax", ours_in_process, given, ONE_THREAD),
+            Contender("torchvision", torch_in_process, given, ONE_THREAD),
+        ]
+        times = alternate(pair, max(3, rounds // 2))
+        rows += [row(f"one core, {more}", c, t, count, "images") for c, t in times.items()]
     passes = 3
     for workers in (1, 2):
         common = {"folder": folder, "workers": workers, "passes": passes}

@@ -23,7 +23,7 @@ def scaled_step(name: str, size: int, each: int, dtype: str, devices: int, strat
     from resnet_jax.data.loader import BadImages
     from resnet_jax.data.sources import load_dataset
     from resnet_jax.sharding import make_mesh, put_state
-    from resnet_jax.training.loop import make_advance
+    from resnet_jax.training.advance import make_advance
     from resnet_jax.training.recipe import build_model, state_maker
 
     data = DataConfig("synthetic", image_size=size, synthetic_size=2 * each * devices, synthetic_classes=10)

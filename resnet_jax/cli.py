@@ -1,4 +1,4 @@
-"""The `resnet-jax` command, and what it does with recipes and runs: train, plan, evaluate, runs."""
+"""The `resnet-jax` command, and what it does with recipes and runs: train, plan, show-batch, evaluate, report, runs."""
 
 import argparse
 import json
@@ -19,10 +19,13 @@ USAGE = """usage: resnet-jax COMMAND ...
   train     [--config FILE] [--workdir DIR] [--SECTION.FIELD VALUE ...]   train as a recipe says
   plan      [--devices N] [--memory 80GiB] [--json] [flags of train]      what a run will need, before it starts
   evaluate  WORKDIR [--best] [--per-class] [--json]                       test a run's checkpoint
+  report    WORKDIR [--best]                                              a page on what a run came to
   runs      [DIR] [--json]                                                the runs under a folder and their state
+  show-batch FILE [flags of train]                                        a picture of what the network sees
   predict   SOURCE PATH... [--top K] [--format table|json|csv] [--cam DIR] classes of pictures
-  export    SOURCE FILE [--format safetensors|pth] [--name MODEL]         weights for PyTorch, timm and torchvision
+  export    SOURCE FILE [--format safetensors|pth|stablehlo|onnx]         weights for PyTorch, a program for serving
   models    [PATTERN] [--json]                                            list the models and their weights
+  lab       NAME|all [--quick] [--dataset ..] [--depths ..] [--seeds ..]  see why residual learning works
 
 resnet-jax COMMAND --help tells more."""
 
@@ -85,7 +88,7 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Config, str | None]:
     config = tyro.cli(
         Config,
         default=default,
-        args=flags_without_values(flags),
+        args=spelt_out(flags),
         prog="resnet-jax train",
         description=description,
         use_underscores=True,
@@ -94,11 +97,15 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Config, str | None]:
     return config, known.workdir
 
 
-def flags_without_values(flags: Sequence[str]) -> list[str]:
-    """Turns `--section.field True` into `--section.field` and `... False` into `--section.no_field`."""
+def spelt_out(flags: Sequence[str]) -> list[str]:
+    """Turns `--section.field True` into `--section.field`, `... False` into `--section.no_field`, and `--finetune MODE`
+    into `--finetune.mode MODE`.
+    """
     result: list[str] = []
     for word in flags:
-        if word in ("True", "False") and result and result[-1].startswith("--"):
+        if word == "--finetune":
+            result.append("--finetune.mode")
+        elif word in ("True", "False") and result and result[-1].startswith("--"):
             if word == "False":
                 section, _, name = result.pop().rpartition(".")
                 result.append(f"{section}.no_{name}")
@@ -204,6 +211,31 @@ def format_result(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def report_command(arguments: Sequence[str]) -> int:
+    """`resnet-jax report`."""
+    parser = argparse.ArgumentParser(prog="resnet-jax report", description="Writes report.html into a run's folder.")
+    parser.add_argument("workdir", type=Path, help="the folder of a run")
+    parser.add_argument("--best", action="store_true", help="of the best checkpoint, not the latest")
+    options = parser.parse_args(arguments)
+    use_compilation_cache()
+    from resnet_jax.training.html_report import make_report
+
+    print(make_report(options.workdir, options.best))
+    return 0
+
+
+def show_batch_command(arguments: Sequence[str]) -> int:
+    """`resnet-jax show-batch`."""
+    files = [word for i, word in enumerate(arguments) if word.endswith(".png") and arguments[i - 1] != "--config"]
+    if len(files) != 1:
+        raise InputError("say which file to write: resnet-jax show-batch out.png [--config FILE] [flags of train]")
+    config, _ = parse_recipe([word for word in arguments if word != files[0]])
+    from resnet_jax.training.show_batch import show_batch
+
+    print(show_batch(config, Path(files[0])))
+    return 0
+
+
 def runs_command(arguments: Sequence[str]) -> int:
     """`resnet-jax runs`."""
     parser = argparse.ArgumentParser(prog="resnet-jax runs", description="Lists the runs under a folder.")
@@ -226,6 +258,40 @@ def runs_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def lab_command(arguments: Sequence[str]) -> int:
+    """`resnet-jax lab`."""
+    from resnet_jax.lab.words import TITLES
+
+    listed = "\n".join(f"  {name:<16}{titles[0]}" for name, titles in TITLES.items())
+    parser = argparse.ArgumentParser(
+        prog="resnet-jax lab",
+        description="Experiments that show why residual learning works; stopped, they go on with the same command.",
+        epilog=f"experiments:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", help="of an experiment, or all")
+    parser.add_argument("--out", type=Path, default=Path("lab"), help="folder of figures, records and index.html")
+    parser.add_argument("--dataset", default="digits", help="digits, or what data.dataset takes, at 32 x 32 pixels")
+    parser.add_argument("--depths", type=numbers, help="of the networks, such as 20,56")
+    parser.add_argument("--seeds", type=numbers, help="such as 0,1,2")
+    parser.add_argument("--quick", action="store_true", help="the smallest version that still shows the effect")
+    options = parser.parse_args(arguments)
+    use_compilation_cache()
+    from resnet_jax.lab.record import Options
+    from resnet_jax.lab.run import EXPERIMENTS, run, write_page
+
+    chosen = Options(options.dataset, options.depths, options.seeds, options.quick)
+    for name in EXPERIMENTS if options.name == "all" else (options.name,):
+        run(name, options.out, chosen)
+    print(write_page(options.out))
+    return 0
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`20,56` -> (20, 56)."""
+    return tuple(int(word) for word in text.split(","))
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told another place."""
     import jax
@@ -239,11 +305,14 @@ def use_compilation_cache() -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command,
     "plan": plan_command,
+    "show-batch": show_batch_command,
     "evaluate": evaluate_command,
+    "report": report_command,
     "runs": runs_command,
     "predict": predict_command,
     "export": export_command,
     "models": models_command,
+    "lab": lab_command,
 }
 
 if __name__ == "__main__":

@@ -18,13 +18,16 @@ def predict_command(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="resnet-jax predict", description="Says which class pictures belong to.")
     parser.add_argument("source", help="the folder of a run, a tag, a file: all that --model.pretrained takes")
     parser.add_argument("paths", nargs="+", help="files, folders, or patterns such as 'a/*.jpg'")
-    parser.add_argument("--top", type=int, default=1, help="so many classes of each picture")
+    parser.add_argument(
+        "--top", type=int, help="so many classes of each picture; by default one, or with several labels those it has"
+    )
+    parser.add_argument("--flip", action="store_true", help="look at each picture mirrored too, and take the mean")
     parser.add_argument("--format", choices=tuple(WRITERS), default="table", help="json is one object a line")
     parser.add_argument("--cam", type=Path, help="a folder for pictures of where the network looked (Grad-CAM)")
     parser.add_argument("--batch", type=int, default=32, help="pictures that go through the network at once")
     parser.add_argument("--name", help="the model, where the source does not say")
     options = parser.parse_args(arguments)
-    if options.top < 1 or options.batch < 1:
+    if (options.top or 1) < 1 or options.batch < 1:
         raise InputError("--top and --batch must be at least 1")
     from rich.console import Console
     from rich.progress import Progress
@@ -32,7 +35,7 @@ def predict_command(arguments: Sequence[str]) -> int:
     from resnet_jax.inference import Predictor, find_files, predict_files
 
     paths = list(find_files(options.paths))
-    predictor = Predictor.from_source(options.source, options.name)
+    predictor = Predictor.from_source(options.source, options.name, options.flip)
     if options.cam:
         options.cam.mkdir(parents=True, exist_ok=True)
     write, bad = WRITERS[options.format](), []
@@ -43,10 +46,10 @@ def predict_command(arguments: Sequence[str]) -> int:
             if row is None:
                 bad.append((path, reason))
                 continue
-            best = row.argsort()[::-1][: options.top]
+            best = predictor.said(row) if options.top is None else row.argsort()[::-1][: options.top]
             write((path, [(predictor.class_names[k], float(row[k])) for k in best]))
             if options.cam:
-                draw_cam(predictor, path, int(best[0]), options.cam / f"{i:05d}-{path.stem}.png")
+                draw_cam(predictor, path, int(row.argmax()), options.cam / f"{i:05d}-{path.stem}.png")
     for path, reason in bad:
         print(f"error: {path} cannot be decoded ({reason})", file=sys.stderr)
     return 1 if bad else 0
@@ -81,31 +84,38 @@ def draw_cam(predictor: Any, path: Path, label: int, file: Path) -> None:
     """Writes the picture as the network sees it, coloured by what speaks for a class."""
     import jax.numpy as jnp
     import numpy as np
-    from matplotlib import colormaps
-    from PIL import Image
 
+    from resnet_jax.inference import overlay
     from resnet_jax.models.gradcam import grad_cam
 
     seen = predictor.prepare(str(path))
     (heat,) = grad_cam(predictor.model, predictor.variables, predictor.normalized([seen]), jnp.asarray([label]))
-    size = (seen.shape[1], seen.shape[0])
-    large = np.asarray(Image.fromarray(np.asarray(heat)).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
-    colours = colormaps["turbo"](large)[..., :3] * 255
-    share = 0.6 * large[..., None]
-    Image.fromarray((seen * (1 - share) + colours * share).round().astype(np.uint8)).save(file)
+    overlay(seen, np.asarray(heat)).save(file)
+
+
+FORMS = ("safetensors", "pth", "stablehlo", "onnx")
 
 
 def export_command(arguments: Sequence[str]) -> int:
     """`resnet-jax export`."""
-    parser = argparse.ArgumentParser(prog="resnet-jax export", description="Writes weights under PyTorch's names.")
+    parser = argparse.ArgumentParser(
+        prog="resnet-jax export", description="Writes weights under PyTorch's names, or a program for serving."
+    )
     parser.add_argument("source", help="the folder of a run, a tag, a file: all that --model.pretrained takes")
-    parser.add_argument("file", type=Path, help="the file to write, such as out.safetensors")
-    parser.add_argument("--format", choices=("safetensors", "pth"), help="by default what the file's name says")
+    parser.add_argument("file", type=Path, help="the file to write, such as out.safetensors or out.stablehlo")
+    parser.add_argument("--format", choices=FORMS, help="by default what the file's name says")
     parser.add_argument("--name", help="the model, where the source does not say")
     options = parser.parse_args(arguments)
     form = options.format or options.file.suffix.removeprefix(".")
-    if form not in ("safetensors", "pth"):
-        raise InputError(f"{options.file}: end the name with .safetensors or .pth, or say which with --format")
+    if form not in FORMS:
+        raise InputError(f"{options.file}: end the name with .{', .'.join(FORMS)}, or say which with --format")
+    if form in ("stablehlo", "onnx"):
+        from resnet_jax.serving import export_program
+
+        said = export_program(options.source, options.file, form, options.name)
+        taken = f"{said['dtype']} pixels {said['input']}"
+        print(f"{options.file}: takes {taken}, gives {len(said['class_names'])} probabilities; checked on 100 pictures")
+        return 0
     from resnet_jax.weights.export import export
 
     name, count = export(options.source, options.file, form, options.name)

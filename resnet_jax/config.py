@@ -1,8 +1,15 @@
 """The recipe of a run: frozen dataclasses. `Config()` is the digits recipe; every field is a flag."""
 
-import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
+
+Size: TypeAlias = int | tuple[int, int]
+"""Pixels of an image: its side, or height and width."""
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
 
 
 class InputError(ValueError):
@@ -56,18 +63,24 @@ class DataConfig:
     """The images and how they are read."""
 
     dataset: str = "digits"
-    """digits, folder:PATH, csv:FILE (columns path, label and perhaps split), tfds:NAME[:SPLIT] or synthetic."""
+    """digits, folder:PATH, csv:FILE (columns path, label and perhaps split; several labels as a;b;c), tfds:NAME[:SPLIT]
+    or synthetic."""
     data_dir: str | None = None
     """Where tensorflow-datasets keeps its data; None for its own default."""
-    image_size: int = 8
-    """Height and width of training images in pixels."""
-    eval_image_size: int | None = None
-    """Height and width of test images; None for image_size."""
+    image_size: Size = 8
+    """Side of training images in pixels, or height and width."""
+    eval_image_size: Size | None = None
+    """The same of test images; None for image_size."""
+    channels: int = 3
+    """Of the pictures. 3 is RGB in 8 bits; 1 is grey, other numbers are those of .npy and TIFF files: these keep their
+    16 bits or floating-point values."""
     validation_fraction: float = 0.2
     """Share of each class held out for testing where the data has no test split."""
-    mean: tuple[float, float, float] = (0.305, 0.305, 0.305)
-    """Subtracted from the channels of pixels in [0, 1]."""
-    std: tuple[float, float, float] = (0.376, 0.376, 0.376)
+    sampling: Literal["natural", "balanced"] = "natural"
+    """balanced: every class is drawn equally often, the pictures of small ones again and again."""
+    mean: tuple[float, ...] = (0.305, 0.305, 0.305)
+    """Subtracted from the channels of pixels in [0, 1]; where there are not as many, their mean."""
+    std: tuple[float, ...] = (0.376, 0.376, 0.376)
     """What the channels are divided by afterwards."""
     on_device: bool = True
     """Keep the data on the accelerator; indices, crops and flips are then drawn inside the compiled step."""
@@ -95,8 +108,18 @@ class AugmentConfig:
     """Least and greatest share of the image that random_resized cuts out."""
     flip: Literal["none", "random", "alternating"] = "none"
     """Mirror left and right: half of the images of every epoch by chance, or each image in every second epoch."""
+    flip_vertical: bool = False
+    """Mirror half of the images top to bottom too, as aerial and microscopic pictures allow. Host data only."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation are each changed by a factor of up to 1 +- this. Host data only."""
     randaugment: int = 0
     """Magnitude (1 to 10) of two random operations an image; 0 for none. Host data only."""
+    trivial_augment: bool = False
+    """One random operation of random strength an image (Mueller and Hutter 2021). Host data only."""
+    erasing: float = 0.0
+    """Chance that a random box of the image becomes noise (Zhong et al. 2017). Host data only."""
+    repeats: int = 1
+    """So many copies of an image, each augmented on its own, follow each other (Hoffer et al. 2019)."""
     mixup: float = 0.0
     """Alpha of mixup (Zhang et al. 2017); 0 for none."""
     cutmix: float = 0.0
@@ -125,13 +148,18 @@ class OptimizerConfig:
     """Look ahead in sgd."""
     weight_decay: float = 5e-4
     """Decay towards zero, times the factor of the first rule that matches."""
-    decay_rules: tuple[tuple[str, float], ...] = ((".*/kernel", 1.0), (".*/(bias|scale)", 0.0))
+    decay_rules: tuple[tuple[str, float], ...] = (
+        (".*/kernel", 1.0),
+        (".*/(bias|scale|relative_rows|relative_columns)|class_token|position", 0.0),
+    )
     """(regular expression over a whole parameter path, factor of weight_decay); every parameter needs a match."""
     rate_rules: tuple[tuple[str, float], ...] = ()
-    """(regular expression over a whole parameter path, factor of learning_rate); the first match counts, 0 freezes, and
-    what no rule matches has the factor 1."""
+    """(regular expression over a whole parameter path, factor of learning_rate); the first match counts, 0 freezes, the
+    statistics of a norm too, and what no rule matches has the factor that finetune gives it, or 1."""
     clip_norm: float | None = None
     """Greatest global norm of the gradient."""
+    sam_rho: float = 0.0
+    """Radius of sharpness-aware minimisation (Foret et al. 2020), which takes two gradients a step; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +181,19 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """How a pretrained network is tuned; `--finetune MODE` is short for `--finetune.mode MODE`."""
+
+    mode: Literal["none", "linear_probe", "full", "gradual"] = "none"
+    """linear_probe trains the head alone, on features that are computed once where nothing is random; full trains all;
+    gradual thaws stage by stage from the head down. What is frozen keeps its batch statistics too."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from one stage to the one below it."""
+    thaw_every_epochs: float = 2.0
+    """In gradual, after so many epochs the next stage is thawed."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, batch and loss of a run."""
 
@@ -164,8 +205,14 @@ class TrainConfig:
     """Images a step, over all devices."""
     seed: int = 0
     """Of parameters, order, augmentation and splits."""
-    loss: Literal["cross_entropy", "binary"] = "cross_entropy"
-    """binary: one sigmoid a class (Wightman et al. 2021)."""
+    loss: Literal["cross_entropy", "focal", "binary"] = "cross_entropy"
+    """focal (Lin et al. 2017) attends to what is still wrong; binary: one sigmoid a class (Wightman et al. 2021), and
+    what data with several labels needs."""
+    focal_gamma: float = 2.0
+    """How strongly focal does so; 0 is cross_entropy."""
+    class_weights: Literal["none", "balanced", "effective_number"] = "none"
+    """Weight of a class in the loss: balanced is inverse to its number of images, effective_number less strongly so
+    (Cui et al. 2019)."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
     ema_decay: float | None = 0.99
@@ -181,6 +228,11 @@ class TrainConfig:
     """Steps in one dispatch; needs data.on_device."""
     eval_every_epochs: float = 5.0
     """Evaluate this often, and at the end."""
+    metric: Literal["auto", "accuracy", "loss", "macro_recall", "macro_f1", "map"] = "auto"
+    """What makes a checkpoint the best, of the moving average where there is one. auto: accuracy, or where images have
+    several labels map, the mean over the classes of average precision."""
+    patience: int | None = None
+    """End after so many evaluations without a better one; the run then is its best checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +277,8 @@ class LogConfig:
     """Write training metrics, averaged since the last line, this often."""
     tensorboard: bool = True
     """Write TensorBoard events too."""
+    report: bool = True
+    """Make report.html at the end."""
     profile: tuple[int, int] | None = None
     """First and last step of a trace for TensorBoard and xprof, in the run's folder."""
 
@@ -238,82 +292,8 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
-
-
-def check(config: Config) -> None:
-    """Raises InputError where fields are impossible or contradict each other."""
-    problems = [
-        (config.train.batch_size < 1, "train.batch_size must be at least 1"),
-        (config.train.steps is None and config.train.epochs <= 0, "train.epochs must be above 0"),
-        (config.train.steps is not None and config.train.steps < 1, "train.steps must be at least 1"),
-        (config.train.eval_every_epochs <= 0, "train.eval_every_epochs must be above 0"),
-        (config.train.accumulate_steps < 1, "train.accumulate_steps must be at least 1"),
-        (config.train.nonfinite_limit < 1, "train.nonfinite_limit must be at least 1"),
-        (config.data.timeout <= 0, "data.timeout must be above 0"),
-        (config.train.steps_per_call < 1, "train.steps_per_call must be at least 1"),
-        (
-            config.train.steps_per_call > 1 and not config.data.on_device,
-            "train.steps_per_call above 1 needs the data on the device: add --data.on_device",
-        ),
-        (
-            config.data.on_device and config.augment.crop == "random_resized",
-            "augment.crop random_resized works on the host: add --data.no_on_device, or take --augment.crop pad",
-        ),
-        (
-            config.data.on_device and config.augment.randaugment > 0,
-            "augment.randaugment works on the host: add --data.no_on_device",
-        ),
-        (not 0 < config.data.validation_fraction < 1, "data.validation_fraction must lie between 0 and 1"),
-        (not 0 <= config.train.label_smoothing < 1, "train.label_smoothing must lie in [0, 1)"),
-        (
-            config.train.ema_decay is not None and not 0 < config.train.ema_decay < 1,
-            "train.ema_decay must lie between 0 and 1; None turns it off",
-        ),
-        (not 0 < config.augment.eval_crop <= 1, "augment.eval_crop must lie in (0, 1]"),
-        (not 0 <= config.augment.randaugment <= 10, "augment.randaugment must lie in 0..10"),
-        (
-            config.model.scan and bool(config.model.drop_path_rate),
-            "model.scan needs equal blocks, and model.drop_path_rate gives each its own rate: leave one of them out",
-        ),
-        (
-            config.model.scan and config.optimizer.name in ("lars", "lamb"),
-            f"optimizer.name {config.optimizer.name} takes the norm of each layer, and model.scan stacks them: leave "
-            "model.scan out, or take sgd or adamw",
-        ),
-        (config.log.every_steps < 1, "log.every_steps must be at least 1"),
-        (config.checkpoint.keep < 1, "checkpoint.keep must be at least 1"),
-    ]
-    for wrong, message in problems + _parallel_problems(config.parallel, config.train.steps_per_call):
-        if wrong:
-            raise InputError(message)
-
-
-def _parallel_problems(recipe: ParallelConfig, steps_per_call: int) -> list[tuple[bool, str]]:
-    given = [value is not None for value in (recipe.coordinator, recipe.processes, recipe.process_id)]
-    return [
-        (recipe.fsdp < 1, "parallel.fsdp must be at least 1"),
-        (
-            recipe.fsdp > 1 and recipe.strategy != "jit",
-            f"parallel.fsdp needs parallel.strategy jit: {recipe.strategy} keeps all of the state on each device",
-        ),
-        (
-            recipe.strategy == "pmap" and steps_per_call > 1,
-            "parallel.strategy pmap runs one step a call: leave train.steps_per_call at 1, or take jit",
-        ),
-        (
-            recipe.strategy == "pmap" and recipe.distributed == "auto",
-            "parallel.strategy pmap is for one process: take jit or shard_map for several",
-        ),
-        (
-            not re.fullmatch(r"global|local|ghost:[1-9]\d*", recipe.batch_norm),
-            f"parallel.batch_norm {recipe.batch_norm!r} is unknown; choose global, local or ghost:N",
-        ),
-        (
-            any(given) and not (all(given) and recipe.distributed == "auto"),
-            "parallel.coordinator, processes and process_id belong together, with parallel.distributed auto",
-        ),
-    ]

@@ -21,7 +21,7 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.sharding import compiler_options
 from resnet_jax.weights.load import fit_weights, model_of
 from resnet_jax.weights.sources import find_weights
-from resnet_jax.weights.tags import Preprocessing, tags_of
+from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, tags_of
 
 LARGE_PART, SMALL_PART = 8, 64
 """Images that a CPU takes at once: of 96 x 96 pixels or more, and smaller ones."""
@@ -57,6 +57,11 @@ def make_forward(model: nn.Module, variables: Any) -> Callable[[jax.Array], jax.
     return forward
 
 
+def to_probabilities(logits: jax.Array, several: bool, temperature: float = 1.0) -> jax.Array:
+    """float32 [batch, classes]: softmax of logits / temperature, or with `several` labels the sigmoid of each."""
+    return (jax.nn.sigmoid if several else jax.nn.softmax)(logits / temperature)
+
+
 @dataclass(frozen=True)
 class Predictor:
     """A network with what belongs to it: `predictor(images)` gives probabilities.
@@ -66,6 +71,9 @@ class Predictor:
       preprocessing: how pictures are resized, cut and normalised, as in the evaluation of the run.
       class_names: of the columns.
       forward: normalised images -> logits.
+      several: each class has a probability of its own, since a picture may show several.
+      calibration: temperature and thresholds that the run's report fitted.
+      flip: pictures are seen as they are and mirrored, and the logits are averaged.
     """
 
     model: Any
@@ -73,9 +81,12 @@ class Predictor:
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
     forward: Callable[[jax.Array], jax.Array]
+    several: bool = False
+    calibration: Calibration = UNCALIBRATED
+    flip: bool = False
 
     @classmethod
-    def from_source(cls, source: str | Path, name: str | None = None) -> Self:
+    def from_source(cls, source: str | Path, name: str | None = None, flip: bool = False) -> Self:
         """From anything that `load_pretrained` takes; `name` is the model's, where the source does not say.
 
         Raises:
@@ -92,7 +103,8 @@ class Predictor:
             raise InputError(f"{source} does not say how pictures are prepared; take the run, or what it exports")
         variables = fit_weights(model, weights.tensors, str(source))
         names = weights.class_names or tuple(str(i) for i in range(model.num_classes))
-        return cls(model, variables, preprocessing, names, make_forward(model, variables))
+        forward = make_forward(model, variables)
+        return cls(model, variables, preprocessing, names, forward, weights.several, weights.calibration, flip)
 
     @classmethod
     def from_run(cls, folder: str | Path) -> Self:
@@ -100,7 +112,7 @@ class Predictor:
         return cls.from_source(folder)
 
     def prepare(self, raw: Any) -> np.ndarray:
-        """A picture (path, a file's bytes, uint8 array or Pillow image) as the network sees it, uint8.
+        """A picture (path, a file's bytes, array or Pillow image) as the network sees it: RGB uint8, or float32.
 
         Raises:
           BadImage: it cannot be decoded.
@@ -108,27 +120,64 @@ class Predictor:
         from resnet_jax.data.transforms import fit
 
         look = self.preprocessing
-        return fit(raw, look.eval_image_size, look.eval_crop, look.interpolation)
+        return fit(raw, look.eval_image_size, look.eval_crop, look.interpolation, self.model.in_channels)
 
     def normalized(self, prepared: Sequence[np.ndarray]) -> jax.Array:
-        """Prepared pictures as the network takes them, [batch, height, width, 3]."""
+        """Prepared pictures as the network takes them, [batch, height, width, channel]."""
         look = self.preprocessing
         return normalize(jnp.asarray(np.stack(prepared)), look.mean, look.std, self.model.dtype)
 
     def probabilities(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         """float32 [batch, classes] of prepared pictures."""
-        return np.asarray(jax.nn.softmax(self.forward(self.normalized(prepared))))
+        images = self.normalized(prepared)
+        logits = self.forward(images)
+        if self.flip:
+            logits = (logits + self.forward(images[:, :, ::-1])) / 2
+        return np.asarray(to_probabilities(logits, self.several, self.calibration.temperature))
+
+    def said(self, row: np.ndarray) -> np.ndarray:
+        """Of the probabilities of a picture, [classes]: numbers of the classes that it has, the most probable first.
+
+        That is one; where a picture may have several, those that reach their thresholds.
+        """
+        ranked = row.argsort()[::-1]
+        if not self.several:
+            return ranked[:1]
+        thresholds = np.broadcast_to(np.asarray(self.calibration.thresholds or 0.5), row.shape)
+        return ranked[row[ranked] >= thresholds[ranked]]
 
     def __call__(self, images: Iterable[Any], batch: int = 32) -> np.ndarray:
         """Probabilities, float32 [number of images, classes].
 
         Args:
-          images: paths, bytes of files, uint8 arrays [height, width, 3], or Pillow images.
+          images: paths, bytes of files, arrays [height, width, channel], or Pillow images.
           batch: so many go through the network at once.
         """
         prepared = [self.prepare(raw) for raw in images]
         parts = [self.probabilities(prepared[i : i + batch]) for i in range(0, len(prepared), batch)]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
+
+
+def overlay(seen: np.ndarray, heat: np.ndarray) -> Any:
+    """A Pillow image: a prepared picture, coloured by where `heat`, float [h, w] in [0, 1], is."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    shown = as_shown(seen)
+    size = (shown.shape[1], shown.shape[0])
+    large = np.asarray(Image.fromarray(heat).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+    share = 0.6 * large[..., None]
+    colours = colormaps["turbo"](large)[..., :3] * 255
+    return Image.fromarray((shown * (1 - share) + colours * share).round().astype(np.uint8))
+
+
+def as_shown(seen: np.ndarray) -> np.ndarray:
+    """A prepared picture for the eye, uint8 [height, width, 3]; other than RGB as grey, from its least to its most."""
+    if seen.dtype == np.uint8 and seen.shape[-1] == 3:
+        return seen
+    grey = seen.mean(-1, keepdims=True)
+    least, most = grey.min(), grey.max()
+    return np.repeat(((grey - least) / max(most - least, 1e-12) * 255).round().astype(np.uint8), 3, axis=-1)
 
 
 def predict_files(

@@ -1,6 +1,7 @@
-"""Recipes as JSON and as Python files, and what differs between two of them."""
+"""Recipes as JSON and as Python files, what differs between two of them, and what is impossible."""
 
 import dataclasses
+import re
 import runpy
 import typing
 from pathlib import Path
@@ -27,6 +28,7 @@ FREE_FIELDS = frozenset(
         "log.every_steps",
         "log.tensorboard",
         "log.profile",
+        "log.report",
     }
 )
 """Fields that a resumed run may change, since they do not change its result."""
@@ -91,3 +93,100 @@ def load_config(path: str | Path) -> Config:
     if not isinstance(config, Config):
         raise InputError(f"--config {path}: the file must define `config = Config(...)`")
     return config
+
+
+def check(config: Config) -> None:
+    """Raises InputError where fields are impossible or contradict each other."""
+    problems = [
+        (config.train.batch_size < 1, "train.batch_size must be at least 1"),
+        (config.train.steps is None and config.train.epochs <= 0, "train.epochs must be above 0"),
+        (config.train.steps is not None and config.train.steps < 1, "train.steps must be at least 1"),
+        (config.train.eval_every_epochs <= 0, "train.eval_every_epochs must be above 0"),
+        (config.train.accumulate_steps < 1, "train.accumulate_steps must be at least 1"),
+        (config.train.nonfinite_limit < 1, "train.nonfinite_limit must be at least 1"),
+        (config.data.timeout <= 0, "data.timeout must be above 0"),
+        (config.train.steps_per_call < 1, "train.steps_per_call must be at least 1"),
+        (
+            config.train.steps_per_call > 1 and not config.data.on_device,
+            "train.steps_per_call above 1 needs the data on the device: add --data.on_device",
+        ),
+        (not 0 < config.data.validation_fraction < 1, "data.validation_fraction must lie between 0 and 1"),
+        (not 0 <= config.train.label_smoothing < 1, "train.label_smoothing must lie in [0, 1)"),
+        (
+            config.train.ema_decay is not None and not 0 < config.train.ema_decay < 1,
+            "train.ema_decay must lie between 0 and 1; None turns it off",
+        ),
+        (not 0 < config.augment.eval_crop <= 1, "augment.eval_crop must lie in (0, 1]"),
+        (not 0 <= config.augment.randaugment <= 10, "augment.randaugment must lie in 0..10"),
+        (not 0 <= config.augment.erasing <= 1, "augment.erasing must lie in [0, 1]"),
+        (not 0 <= config.augment.color_jitter < 1, "augment.color_jitter must lie in [0, 1)"),
+        (config.augment.repeats < 1, "augment.repeats must be at least 1"),
+        (config.data.channels < 1, "data.channels must be at least 1"),
+        (not 0 < config.finetune.layer_decay <= 1, "finetune.layer_decay must lie in (0, 1]"),
+        (config.finetune.thaw_every_epochs <= 0, "finetune.thaw_every_epochs must be above 0"),
+        (config.train.patience is not None and config.train.patience < 1, "train.patience must be at least 1"),
+        (config.train.focal_gamma < 0, "train.focal_gamma must be at least 0"),
+        (config.optimizer.sam_rho < 0, "optimizer.sam_rho must be at least 0"),
+        (
+            config.model.scan and bool(config.model.drop_path_rate),
+            "model.scan needs equal blocks, and model.drop_path_rate gives each its own rate: leave one of them out",
+        ),
+        (
+            config.model.scan and config.optimizer.name in ("lars", "lamb"),
+            f"optimizer.name {config.optimizer.name} takes the norm of each layer, and model.scan stacks them: leave "
+            "model.scan out, or take sgd or adamw",
+        ),
+        (config.log.every_steps < 1, "log.every_steps must be at least 1"),
+        (config.checkpoint.keep < 1, "checkpoint.keep must be at least 1"),
+    ]
+    for wrong, message in problems + _image_problems(config) + _parallel_problems(config):
+        if wrong:
+            raise InputError(message)
+
+
+def _image_problems(config: Config) -> list[tuple[bool, str]]:
+    augment, channels = config.augment, config.data.channels
+    on_host = {
+        "crop random_resized": augment.crop == "random_resized",
+        "flip_vertical": augment.flip_vertical,
+        "color_jitter": augment.color_jitter > 0,
+        "randaugment": augment.randaugment > 0,
+        "trivial_augment": augment.trivial_augment,
+        "erasing": augment.erasing > 0,
+    }
+    colours = ("color_jitter", "randaugment", "trivial_augment")
+    return [
+        (config.data.on_device and wanted, f"augment.{name} works on the host: add --data.no_on_device")
+        for name, wanted in on_host.items()
+    ] + [
+        (channels != 3 and on_host[name], f"augment.{name} is for RGB: leave it out with data.channels {channels}")
+        for name in colours
+    ]
+
+
+def _parallel_problems(config: Config) -> list[tuple[bool, str]]:
+    recipe, steps_per_call = config.parallel, config.train.steps_per_call
+    given = [value is not None for value in (recipe.coordinator, recipe.processes, recipe.process_id)]
+    return [
+        (recipe.fsdp < 1, "parallel.fsdp must be at least 1"),
+        (
+            recipe.fsdp > 1 and recipe.strategy != "jit",
+            f"parallel.fsdp needs parallel.strategy jit: {recipe.strategy} keeps all of the state on each device",
+        ),
+        (
+            recipe.strategy == "pmap" and steps_per_call > 1,
+            "parallel.strategy pmap runs one step a call: leave train.steps_per_call at 1, or take jit",
+        ),
+        (
+            recipe.strategy == "pmap" and recipe.distributed == "auto",
+            "parallel.strategy pmap is for one process: take jit or shard_map for several",
+        ),
+        (
+            not re.fullmatch(r"global|local|ghost:[1-9]\d*", recipe.batch_norm),
+            f"parallel.batch_norm {recipe.batch_norm!r} is unknown; choose global, local or ghost:N",
+        ),
+        (
+            any(given) and not (all(given) and recipe.distributed == "auto"),
+            "parallel.coordinator, processes and process_id belong together, with parallel.distributed auto",
+        ),
+    ]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from resnet_jax.cli import flags_without_values, main, parse_recipe
+from resnet_jax.cli import main, parse_recipe, spelt_out
 
 from .conftest import ROOT
 
@@ -29,7 +29,7 @@ def test_flags_override_the_file(tmp_path):
 
 
 def test_booleans_may_have_a_value():
-    assert flags_without_values(["--data.on_device", "False", "--log.tensorboard", "True", "--train.seed", "3"]) == [
+    assert spelt_out(["--data.on_device", "False", "--log.tensorboard", "True", "--train.seed", "3"]) == [
         "--data.no_on_device",
         "--log.tensorboard",
         "--train.seed",

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from resnet_jax.config import Config, DataConfig, InputError, TrainConfig, check
-from resnet_jax.recipes import differences, from_dict, load_config
+from resnet_jax.config import Config, DataConfig, InputError, TrainConfig
+from resnet_jax.recipes import check, differences, from_dict, load_config
 from resnet_jax.recipes import to_dict as as_dict
 
 

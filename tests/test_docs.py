@@ -6,7 +6,7 @@ import subprocess
 import yaml
 
 from resnet_jax.cli import parse_recipe
-from resnet_jax.config import check
+from resnet_jax.recipes import check
 
 from .conftest import ROOT
 

@@ -21,6 +21,7 @@ FLAGS = [
     "--model.name", "cifar_resnet8", "--train.steps", "24",
     "--train.batch_size", "32", "--augment.flip", "random", "--augment.mixup", "0.2",
     "--schedule.warmup_epochs", "0", "--checkpoint.every_steps", "3", "--log.every_steps", "3", "--log.no_tensorboard",
+    "--log.no_report",
     "--train.eval_every_epochs", "0.2",
 ]  # fmt: skip
 

@@ -24,6 +24,7 @@ from .training.test_loop import final_state, lines_of
 FLAGS = [
     "--model.name", "cifar_resnet8", "--train.steps", "240", "--train.batch_size", "32", "--train.ema_decay", "0.9",
     "--augment.flip", "random", "--augment.mixup", "0.2", "--schedule.warmup_epochs", "0.5", "--log.no_tensorboard",
+    "--log.no_report",
     "--train.eval_every_epochs", "0.5", "--checkpoint.every_steps", "9", "--log.every_steps", "7",
 ]  # fmt: skip
 ALONE = os.environ | {"XLA_FLAGS": "", "GLIBC_TUNABLES": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -191,12 +192,12 @@ def test_data_that_never_comes_ends_the_run_and_is_named(tmp_path):
     hanging, pipe = tmp_path / "data" / "train" / "b" / "3.png", tmp_path / "pipe"
     os.mkfifo(pipe)
     flags = ["--data.dataset", f"folder:{tmp_path / 'data'}", "--data.no_on_device", "--data.workers", "1"]
-    flags += ["--data.timeout", "2", "--train.batch_size", "8", "--train.eval_every_epochs", "99"]
+    flags += ["--data.timeout", "6", "--train.batch_size", "8", "--train.eval_every_epochs", "99"]
     process = start(tmp_path / "run", *flags)
     wait_for((tmp_path / "run" / "lock").exists, process)
     pipe.replace(hanging)
     _, err = finish(process, 1)
-    assert f"gave nothing for data.timeout = 2 seconds: {hanging} has been under way" in err
+    assert f"gave nothing for data.timeout = 6 seconds: {hanging} has been under way" in err
 
 
 def test_a_worker_that_dies_ends_the_run(tmp_path):
@@ -220,7 +221,7 @@ def test_nothing_grows_while_a_run_goes_on(tmp_path):
         return int(status["VmRSS"].split()[0]), int(status["Threads"]), len(os.listdir(f"/proc/{process.pid}/fd"))
 
     def least_after(step):
-        """Of each number the least within a second, since a checkpoint that is being written holds files for a while."""
+        """Of each number the least within a second: while a checkpoint is written, it holds files."""
         wait_for(lambda: any(x["step"] >= step for x in read_lines(tmp_path / "metrics.jsonl")), process, 200)
         return [min(values) for values in zip(*((time.sleep(0.05), taken())[1] for _ in range(20)), strict=True)]
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from resnet_jax.config import AugmentConfig, Config, InputError
-from resnet_jax.data.order import alternately, example_index
-from resnet_jax.data.sources import Source
+from resnet_jax.config import AugmentConfig, Config, InputError, Size, sides
+from resnet_jax.data.order import alternately, balanced_table, example_index
+from resnet_jax.data.sources import Dataset, Source, labels_of
 from resnet_jax.data.transforms import BadImage, augment, decode, fit
 from resnet_jax.data.watch import Noted, Stalled, awaited, under_way
 from resnet_jax.sharding import put_batch
@@ -29,6 +29,7 @@ class BadImages:
 
     policy: str
     names: set[str] = field(default_factory=set)
+    channels: int = 3
 
     def note(self, source: Source, indices: np.ndarray) -> None:
         """Takes indices of a batch's bad examples, -1 for a good one.
@@ -39,18 +40,17 @@ class BadImages:
         for index in indices[indices >= 0].tolist():
             if self.policy == "error":
                 raise InputError(
-                    f"{source.describe(index)} cannot be decoded ({_reason(source, index)}); "
+                    f"{source.describe(index)} cannot be decoded ({self._reason(source, index)}); "
                     "mend or remove it, or go on without such images with --data.on_bad_image skip"
                 )
             self.names.add(source.describe(index))
 
-
-def _reason(source: Source, index: int) -> str:
-    try:
-        decode(source[index][0])
-    except BadImage as error:
-        return str(error)
-    return "it can be now"
+    def _reason(self, source: Source, index: int) -> str:
+        try:
+            decode(source[index][0], self.channels)
+        except BadImage as error:
+            return str(error)
+        return "it can be now"
 
 
 @dataclass(frozen=True)
@@ -58,43 +58,50 @@ class TrainExample:
     """Maps a place in this host's row of examples to the example, augmented.
 
     Host `rank` takes the places [rank * share, (rank + 1) * share) of every batch, so that the batches are the same
-    for any number of hosts.
+    for any number of hosts. With a `table`, as `balanced_table` gives it, the order is that of its places.
     """
 
     source: Source
     recipe: AugmentConfig
-    image_size: int
+    image_size: Size
     seed: int
     share: int
     rank: int = 0
     hosts: int = 1
+    channels: int = 3
+    table: np.ndarray | None = None
 
     def __call__(self, place: int) -> dict[str, Any]:
-        step, offset = divmod(place, self.share)
-        start, size = (step * self.hosts + self.rank) * self.share, len(self.source)
-        indices, turns = _drawn(start, self.share, size, self.seed)
-        position, first, turn = start + offset, int(indices[offset]), bool(turns[offset])
+        first, turn, position = self._example(place)
+        size = len(self.source)
         for tries in range(size):
             raw, label = self.source[(first + tries) % size]
             rng = np.random.default_rng([self.seed, position])
             try:
-                image = augment(raw, rng, self.image_size, self.recipe, turn)
+                image = augment(raw, rng, self.image_size, self.recipe, turn, self.channels)
             except BadImage:
                 continue
-            return {"image": image, "label": np.int32(label), "bad": np.int64(first if tries else -1)}
+            return {"image": image, "label": np.asarray(label, np.int32), "bad": np.int64(first if tries else -1)}
         raise InputError("none of the training images can be decoded")
 
     def name(self, place: int) -> str:
         """What to call the example at a place."""
+        return self.source.describe(self._example(place)[0])
+
+    def _example(self, place: int) -> tuple[int, bool, int]:
+        """Index of the example at a place, whether it is mirrored in turn, and its position in the endless row."""
         step, offset = divmod(place, self.share)
         start = (step * self.hosts + self.rank) * self.share
-        return self.source.describe(int(_drawn(start, self.share, len(self.source), self.seed)[0][offset]))
+        size = len(self.source if self.table is None else self.table)
+        indices, turns = _drawn(start, self.share, size, self.seed, self.recipe.repeats)
+        index = int(indices[offset])
+        return index if self.table is None else int(self.table[index]), bool(turns[offset]), start + offset
 
 
 @lru_cache(maxsize=64)
-def _drawn(start: int, count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _drawn(start: int, count: int, size: int, seed: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices and turns of so many positions, since they cost little more together than one alone."""
-    positions = np.arange(start, start + count, dtype=np.uint32)
+    positions = np.arange(start, start + count, dtype=np.uint32) // np.uint32(repeats)
     indices = example_index(positions, size, seed)
     return indices, alternately(positions, indices, size, seed)
 
@@ -104,24 +111,27 @@ class EvalExample:
     """Maps a place in this host's row to a test example, `mask` False where there is none or it is bad."""
 
     source: Source
-    image_size: int
+    image_size: Size
     recipe: AugmentConfig
     share: int
     rank: int = 0
     hosts: int = 1
+    channels: int = 3
 
     def __call__(self, place: int) -> dict[str, Any]:
         step, offset = divmod(place, self.share)
         index = (step * self.hosts + self.rank) * self.share + offset
-        blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
-        if index >= len(self.source):
-            return {"image": blank, "label": np.int32(0), "mask": np.False_, "bad": np.int64(-1)}
-        raw, label = self.source[index]
+        here = index < len(self.source)
+        raw, label = self.source[index if here else 0]
+        found = {"label": np.asarray(label, np.int32), "mask": np.False_, "bad": np.int64(-1)}
+        blank = np.zeros((*sides(self.image_size), self.channels), np.uint8 if self.channels == 3 else np.float32)
+        if not here:
+            return found | {"image": blank}
         try:
-            image = fit(raw, self.image_size, self.recipe.eval_crop, self.recipe.interpolation)
+            image = fit(raw, self.image_size, self.recipe.eval_crop, self.recipe.interpolation, self.channels)
         except BadImage:
-            return {"image": blank, "label": np.int32(label), "mask": np.False_, "bad": np.int64(index)}
-        return {"image": image, "label": np.int32(label), "mask": np.True_, "bad": np.int64(-1)}
+            return found | {"image": blank, "bad": np.int64(index)}
+        return found | {"image": image, "mask": np.True_}
 
     def name(self, place: int) -> str:
         """What to call the example at a place."""
@@ -156,17 +166,44 @@ def _batches(example: Any, start: int, stop: int, share: int, workers: int, time
         shutil.rmtree(notes, ignore_errors=True)
 
 
+def sampling_table(dataset: Dataset, sampling: str) -> np.ndarray | None:
+    """The places of an epoch where classes are drawn equally often (`balanced`); None where images are (`natural`).
+
+    Raises:
+      InputError: images have several labels, or a class has none to be drawn.
+    """
+    if sampling == "natural":
+        return None
+    if dataset.several:
+        raise InputError("data.sampling balanced needs one label an image; weigh classes with train.class_weights")
+    labels = labels_of(dataset.train)
+    if missing := sorted(set(range(len(dataset.class_names))) - set(labels.tolist())):
+        raise InputError(f"data.sampling balanced: {dataset.class_names[missing[0]]} has no training image")
+    return balanced_table(labels)
+
+
 def train_batches(
-    source: Source, config: Config, mesh: Mesh, bad: BadImages, steps: range, rank: int = 0, hosts: int = 1
+    source: Source,
+    config: Config,
+    mesh: Mesh,
+    bad: BadImages,
+    steps: range,
+    rank: int = 0,
+    hosts: int = 1,
+    table: np.ndarray | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The batches of `steps` as arrays on the mesh: `image` uint8 [batch, height, width, 3], `label` int32 [batch].
+    """The batches of `steps` as arrays on the mesh: `image` [batch, height, width, channel], `label` int32 [batch].
+
+    Args:
+      table: of `sampling_table`.
 
     Raises:
       InputError: an image cannot be decoded and `data.on_bad_image` is error.
     """
-    share = config.train.batch_size // hosts
-    example = TrainExample(source, config.augment, config.data.image_size, config.train.seed, share, rank, hosts)
-    for batch in _batches(example, steps.start, steps.stop, share, config.data.workers, config.data.timeout):
+    share, data = config.train.batch_size // hosts, config.data
+    place = (config.train.seed, share, rank, hosts, data.channels, table)
+    example = TrainExample(source, config.augment, data.image_size, *place)
+    for batch in _batches(example, steps.start, steps.stop, share, data.workers, data.timeout):
         bad.note(source, batch.pop("bad"))
         yield put_batch(batch, mesh)
 
@@ -175,29 +212,39 @@ def eval_batches(
     source: Source, config: Config, mesh: Mesh, bad: BadImages, rank: int = 0, hosts: int = 1
 ) -> Iterator[dict[str, Any]]:
     """Every test example exactly once; the last batch is filled up with examples whose `mask` is False."""
-    share = config.train.batch_size // hosts
-    size = config.data.eval_image_size or config.data.image_size
-    example = EvalExample(source, size, config.augment, share, rank, hosts)
+    share, data = config.train.batch_size // hosts, config.data
+    example = EvalExample(
+        source, data.eval_image_size or data.image_size, config.augment, share, rank, hosts, data.channels
+    )
     count = -(-len(source) // (share * hosts))
-    for batch in _batches(example, 0, count, share, config.data.workers, config.data.timeout):
+    for batch in _batches(example, 0, count, share, data.workers, data.timeout):
         bad.note(source, batch.pop("bad"))
         yield put_batch(batch, mesh)
 
 
-def whole_split(source: Source, image_size: int, bad: BadImages, interpolation: str = "bilinear") -> Batch:
-    """All examples of a split in memory, resized: `image` uint8 [size, image_size, image_size, 3], `label` [size].
+def whole_split(source: Source, config: Config, bad: BadImages, table: np.ndarray | None = None) -> Batch:
+    """All examples of a split in memory, resized, as `draw_batch` takes them: `image`, `label`, and perhaps `table`.
 
     Raises:
       InputError: an image cannot be decoded and the policy is error, or none can.
     """
-    images, labels = [], []
+    data = config.data
+    images, kept = [], []
     for index in range(len(source)):
-        raw, label = source[index]
         try:
-            images.append(fit(raw, image_size, interpolation=interpolation))
-            labels.append(label)
+            raw = source[index][0]
+            images.append(fit(raw, data.image_size, 1.0, config.augment.interpolation, data.channels))
+            kept.append(index)
         except BadImage:
             bad.note(source, np.asarray([index]))
     if not images:
         raise InputError("none of the training images can be decoded")
-    return {"image": np.stack(images), "label": np.asarray(labels, np.int32)}
+    split = {"image": np.stack(images), "label": np.asarray([source[i][1] for i in kept], np.int32)}
+    return split if table is None else split | {"table": placed(table, kept, len(source))}
+
+
+def placed(table: np.ndarray, kept: Any, size: int) -> np.ndarray:
+    """A table of examples of a split of `size` where only those of `kept` are left, in their order."""
+    place = np.full(size, -1, np.int32)
+    place[kept] = np.arange(len(kept))
+    return place[table][place[table] >= 0]

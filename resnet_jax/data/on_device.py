@@ -8,21 +8,25 @@ from resnet_jax.data.order import alternately, example_index
 Array = jax.Array
 
 
-def draw_batch(data: dict[str, Array], step: Array, batch_size: int, seed: int) -> dict[str, Array]:
+def draw_batch(data: dict[str, Array], step: Array, batch_size: int, seed: int, repeats: int = 1) -> dict[str, Array]:
     """The batch of a step from data that lies on the device, in the order of `example_index`.
 
     Args:
-      data: `image` uint8 [size, height, width, channel] and `label` int32 [size].
+      data: arrays [size, ...], such as `image` uint8 and `label` int32; with `table` int32, as `balanced_table` gives
+        it, the order is that of its places.
       step: int32 scalar, counted from 0.
+      repeats: of each example in a row.
 
     Returns:
-      `image` [batch_size, ...] and `label` [batch_size]; `turn` bool [batch_size]: mirrored if flips alternate.
+      What `data` holds of these examples, [batch_size, ...]; `turn` bool [batch_size]: mirrored if flips alternate.
     """
-    size = data["label"].shape[0]
-    positions = step.astype(jnp.uint32) * batch_size + jnp.arange(batch_size, dtype=jnp.uint32)
-    index = example_index(positions, size, seed, jnp)
-    turn = alternately(positions, index, size, seed, jnp)
-    return {name: jnp.take(values, index, axis=0) for name, values in data.items()} | {"turn": turn}
+    table = data.get("table")
+    size = (data["label"] if table is None else table).shape[0]
+    positions = (step.astype(jnp.uint32) * batch_size + jnp.arange(batch_size, dtype=jnp.uint32)) // repeats
+    place = example_index(positions, size, seed, jnp)
+    turn = alternately(positions, place, size, seed, jnp)
+    index = place if table is None else table[place]
+    return {name: jnp.take(values, index, axis=0) for name, values in data.items() if name != "table"} | {"turn": turn}
 
 
 def pad_crop(key: Array, images: Array, pad: int) -> Array:
@@ -43,10 +47,19 @@ def flip(mirrored: Array, images: Array) -> Array:
 
 
 def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype) -> Array:
-    """uint8 pixels -> (pixel / 255 - mean) / std, channel by channel, in `dtype`."""
-    factor = 1.0 / (255.0 * jnp.asarray(std, jnp.float32))
-    shift = -jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
-    return (images.astype(jnp.float32) * factor + shift).astype(dtype)
+    """(pixel - mean) / std, channel by channel, in `dtype`; uint8 pixels are divided by 255 first.
+
+    Where there are not as many values as channels, each channel takes their mean.
+    """
+    centre, width = (per_channel(values, images.shape[-1]) for values in (mean, std))
+    largest = 255.0 if images.dtype == jnp.uint8 else 1.0
+    return (images.astype(jnp.float32) * (1.0 / (largest * width)) + -centre / width).astype(dtype)
+
+
+def per_channel(values: tuple[float, ...], channels: int) -> Array:
+    """float32 [channels]: the values, or their mean for each channel where there are not as many."""
+    array = jnp.asarray(values, jnp.float32)
+    return array if len(values) == channels else jnp.full(channels, array.mean())
 
 
 def mix(key: Array, images: Array, targets: Array, mixup: float, cutmix: float) -> tuple[Array, Array]:

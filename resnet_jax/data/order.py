@@ -76,3 +76,16 @@ def _mix(x: Any, xp: ModuleType) -> Any:
     x = (x ^ (x >> xp.uint32(16))) * xp.uint32(0x85EBCA6B)
     x = (x ^ (x >> xp.uint32(13))) * xp.uint32(0xC2B2AE35)
     return x ^ (x >> xp.uint32(16))
+
+
+def balanced_table(labels: np.ndarray) -> np.ndarray:
+    """int32 [classes * n]: a row of examples in which every class stands n times, as often as the largest has examples.
+
+    The smaller classes repeat theirs. Drawn from in the order of `example_index`, an epoch holds each place once.
+
+    Args:
+      labels: int [size], every class among them.
+    """
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    most = max(map(len, members))
+    return np.concatenate([np.resize(which, most) for which in members]).astype(np.int32)

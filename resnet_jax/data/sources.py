@@ -1,18 +1,22 @@
-"""Where images come from: digits, a folder, tensorflow-datasets, synthetic. Random access to raw examples."""
+"""Where images come from: digits, folders, tables, tensorflow-datasets. Random access to raw examples."""
 
 import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from resnet_jax.config import DataConfig, InputError
+from resnet_jax.config import DataConfig, InputError, Size, sides
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
 TEST_FOLDERS = ("test", "val", "validation")
+
+
+Label: TypeAlias = int | tuple[int, ...]
+"""Number of the class, or with several labels an image a 0 or 1 for each class."""
 
 
 class Source(Protocol):
@@ -20,8 +24,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """(path, bytes or uint8 array of an image; its label)."""
+    def __getitem__(self, index: int) -> tuple[Any, Label]:
+        """(path, bytes or array of an image; its label)."""
 
     def describe(self, index: int) -> str:
         """What to call the example in a message."""
@@ -29,7 +33,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Images in memory, uint8 [size, height, width, 3]."""
+    """Images in memory, uint8 [size, height, width, channel]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -37,8 +41,9 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self.images[index], int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Label]:
+        label = self.labels[index]
+        return self.images[index], int(label) if label.ndim == 0 else tuple(label.tolist())
 
     def describe(self, index: int) -> str:
         return f"example {index}"
@@ -49,12 +54,12 @@ class FileSource:
     """Image files."""
 
     paths: tuple[str, ...]
-    labels: tuple[int, ...]
+    labels: tuple[Label, ...]
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[str, int]:
+    def __getitem__(self, index: int) -> tuple[str, Label]:
         return self.paths[index], self.labels[index]
 
     def describe(self, index: int) -> str:
@@ -81,11 +86,22 @@ class TfdsSource:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split, and the names of the classes that their labels count."""
+    """A training and a test split, and the names of the classes that their labels count.
+
+    Attributes:
+      several: an image may have several labels, or none.
+    """
 
     train: Source
     test: Source
     class_names: tuple[str, ...]
+    several: bool = False
+
+
+def labels_of(source: Source) -> np.ndarray:
+    """All labels of a split, int32 [size], or [size, classes] where there are several; no image is decoded."""
+    known = getattr(source, "labels", None)
+    return np.asarray([source[i][1] for i in range(len(source))] if known is None else known, np.int32)
 
 
 def load_dataset(config: DataConfig, seed: int) -> Dataset:
@@ -132,8 +148,8 @@ def _synthetic(config: DataConfig, seed: int) -> Dataset:
     """Random pixels and labels; the test split is a tenth of the size."""
     rng = np.random.default_rng(seed)
 
-    def split(size: int, side: int) -> ArraySource:
-        images = rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
+    def split(size: int, image: Size) -> ArraySource:
+        images = rng.integers(0, 256, (size, *sides(image), config.channels), dtype=np.uint8)
         return ArraySource(images, rng.integers(0, config.synthetic_classes, size, dtype=np.int32))
 
     train = split(config.synthetic_size, config.image_size)
@@ -166,7 +182,35 @@ def _check_classes(where: Path, names: Sequence[str]) -> None:
 
 
 def _csv(file: Path, fraction: float, seed: int) -> Dataset:
-    """Columns `path` (relative to the file's folder), `label`, and perhaps `split` (train, or one of TEST_FOLDERS)."""
+    """Columns `path` (relative to the file's folder), `label`, and perhaps `split` (train, or one of TEST_FOLDERS).
+
+    Where a label holds a semicolon, every image has a set of labels, and an empty label is none.
+    """
+    rows = _table(file)
+    several = any(";" in row["label"] for row in rows)
+    for number, row in enumerate(rows, start=2):
+        if not several and not _labels(row["label"]):
+            raise InputError(f"{file}, line {number}: {row['path']} has no label; every picture needs one")
+    splits = [[row for row in rows if (row["split"] == "train") == first] for first in (True, False)]
+    train, test = ([(row["path"], _labels(row["label"])) for row in split] for split in splits)
+    if not test and several:
+        train, test = _held_out(train, fraction, np.random.default_rng(seed))
+    names = tuple(sorted({label for _, labels in train for label in labels}))
+    _check_classes(file, names)
+    if unknown := sorted({label for _, labels in test for label in labels} - set(names)):
+        raise InputError(f"{file} tests classes that are not in its training split: {', '.join(unknown)}")
+    if several:
+        return Dataset(_set_source(train, names), _set_source(test, names), names, several=True)
+    by_class = [
+        {name: [path for path, (label,) in split if label == name] for name in names} for split in (train, test)
+    ]
+    if not test:
+        return _split(file, by_class[0], fraction, seed)
+    return Dataset(_file_source(by_class[0], names), _file_source(by_class[1], names), names)
+
+
+def _table(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with whole paths, all of them checked."""
     if not file.is_file():
         raise InputError(f"data.dataset csv:{file}: there is no such file")
     with file.open(newline="") as opened:
@@ -176,31 +220,36 @@ def _csv(file: Path, fraction: float, seed: int) -> Dataset:
             raise InputError(
                 f"{file} has no column {', '.join(sorted(missing))}: its first line must name path and label"
             )
-        rows = list(table)
-    splits: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
+        rows = [{name: row.get(name) or "" for name in ("path", "label", "split")} for row in table]
     seen: set[str] = set()
     for number, row in enumerate(rows, start=2):
-        path, label, split = str(file.parent / (row["path"] or "")), row["label"], row.get("split") or "train"
-        if path in seen:
-            raise InputError(f"{file}, line {number}: {path} is there twice; leave one of the lines out")
-        if not label or ";" in label:
-            raise InputError(f"{file}, line {number}: {label!r} is not one label; every picture needs exactly one")
-        if split != "train" and split not in TEST_FOLDERS:
+        row["path"], row["split"] = str(file.parent / row["path"]), row["split"] or "train"
+        if row["path"] in seen:
+            raise InputError(f"{file}, line {number}: {row['path']} is there twice; leave one of the lines out")
+        if row["split"] != "train" and row["split"] not in TEST_FOLDERS:
             raise InputError(
-                f"{file}, line {number}: split {split!r} is unknown; give train or {' or '.join(TEST_FOLDERS)}"
+                f"{file}, line {number}: split {row['split']!r} is unknown; give train or {' or '.join(TEST_FOLDERS)}"
             )
-        if not Path(path).is_file():
-            raise InputError(f"{file}, line {number}: there is no file {path}")
-        seen.add(path)
-        splits["train" if split == "train" else "test"].setdefault(label, []).append(path)
-    train, test = ({label: found[label] for label in sorted(found)} for found in splits.values())
-    _check_classes(file, tuple(train))
-    if unknown := sorted(set(test) - set(train)):
-        raise InputError(f"{file} tests classes that are not in its training split: {', '.join(unknown)}")
-    if not test:
-        return _split(file, train, fraction, seed)
-    names = tuple(train)
-    return Dataset(_file_source(train, names), _file_source(test, names), names)
+        if not Path(row["path"]).is_file():
+            raise InputError(f"{file}, line {number}: there is no file {row['path']}")
+        seen.add(row["path"])
+    return rows
+
+
+def _labels(text: str) -> tuple[str, ...]:
+    return tuple(sorted({label.strip() for label in text.split(";")} - {""}))
+
+
+def _held_out(rows: list[Any], fraction: float, rng: np.random.Generator) -> tuple[list[Any], list[Any]]:
+    """Most of the rows, and a random share of them, in their old order."""
+    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    out = set(rng.permutation(len(rows))[:count].tolist())
+    return [row for i, row in enumerate(rows) if i not in out], [row for i, row in enumerate(rows) if i in out]
+
+
+def _set_source(rows: list[tuple[str, tuple[str, ...]]], names: tuple[str, ...]) -> FileSource:
+    labels = tuple(tuple(int(name in labels) for name in names) for _, labels in rows)
+    return FileSource(tuple(path for path, _ in rows), labels)
 
 
 def _class_files(root: Path) -> dict[str, list[str]]:

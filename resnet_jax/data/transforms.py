@@ -1,18 +1,24 @@
-"""Transforms on the host: decode, resize, crop, flip, RandAugment. Out come uint8 arrays [height, width, 3]."""
+"""Transforms on the host: decode, resize, crop, flip. Out come arrays [height, width, channel].
+
+RGB is uint8 throughout, as Pillow has it. Pictures of another number of channels are float32 in [0, 1], so that 16 bits
+are not lost.
+"""
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
-from resnet_jax.config import AugmentConfig
+from resnet_jax.config import AugmentConfig, Size, sides
+from resnet_jax.data.policy import color_jitter, erase, rand_augment, trivial_augment
 
 Raw = Any
-"""What a source holds: a path, the bytes of a file, or a uint8 array [height, width, 3]; also a Pillow image."""
+"""What a source holds: a path, the bytes of a file, or an array [height, width, channel]; also a Pillow image."""
 
+Picture = Any
+"""A Pillow image of mode RGB, or a float32 array [height, width, channel]."""
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -21,31 +27,77 @@ class BadImage(ValueError):
     """An image cannot be decoded."""
 
 
-def decode(raw: Raw) -> Image.Image:
-    """An RGB image from a path, a file's bytes or an array, turned upright as its EXIF entry says.
+def decode(raw: Raw, channels: int = 3) -> Picture:
+    """A picture from a path, a file's bytes or an array, turned upright as its EXIF entry says.
 
-    16 bits a channel are scaled to 8, alpha is left out as torchvision does, palettes and CMYK are resolved.
+    For three channels an RGB image: 16 bits a channel are scaled to 8, alpha is left out as torchvision does, palettes
+    and CMYK are resolved. For another number a float32 array: 1 is grey, in [0, 1]; more are those of a `.npy` file, or
+    the pages of a TIFF. Integers are scaled by the greatest value of their type, floating-point numbers stay.
 
     Raises:
       BadImage: with the decoder's reason; also for more pixels than Pillow takes for safe.
     """
-    if isinstance(raw, np.ndarray):
-        return Image.fromarray(raw)
-    if isinstance(raw, Image.Image):
-        return _as_rgb(ImageOps.exif_transpose(raw))
     try:
+        if isinstance(raw, np.ndarray) or (isinstance(raw, str | Path) and Path(raw).suffix.lower() == ".npy"):
+            array = raw if isinstance(raw, np.ndarray) else np.load(raw, allow_pickle=False)
+            return _from_array(array, channels)
+        if isinstance(raw, Image.Image):
+            return _from_image(raw, channels)
         with Image.open(raw if isinstance(raw, str | Path) else io.BytesIO(raw)) as image:
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return _from_image(image, channels)
+    except BadImage:
+        raise
     except Exception as error:  # Pillow's decoders raise errors of many types
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
+def _from_array(array: np.ndarray, channels: int) -> Picture:
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or 0 in array.shape:
+        raise BadImage(f"an array of shape {array.shape} is no picture: expected [height, width, channel]")
+    if channels == 3 and array.shape[2] in (1, 3):
+        pixels = array if array.dtype == np.uint8 else np.round(np.clip(unit(array), 0, 1) * 255).astype(np.uint8)
+        return Image.fromarray(np.broadcast_to(pixels, (*array.shape[:2], 3)).copy() if array.shape[2] == 1 else pixels)
+    if channels == 1 and array.shape[2] == 3:
+        return unit(array) @ np.asarray([[0.299], [0.587], [0.114]], np.float32)
+    if array.shape[2] != channels:
+        raise BadImage(f"it has {array.shape[2]} channels, the recipe {channels}: set data.channels")
+    return unit(array)
+
+
+def _from_image(image: Image.Image, channels: int) -> Picture:
+    if channels in (1, 3):
+        upright = ImageOps.exif_transpose(image)
+        return _as_rgb(upright) if channels == 3 else _as_grey(upright)
+    if getattr(image, "n_frames", 1) == channels:
+        return np.concatenate([_as_grey(page.copy()) for page in ImageSequence.Iterator(image)], -1)
+    bands = np.asarray(ImageOps.exif_transpose(image))
+    return _from_array(bands, channels)
+
+
+def unit(array: np.ndarray) -> np.ndarray:
+    """float32: integers over the greatest value of their type, floating-point numbers as they are.
+
+    Raises:
+      BadImage: the type is neither uint8, uint16, bool nor floating-point.
+    """
+    if array.dtype == np.uint8 or array.dtype == np.uint16:
+        return array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
+    if array.dtype == bool or np.issubdtype(array.dtype, np.floating):
+        return array.astype(np.float32)
+    raise BadImage(f"pixels of type {array.dtype} have no known range: save them as uint8, uint16 or float32")
+
+
+def _of_16_bits(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise BadImage(f"pixels from {pixels.min()} to {pixels.max()} are not those of 16 bits")
+    return pixels.astype(np.uint16)
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow's own conversion saturates everything above 255
-        pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise BadImage(f"pixels from {pixels.min()} to {pixels.max()} are not those of 16 bits")
-        image = Image.fromarray(np.round(pixels / 257).astype(np.uint8))
+        image = Image.fromarray(np.round(_of_16_bits(image) / 257).astype(np.uint8))
     if image.mode == "F":
         raise BadImage("pixels are floating-point numbers, whose range is unknown")
     if image.mode == "P" and "transparency" in image.info:
@@ -53,29 +105,51 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit(raw: Raw, size: int, crop: float = 1.0, interpolation: str = "bilinear") -> np.ndarray:
-    """The centre of an image: the short side is resized to size / crop, then size x size is cut out."""
-    if isinstance(raw, np.ndarray) and raw.shape[:2] == (size, size) and crop == 1.0:
-        return raw
-    image = decode(raw)
-    short = round(size / crop)
-    width, height = image.size
-    scale = short / min(width, height)
-    sides = max(short, int(width * scale)), max(short, int(height * scale))
-    image = image.resize(sides, RESAMPLING[interpolation])
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+def _as_grey(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):
+        return unit(_of_16_bits(image))[..., None]
+    pixels = np.asarray(image if image.mode == "F" else image.convert("RGB").convert("L"))
+    return unit(pixels)[..., None]
+
+
+def resize(picture: Picture, size: tuple[int, int], interpolation: str, box: Any = None) -> Picture:
+    """A picture, or its part `box` (left, top, right, bottom), at height and width `size`; antialiased as in Pillow."""
+    to = (size[1], size[0])
+    if isinstance(picture, Image.Image):
+        return picture.resize(to, RESAMPLING[interpolation], box=box)
+    bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(picture, -1, 0)]
+    return np.stack([np.asarray(band.resize(to, RESAMPLING[interpolation], box=box)) for band in bands], -1)
+
+
+def height_width(picture: Picture) -> tuple[int, int]:
+    """Of either kind of picture."""
+    return (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]
+
+
+def fit(raw: Raw, size: Size, crop: float = 1.0, interpolation: str = "bilinear", channels: int = 3) -> np.ndarray:
+    """The centre of a picture: it is resized until it just covers size / crop, then `size` is cut out."""
+    height, width = sides(size)
+    if isinstance(raw, np.ndarray) and raw.shape == (height, width, channels) and crop == 1.0:
+        return raw if channels == 3 else unit(raw)
+    picture = decode(raw, channels)
+    least = round(height / crop), round(width / crop)
+    found = height_width(picture)
+    scale = max(a / b for a, b in zip(least, found, strict=True))
+    large = tuple(max(a, int(b * scale)) for a, b in zip(least, found, strict=True))
+    pixels = np.asarray(resize(picture, large, interpolation))  # type: ignore[arg-type]
+    top, left = round((large[0] - height) / 2), round((large[1] - width) / 2)
+    return pixels[top : top + height, left : left + width]
 
 
 def random_resized_crop(
-    image: Image.Image, rng: np.random.Generator, size: int, area: tuple[float, float], interpolation: str = "bilinear"
-) -> Image.Image:
-    """A random part of an image, resized to size x size (Szegedy et al. 2015).
+    picture: Picture, rng: np.random.Generator, size: Size, area: tuple[float, float], interpolation: str = "bilinear"
+) -> Picture:
+    """A random part of a picture, resized (Szegedy et al. 2015).
 
-    The part covers a share of the image drawn from `area` and has a ratio of sides between 3/4 and 4/3; after ten
+    The part covers a share of the picture drawn from `area` and has a ratio of sides between 3/4 and 4/3; after ten
     draws that do not fit, it is the largest centred part of such a ratio.
     """
-    width, height = image.size
+    height, width = height_width(picture)
     for _ in range(10):
         pixels = width * height * rng.uniform(*area)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -86,8 +160,7 @@ def random_resized_crop(
     else:
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
-    box = (int(left), int(top), int(left + w), int(top + h))
-    return image.resize((size, size), RESAMPLING[interpolation], box=box)
+    return resize(picture, sides(size), interpolation, (int(left), int(top), int(left + w), int(top + h)))
 
 
 def pad_crop(image: np.ndarray, rng: np.random.Generator, pad: int) -> np.ndarray:
@@ -98,63 +171,31 @@ def pad_crop(image: np.ndarray, rng: np.random.Generator, pad: int) -> np.ndarra
     return padded[top : top + height, left : left + width]
 
 
-def augment(raw: Raw, rng: np.random.Generator, size: int, recipe: AugmentConfig, turn: bool = False) -> np.ndarray:
-    """A training image: crop as the recipe says, then RandAugment, then flip; `turn`: mirrored if flips alternate."""
+def augment(
+    raw: Raw, rng: np.random.Generator, size: Size, recipe: AugmentConfig, turn: bool = False, channels: int = 3
+) -> np.ndarray:
+    """A training image: crop, colours and policies, flips, erasing, as the recipe says.
+
+    Args:
+      turn: mirrored if flips alternate.
+    """
     if recipe.crop == "random_resized":
-        image = np.asarray(random_resized_crop(decode(raw), rng, size, recipe.area, recipe.interpolation))
+        part = random_resized_crop(decode(raw, channels), rng, size, recipe.area, recipe.interpolation)
+        image = np.asarray(part)
     else:
-        image = fit(raw, size, interpolation=recipe.interpolation)
+        image = fit(raw, size, interpolation=recipe.interpolation, channels=channels)
         if recipe.crop == "pad":
             image = pad_crop(image, rng, recipe.pad)
+    if recipe.color_jitter:
+        image = np.asarray(color_jitter(Image.fromarray(image), rng, recipe.color_jitter))
     if recipe.randaugment:
         image = np.asarray(rand_augment(Image.fromarray(image), rng, recipe.randaugment))
+    if recipe.trivial_augment:
+        image = np.asarray(trivial_augment(Image.fromarray(image), rng))
     if turn if recipe.flip == "alternating" else recipe.flip == "random" and rng.random() < 0.5:
         image = image[:, ::-1]
+    if recipe.flip_vertical and rng.random() < 0.5:
+        image = image[::-1]
+    if recipe.erasing and rng.random() < recipe.erasing:
+        image = erase(image, rng)
     return image
-
-
-def rand_augment(image: Image.Image, rng: np.random.Generator, magnitude: float) -> Image.Image:
-    """Two random operations, each with probability one half (Cubuk et al. 2019, as in ResNet strikes back).
-
-    The strength of each is drawn from a normal distribution around `magnitude` of 10 with deviation 0.5, and grows
-    with the magnitude for every operation.
-    """
-    names = list(OPERATIONS)
-    for name in rng.choice(names, 2):
-        if rng.random() < 0.5:
-            strength = float(np.clip(rng.normal(magnitude, 0.5), 0, 10)) / 10
-            sign = 1.0 if rng.random() < 0.5 else -1.0
-            image = OPERATIONS[name](image, strength, sign)
-    return image
-
-
-def _shift(image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float) -> Image.Image:
-    grey = (124, 116, 104)
-    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), fillcolor=grey)
-
-
-def _enhance(kind: Callable[[Image.Image], Any]) -> Callable[[Image.Image, float, float], Image.Image]:
-    return lambda image, strength, sign: kind(image).enhance(max(0.1, 1 + 0.9 * strength * sign))
-
-
-def _solarize_add(image: Image.Image, strength: float, sign: float) -> Image.Image:
-    return image.point([min(255, i + int(110 * strength)) if i < 128 else i for i in range(256)] * 3)
-
-
-OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
-    "autocontrast": lambda image, strength, sign: ImageOps.autocontrast(image),
-    "equalize": lambda image, strength, sign: ImageOps.equalize(image),
-    "invert": lambda image, strength, sign: ImageOps.invert(image),
-    "rotate": lambda image, strength, sign: image.rotate(30 * strength * sign, fillcolor=(124, 116, 104)),
-    "posterize": lambda image, strength, sign: ImageOps.posterize(image, max(1, 4 - int(4 * strength))),
-    "solarize": lambda image, strength, sign: ImageOps.solarize(image, 256 - int(256 * strength)),
-    "solarize_add": _solarize_add,
-    "color": _enhance(ImageEnhance.Color),
-    "contrast": _enhance(ImageEnhance.Contrast),
-    "brightness": _enhance(ImageEnhance.Brightness),
-    "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": lambda image, strength, sign: _shift(image, 1, 0.3 * strength * sign, 0, 0, 1, 0),
-    "shear_y": lambda image, strength, sign: _shift(image, 1, 0, 0, 0.3 * strength * sign, 1, 0),
-    "translate_x": lambda image, strength, sign: _shift(image, 1, 0, 0.45 * strength * sign * image.width, 0, 1, 0),
-    "translate_y": lambda image, strength, sign: _shift(image, 1, 0, 0, 0, 1, 0.45 * strength * sign * image.height),
-}

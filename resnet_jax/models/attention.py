@@ -1,10 +1,14 @@
-"""Attention over channels: what a block's branch puts out is weighted by its own global mean."""
+"""Attention over channels, where a branch is weighted by its own global mean, and over places, in place of a 3x3."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from resnet_jax.models.pooling import average_pool
 
 Array = jax.Array
 
@@ -52,3 +56,66 @@ def attend(x: Array, kind: str, ratio: float) -> Array:
         return x
     module = SqueezeExcite(ratio, name="attention") if kind == "se" else EfficientChannelAttention(name="attention")
     return module(x)
+
+
+def attention_weights(queries: Array, keys: Array, more: Array | float = 0.0) -> Array:
+    """softmax(q k / sqrt(d) + more) in float32: [batch, n, heads, d] twice -> [batch, heads, n, n]."""
+    scale = queries.shape[-1] ** -0.5
+    logits = jnp.einsum("bqhd,bkhd->bhqk", queries.astype(jnp.float32) * scale, keys.astype(jnp.float32))
+    return nn.softmax(logits + more)
+
+
+class SpatialAttention(nn.Module):
+    """Every place of a map looks at every other one: what BoTNet has where a bottleneck has its 3x3.
+
+    Several heads, with learned relative positions in both directions (Srinivas et al. 2021, arXiv:2101.11605). Where a
+    convolution would have a stride, the mean over 2x2 follows.
+
+    Attributes:
+      features: channels that come out; they divide into `heads`.
+      window: the longest side of a map for which there are relative positions.
+    """
+
+    features: int
+    heads: int = 4
+    strides: int = 1
+    window: int = 32
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, height, width, _ = x.shape
+        if max(height, width) > self.window:
+            raise ValueError(f"a map of {height} x {width} is larger than the window {self.window} of its attention")
+        depth = self.features // self.heads
+        mixed = nn.Dense(3 * self.features, use_bias=False, dtype=self.dtype, name="qkv")(x)
+        queries, keys, values = jnp.split(mixed.reshape(batch, height * width, 3 * self.heads, depth), 3, axis=2)
+        grid = queries.reshape(batch, height, width, self.heads, depth).astype(jnp.float32)
+        init = nn.initializers.normal(depth**-0.5)
+        rows, columns = (
+            self.param(name, init, (2 * self.window - 1, depth), jnp.float32)[_distances(side, self.window)]
+            for name, side in (("relative_rows", height), ("relative_columns", width))
+        )
+        above = jnp.einsum("byxhd,yqd->bhyxq", grid, rows)[..., :, None]
+        beside = jnp.einsum("byxhd,xqd->bhyxq", grid, columns)[..., None, :]
+        positions = (above + beside).reshape(batch, self.heads, height * width, height * width)
+        weights = attention_weights(queries, keys, positions).astype(self.dtype)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, values).reshape(batch, height, width, self.features)
+        return average_pool(y, self.strides)
+
+
+def _distances(side: int, window: int) -> Array:
+    """[side, side]: where in a table of 2 window - 1 rows the distance of two places stands."""
+    places = jnp.arange(side)
+    return places[None, :] - places[:, None] + window - 1
+
+
+def attentive(conv: Callable[..., Any], heads: int, dtype: Any) -> Callable[..., Any]:
+    """A maker of convolutions that gives spatial attention in place of every 3x3."""
+
+    def make(features: int, kernel: int, strides: int = 1, dilation: int = 1, groups: int = 1, **options: Any) -> Any:
+        if kernel == 3:
+            return SpatialAttention(features, heads, strides, dtype=dtype, name=options["name"])
+        return conv(features, kernel, strides, dilation, groups, **options)
+
+    return make

@@ -62,8 +62,9 @@ class DenseNet(nn.Module):
     Attributes:
       stage_sizes: layers in each stage.
       growth: channels that each layer adds; twice as many leave the stem.
+      stem: as in `ResNet`; `3x3` is a bare convolution that nothing halves, for small images.
       anti_alias: low pass in the stem's pool: `none`, `average` or `blur`.
-      stem, act, norm, unbiased_variance, ghost, axis_name, drop_rate, global_pool, in_channels, num_classes, dtype: as
+      act, norm, unbiased_variance, ghost, axis_name, drop_rate, global_pool, in_channels, num_classes, dtype: as
         in `ResNet`.
     """
 
@@ -88,9 +89,10 @@ class DenseNet(nn.Module):
         check_channels(images, self.in_channels)
         conv = partial(Conv, dtype=self.dtype, kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"))
         norm, act = make_norm(self), ACTIVATIONS[self.act]
-        x = Stem(self.stem, 2 * self.growth, False, conv, norm, act, name="stem")(images, train)
+        small = self.stem == "3x3"
+        x = Stem(self.stem, 2 * self.growth, small, conv, norm, act, name="stem")(images, train)
         taps = {"stem": x}
-        x = StemPool("max", self.anti_alias, conv, norm, act, name="stem_pool")(x, train)
+        x = StemPool("none" if small else "max", self.anti_alias, conv, norm, act, name="stem_pool")(x, train)
         layer = partial(DenseLayer, self.growth, conv, norm, act)
         for i, size in enumerate(self.stage_sizes, start=1):
             x = DenseStage(size, layer, name=f"stage{i}")(x, train)

@@ -65,28 +65,63 @@ class Inception(nn.Module):
 
 
 class InceptionStage(nn.Module):
-    """Modules in a row."""
+    """Modules in a row: what the last one puts out, and what those whose names are `tapped` do."""
 
     widths: tuple[tuple[int, ...], ...]
+    chain: Any
+    tapped: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> tuple[Array, list[Array]]:
+        between = []
+        for i, widths in enumerate(self.widths, start=1):
+            x = Inception(widths, self.chain, name=f"block{i}")(x, train)
+            between += [x] if f"block{i}" in self.tapped else []
+        return x, between
+
+
+class AuxiliaryHead(nn.Module):
+    """A classifier on a map within the network: mean over 4x4 parts, 1x1 convolution, two dense layers."""
+
+    num_classes: int
     chain: Any
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        for i, widths in enumerate(self.widths, start=1):
-            x = Inception(widths, self.chain, name=f"block{i}")(x, train)
-        return x
+        x = self.chain(((128, 1, 1),), name="conv")(mean_of_parts(x, 4), train)
+        x = x.astype(jnp.float32).transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # PyTorch's order of features
+        x = nn.Dropout(0.7, deterministic=not train)(nn.relu(nn.Dense(1024, name="fc1")(x)))
+        return nn.Dense(self.num_classes, name="fc2")(x)
+
+
+def mean_of_parts(x: Array, parts: int) -> Array:
+    """[batch, parts, parts, channel]: means over as many parts of each side, which overlap where they do not divide."""
+
+    def means(x: Array, axis: int) -> Array:
+        size = x.shape[axis]
+        edges = [(i * size // parts, -(-(i + 1) * size // parts)) for i in range(parts)]
+        return jnp.stack([jax.lax.slice_in_dim(x, a, b, axis=axis).mean(axis) for a, b in edges], axis)
+
+    return means(means(x, 1), 2)
 
 
 class GoogLeNet(nn.Module):
-    """GoogLeNet without its auxiliary heads: images [batch, height, width, channel] -> logits in float32.
+    """GoogLeNet: images [batch, height, width, channel] -> logits in float32.
 
     Szegedy et al. 2014 (arXiv:1409.4842). Paths: `stem1/conv1`, `stage2/block5/branch3/conv2`, `head`.
 
     Attributes:
+      widths: of the modules of each stage, as in STAGES.
+      stem: `7x7` shrinks images by eight before stage 1; `3x3`, for small ones, by nothing.
+      auxiliary: two more heads, behind the first and the fourth module of stage 2, which put logits into the collection
+        `auxiliary_logits` when training; their losses count 0.3 in training here.
       norm, unbiased_variance, ghost, axis_name, act, drop_rate, global_pool, in_channels, num_classes, dtype: as in
         `ResNet`.
     """
 
+    widths: tuple[tuple[tuple[int, ...], ...], ...] = STAGES
+    stem: str = "7x7"
+    auxiliary: bool = False
     norm: str = "batch"
     unbiased_variance: bool = False
     ghost: int | None = None
@@ -106,12 +141,23 @@ class GoogLeNet(nn.Module):
         conv = partial(Conv, dtype=self.dtype, kernel_init=init)
         norm = make_norm(self, epsilon=1e-3)
         chain = partial(Chain, conv=conv, norm=norm, act=ACTIVATIONS[self.act])
-        x = chain(((64, 7, 2),), name="stem1")(images, train)
+        small = self.stem == "3x3"
+        x = chain(((sum(self.widths[0][0][k] for k in (0, 2, 4, 5)) // 4, 3, 1),) if small else ((64, 7, 2),),
+                  name="stem1")(images, train)  # fmt: skip
         taps = {"stem": x}
-        x = chain(((64, 1, 1), (192, 3, 1)), name="stem2")(ceil_max_pool(x, 3), train)
-        for i, widths in enumerate(STAGES, start=1):
-            x = InceptionStage(widths, chain, name=f"stage{i}")(ceil_max_pool(x, 3 if i < 3 else 2), train)
+        if not small:
+            x = chain(((64, 1, 1), (192, 3, 1)), name="stem2")(ceil_max_pool(x, 3), train)
+        for i, widths in enumerate(self.widths, start=1):
+            tapped = ("block1", "block4") if self.auxiliary and i == 2 else ()
+            pooled = x if small and i == 1 else ceil_max_pool(x, 3 if i < 3 else 2)
+            x, between = InceptionStage(widths, chain, tapped, name=f"stage{i}")(pooled, train)
             taps[f"stage{i}"] = x
+            for j, inside in enumerate(between, start=1):
+                head = AuxiliaryHead(self.num_classes or 1, chain, name=f"auxiliary{j}")
+                if train or self.is_initializing():
+                    logits = head(inside, train)
+                if train and not self.is_initializing():
+                    self.sow("auxiliary_logits", f"logits{j}", logits)
         taps["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
         return (out, taps) if endpoints else out
 

@@ -51,10 +51,10 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
         return lax.platform_dependent(
             x, kernel, cpu=partial(_pointwise, strides), default=lambda x, k: _convolve(x, k, strides)
         )
-    image_bytes = x.size // x.shape[0] * x.dtype.itemsize
+    image_bytes = math.prod(x.shape[1:]) * x.dtype.itemsize
     chunk = max(1, CHUNK_BYTES // image_bytes)
     across = jax.device_count() > 1  # parts of a batch that is split over devices would have to travel
-    if image_bytes > CHUNK_BYTES // 4 or chunk >= x.shape[0] or across:
+    if not isinstance(x.shape[0], int) or image_bytes > CHUNK_BYTES // 4 or chunk >= x.shape[0] or across:
         return _convolve(x, kernel, strides, dilation)
     return _convolve_in_chunks(x, kernel, strides, dilation, chunk)
 
@@ -253,6 +253,17 @@ class FoldedNorm(nn.Module):
         return (x.astype(jnp.float32) + bias).astype(self.dtype)
 
 
+class NoNorm(nn.Module):
+    """x itself, for networks without normalisation."""
+
+    dtype: Dtype = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        return x.astype(self.dtype)
+
+
 class DropPath(nn.Module):
     """Zero for a random share of the images of a batch when training, and scaled up for the rest (Huang et al. 2016).
 
@@ -274,6 +285,7 @@ NORMS: dict[str, Any] = {
     "frozen_batch": partial(BatchNorm, frozen=True),
     "group": GroupNorm,
     "folded": FoldedNorm,
+    "none": NoNorm,
 }
 
 
@@ -281,14 +293,14 @@ def make_norm(model: Any, epsilon: float = 1e-5) -> Any:
     """The class of a model's norm with everything but its name set.
 
     Args:
-      model: with the fields `norm` (`batch`, `frozen_batch`, `group`, or `folded`, which `fold_batch_norm` makes),
+      model: with the fields `norm` (`batch`, `frozen_batch`, `group`, `none`, or `folded` of `fold_batch_norm`),
         `dtype`, `unbiased_variance`, `ghost` and `axis_name`.
     """
     kind = model.norm
     if kind not in NORMS:
         raise ValueError(f"norm {kind!r} is unknown; choose one of {', '.join(NORMS)}")
     options: dict[str, Any] = {"dtype": model.dtype}
-    if kind != "folded":
+    if kind not in ("folded", "none"):
         options["epsilon"] = epsilon
     if kind in ("batch", "frozen_batch"):
         options |= {name: getattr(model, name) for name in ("unbiased_variance", "ghost", "axis_name")}

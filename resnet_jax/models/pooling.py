@@ -63,17 +63,36 @@ def global_pool(x: Array, kind: str) -> Array:
     return {"avg": mean, "max": maximum, "avgmax": (mean + maximum) / 2}[kind]
 
 
+class Classifier(nn.Module):
+    """The head alone, under the names that it has in a whole network: pooled features [batch, channel] -> logits.
+
+    Attributes:
+      drop_rate, num_classes: as in `ResNet`.
+    """
+
+    num_classes: int
+    drop_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, features: Array, train: bool = False) -> Array:
+        return classify(features, self.drop_rate, self.num_classes, train)[1]
+
+
 def pool_and_classify(
     x: Array, pool: str, drop_rate: float, num_classes: int | None, train: bool
 ) -> tuple[Array, Array]:
-    """Pooled features and logits, both float32; without classes the features twice. To be called in a compact module.
+    """Pooled features and logits, both float32, as `classify` gives them."""
+    if pool == "none" and num_classes:
+        raise ValueError("global_pool none gives a map, not a vector that can be classified: add num_classes=None")
+    return classify(global_pool(x, pool), drop_rate, num_classes, train)
+
+
+def classify(features: Array, drop_rate: float, num_classes: int | None, train: bool) -> tuple[Array, Array]:
+    """Features [batch, channel] and their logits; without classes the features twice. To be called in a compact module.
 
     The dense layer is called `head`; dropout draws from the `dropout` random numbers when training.
     """
-    features = global_pool(x, pool)
     if not num_classes:
         return features, features
-    if pool == "none":
-        raise ValueError("global_pool none gives a map, not a vector that can be classified: add num_classes=None")
     dropped = nn.Dropout(drop_rate, deterministic=not train)(features)
     return features, nn.Dense(num_classes, name="head")(dropped)

@@ -11,18 +11,21 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from resnet_jax.config import InputError, ModelConfig
+from resnet_jax.config import InputError, ModelConfig, Size, sides
+from resnet_jax.models.attention import SpatialAttention
 from resnet_jax.models.densenet import DenseNet
 from resnet_jax.models.googlenet import GoogLeNet
 from resnet_jax.models.layers import BatchNorm, Conv, GroupNorm
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.stacking import block_by_block
-from resnet_jax.models.table import DENSENETS, GOOGLENETS, RESNETS
+from resnet_jax.models.table import DENSENETS, GOOGLENETS, RESNETS, VITS
+from resnet_jax.models.vit import SelfAttention, ViT
 
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     **{name: (ResNet, row) for name, row in RESNETS.items()},
     **{name: (DenseNet, row) for name, row in DENSENETS.items()},
     **{name: (GoogLeNet, row) for name, row in GOOGLENETS.items()},
+    **{name: (ViT, row) for name, row in VITS.items()},
 }
 """Name -> module and the fields in which the model differs from the module's defaults."""
 
@@ -70,8 +73,10 @@ def nearest(word: str, words: Any) -> str:
 @lru_cache(maxsize=256)
 def variable_shapes(model: Any) -> Any:
     """Shapes and types of a model's variables; nothing is allocated."""
-    images = jax.ShapeDtypeStruct((1, 64, 64, model.in_channels), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
+    size = getattr(model, "image_size", 64)
+    images = jax.ShapeDtypeStruct((1, size, size, model.in_channels), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    return {name: values for name, values in shapes.items() if name in ("params", "batch_stats")}
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -96,6 +101,18 @@ def feature_info(model: Any) -> list[Feature]:
     return [Feature(name, taps[name].shape[-1], 256 // taps[name].shape[1]) for name in names]
 
 
+def stride_of(model: Any) -> int:
+    """How many times larger than its last map a model's image is."""
+    if isinstance(model, ViT):
+        return model.patch
+    if isinstance(model, DenseNet):
+        return 2 ** (len(model.stage_sizes) - 1) * (1 if model.stem == "3x3" else 4)
+    if isinstance(model, GoogLeNet):
+        return 4 if model.stem == "3x3" else 32
+    halvings = (model.stem != "3x3") + (model.stem_pool != "none") + len(model.stage_sizes) - 1
+    return min(2**halvings, model.output_stride)
+
+
 class Cost(NamedTuple):
     """Trainable values of a model, and multiply-adds of one image."""
 
@@ -103,11 +120,11 @@ class Cost(NamedTuple):
     macs: int
 
 
-def cost(model: Any, size: int) -> Cost:
-    """What a model holds and what an image of size x size costs, counted as timm's tables do; nothing is allocated.
+def cost(model: Any, size: Size) -> Cost:
+    """What a model holds and what an image of that size costs, counted as timm's tables do; nothing is allocated.
 
-    Convolutions, dense layers and norms count; an element costs 2 in batch normalisation, 5 in group normalisation, and
-    a standardised weight 4. Of equal blocks of a ResNet one is traced.
+    Convolutions, dense layers, products of attention and norms count; an element costs 2 in batch normalisation, 5 in
+    group normalisation, and a standardised weight 4. Of equal blocks of a ResNet one is traced.
     """
     model = block_by_block(model)
     short = model.clone(stage_sizes=tuple(min(n, 2) for n in model.stage_sizes)) if isinstance(model, ResNet) else model
@@ -126,6 +143,9 @@ def cost(model: Any, size: int) -> Cost:
             each = out.size * kernel + (4 * kernel * out.shape[-1] if module.standardized else 0)
         elif isinstance(module, nn.Dense):
             each = out.size * args[0].shape[-1]
+        elif isinstance(module, SelfAttention | SpatialAttention):
+            places = math.prod(args[0].shape[1:-1])
+            each = 2 * places**2 * out.shape[-1]
         elif isinstance(module, BatchNorm | GroupNorm):
             each = out.size * (2 if isinstance(module, BatchNorm) else 5)
         else:
@@ -134,7 +154,7 @@ def cost(model: Any, size: int) -> Cost:
         return out
 
     with nn.intercept_methods(count):
-        images = jax.ShapeDtypeStruct((1, size, size, model.in_channels), jnp.float32)
+        images = jax.ShapeDtypeStruct((1, *sides(size), model.in_channels), jnp.float32)
         params = jax.eval_shape(short.init, jax.random.key(0), images)["params"]
     leaves = flatten_dict(params).items()
     return Cost(sum(math.prod(leaf.shape) * repeats(path) for path, leaf in leaves), macs)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.models.attention import attentive
 from resnet_jax.models.blocks import BASIC, BOTTLENECK, PreactBlock, ResidualBlock
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
 from resnet_jax.models.pooling import ANTI_ALIASES, anti_alias, max_pool, pool_and_classify
@@ -140,9 +141,10 @@ class ResNet(nn.Module):
       shortcut_kernel: size of a projection where the image shrinks.
       attention: `none`, `se` or `eca`, at the end of each branch.
       attention_ratio: of `se`.
+      self_attention: heads of the attention that stands in place of each 3x3 of the last stage; 0 for convolutions.
       anti_alias: low pass before pixels are left out: `none`, `average` or `blur`. Not with `preact`.
-      norm: `batch`, `frozen_batch` (running statistics only, nothing of the norm trains), `group`,
-        or `folded`, which `fold_batch_norm` makes.
+      norm: `batch`, `frozen_batch` (running statistics only, nothing of the norm trains), `group`, `none`,
+        or `folded`, which `fold_batch_norm` makes. Without a norm no branch starts at zero, but for `preact`.
       unbiased_variance: running variances are kept the PyTorch way, n / (n - 1).
       ghost, axis_name: scope of the batch statistics, as in `BatchNorm`.
       standardized: kernels are standardised before they are used.
@@ -175,6 +177,7 @@ class ResNet(nn.Module):
     shortcut_kernel: int = 1
     attention: str = "none"
     attention_ratio: float = 1 / 16
+    self_attention: int = 0
     anti_alias: str = "none"
     norm: str = "batch"
     unbiased_variance: bool = False
@@ -216,7 +219,9 @@ class ResNet(nn.Module):
         x = StemPool(self.stem_pool, self.anti_alias, conv, norm, act, name="stem_pool")(x, train)
         strides = self._strides()
         for i, rates in enumerate(self._drop_paths()):
-            block = partial(self._block(i), conv=conv, norm=norm, act=act)
+            looks = self.self_attention and i == len(self.stage_sizes) - 1
+            layer = attentive(conv, self.self_attention, self.dtype) if looks else conv
+            block = partial(self._block(i), conv=layer, norm=norm, act=act)
             stage = kept_from(Stage, self.remat == "stage")
             x = stage(block, rates, *strides[i], self.scan, name=f"stage{i + 1}")(x, train)
             taps[f"stage{i + 1}"] = x

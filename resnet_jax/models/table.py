@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from resnet_jax.models.googlenet import STAGES
+
 Fields = dict[str, Any]
 
 R10, R18, R34, R26 = (1, 1, 1, 1), (2, 2, 2, 2), (3, 4, 6, 3), (2, 2, 2, 2)
@@ -165,10 +167,13 @@ CIFAR: dict[str, Fields] = {
     **{f"cifar_plain{n}": _cifar((n - 2) // 6, shortcut="none") for n in (8, 14, 20, 32, 44, 56, 110, 1202)},
     **{f"cifar_resnetv2_{n}": _cifar((n - 2) // 9, block="bottleneck", preact=True) for n in (164, 1001)},
     "cifar_wrn_28_10": _cifar(4, preact=True, widths=(160, 320, 640)),
+    "cifar_botnet20": _cifar(3, block="bottleneck", self_attention=4),
     "cifar_resnet18": _cifar(0, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem_width=64),
 }
 
-RESNETS = PLAIN | ATTENTIVE | ANTI_ALIASED | PREACTIVATED | CIFAR
+ATTENDING: dict[str, Fields] = {"botnet50": _resnet(R50, {"self_attention": 4})}
+
+RESNETS = PLAIN | ATTENDING | ATTENTIVE | ANTI_ALIASED | PREACTIVATED | CIFAR
 
 DENSENETS: dict[str, Fields] = {
     "densenet121": {"stage_sizes": (6, 12, 24, 16)},
@@ -179,4 +184,26 @@ DENSENETS: dict[str, Fields] = {
     "densenetblur121d": {"stage_sizes": (6, 12, 24, 16), "stem": "deep", "anti_alias": "blur"},
 }
 
-GOOGLENETS: dict[str, Fields] = {"googlenet": {}}
+
+def _cifar_densenet(depth: int, growth: int) -> Fields:
+    """DenseNet-BC of three equal stages for small images (Huang et al. 2016, Table 2)."""
+    return {"stage_sizes": ((depth - 4) // 6,) * 3, "growth": growth, "stem": "3x3", "num_classes": 10}
+
+
+DENSENETS |= {
+    f"cifar_densenet_bc_{depth}_{growth}": _cifar_densenet(depth, growth)
+    for depth, growth in ((100, 12), (250, 24), (190, 40))
+}
+
+QUARTER = tuple(tuple(tuple(max(4, n // 4) for n in module) for module in stage) for stage in STAGES)
+
+GOOGLENETS: dict[str, Fields] = {
+    "googlenet": {},
+    "cifar_googlenet": {"widths": QUARTER, "stem": "3x3", "drop_rate": 0.0, "num_classes": 10},
+}
+
+VITS: dict[str, Fields] = {
+    "vit_b_16": {},
+    "vit_tiny": {"width": 192, "heads": 3, "mlp": 768},
+    "cifar_vit": {"patch": 4, "width": 96, "depth": 6, "heads": 3, "mlp": 192, "image_size": 32, "num_classes": 10},
+}

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from resnet_jax.config import Config, InputError, check
+from resnet_jax.config import Config, InputError, sides
 from resnet_jax.models.registry import create_model
+from resnet_jax.recipes import check
 from resnet_jax.sharding import batch_sharding, check_batch, compiler_options, make_mesh, replicated, state_sharding
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.recipe import build_model, complete, in_form, state_maker
@@ -42,9 +43,10 @@ def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
     shapes = jax.eval_shape(lambda: in_form(new_state(), config))
     places = state_sharding(shapes, mesh)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
-    size, count, split = config.data.image_size, config.train.batch_size, batch_sharding(mesh)
+    count, split, channels = config.train.batch_size, batch_sharding(mesh), config.data.channels
+    pixels = jnp.uint8 if channels == 3 else jnp.float32
     batch = {
-        "image": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8, sharding=split),
+        "image": jax.ShapeDtypeStruct((count, *sides(config.data.image_size), channels), pixels, sharding=split),
         "label": jax.ShapeDtypeStruct((count,), jnp.int32, sharding=split),
         "turn": jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=split),
     }

@@ -1,6 +1,7 @@
 """A whole run, from a recipe to a folder with its results. Read `train` from top to bottom."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,27 +14,25 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, check
-from resnet_jax.data.loader import BadImages, train_batches, whole_split
+from resnet_jax.config import Config
+from resnet_jax.data.loader import BadImages
 from resnet_jax.data.sources import Dataset, load_dataset
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
-from resnet_jax.recipes import result_fields
+from resnet_jax.recipes import check, result_fields
 from resnet_jax.sharding import (
-    batch_sharding,
     check_batch,
     check_same,
-    compiler_options,
     make_mesh,
-    put_everywhere,
     put_state,
-    replicated,
     start_processes,
     state_sharding,
 )
+from resnet_jax.training.advance import make_advance
 from resnet_jax.training.checkpoints import Checkpoints, Record, sound_step
-from resnet_jax.training.evaluation import Result, headline, make_evaluate, scalars
-from resnet_jax.training.metrics import Sums
-from resnet_jax.training.optimizers import make_optimizer, make_schedule
+from resnet_jax.training.evaluation import Result, deciding, headline, make_evaluate, scalars
+from resnet_jax.training.html_report import make_report
+from resnet_jax.training.optimizers import make_schedule
+from resnet_jax.training.probe import computes_features_once, make_features
 from resnet_jax.training.recipe import (
     Plan,
     build_model,
@@ -47,8 +46,16 @@ from resnet_jax.training.recipe import (
 from resnet_jax.training.report import Advance, Diverged, Report, say, traced
 from resnet_jax.training.signals import Stop, Stopped, end_with_lost_process, stop_signals
 from resnet_jax.training.state import TrainState
-from resnet_jax.training.step import draw, make_device_step, make_pmap_step, make_train_step
-from resnet_jax.training.workdir import device_name, finish, locked, new_record, open_workdir, recorded
+from resnet_jax.training.workdir import (
+    better,
+    device_name,
+    finish,
+    finished,
+    locked,
+    new_record,
+    open_workdir,
+    recorded,
+)
 
 
 def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
@@ -84,14 +91,17 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     say(f"run: {folder}")
     with locked(folder, config), stop_signals() as stop:
         step = sound_step(folder)
-        if step == plan.total and (folder / "summary.json").exists():
+        if step is not None and (summary := finished(folder, step)):
             say(f"the run is finished; see it with: resnet-jax evaluate {folder}")
-            return json.loads((folder / "summary.json").read_text())
+            return summary
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
             run = Run(folder, config, plan, model, dataset, mesh, checkpoints, stop)
             record, images_per_second = run_with_rollbacks(run, schedule, step)
         speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
-        return finish(folder, record, plan.total, speed, device_name(mesh))
+        summary = finish(folder, record, speed, device_name(mesh))
+        if config.log.report and jax.process_count() == 1:
+            say(f"the report: {make_report(folder)}")
+        return summary
 
 
 @dataclass(frozen=True)
@@ -148,9 +158,11 @@ def begin(run: Run, step: int | None) -> tuple[TrainState, Record]:
 def go_on(run: Run, state: TrainState, record: Record, schedule: optax.Schedule) -> tuple[Record, float]:
     """Runs from a state to the plan's end; returns the last record and the images a second."""
     config, plan, start = run.config, run.plan, int(state.step)
-    bad = BadImages(config.data.on_bad_image, set(record["skipped"]))
-    advance = make_advance(config, run.model, schedule, run.dataset, run.mesh, bad, range(start, plan.total))
-    evaluate = make_evaluate(config, run.model, run.dataset, run.mesh, bad, run.stop)
+    bad = BadImages(config.data.on_bad_image, set(record["skipped"]), config.data.channels)
+    features = make_features(config, run.model) if computes_features_once(config) else None
+    frozen = features and partial(features, {"params": state.params, "batch_stats": state.batch_stats})
+    advance = make_advance(config, run.model, schedule, run.dataset, run.mesh, bad, range(start, plan.total), frozen)
+    evaluate = make_evaluate(config, run.model, run.dataset, run.mesh, bad, run.stop, features)
     with Report(run.folder, config, plan, schedule, start, record, run.checkpoints.latest) as report:
         try:
             run_steps(run, state, record, traced(advance, config, run.folder), evaluate, report, bad)
@@ -170,7 +182,8 @@ def run_steps(
     report: Report,
     bad: BadImages,
 ) -> None:
-    """The loop: step, write metrics, save, evaluate, until the plan's end. `record` is brought up to date in place.
+    """The loop: step, write metrics, save, evaluate, until the plan's end, or until `train.patience` is at its end.
+    `record` is brought up to date in place.
 
     Everything is written and found finite before a checkpoint replaces another one. A checkpoint is begun before the
     evaluation of its step, which it owes until then, so that the two run beside each other.
@@ -178,7 +191,8 @@ def run_steps(
     plan, step = run.plan, int(state.step)
     if record["owed"]:
         assess(run, state, step, record, evaluate, report, bad)
-    while step < plan.total:
+    patience = run.config.train.patience or math.inf
+    while step < plan.total and record["no_better"] < patience:
         before = step
         state, sums, n, waited = advance(state, step)
         step += n
@@ -201,6 +215,11 @@ def run_steps(
                 raise Stopped(step, run.stop.signal or 0, run.checkpoints.has(step))
             if record["owed"]:
                 assess(run, state, step, record, evaluate, report, bad)
+    record["step"] = step
+    if step < plan.total:
+        say(f"no better for {record['no_better']} evaluations: the run ends, and is its best checkpoint")
+    if not run.checkpoints.has(step):
+        run.checkpoints.save(step, unstack_blocks(state), record)
 
 
 def assess(
@@ -223,63 +242,16 @@ def assess(
             run.checkpoints.save(step, unstack_blocks(state), record)
         raise Stopped(step, run.stop.signal or 0, run.checkpoints.has(step))
     report.evaluation(step, result)
-    record |= {"owed": False, "result": scalars(result), "skipped": sorted(bad.names)}
-    accuracy = headline(result)
-    if record["best"] is None or accuracy > record["best"]["accuracy"]:
-        best = {"step": step, "accuracy": accuracy}
+    metric = deciding(run.config, run.dataset.several)
+    value, before = headline(result, metric), record["best"]
+    record |= {"owed": False, "skipped": sorted(bad.names), "no_better": record["no_better"] + 1}
+    if run.config.train.patience is None or before is None or better(metric, value, before[metric]):
+        record["result"] = scalars(result)
+    if before is None or better(metric, value, before[metric]):
+        best = {"step": step, metric: value}
+        record["no_better"] = 0
         if not run.checkpoints.has(step):
             run.checkpoints.save(step, unstack_blocks(state), record | {"best": best})
         if run.checkpoints.has(step):
             record["best"] = best
             run.checkpoints.best = step
-
-
-def make_advance(
-    config: Config,
-    model: nn.Module,
-    schedule: optax.Schedule,
-    dataset: Dataset,
-    mesh: Mesh,
-    bad: BadImages,
-    steps: range,
-) -> Advance:
-    """`advance(state, step) -> (state, sums, n, waited)` dispatches the next n steps and does not wait for them.
-
-    `waited` is the time in seconds that it took to get the batch; each of the sums has n entries, or none for one step.
-    """
-    everywhere, on_batch = replicated(mesh), batch_sharding(mesh)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    pmapped = partial(make_pmap_step, model, optimizer, config, mesh) if config.parallel.strategy == "pmap" else None
-    train_step = make_train_step(model, optimizer, config, mesh)
-    new_state = state_maker(config, model, schedule)
-    shapes = jax.eval_shape(lambda: in_form(new_state(), config))
-    compiled = partial(
-        jax.jit,
-        donate_argnums=0,
-        out_shardings=(state_sharding(shapes, mesh), everywhere),
-        compiler_options=compiler_options(),
-    )
-    if not config.data.on_device:
-        step_function = pmapped() if pmapped else compiled(train_step)
-        batches = train_batches(dataset.train, config, mesh, bad, steps, jax.process_index(), jax.process_count())
-
-        def advance_host(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
-            asked = time.perf_counter()
-            batch = next(batches)
-            return *step_function(state, batch), 1, time.perf_counter() - asked
-
-        return advance_host
-
-    split = whole_split(dataset.train, config.data.image_size, bad, config.augment.interpolation)
-    data = put_everywhere(split, mesh)
-    several = config.train.steps_per_call
-    if pmapped:
-        device_steps = {1: pmapped(partial(draw, config=config, batch_sharding=on_batch))}
-    else:
-        device_steps = {n: compiled(make_device_step(train_step, config, n, on_batch)) for n in (1, several)}
-
-    def advance_device(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
-        n = several if step % several == 0 and step + several <= steps.stop else 1
-        return *device_steps[n](state, data), n, 0.0
-
-    return advance_device

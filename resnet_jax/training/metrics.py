@@ -10,9 +10,15 @@ Array = jax.Array
 Sums = dict[str, Any]
 
 
+def predicted(logits: Array, several: bool) -> Array:
+    """bool [batch, classes]: the class with the greatest logit, or with `several` labels every one above 0."""
+    return logits > 0 if several else jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool)
+
+
 def train_sums(losses: Array, logits: Array, labels: Array) -> Sums:
-    """Sums over a batch: `loss`, `accuracy` (examples that are right) and `count`, float32 scalars."""
-    right = logits.argmax(-1) == labels
+    """Sums over a batch: `loss`, `accuracy` (examples that are right, with several labels in all) and `count`."""
+    several = labels.ndim == 2
+    right = (predicted(logits, True) == (labels > 0)).all(-1) if several else logits.argmax(-1) == labels
     return {"loss": losses.sum(), "accuracy": right.sum(dtype=jnp.float32), "count": jnp.float32(labels.shape[0])}
 
 
@@ -22,24 +28,26 @@ def eval_sums(losses: Array, logits: Array, labels: Array, mask: Array) -> Sums:
     Args:
       losses: float32 [batch].
       logits: float32 [batch, classes].
-      labels: int32 [batch].
+      labels: int32 [batch], or 0 and 1 [batch, classes] where an image has several.
       mask: bool [batch].
 
     Returns:
-      `loss`, `accuracy`, `top5` (only where there are more than five classes), `count`, and for each class
-      `class_accuracy` and `class_count` [classes].
+      `loss`, `accuracy`, `top5` (only where there are more than five classes and one label), `count`, and for each
+      class [classes] `class_right`, `class_count` and `class_predicted`: those that are both, in truth, by prediction.
     """
-    classes = logits.shape[-1]
-    right = mask & (logits.argmax(-1) == labels)
-    member = jax.nn.one_hot(labels, classes)
+    classes, several = logits.shape[-1], labels.ndim == 2
+    member = labels > 0 if several else jax.nn.one_hot(labels, classes, dtype=bool)
+    member, said = member & mask[:, None], predicted(logits, several) & mask[:, None]
+    right = mask & (member == said).all(-1)
     sums = {
         "loss": jnp.where(mask, losses, 0.0).sum(),
         "accuracy": right.sum(dtype=jnp.float32),
         "count": mask.sum(dtype=jnp.float32),
-        "class_accuracy": right.astype(jnp.float32) @ member,
-        "class_count": mask.astype(jnp.float32) @ member,
+        "class_right": (member & said).sum(0, dtype=jnp.float32),
+        "class_count": member.sum(0, dtype=jnp.float32),
+        "class_predicted": said.sum(0, dtype=jnp.float32),
     }
-    if classes > 5:
+    if classes > 5 and not several:
         best = jax.lax.top_k(logits, 5)[1]
         sums["top5"] = (mask & (best == labels[:, None]).any(-1)).sum(dtype=jnp.float32)
     return sums
@@ -55,7 +63,10 @@ def add(sums: list[Sums]) -> Sums:
 
 
 def means(total: Sums) -> dict[str, Any]:
-    """Means from sums: `loss` and fractions as floats, `count` as int, `class_accuracy` a list (nan without examples).
+    """Means from sums: `loss` and fractions as floats, `count` as int.
+
+    From those of `eval_sums` also lists over the classes, nan without examples: `class_accuracy` (recall) and
+    `class_count`; and `macro_recall` and `macro_f1`, their means over the classes that have examples.
 
     Raises:
       ValueError: there is no example.
@@ -68,7 +79,10 @@ def means(total: Sums) -> dict[str, Any]:
     }
     result["count"] = int(count)
     if "class_count" in total:
+        right, there, said = (total[f"class_{name}"] for name in ("right", "count", "predicted"))
         with np.errstate(invalid="ignore", divide="ignore"):
-            result["class_accuracy"] = (total["class_accuracy"] / total["class_count"]).tolist()
-        result["class_count"] = [int(n) for n in total["class_count"]]
+            recall, f1 = right / there, 2 * right / (there + said)
+        result["class_accuracy"] = recall.tolist()
+        result["class_count"] = [int(n) for n in there]
+        result |= {"macro_recall": float(recall[there > 0].mean()), "macro_f1": float(f1[there > 0].mean())}
     return result

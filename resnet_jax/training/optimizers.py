@@ -1,13 +1,17 @@
 """Optimizers and learning rate schedules from a recipe, on optax."""
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import optax
 
 from resnet_jax.config import Config, InputError, OptimizerConfig
 from resnet_jax.training.state import path_map
+
+Rules: TypeAlias = tuple[tuple[str, float], ...]
+Rates: TypeAlias = Callable[[str], float]
 
 
 def make_schedule(config: Config, steps: int, steps_per_epoch: float) -> optax.Schedule:
@@ -42,13 +46,19 @@ def make_schedule(config: Config, steps: int, steps_per_epoch: float) -> optax.S
     return optax.join_schedules([optax.linear_schedule(start, end, warmup), main], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, rates: Rates | None = None
+) -> optax.GradientTransformation:
     """SGD with (Nesterov) momentum, AdamW, LAMB (You et al. 2019) or LARS (You et al. 2017), with rules for decay.
 
     Weight decay is added to the gradient (sgd, lars) or to Adam's update (adamw, lamb).
 
+    Args:
+      rates: path of a parameter -> factor of its learning rate, as of `finetune.make_rates`; None takes
+        `rate_rules` alone.
+
     Raises:
-      InputError: in `init`, a parameter that no decay rule covers.
+      InputError: in `init`, a parameter that no decay rule covers, or a rate rule that matches none.
     """
     decay = decay_by_rule(config.weight_decay, config.decay_rules)
     rate = optax.scale_by_learning_rate(schedule)
@@ -69,36 +79,39 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
         ],
     }[config.name]()
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    rules = [rate_by_rule(config.rate_rules)] if config.rate_rules else []
-    return optax.chain(*clip, *parts, *rules)
+    whole = optax.chain(*clip, *parts)
+    return at_rates(whole, rates or rate_of(config.rate_rules), config.rate_rules)
 
 
-def rate_by_rule(rules: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
-    """Multiplies each update by the factor of the first rule whose expression matches the whole path, or by 1.
+def rate_of(rules: Rules, otherwise: Rates = lambda path: 1.0) -> Rates:
+    """The factor of the first rule whose expression matches the whole path of a parameter, or what `otherwise` says."""
+
+    def rate(path: str) -> float:
+        return next((factor for pattern, factor in rules if re.fullmatch(pattern, path)), otherwise(path))
+
+    return rate
+
+
+def at_rates(whole: optax.GradientTransformation, rates: Rates, rules: Rules) -> optax.GradientTransformation:
+    """An optimizer, each of whose updates is multiplied by the factor of its parameter's path.
 
     Raises:
       InputError: in `init`, a rule that is the first for no parameter: it is misspelt, or stands too late.
     """
 
-    def first(path: str) -> int | None:
-        return next((i for i, (pattern, _) in enumerate(rules) if re.fullmatch(pattern, path)), None)
-
-    def init(params: Any) -> optax.EmptyState:
-        used: set[int | None] = set()
-        path_map(lambda path, _: used.add(first(path)), params)
-        if idle := [pattern for i, (pattern, _) in enumerate(rules) if i not in used]:
+    def init(params: Any) -> Any:
+        used: set[str | None] = set()
+        path_map(lambda path, _: used.add(next((p for p, _ in rules if re.fullmatch(p, path)), None)), params)
+        if idle := [pattern for pattern, _ in rules if pattern not in used]:
             raise InputError(
                 f"optimizer.rate_rules: {', '.join(map(repr, idle))} is the first match of no parameter; paths look "
                 "like stage1/block1/conv1/kernel, and the first rule that matches counts"
             )
-        return optax.EmptyState()
+        return whole.init(params)
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        def scaled(path: str, update: jax.Array) -> jax.Array:
-            rule = first(path)
-            return update if rule is None else update * rules[rule][1]
-
-        return path_map(scaled, updates), state
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = whole.update(grads, state, params)
+        return path_map(lambda path, u: u if (rate := rates(path)) == 1.0 else u * rate, updates), state
 
     return optax.GradientTransformation(init, update)
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, ModelConfig
-from resnet_jax.models.registry import create_model, model_fields
+from resnet_jax.config import Config, InputError, ModelConfig, sides
+from resnet_jax.models.registry import create_model, model_fields, stride_of
 from resnet_jax.models.stacking import block_by_block, stack_blocks
 from resnet_jax.sharding import state_sharding
 from resnet_jax.training.optimizers import make_optimizer
@@ -110,7 +110,17 @@ def build_model(config: Config, classes: int) -> nn.Module:
     recipe = config.model
     classes = recipe.num_classes or classes
     dtype = jnp.dtype(recipe.compute_dtype)
-    return create_model(recipe.name, num_classes=classes, dtype=dtype, **model_fields(recipe))
+    fields = {} if config.data.channels == 3 else {"in_channels": config.data.channels}
+    model: Any = create_model(recipe.name, num_classes=classes, dtype=dtype, **fields, **model_fields(recipe))
+    size, stride = min(sides(config.data.image_size)), stride_of(model)
+    if hasattr(model, "image_size"):
+        model = model.clone(image_size=size)
+    if size < stride:
+        raise InputError(
+            f"data.image_size {config.data.image_size} is below the stride of {recipe.name}, which shrinks images by "
+            f"{stride}: enlarge them, or take a network for small ones, such as cifar_resnet20"
+        )
+    return model
 
 
 def state_maker(config: Config, model: nn.Module, schedule: Any) -> Callable[[], TrainState]:
@@ -119,11 +129,11 @@ def state_maker(config: Config, model: nn.Module, schedule: Any) -> Callable[[],
     Its random bits come from JAX's `rbg` generator, which compiles several times faster than the default one; they are
     the same on any number of devices, but may differ between kinds of devices.
     """
-    size = config.data.image_size
+    shape = (*sides(config.data.image_size), config.data.channels)
     optimizer, model = make_optimizer(config.optimizer, schedule), block_by_block(model)
     key = partial(jax.random.key, config.train.seed, impl="rbg")
     ema = config.train.ema_decay is not None
-    return lambda: create_state(model, optimizer, key(), (size, size, 3), ema)
+    return lambda: create_state(model, optimizer, key(), shape, ema)
 
 
 def in_form(state: TrainState, config: Config) -> TrainState:

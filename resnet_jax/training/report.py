@@ -110,7 +110,7 @@ class Report:
             f"{names[kind]}/{name}": value
             for kind, values in result.items()
             for name, value in values.items()
-            if name in ("loss", "accuracy", "top5")
+            if name in ("loss", "accuracy", "top5", "macro_recall", "macro_f1", "map")
         }
         self._show(step, line)
 

@@ -1,38 +1,48 @@
 """The training and the evaluation step as pure functions. The only file that takes a gradient."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from resnet_jax.config import Config
 from resnet_jax.data import on_device
-from resnet_jax.training.losses import LOSSES, soft_targets
+from resnet_jax.training.finetune import frozen_statistics, without_gradient
+from resnet_jax.training.losses import make_loss, soft_targets
 from resnet_jax.training.metrics import Sums, eval_sums, train_sums
 from resnet_jax.training.state import PyTree, TrainState
 
 Batch = dict[str, jax.Array]
 
+AUXILIARY = 0.3
+"""What the loss of an auxiliary head counts (Szegedy et al. 2014)."""
+
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh | None = None
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    mesh: Mesh | None = None,
+    **options: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """`train_step(state, batch) -> (state, sums)`: one update from one batch, to be jitted with the state donated.
 
     The batch holds `image` uint8 [batch, height, width, channel] and `label` int32 [batch]. Crops and flips are drawn
     here when the data lies on the device, otherwise they were made on the host. With the strategy `jit`, a batch that
     is split over a mesh gives loss, gradient and batch statistics of the whole batch; with `shard_map` the same update
-    runs for each device of `mesh` and averages over them.
+    runs for each device of `mesh` and averages over them. `options` are those of `make_update`.
     """
     devices = 1 if mesh is None else mesh.size
     each = config.parallel.strategy == "shard_map"
-    update = make_update(with_scope(model, config, devices), optimizer, config, "data" if each else None)
+    update = make_update(with_scope(model, config, devices), optimizer, config, "data" if each else None, **options)
     if each:
         assert mesh is not None
         split, whole = P("data"), P()
@@ -48,46 +58,67 @@ def make_train_step(
 
 
 def make_update(
-    model: nn.Module, optimizer: optax.GradientTransformation, config: Config, axis_name: str | None
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    axis_name: str | None,
+    frozen: Callable[[str], bool] | None = None,
+    class_weights: np.ndarray | None = None,
 ) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]]:
     """`update(state, images, targets, labels) -> (state, sums)`: gradient, optimizer and averages, for all strategies.
 
     With `train.accumulate_steps` the batch goes through in so many parts, which saves memory: the update is that of the
-    whole batch, but for batch normalisation, which takes the statistics of each part.
+    whole batch, but for batch normalisation, which takes the statistics of each part. With `optimizer.sam_rho` the
+    gradient is that at the worst point near by.
 
     Args:
       axis_name: None sees the whole batch; otherwise the function is one device's, and averages over that axis.
+      frozen: whether a parameter, by its path, is a constant; the batch statistics of its norm stay too.
+      class_weights: [classes], what a class counts in the loss.
     """
-    loss_of, parts = LOSSES[config.train.loss], config.train.accumulate_steps
+    loss_of, parts = make_loss(config.train, class_weights), config.train.accumulate_steps
+    constant = frozen or (lambda path: False)
+
+    def objective(params: PyTree, stats: PyTree, part: PyTree) -> tuple[jax.Array, Any]:
+        images, targets, labels, key = part
+        given = {"params": without_gradient(params, constant) if frozen else params, "batch_stats": stats}
+        with frozen_statistics(constant) if frozen else nullcontext():
+            logits, moved = model.apply(
+                given, images, train=True, mutable=["batch_stats", "auxiliary_logits"], rngs={"dropout": key}
+            )
+        losses = loss_of(logits, targets)
+        for more in jax.tree.leaves(moved.get("auxiliary_logits", {})):
+            losses += AUXILIARY * loss_of(more, targets)
+        return losses.mean(), (moved.get("batch_stats", {}), train_sums(losses, logits, labels))
+
+    def gradient(params: PyTree, stats: PyTree, key: jax.Array, batch: PyTree) -> tuple[PyTree, PyTree, Sums]:
+        def add_part(carried: PyTree, part: PyTree) -> tuple[PyTree, Sums]:
+            grads, stats = carried
+            more, (stats, sums) = jax.grad(objective, has_aux=True)(params, stats, part)
+            return (jax.tree.map(jnp.add, grads, more), stats), sums
+
+        if parts == 1:
+            grads, (stats, sums) = jax.grad(objective, has_aux=True)(params, stats, (*batch, key))
+        else:
+            split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+            start = (jax.tree.map(jnp.zeros_like, params), stats)
+            (grads, stats), sums = in_turn(add_part, start, (*split, jax.random.split(key, parts)))
+            grads, sums = jax.tree.map(lambda g: g / parts, grads), jax.tree.map(lambda s: s.sum(0), sums)
+        if axis_name is not None:
+            grads, stats = jax.lax.pmean((grads, stats), axis_name)
+            sums = jax.lax.psum(sums, axis_name)
+        return grads, stats, sums
 
     def update(state: TrainState, images: jax.Array, targets: jax.Array, labels: jax.Array) -> tuple[TrainState, Sums]:
         key = jax.random.split(step_key(state.step, config), 4)[3]
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-
-        def objective(params: PyTree, stats: PyTree, part: PyTree) -> tuple[jax.Array, Any]:
-            images, targets, labels, key = part
-            given = {"params": params, "batch_stats": stats}
-            logits, moved = model.apply(given, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})
-            losses = loss_of(logits, targets)
-            return losses.mean(), (moved.get("batch_stats", {}), train_sums(losses, logits, labels))
-
-        def add_part(carried: PyTree, part: PyTree) -> tuple[PyTree, Sums]:
-            grads, stats = carried
-            more, (stats, sums) = jax.grad(objective, has_aux=True)(state.params, stats, part)
-            return (jax.tree.map(jnp.add, grads, more), stats), sums
-
-        if parts == 1:
-            whole = (images, targets, labels, key)
-            grads, (batch_stats, sums) = jax.grad(objective, has_aux=True)(state.params, state.batch_stats, whole)
-        else:
-            split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (images, targets, labels))
-            start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
-            (grads, batch_stats), sums = in_turn(add_part, start, (*split, jax.random.split(key, parts)))
-            grads, sums = jax.tree.map(lambda g: g / parts, grads), jax.tree.map(lambda s: s.sum(0), sums)
-        if axis_name is not None:
-            grads, batch_stats = jax.lax.pmean((grads, batch_stats), axis_name)
-            sums = jax.lax.psum(sums, axis_name)
+        batch = (images, targets, labels)
+        grads, batch_stats, sums = gradient(state.params, state.batch_stats, key, batch)
+        if rho := config.optimizer.sam_rho:
+            length = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads))) + 1e-12
+            worst = jax.tree.map(lambda p, g: p + rho / length * g, state.params, grads)
+            grads, _, _ = gradient(worst, state.batch_stats, key, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -121,14 +152,16 @@ def make_pmap_step(
     config: Config,
     mesh: Mesh,
     draw: Callable[[jax.Array, Batch], Batch] | None = None,
+    **options: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """`step(state, batch) -> (state, sums)` with the classical `pmap` around the update; it compiles itself.
 
     Args:
       draw: makes the batch of a step from what the step is given: `draw(step, data)`; None where that is a batch.
+      **options: of `make_update`.
     """
     devices = mesh.size
-    update = make_update(with_scope(model, config, devices), optimizer, config, "data")
+    update = make_update(with_scope(model, config, devices), optimizer, config, "data", **options)
     each = jax.pmap(
         update,
         axis_name="data",
@@ -153,6 +186,8 @@ def make_pmap_step(
 
 def with_scope(model: Any, config: Config, devices: int) -> Any:
     """The model with batch statistics of the recipe's scope, for the view that its strategy has of the batch."""
+    if not hasattr(model, "ghost"):
+        return model
     scope, per_device = config.parallel.batch_norm, config.parallel.strategy != "jit"
     parts = config.train.accumulate_steps
     if scope.startswith("ghost:"):
@@ -168,16 +203,18 @@ def step_key(step: jax.Array, config: Config) -> jax.Array:
 
 
 def prepare(batch: Batch, step: jax.Array, config: Config, model: Any) -> tuple[jax.Array, jax.Array]:
-    """Images as the network takes them and soft targets, from a batch of uint8 images and labels."""
+    """Images as the network takes them and soft targets, from a batch of pixels, or of features, and labels."""
+    targets = soft_targets(batch["label"], model.num_classes, config.train.label_smoothing)
+    if "feature" in batch:
+        return batch["feature"], targets
     crop_key, flip_key, mix_key, _ = jax.random.split(step_key(step, config), 4)
     images, augment = batch["image"], config.augment
     if config.data.on_device and augment.crop == "pad":
         images = on_device.pad_crop(crop_key, images, augment.pad)
     if config.data.on_device and augment.flip != "none":
-        by_chance = jax.random.bernoulli(flip_key, shape=batch["label"].shape)
+        by_chance = jax.random.bernoulli(flip_key, shape=images.shape[:1])
         images = on_device.flip(by_chance if augment.flip == "random" else batch["turn"], images)
     images = on_device.normalize(images, config.data.mean, config.data.std, model.dtype)
-    targets = soft_targets(batch["label"], model.num_classes, config.train.label_smoothing)
     if augment.mixup or augment.cutmix:
         images, targets = on_device.mix(mix_key, images, targets, augment.mixup, augment.cutmix)
     return images, targets
@@ -224,23 +261,27 @@ def in_turn(function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carried
 
 def draw(step: jax.Array, data: Batch, config: Config, batch_sharding: jax.sharding.Sharding) -> Batch:
     """The batch of a step from data that lies on the device, split over the devices."""
-    batch = on_device.draw_batch(data, step, config.train.batch_size, config.train.seed)
+    batch = on_device.draw_batch(data, step, config.train.batch_size, config.train.seed, config.augment.repeats)
     return jax.lax.with_sharding_constraint(batch, batch_sharding)
 
 
-def make_eval_step(model: nn.Module, config: Config) -> Callable[[PyTree, Batch], Sums]:
-    """`eval_step(variables, batch) -> sums` over the examples of a batch whose `mask` is true.
+def make_eval_step(model: nn.Module, config: Config) -> Callable[[PyTree, Batch], tuple[Sums, jax.Array]]:
+    """`eval_step(variables, batch) -> (sums, logits)`: sums over the examples of a batch whose `mask` is true.
 
-    `variables` are `{"params", "batch_stats"}`. The loss is the training loss without smoothing.
+    `variables` are `{"params", "batch_stats"}`; logits are float32 [batch, classes]. The loss is the training loss
+    without smoothing and weights.
     """
-    loss_of = LOSSES[config.train.loss]
+    loss_of = make_loss(config.train)
 
-    def eval_step(variables: PyTree, batch: Batch) -> Sums:
-        images = on_device.normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
-        logits: Any = model.apply(variables, images, train=False)
-        if config.augment.eval_flip:
-            logits = (logits + model.apply(variables, images[:, :, ::-1], train=False)) / 2
+    def eval_step(variables: PyTree, batch: Batch) -> tuple[Sums, jax.Array]:
+        if "feature" in batch:
+            logits: Any = model.apply(variables, batch["feature"], train=False)
+        else:
+            images = on_device.normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
+            logits = model.apply(variables, images, train=False)
+            if config.augment.eval_flip:
+                logits = (logits + model.apply(variables, images[:, :, ::-1], train=False)) / 2
         losses = loss_of(logits, soft_targets(batch["label"], model.num_classes, 0.0))
-        return eval_sums(losses, logits, batch["label"], batch["mask"])
+        return eval_sums(losses, logits, batch["label"], batch["mask"]), logits
 
     return eval_step

@@ -135,20 +135,31 @@ def new_record(config: Config, dataset: Dataset) -> Record:
     return {
         "recipe": to_dict(config),
         "class_names": list(dataset.class_names),
+        "several": dataset.several,
         "best": None,
         "result": None,
         "sums": None,
         "skipped": [],
         "skipped_updates": {"total": 0, "in_row": 0},
         "owed": False,
+        "no_better": 0,
         "rollbacks": 0,
     }
 
 
-def finish(folder: Path, record: Record, steps: int, speed: dict[str, float], device: str) -> dict[str, Any]:
+def finished(folder: Path, step: int) -> dict[str, Any] | None:
+    """The summary of a run that has ended with this step; None where it goes on."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if summary["steps"] == step else None
+
+
+def finish(folder: Path, record: Record, speed: dict[str, float], device: str) -> dict[str, Any]:
     """Writes `summary.json` and `curves.png` and says what came out."""
     skipped = {"count": len(record["skipped"]), "names": record["skipped"][:1000]}
-    summary = record["result"] | {"best": record["best"], "steps": steps} | speed
+    summary = record["result"] | {"best": record["best"], "steps": record["step"]} | speed
     summary |= {"skipped_images": skipped, "skipped_updates": record["skipped_updates"]["total"]}
     summary |= {"device": device, "versions": versions()}
     if jax.process_index() == 0:
@@ -187,32 +198,37 @@ def is_run(folder: Path) -> bool:
 
 def describe_run(folder: Path) -> dict[str, Any]:
     """One row of `runs_under`."""
-    row: dict[str, Any] = {"folder": str(folder), "model": None, "data": None, "step": None, "best": None}
+    row: dict[str, Any] = dict.fromkeys(("model", "data", "step", "metric", "best")) | {"folder": str(folder)}
     running = live_holder(folder / "lock") is not None
     try:
         config = from_dict(json.loads((folder / "config.json").read_text()))
         row |= {"model": config.model.name, "data": config.data.dataset}
         there = steps_in(folder / "checkpoints")
         steps = [step for step in there if damage(folder / "checkpoints" / str(step), contents=False) is None]
-        summary = folder / "summary.json"
-        finished = json.loads(summary.read_text()) if summary.exists() else None
+        ended = finished(folder, max(steps, default=0))
     except (OSError, ValueError):
         return row | {"state": "running" if running else "damaged"}
-    row["step"] = max(steps, default=0)
-    row["best"] = best_of(folder)[1]
+    row |= {"step": max(steps, default=0), "metric": config.train.metric, "best": best_of(folder)[1]}
     if running:
         return row | {"state": "running"}
     if there and not steps:
         return row | {"state": "damaged"}
-    return row | {"state": "finished" if finished else "stopped"}
+    return row | {"state": "finished" if ended else "stopped"}
 
 
 def best_of(folder: Path) -> tuple[int | None, float | None]:
-    """Step and accuracy of the best evaluation whose checkpoint is there, the first of equals; by `metrics.jsonl`."""
+    """Step and metric of the best evaluation whose checkpoint is there, the first of equals; by `metrics.jsonl`."""
+    metric = from_dict(json.loads((folder / "config.json").read_text())).train.metric
     found: tuple[int | None, float | None] = (None, None)
     there = set(steps_in(folder / "checkpoints"))
     for line in read_lines(folder / "metrics.jsonl"):
-        accuracy = line.get("ema/accuracy", line.get("eval/accuracy"))
-        if accuracy is not None and line["step"] in there and (found[1] is None or accuracy > found[1]):
-            found = (line["step"], accuracy)
+        name = ("map" if "eval/map" in line else "accuracy") if metric == "auto" else metric
+        value = line.get(f"ema/{name}", line.get(f"eval/{name}"))
+        if value is not None and line["step"] in there and (found[1] is None or better(name, value, found[1])):
+            found = (line["step"], value)
     return found
+
+
+def better(metric: str, new: float, old: float) -> bool:
+    """Whether a value is better than another one: a loss the lower, everything else the higher."""
+    return new < old if metric == "loss" else new > old

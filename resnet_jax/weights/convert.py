@@ -34,7 +34,7 @@ def to_torch(model: Any, variables: Any) -> dict[str, np.ndarray]:
     tensors = {}
     for entry in entries(model):
         value = np.asarray(flat[entry.path])
-        turned = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        turned = value if entry.kept else value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
         tensors[entry.key] = np.ascontiguousarray(turned).reshape(entry.tensor_shape)
         if entry.path[-1] == "var":
             tensors[entry.key.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
@@ -78,6 +78,8 @@ def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
 
 def _turned(tensor: np.ndarray, entry: Entry) -> np.ndarray:
     tensor = tensor.astype(np.float32, copy=False)
+    if entry.kept:
+        return tensor
     return tensor.transpose(2, 3, 1, 0) if len(entry.shape) == 4 else tensor.reshape(entry.shape[::-1]).T
 
 
@@ -88,7 +90,8 @@ def modern_name(model: Any, key: str) -> str:
     """
     key = re.sub(r"^(module|model)\.", "", key)
     key = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)
-    if key.endswith("num_batches_tracked") or (isinstance(model, GoogLeNet) and key.startswith("aux")):
+    spare = isinstance(model, GoogLeNet) and not model.auxiliary and key.startswith("aux")
+    if key.endswith("num_batches_tracked") or spare:
         return ""
     return key
 
@@ -126,14 +129,23 @@ def adapt_stem(model: Any, tensors: Tensors) -> Tensors:
     One channel sees the sum over red, green and blue, so that a grey image gives what it gave as RGB; n channels take
     the three in turn, scaled by 3 / n. Tensors that fit are left alone.
     """
-    first = next(entry for entry in entries(model) if entry.path[1].startswith("stem") and entry.path[-1] == "kernel")
-    key = next((key for key in tensors if modern_name(model, key) == first.key), None)
-    n = model.in_channels
+    key, n = _stem_key(model, tensors), model.in_channels
     if key is None or n == 3 or tensors[key].shape[1] != 3:
         return tensors
     rgb = np.asarray(tensors[key]).astype(np.float32)
     adapted = rgb.sum(1, keepdims=True) if n == 1 else rgb[:, np.arange(n) % 3] * np.float32(3 / n)
     return ChainMap({key: adapted}, tensors)  # type: ignore[arg-type]  # it only reads
+
+
+def stem_channels(model: Any, tensors: Tensors) -> int | None:
+    """Channels of the images that tensors were made for; None where they lack the first convolution."""
+    key = _stem_key(model, tensors)
+    return None if key is None else tensors[key].shape[1]
+
+
+def _stem_key(model: Any, tensors: Tensors) -> str | None:
+    first = next(entry for entry in entries(model) if entry.path[1].startswith("stem") and entry.path[-1] == "kernel")
+    return next((key for key in tensors if modern_name(model, key) == first.key), None)
 
 
 def fresh_head(model: Any) -> Any:

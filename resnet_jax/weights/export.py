@@ -53,6 +53,8 @@ def save_tensors(path: Path, weights: Weights, form: str) -> None:
             "fields": weights.fields,
             "preprocessing": asdict(weights.preprocessing) if weights.preprocessing else None,
             "class_names": weights.class_names,
+            "several": weights.several,
+            "calibration": asdict(weights.calibration),
         }
         save_file(dict(weights.tensors), path, metadata={"format": "pt", "resnet_jax": json.dumps(said)})
         return

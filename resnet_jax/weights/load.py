@@ -7,7 +7,7 @@ import flax.linen as nn
 
 from resnet_jax.config import InputError
 from resnet_jax.models.registry import create_model
-from resnet_jax.weights.convert import Tensors, adapt_stem, fresh_head, from_torch, head_key, modern_name
+from resnet_jax.weights.convert import Tensors, adapt_stem, fresh_head, from_torch, head_key, modern_name, stem_channels
 from resnet_jax.weights.sources import Weights, find_weights
 
 logger = logging.getLogger("resnet_jax")
@@ -72,6 +72,12 @@ def fit_weights(model: Any, tensors: Tensors, source: str, head: Any = None) -> 
       InputError: as `from_torch`.
     """
     tensors = adapt_stem(model, tensors)
+    found = stem_channels(model, tensors)
+    if found is not None and found != model.in_channels:
+        raise InputError(
+            f"{source} takes images of {found} channels, the model {model.in_channels}: only weights for RGB can be "
+            f"fitted to others. Give {found} channels (in_channels, or data.channels of a recipe)"
+        )
     classes = classes_of(model, tensors)
     if not model.num_classes or classes == model.num_classes:
         return from_torch(model, tensors)

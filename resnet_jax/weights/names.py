@@ -11,6 +11,7 @@ from resnet_jax.models.densenet import DenseNet
 from resnet_jax.models.googlenet import GoogLeNet
 from resnet_jax.models.registry import variable_shapes
 from resnet_jax.models.stacking import block_by_block
+from resnet_jax.models.vit import ViT
 
 LEAVES = {
     "kernel": "weight",
@@ -29,12 +30,18 @@ class Entry(NamedTuple):
       shape: of our array.
       key: the tensor's name in a state dict.
       tensor_shape: of the tensor.
+      kept: its axes stand in the same order; those of kernels do not.
     """
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
     key: str
     tensor_shape: tuple[int, ...]
+    kept: bool = False
+
+
+KEPT = ("class_token", "position", "relative_rows", "relative_columns")
+"""Arrays whose axes stand in the same order on both sides."""
 
 
 @lru_cache(maxsize=16)
@@ -45,9 +52,18 @@ def entries(model: Any) -> tuple[Entry, ...]:
         path = tuple(key.key for key in keys)
         module = "/".join(path[1:-1])
         pointwise = "attention/fc" in module or (module == "head" and getattr(model, "preact", False))
-        key = f"{torch_module(model, module)}.{LEAVES[path[-1]]}"
-        found.append(Entry(path, leaf.shape, key, torch_shape(leaf.shape, pointwise and path[-1] == "kernel")))
+        key, kept = torch_key(model, module, path[-1]), path[-1] in KEPT
+        shape = leaf.shape if kept else torch_shape(leaf.shape, pointwise and path[-1] == "kernel")
+        found.append(Entry(path, leaf.shape, key, shape, kept))
     return tuple(found)
+
+
+def torch_key(model: nn.Module, module: str, leaf: str) -> str:
+    """PyTorch's name of an array of a module of ours."""
+    if not module:
+        return {"class_token": "class_token", "position": "encoder.pos_embedding"}[leaf]
+    name = torch_module(model, module)
+    return f"{name}{'_' if name.endswith('in_proj') else '.'}{LEAVES.get(leaf, leaf)}"
 
 
 def torch_shape(shape: tuple[int, ...], pointwise: bool) -> tuple[int, ...]:
@@ -72,6 +88,8 @@ def _rules(model: Any) -> list[tuple[str, Any]]:
         return GOOGLENET
     if isinstance(model, DenseNet):
         return DENSENET
+    if isinstance(model, ViT):
+        return VIT
     if model.preact:
         return PREACTIVATED
     behind_pool = 1 if model.shortcut == "D" else 0
@@ -95,6 +113,7 @@ RESIDUAL: list[tuple[str, Any]] = [
     (r"stem_pool/conv", "maxpool.0"),
     (r"stage(\d)/block(\d+)/(conv|norm)(\d)", lambda s, b, kind, i: f"layer{s}.{int(b) - 1}.{_kind(kind)}{i}"),
     (r"stage(\d)/block(\d+)/attention/(\w+)", lambda s, b, name: f"layer{s}.{int(b) - 1}.se.{name}"),
+    (r"stage(\d)/block(\d+)/conv2/qkv", lambda s, b: f"layer{s}.{int(b) - 1}.conv2.qkv"),
     (r"head", "fc"),
 ]
 """ResNet, ResNeXt, SENet, ... (torchvision and timm), and ours for CIFAR."""
@@ -134,6 +153,20 @@ GOOGLENET: list[tuple[str, Any]] = [
         r"stage(\d)/block(\d)/branch4/(conv|norm)1",
         lambda s, b, kind: f"inception{int(s) + 2}{' abcde'[int(b)]}.branch4.1.{_kind(kind)}",
     ),
+    (r"auxiliary(\d)/conv/(conv|norm)1", lambda i, kind: f"aux{i}.conv.{_kind(kind)}"),
+    (r"auxiliary(\d)/(fc\d)", r"aux\1.\2"),
     (r"head", "fc"),
 ]
 """GoogLeNet (torchvision)."""
+
+LAYER = "encoder.layers.encoder_layer_"
+VIT: list[tuple[str, Any]] = [
+    (r"stem/conv", "conv_proj"),
+    (r"stage1/block(\d+)/norm(\d)", lambda b, i: f"{LAYER}{int(b) - 1}.ln_{i}"),
+    (r"stage1/block(\d+)/attention/qkv", lambda b: f"{LAYER}{int(b) - 1}.self_attention.in_proj"),
+    (r"stage1/block(\d+)/attention/out", lambda b: f"{LAYER}{int(b) - 1}.self_attention.out_proj"),
+    (r"stage1/block(\d+)/mlp(\d)", lambda b, i: f"{LAYER}{int(b) - 1}.mlp.{3 * (int(i) - 1)}"),
+    (r"norm", "encoder.ln"),
+    (r"head", "heads.head"),
+]
+"""Vision transformer (torchvision)."""

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.config import Config, InputError
-from resnet_jax.integrity import newest_sound
+from resnet_jax.config import Config, InputError, sides
+from resnet_jax.integrity import damage, newest_sound
 from resnet_jax.models.registry import MODELS, create_model, model_fields
 from resnet_jax.recipes import from_dict
 from resnet_jax.weights.convert import to_torch
-from resnet_jax.weights.tags import Preprocessing, find_tag
+from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag
 
 FILES = (".safetensors", ".pth", ".pt", ".bin")
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I64": np.int64}
@@ -35,6 +35,8 @@ class Weights:
       fields: of its module, that differ from the named model's.
       preprocessing: how images are prepared; None where the source does not say.
       class_names: None where the source does not say.
+      several: an image may have several of these classes.
+      calibration: of the probabilities.
     """
 
     tensors: Mapping[str, Any]
@@ -42,6 +44,8 @@ class Weights:
     fields: dict[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
+    several: bool = False
+    calibration: Calibration = UNCALIBRATED
 
 
 def find_weights(source: str) -> Weights:
@@ -126,14 +130,27 @@ def _from_file(path: Path) -> Weights:
     said = json.loads(tensors.metadata["resnet_jax"])
     preprocessing = said["preprocessing"]
     if preprocessing is not None:
-        lists = {name: tuple(preprocessing[name]) for name in ("mean", "std")}
-        preprocessing = Preprocessing(**(preprocessing | lists))
+        preprocessing = Preprocessing(**_tuples(preprocessing))
     names = said["class_names"]
-    return Weights(tensors, said["name"], said["fields"], preprocessing, tuple(names) if names else None)
+    return Weights(
+        tensors,
+        said["name"],
+        said["fields"],
+        preprocessing,
+        tuple(names) if names else None,
+        said["several"],
+        Calibration(**_tuples(said["calibration"])),
+    )
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _from_run(folder: Path) -> Weights:
-    """The moving average of a run's latest checkpoint, or its parameters where there is none."""
+    """The moving average of a run's latest checkpoint, with `train.patience` of its best; or its parameters where there
+    is no average.
+    """
     import orbax.checkpoint as ocp
 
     place = (folder / "checkpoints").resolve()
@@ -146,21 +163,37 @@ def _from_run(folder: Path) -> Weights:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(place, options=options, item_handlers=handlers) as manager:
+        record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        config: Config = from_dict(record["recipe"])
+        if config.train.patience is not None and record["best"] and not damage(place / str(record["best"]["step"])):
+            step = record["best"]["step"]
         saved = manager.item_metadata(step)["state"].tree
         template = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), saved)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore())
-        restored = manager.restore(step, args=items)
-    state, record = restored.state, restored.record
-    config: Config = from_dict(record["recipe"])
+        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))).state
     variables = state["ema"] or {"params": state["params"], "batch_stats": state["batch_stats"]}
     variables = {name: values for name, values in variables.items() if values}
     fields: dict[str, Any] = {"num_classes": variables["params"]["head"]["bias"].shape[0]}
     fields |= model_fields(replace(config.model, scan=False))
+    fields |= {} if config.data.channels == 3 else {"in_channels": config.data.channels}
+    if hasattr(create_model(config.model.name), "image_size"):
+        fields["image_size"] = min(sides(config.data.image_size))
     tensors = to_torch(create_model(config.model.name, **fields), variables)
     data, augment = config.data, config.augment
     size = data.eval_image_size or data.image_size
     preprocessing = Preprocessing(data.mean, data.std, data.image_size, size, augment.eval_crop, augment.interpolation)
-    return Weights(tensors, config.model.name, fields, preprocessing, tuple(record["class_names"]))
+    names = tuple(record["class_names"])
+    return Weights(
+        tensors, config.model.name, fields, preprocessing, names, record["several"], read_calibration(folder, step)
+    )
+
+
+def read_calibration(folder: Path, step: int) -> Calibration:
+    """What the report of a run found for a step, in `calibration.json`, if it found anything."""
+    try:
+        said = json.loads((folder / "calibration.json").read_text())
+    except (OSError, ValueError):
+        return UNCALIBRATED
+    return Calibration(**_tuples(said)) if said.pop("step") == step else UNCALIBRATED
 
 
 class SafeTensors(Mapping[str, np.ndarray]):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, Size
 from resnet_jax.models.registry import nearest
 
 
@@ -15,7 +15,7 @@ class Preprocessing:
 
     Attributes:
       mean, std: of the channels of pixels in [0, 1].
-      image_size: height and width in training, in pixels.
+      image_size: side, or height and width, in training, in pixels.
       eval_image_size: the same in evaluation.
       eval_crop: share of the short side that an evaluation image keeps.
       interpolation: `bilinear` or `bicubic`.
@@ -23,10 +23,26 @@ class Preprocessing:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    image_size: int
-    eval_image_size: int
+    image_size: Size
+    eval_image_size: Size
     eval_crop: float
     interpolation: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What makes probabilities of logits, fitted on images that were not trained on.
+
+    Attributes:
+      temperature: logits are divided by it (Guo et al. 2017, arXiv:1706.04599).
+      thresholds: with several labels an image, from which probability on a class is said; None for one half.
+    """
+
+    temperature: float = 1.0
+    thresholds: tuple[float, ...] | None = None
+
+
+UNCALIBRATED = Calibration()
 
 
 @dataclass(frozen=True)

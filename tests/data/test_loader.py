@@ -7,8 +7,16 @@ from PIL import Image
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, TrainConfig
 from resnet_jax.data import on_device
-from resnet_jax.data.loader import BadImages, TrainExample, eval_batches, train_batches, whole_split
-from resnet_jax.data.sources import ArraySource, FileSource
+from resnet_jax.data.loader import (
+    BadImages,
+    TrainExample,
+    eval_batches,
+    sampling_table,
+    train_batches,
+    whole_split,
+)
+from resnet_jax.data.on_device import draw_batch
+from resnet_jax.data.sources import ArraySource, Dataset, FileSource
 from resnet_jax.sharding import make_mesh
 
 SIZE = 37
@@ -113,7 +121,7 @@ def test_bad_images_are_skipped_and_listed(files):
     assert sum(int(np.asarray(b["mask"]).sum()) for b in tested) == 8
     assert len(bad.names) == 2
     bad = BadImages("skip")
-    assert whole_split(files, 4, bad)["label"].tolist() == [0, 1, 2, 3, 5, 6, 8, 9]
+    assert whole_split(files, recipe(5), bad)["label"].tolist() == [0, 1, 2, 3, 5, 6, 8, 9]
     assert len(bad.names) == 2
 
 
@@ -134,3 +142,33 @@ def test_real_pictures_of_any_size_become_batches(pictures):
     assert all(b["image"].shape == (8, 96, 96, 3) and b["image"].dtype == np.uint8 for b in batches)
     assert len({int(i) for b in batches for i in b["label"]}) == 24
     assert next(eval_batches(source, config, make_mesh(1), BadImages("error")))["image"].shape == (8, 128, 128, 3)
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_balanced_classes_are_drawn_equally_often_and_copies_follow_each_other(hosts):
+    """Labels 0..3 with 30, 10, 5 and 1 images: an epoch of the table is 4 * 30 places, on host and device the same."""
+    labels = np.repeat(np.arange(4), (30, 10, 5, 1))
+    images = np.broadcast_to(np.arange(46, dtype=np.uint8)[:, None, None, None], (46, 4, 4, 3))
+    source = ArraySource(images, labels)
+    config = recipe(8, augment=AugmentConfig(crop="none", repeats=2))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sampling="balanced"))
+    table = sampling_table(Dataset(source, source, ("a", "b", "c", "d")), "balanced")
+    ranks = [
+        list(train_batches(source, config, make_mesh(1), BadImages("error"), range(30), rank, hosts, table))
+        for rank in range(hosts)
+    ]
+    drawn = np.concatenate([images_of([part]) for step in zip(*ranks, strict=True) for part in step])
+    assert np.bincount(labels[drawn]).tolist() == [60] * 4  # 30 steps of 8 are the epoch, each place twice
+    np.testing.assert_array_equal(drawn[::2], drawn[1::2])
+    assert set(drawn[labels[drawn] == 0].tolist()) == set(range(30))
+    data = whole_split(source, config, BadImages("error"), table)
+    on_device = [draw_batch(data, np.int32(step), 8, 3, repeats=2)["image"][:, 0, 0, 0] for step in range(30)]
+    np.testing.assert_array_equal(np.concatenate(on_device), drawn)
+
+
+def test_a_class_that_cannot_be_drawn_is_named():
+    dataset = Dataset(SOURCE, SOURCE, tuple("abcdef"))
+    with pytest.raises(InputError, match="f has no training image"):
+        sampling_table(dataset, "balanced")
+    with pytest.raises(InputError, match="needs one label an image"):
+        sampling_table(dataclasses.replace(dataset, several=True), "balanced")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError
-from resnet_jax.data.sources import load_dataset
+from resnet_jax.data.sources import labels_of, load_dataset
 from resnet_jax.training.loop import train
 
 
@@ -179,8 +179,8 @@ def test_a_table_may_say_the_split(tmp_path):
         (["path,label"], "has no class; it takes two"),
         (["path,label", "pictures/zz.png,a"], r"line 2: there is no file .*zz\.png"),
         (["path,label", "pictures/a0.png,a", "pictures/a0.png,b"], "line 3: .* is there twice"),
-        (["path,label", "pictures/a0.png,a;b"], "'a;b' is not one label"),
-        (["path,label", "pictures/a0.png,"], "'' is not one label"),
+        (["path,label", "pictures/a0.png,a", "pictures/b0.png,"], r"line 3: .*b0\.png has no label"),
+        (["path,label", "pictures/a0.png,a;"], "has one class, a; it takes two"),
         (["path,label,split", "pictures/a0.png,a,dev"], "split 'dev' is unknown"),
         (["path,label,split", "pictures/a0.png,a,", "pictures/b0.png,b,", "pictures/b1.png,c,test"], "split: c"),
         (["path,label", "pictures/a0.png,a", "pictures/b0.png,b", "pictures/b1.png,b"], "class 'a' has a single image"),
@@ -196,3 +196,18 @@ def test_a_folder_of_one_class_is_refused(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "only" / "0.png")
     with pytest.raises(InputError, match="has one class, only; it takes two"):
         load_dataset(DataConfig(dataset=f"folder:{tmp_path}"), 0)
+
+
+def test_a_table_may_give_several_labels(tmp_path):
+    rows = ["pictures/a0.png,red;round", "pictures/a1.png,", "pictures/a2.png,round", "pictures/b0.png,red; big"]
+    dataset = written(tmp_path, ["path,label,split", *(f"{row},train" for row in rows), "pictures/b1.png,big,val"])
+    assert dataset.several and dataset.class_names == ("big", "red", "round")
+    np.testing.assert_array_equal(labels_of(dataset.train), [[0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 0]])
+    assert dataset.test[0][1] == (1, 0, 0)
+
+
+def test_several_labels_are_split_by_chance_where_no_split_is_given(tmp_path):
+    rows = [f"pictures/{name}.png,{'x;y' if name[0] == 'a' else 'x'}" for name in ("a0", "a1", "a2", "b0", "b1", "b2")]
+    dataset = written(tmp_path, ["path,label", *rows])
+    parts = [{split[i][0] for i in range(len(split))} for split in (dataset.train, dataset.test)]
+    assert (len(parts[0]), len(parts[1])) == (4, 2) and not parts[0] & parts[1]

@@ -98,7 +98,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_decode_names_the_reason(kind):
-    with pytest.raises(transforms.BadImage, match=r"\w+Error: |\w+Image: |DecompressionBomb"):
+    with pytest.raises(transforms.BadImage, match=r"\w+Error: |pixels |DecompressionBomb"):
         transforms.decode(BAD[kind])
 
 
@@ -127,24 +127,3 @@ def test_pad_crop_and_flip_stay_windows_of_the_image():
         result = transforms.augment(image, RNG, 8, AugmentConfig(crop="pad", pad=2, flip="random"))
         seen.add(next(i for i, w in enumerate(windows) if (w == result).all()))
     assert len(seen) > 20
-
-
-@pytest.mark.parametrize("name", sorted(transforms.OPERATIONS))
-def test_every_operation_keeps_the_size_and_grows_with_its_strength(name):
-    noisy = picture(32, 32) // 2 + RNG.integers(0, 100, (32, 32, 3), dtype=np.uint8)
-    image = Image.fromarray(noisy)
-
-    def change(strength):
-        result = transforms.OPERATIONS[name](image, strength, 1.0)
-        assert result.size == image.size and result.mode == "RGB"
-        return np.abs(np.asarray(result, int) - noisy).mean()
-
-    assert change(1.0) > 0
-    if name not in ("autocontrast", "equalize", "invert"):
-        assert change(0.2) < change(1.0)
-
-
-def test_rand_augment_is_a_function_of_the_generator():
-    image = Image.fromarray(picture(32, 32))
-    a, b = (np.asarray(transforms.rand_augment(image, np.random.default_rng(4), 6)) for _ in range(2))
-    np.testing.assert_array_equal(a, b)

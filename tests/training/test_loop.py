@@ -1,6 +1,9 @@
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import chex
 import jax
@@ -33,7 +36,7 @@ def recipe(steps=23, devices=1, **train):
         schedule=dataclasses.replace(base.schedule, warmup_epochs=0.1),
         parallel=dataclasses.replace(base.parallel, devices=devices),
         checkpoint=dataclasses.replace(base.checkpoint, every_steps=5, keep=3),
-        log=dataclasses.replace(base.log, every_steps=7, tensorboard=False),
+        log=dataclasses.replace(base.log, every_steps=7, tensorboard=False, report=False),
     )
 
 
@@ -114,29 +117,26 @@ def test_host_and_device_data_train_alike_on_one_and_eight_devices(tmp_path):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """The default recipe, shortened to half."""
-    config = dataclasses.replace(
-        Config(),
-        train=dataclasses.replace(Config().train, epochs=18.0),
-        parallel=dataclasses.replace(Config().parallel, devices=1),
-    )
+    """The default recipe, shortened to half, as a process of its own."""
     folder = tmp_path_factory.mktemp("digits")
-    return folder, config, loop.train(config, folder)
+    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(folder), "--train.epochs", "18"]
+    subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, check=True, capture_output=True)
+    config = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, epochs=18.0))
+    return folder, config, json.loads((folder / "summary.json").read_text())
 
 
 def test_digits_are_learned(digits):
-    folder, _, summary = digits
+    _, _, summary = digits
     assert summary["test"]["accuracy"] >= 0.97
     assert summary["ema"]["accuracy"] >= 0.97
     assert summary["test"]["count"] == 360
-    assert json.loads((folder / "summary.json").read_text()) == summary
     assert {"jax", "flax", "python"} <= set(summary["versions"])
     assert summary["images_per_second"] > 0 and summary["skipped_images"]["count"] == 0
 
 
 def test_a_run_leaves_its_folder_in_order(digits):
     folder, config, _ = digits
-    assert (folder / "curves.png").stat().st_size > 10_000
+    assert (folder / "curves.png").stat().st_size > 10_000 and (folder / "report.html").stat().st_size > 10_000
     assert list(folder.glob("events.out.tfevents.*"))
     lines = read_lines(folder / "metrics.jsonl")
     train = [line for line in lines if "train/loss" in line]
@@ -186,7 +186,7 @@ def test_a_finished_run_is_left_alone(digits):
 def test_another_recipe_is_refused_by_its_fields(digits):
     folder, config, _ = digits
     other = dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.3), log=LogConfig(9)
+        config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.3), log=LogConfig(9, report=False)
     )
     with pytest.raises(InputError, match=r"another recipe: optimizer.learning_rate: 0.1 -> 0.3\. Give another"):
         loop.train(other, folder)

@@ -114,7 +114,7 @@ def test_bfloat16_trains_and_keeps_float32_state():
 def test_masked_examples_do_not_count():
     model = net()
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    step = jax.jit(make_eval_step(model, CONFIG))
+    step = jax.jit(lambda *given: make_eval_step(model, CONFIG)(*given)[0])
     whole = step(variables, BATCH | {"mask": np.ones(16, bool)})
     padded = {name: np.concatenate([values[:5], values[:11]]) for name, values in BATCH.items()}
     part = step(variables, padded | {"mask": np.arange(16) < 5})
@@ -131,7 +131,7 @@ def test_evaluation_with_flips_does_not_tell_left_from_right():
     config = dataclasses.replace(CONFIG, augment=AugmentConfig(eval_flip=True))
     mirrored = BATCH | {"image": BATCH["image"][:, :, ::-1]}
     sums = {
-        (flips, which): make_eval_step(model, c)(variables, batch | {"mask": np.ones(16, bool)})["loss"]
+        (flips, which): make_eval_step(model, c)(variables, batch | {"mask": np.ones(16, bool)})[0]["loss"]
         for flips, c in ((False, CONFIG), (True, config))
         for which, batch in (("as it is", BATCH), ("mirrored", mirrored))
     }

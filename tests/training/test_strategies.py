@@ -9,14 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, ParallelConfig, TrainConfig, check
+from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, ParallelConfig, TrainConfig
 from resnet_jax.data.loader import BadImages
 from resnet_jax.data.sources import ArraySource, Dataset
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.recipes import check
 from resnet_jax.sharding import make_mesh, put_state, state_sharding
-from resnet_jax.training.loop import make_advance
+from resnet_jax.training.advance import make_advance
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.recipe import state_maker
 from resnet_jax.training.state import create_state

@@ -51,6 +51,7 @@ def test_half_a_lock_holds_nothing(tmp_path):
 
 
 def test_the_best_evaluation_is_the_first_of_equals_that_has_a_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config())))
     tracker = Tracker(tmp_path, 0, tensorboard=False)
     for step, accuracy in ((1, 0.9), (2, 0.8), (3, 0.8), (4, 0.7)):
         tracker.write(step, {"eval/accuracy": 0.1, "ema/accuracy": accuracy})

@@ -1,0 +1,175 @@
+"""Small trainings for the experiments, on arrays that lie on the device: no folder, no checkpoints, one curve."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    InputError,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from resnet_jax.data.loader import BadImages, whole_split
+from resnet_jax.data.sources import load_dataset
+from resnet_jax.models.registry import create_model
+from resnet_jax.sharding import batch_sharding, compiler_options, make_mesh
+from resnet_jax.training.metrics import add, means
+from resnet_jax.training.optimizers import make_optimizer, make_schedule
+from resnet_jax.training.recipe import state_maker
+from resnet_jax.training.state import TrainState
+from resnet_jax.training.step import make_device_step, make_eval_step, make_train_step
+
+EVAL_BATCH = 256
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"shortcut": "none"},
+    "residual": {},
+    "preact": {"preact": True, "shortcut": "B"},
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset in memory: `train` and `test` hold `image` uint8 [size, height, width, 3] and `label` int32 [size]."""
+
+    name: str
+    train: dict[str, np.ndarray]
+    test: dict[str, np.ndarray]
+    classes: int
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return self.train["image"].shape[1]
+
+
+def load(dataset: str, train: int | None = None, test: int | None = None) -> Data:
+    """The digits (8 x 8 pixels), or any `data.dataset` of a recipe at 32 x 32; the first so many images of each split
+    in a random order that is always the same.
+    """
+    size = 8 if dataset == "digits" else 32
+    config = dataclasses.replace(Config(), data=DataConfig(dataset=dataset, image_size=size))
+    found = load_dataset(config.data, 0)
+    splits = []
+    for source, count in ((found.train, train), (found.test, test)):
+        whole = whole_split(source, config, BadImages("error"))
+        order = np.random.default_rng(0).permutation(len(whole["label"]))[:count]
+        splits.append({name: values[order] for name, values in whole.items()})
+    return Data(dataset, splits[0], splits[1], len(found.class_names))
+
+
+def recipe(data: Data, epochs: float, seed: int = 0, **sections: Any) -> Config:
+    """The common recipe of the experiments: SGD with momentum, a short warm-up, a cosine, random crops, no averages.
+
+    Args:
+      **sections: of `Config`, in place of those.
+    """
+    given: dict[str, Any] = {
+        "data": DataConfig(dataset=data.name, image_size=data.size),
+        "augment": AugmentConfig(crop="pad", pad=data.size // 8),
+        "optimizer": OptimizerConfig(learning_rate=0.1),
+        "schedule": ScheduleConfig(warmup_epochs=min(1.0, 0.2 * epochs)),
+        "train": TrainConfig(epochs=epochs, batch_size=96, seed=seed, ema_decay=None),
+    }
+    return dataclasses.replace(Config(), **(given | sections))
+
+
+def network(name: str, data: Data, **fields: Any) -> nn.Module:
+    """A model for the data by its name in the registry."""
+    model: Any = create_model(name, num_classes=data.classes, **fields)
+    return model.clone(image_size=data.size) if hasattr(model, "image_size") else model
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    config: Config,
+    watch: Callable[[int, TrainState], None] | None = None,
+    points: int = 6,
+) -> tuple[TrainState, list[dict[str, float]]]:
+    """Trains a model; returns the last state and a curve.
+
+    Args:
+      config: as `recipe` gives it; length, batch, augmentation, loss and seed count.
+      watch: called with the step and the state at each point of the curve, the first one included.
+      points: how often in the run the curve is measured, evenly, after the start.
+
+    Returns:
+      The state, and rows of `step`, `epoch`, `train_loss`, `train_error`, `test_loss`, `test_error`; the training error
+      is that in evaluation, on images as they are.
+    """
+    per_epoch = len(data.train["label"]) / config.train.batch_size
+    steps = max(points, round(config.train.epochs * per_epoch))
+    schedule = make_schedule(config, steps, per_epoch)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    sharding = batch_sharding(make_mesh(1))
+    step_function = jax.jit(
+        make_device_step(make_train_step(model, optimizer, config), config, 1, sharding),
+        donate_argnums=0,
+        compiler_options=compiler_options(),
+    )
+    evaluate = evaluator(model, config)
+    state, on_device = state_maker(config, model, schedule)(), jax.device_put(data.train)
+    marks = {round(i * steps / points) for i in range(points + 1)}
+    curve = []
+    for step in range(steps + 1):
+        if step in marks:
+            if watch is not None:
+                watch(step, state)
+            row: dict[str, float] = {"step": step, "epoch": step / per_epoch}
+            for split, values in (("train", data.train), ("test", data.test)):
+                found = evaluate(variables_of(state), values)
+                row |= {f"{split}_loss": found["loss"], f"{split}_error": 1.0 - found["accuracy"]}
+            curve.append(row)
+        if step < steps:
+            state, _ = step_function(state, on_device)
+    return state, curve
+
+
+def variables_of(state: TrainState) -> Any:
+    """Parameters and running statistics."""
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def evaluator(model: nn.Module, config: Config) -> Callable[[Any, dict[str, np.ndarray]], dict[str, Any]]:
+    """`evaluate(variables, split) -> means` over at most 2,000 images of a split, compiled once."""
+    program = jax.jit(make_eval_step(model, config), compiler_options=compiler_options())
+
+    def evaluate(variables: Any, split: dict[str, np.ndarray]) -> dict[str, Any]:
+        count, parts = min(2000, len(split["label"])), []
+        for start in range(0, count, EVAL_BATCH):
+            place = np.minimum(np.arange(start, start + EVAL_BATCH), count - 1)
+            batch = {name: jnp.asarray(values[place]) for name, values in split.items()}
+            mask = jnp.arange(start, start + EVAL_BATCH) < count
+            parts.append(program(variables, batch | {"mask": mask})[0])
+        return means(add(parts))
+
+    return evaluate
+
+
+def pixels(data: Data, count: int, config: Config) -> tuple[jax.Array, np.ndarray]:
+    """The first so many training images as a network takes them, and their labels."""
+    from resnet_jax.data.on_device import normalize
+
+    images = jnp.asarray(data.train["image"][:count])
+    return normalize(images, config.data.mean, config.data.std, jnp.dtype("float32")), data.train["label"][:count]
+
+
+def cifar_net(kind: str, depth: int, data: Data, **fields: Any) -> nn.Module:
+    """A network of 6n + 2 layers: `plain`, `residual` (He et al. 2015) or `preact` (He et al. 2016).
+
+    Raises:
+      InputError: there is no such depth.
+    """
+    if depth < 8 or (depth - 2) % 6:
+        raise InputError(f"there is no network of {depth} layers of this kind: depths are 6n + 2, such as 8, 20, 56")
+    return network("cifar_resnet20", data, stage_sizes=((depth - 2) // 6,) * 3, **KINDS[kind], **fields)

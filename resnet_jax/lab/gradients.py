@@ -1,0 +1,235 @@
+"""What reaches the first layer: gradients at every block, and the identity in a block's Jacobian.
+
+The gradient of the loss is taken at the output of each block. Each plain layer multiplies it, and with the depth it
+vanishes or explodes; y = F(x) + x hands a copy of it on, whatever F does (He et al. 2016, eq. 5).
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from resnet_jax.lab.fit import cifar_net, fit, load, network, pixels, recipe, variables_of
+from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
+from resnet_jax.models.blocks import PreactBlock
+from resnet_jax.models.densenet import DenseLayer
+from resnet_jax.models.layers import ACTIVATIONS, Conv, make_norm
+from resnet_jax.models.resnet import Stem
+from resnet_jax.training.state import TrainState, init_variables, path_map
+
+INITS = {"LeCun": 1.0, "He": 2.0, "twice He": 4.0}
+"""Variance of a kernel times its fan-in."""
+IMAGES = 32
+CASES = (
+    ("plain", "none", False),
+    ("plain", "batch", False),
+    ("residual", "none", False),
+    ("residual", "batch", False),
+    ("residual", "batch", True),
+    ("preact", "batch", True),
+)
+"""Kind, norm, and whether branches start at zero, as they do here by default."""
+
+
+def rows(book: Notebook) -> Rows:
+    """Norms at the start (`kind`, `norm`, `init`, `depth`, `block`, `gradient`), in training (`step`), the identity."""
+    options = book.options
+    data = load(options.dataset)
+    images, labels = pixels(data, IMAGES, recipe(data, 1.0))
+    depths = options.depths or ((56, 1004) if options.quick else (20, 56, 110, 1004))
+    found: Rows = []
+    for depth in depths:
+        for kind, norm, zero in CASES if depth < 1000 or not options.quick else CASES[3:]:
+
+            def at_start(kind: str = kind, norm: str = norm, zero: bool = zero, depth: int = depth) -> Rows:
+                model: Any = cifar_net(kind, depth, data, norm=norm, zero_init_last=zero)
+                variables = init_variables(model, jax.random.key(0), images[:1])
+                gradients = jax.jit(partial(gradients_along, model))
+                made: Rows = []
+                for init in INITS:
+                    norms = gradients(with_variance(variables, INITS[init]), images, labels)
+                    about = {"kind": kind, "norm": norm, "zero_init_last": zero, "init": init, "depth": depth}
+                    made += [about | {"block": i, "gradient": finite(g)} for i, g in enumerate(norms, start=1)]
+                return made
+
+            found += book.part(f"{kind} {depth}, norm {norm}, branches from zero {zero}", at_start)
+    found += book.part("densenet", partial(of_densenet, data, images, labels))
+    for kind in ("plain", "residual"):
+        found += book.part(f"{kind} in training", partial(in_training, kind, data, images, labels, options.quick))
+    return found + book.part("identity", identity)
+
+
+def finite(value: Any) -> float | None:
+    """A number that JSON can hold; None for one that is beyond float32."""
+    return float(value) if np.isfinite(value) else None
+
+
+def with_variance(variables: Any, gain: float) -> Any:
+    """Variables whose kernels, drawn with variance 2 / fan-out, are scaled to `gain` / fan-in."""
+
+    def scaled(path: str, leaf: jax.Array) -> jax.Array:
+        if leaf.ndim != 4:
+            return leaf
+        taps, fan_in, fan_out = leaf.shape[0] * leaf.shape[1], leaf.shape[2], leaf.shape[3]
+        return leaf * jnp.sqrt(gain / (taps * fan_in) * (taps * fan_out) / 2.0)
+
+    return variables | {"params": path_map(scaled, variables["params"])}
+
+
+def gradients_along(model: Any, variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """Norm of the gradient of the loss at the output of each block, [blocks], with the statistics of the batch.
+
+    The equal blocks of a stage run in a loop, forward and back, so that a thousand of them compile as fast as ten.
+    """
+    params, act = variables["params"], ACTIVATIONS[model.act]
+    conv, norm = partial(Conv, dtype=model.dtype), make_norm(model)
+
+    def applied(module: Any, values: Any, x: jax.Array) -> jax.Array:
+        return module.apply({"params": values}, x, True, mutable=["batch_stats"])[0]
+
+    def forth(function: Any, x: jax.Array, values: Any) -> tuple[jax.Array, jax.Array]:
+        return function(values, x), x
+
+    def back(function: Any, gradient: jax.Array, of: Any) -> tuple[jax.Array, jax.Array]:
+        values, x = of
+        return jax.vjp(partial(function, values), x)[1](gradient)[0], jnp.linalg.norm(gradient)
+
+    stem = Stem(model.stem, model.stem_width, model.preact, conv, norm, act)
+    x = applied(stem, params["stem"], images)
+    tape: list[Any] = []
+    for i, size in enumerate(model.stage_sizes):
+        block = partial(model._block(i), conv=conv, norm=norm, act=act)
+        stage = params[f"stage{i + 1}"]
+        first = partial(applied, block(strides=1 if i == 0 else 2))
+        tape.append((first, stage["block1"], x, None))
+        x = first(stage["block1"], x)
+        if size > 1:
+            later = jax.tree.map(lambda *v: jnp.stack(v), *(stage[f"block{b}"] for b in range(2, size + 1)))
+            other = partial(applied, block(strides=1))
+            x, inputs = jax.lax.scan(partial(forth, other), x, later)
+            tape.append((other, later, None, inputs))
+
+    def loss(x: jax.Array) -> jax.Array:
+        if model.preact:
+            x = act(applied(norm(), params["norm"], x) if "norm" in params else x)
+        logits = x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    gradient, norms = jax.grad(loss)(x), []
+    for function, values, x, inputs in reversed(tape):
+        if inputs is None:
+            gradient, size = back(function, gradient, (values, x))
+            norms.append(size[None])
+        else:
+            gradient, sizes = jax.lax.scan(partial(back, function), gradient, (values, inputs), reverse=True)
+            norms.append(sizes)
+    return jnp.concatenate(norms[::-1])
+
+
+def of_densenet(data: Any, images: jax.Array, labels: Any) -> Rows:
+    """The same at the output of each layer of a DenseNet-BC of 40 layers."""
+    model = network("cifar_densenet_bc_100_12", data, stage_sizes=(6, 6, 6))
+    variables = init_variables(model, jax.random.key(0), images[:1])
+
+    def forward(deltas: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        outputs: dict[str, jax.Array] = {}
+
+        def tap(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            out = call(*args, **kwargs)
+            if isinstance(context.module, DenseLayer) and context.method_name == "__call__":
+                name = "/".join(context.module.path)
+                out = outputs[name] = out + deltas.get(name, 0.0)
+            return out
+
+        with nn.intercept_methods(tap):
+            logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), outputs
+
+    shapes = jax.eval_shape(lambda: forward({})[1])
+    grads = jax.jit(jax.grad(lambda deltas: forward(deltas)[0]))(jax.tree.map(lambda s: jnp.zeros(s.shape), shapes))
+    names = sorted(grads, key=lambda name: [int(word.strip("stageblock")) for word in name.split("/")])
+    about = {"kind": "densenet", "norm": "batch", "zero_init_last": False, "init": "He", "depth": 40}
+    return [about | {"block": i, "gradient": float(jnp.linalg.norm(grads[n]))} for i, n in enumerate(names, start=1)]
+
+
+def in_training(kind: str, data: Any, images: jax.Array, labels: Any, quick: bool) -> Rows:
+    """First and last block of a network of 20 layers, from its start to the end of a short training."""
+    model, found = cifar_net(kind, 20, data, norm="batch"), []
+    gradients = jax.jit(partial(gradients_along, model))
+
+    def watch(step: int, state: TrainState) -> None:
+        norms = np.asarray(gradients(variables_of(state), images, labels))
+        found.append({"kind": kind, "norm": "batch", "init": "He", "depth": 20, "step": step,
+                      "first": float(norms[0]), "last": float(norms[-1])})  # fmt: skip
+
+    fit(model, data, recipe(data, 4.0 if quick else 20.0), watch)
+    return found
+
+
+def identity() -> Rows:
+    """How far the Jacobian of a block and that of its branch differ by anything but the identity."""
+    x = jax.random.normal(jax.random.key(1), (1, 4, 4, 3))
+    block = PreactBlock(3, zero_init_last=False)
+    variables = block.init(jax.random.key(0), x)
+
+    def jacobian(module: Any) -> jax.Array:
+        return jax.jacobian(lambda x: module.apply(variables, x, train=False).ravel())(x).reshape(48, 48)
+
+    off = jnp.abs(jacobian(block) - jacobian(block.clone(shortcut="none")) - jnp.eye(48)).max()
+    return [{"kind": "identity", "difference": float(off)}]
+
+
+def ratios(found: Rows) -> Rows:
+    """First over last gradient of each network at its start, `ratio`; nan where one of them is beyond float32."""
+    groups: dict[tuple[Any, ...], list[float | None]] = {}
+    for row in found:
+        if "block" in row:
+            groups.setdefault(about_of(row), []).append(row["gradient"])
+    names = ("kind", "norm", "zero_init_last", "init", "depth")
+    return [
+        dict(zip(names, key, strict=True)) | {"ratio": (v[0] or np.nan) / (v[-1] or np.nan)}
+        for key, v in groups.items()
+    ]
+
+
+def draw(found: Rows) -> Any:
+    """Gradients along the blocks without and with norms, first over last against depth, and in training."""
+    figure, axes = axes_of(2, 2)
+    depths = sorted({row["depth"] for row in found if "block" in row and row["kind"] != "densenet"})
+    depth = 56 if 56 in depths else depths[-1]
+    names = {("plain", False): "plain", ("residual", False): "residual", ("residual", True): "residual from zero"}
+    for axis, norm in zip(axes, ("none", "batch"), strict=False):
+        for colour, ((kind, zero), name) in zip(COLOURS, names.items(), strict=False):
+            for init, style in zip(INITS, (":", "-", "--"), strict=True):
+                about = (kind, norm, zero, init, depth)
+                of = [row for row in found if "block" in row and about_of(row) == about]
+                values = [row["gradient"] or np.nan for row in of]
+                axis.plot(
+                    [row["block"] for row in of], values, style, color=colour, label=f"{name}, {init}" if of else None
+                )
+        named = "without norms" if norm == "none" else "with batch norm"
+        axis.set(title=f"{depth} layers {named}: gradient at each block", xlabel="block", yscale="log")
+        axis.legend(frameon=False, fontsize=8)
+    table = ratios(found)
+    for colour, (kind, norm, zero) in zip(COLOURS, CASES, strict=False):
+        of = [row for row in table if about_of(row)[:4] == (kind, norm, zero, "He")]
+        label = f"{kind}, norm {norm}{', from zero' if zero else ''}"
+        axes[2].plot([r["depth"] for r in of], [r["ratio"] for r in of], "o-", color=colour, label=label)
+    axes[2].set(title="first over last at the start, He", xlabel="layers", xscale="log", yscale="log")
+    axes[2].legend(frameon=False, fontsize=8)
+    for colour, kind in zip(COLOURS, ("plain", "residual"), strict=False):
+        of = [row for row in found if "step" in row and row["kind"] == kind]
+        ratio = [row["first"] / max(row["last"], 1e-30) for row in of]
+        axes[3].plot([row["step"] for row in of], ratio, "o-", color=colour, label=kind)
+    axes[3].set(title="20 layers in training: first over last", xlabel="step", yscale="log")
+    axes[3].legend(frameon=False)
+    return figure
+
+
+def about_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells one network from another: kind, norm, whether branches start at zero, initialisation, depth."""
+    return tuple(row[name] for name in ("kind", "norm", "zero_init_last", "init", "depth"))

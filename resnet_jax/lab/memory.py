@@ -1,0 +1,94 @@
+"""What a step keeps, against depth: all activations, blocks computed twice (Chen et al. 2016), and blocks in a loop."""
+
+import dataclasses
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
+from resnet_jax.sharding import compiler_options
+from resnet_jax.training.forecast import forecast
+from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.recipe import build_model, in_form, state_maker
+from resnet_jax.training.step import make_train_step
+
+WAYS: dict[str, dict[str, Any]] = {
+    "all kept": {},
+    "blocks twice": {"remat": "block"},
+    "loop": {"scan": True},
+    "loop, blocks twice": {"scan": True, "remat": "block"},
+}
+BATCH = 32
+UNITS = {"temporary": 2**20, "step_seconds": 1e-3, "compile_seconds": 1.0}
+
+
+def rows(book: Notebook) -> Rows:
+    """Of compiled steps: `way`, `depth`, `temporary` and `state` in bytes, `compile_seconds`, `step_seconds`.
+
+    A loop's time is left out on a CPU, where XLA runs convolutions in loops many times slower than elsewhere.
+    """
+    options = book.options
+    depths = options.depths or ((8, 20, 32) if options.quick else (20, 56, 110, 1202))
+    found: Rows = []
+    for depth in depths:
+        for way, fields in WAYS.items():
+            if depth > 200 and "scan" not in fields:
+                continue
+            found += book.part(f"{way} {depth}", partial(measured, depth, way, fields, options.quick))
+    return found
+
+
+def measured(depth: int, way: str, fields: dict[str, Any], quick: bool) -> Rows:
+    """One row."""
+    size = 16 if quick else 32
+    config = Config(
+        ModelConfig(f"cifar_resnet{depth}", num_classes=10, **fields),
+        DataConfig(image_size=size),
+        optimizer=OptimizerConfig(),
+        train=TrainConfig(batch_size=BATCH, ema_decay=None),
+    )
+    needs = forecast(config, 1)
+    row = {"way": way, "depth": depth, "temporary": needs["temporary"], "state": sum(needs["state"].values())}
+    began = time.perf_counter()
+    compiled, state, batch = step_of(config, size)
+    row["compile_seconds"] = time.perf_counter() - began
+    if "scan" in fields and jax.default_backend() == "cpu":
+        return [row]
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, batch))
+        times.append(time.perf_counter() - began)
+    return [row | {"step_seconds": float(np.median(times[1:]))}]
+
+
+def step_of(config: Config, size: int) -> tuple[Any, Any, Any]:
+    """A compiled training step, its first state and a batch."""
+    model = build_model(dataclasses.replace(config), 10)
+    optimizer = make_optimizer(config.optimizer, lambda step: 0.01)
+    state = in_form(state_maker(config, model, lambda step: 0.01)(), config)
+    batch = {"image": jnp.zeros((BATCH, size, size, 3), jnp.uint8), "label": jnp.zeros(BATCH, jnp.int32)}
+    batch["turn"] = jnp.zeros(BATCH, bool)
+    step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0, compiler_options=compiler_options())
+    return step.lower(state, batch).compile(), state, batch
+
+
+def draw(found: Rows) -> Any:
+    """Memory, time of a step and of compilation against the depth."""
+    figure, axes = axes_of(3)
+    for colour, way in zip(COLOURS, WAYS, strict=False):
+        of = sorted((row for row in found if row["way"] == way), key=lambda row: row["depth"])
+        for axis, (name, unit) in zip(axes, UNITS.items(), strict=True):
+            points = [(row["depth"], row[name] / unit) for row in of if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=colour, label=way)
+    titles = (f"MiB within a step, batch {BATCH}", "milliseconds a step", "seconds to compile")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="layers", xscale="log", yscale="log")
+        axis.legend(frameon=False)
+    return figure

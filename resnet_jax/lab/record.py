@@ -1,0 +1,107 @@
+"""What an experiment leaves: rows as JSON and CSV, a figure as PNG and SVG, and parts by which it goes on."""
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from resnet_jax.integrity import write_whole
+from resnet_jax.training.workdir import versions
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says of an experiment; None leaves it to the experiment.
+
+    Attributes:
+      dataset: `digits`, or any `data.dataset` of a recipe, at 32 x 32 pixels.
+      depths: of the networks.
+      seeds: one training each.
+      quick: the smallest version that still shows the effect.
+    """
+
+    dataset: str = "digits"
+    depths: tuple[int, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    quick: bool = False
+
+
+class Notebook:
+    """The folder of an experiment: finished parts are kept, so that a run that was stopped goes on with the next."""
+
+    def __init__(self, folder: Path, name: str, options: Options) -> None:
+        self.folder, self.options = folder, options
+        self._salt = f"{name} {json.dumps(asdict(options))}"
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+
+    def part(self, name: str, make: Callable[[], Rows]) -> Rows:
+        """The rows of a part: as they were kept, or made now, and then kept."""
+        digest = hashlib.sha256(f"{self._salt} {name}".encode()).hexdigest()[:16]
+        path = self.folder / "parts" / f"{digest}.json"
+        if path.exists():
+            return json.loads(path.read_text())["rows"]
+        began = time.perf_counter()
+        rows = make()
+        write_whole(path, json.dumps({"part": name, "rows": rows}))
+        print(f"  {name}: {time.perf_counter() - began:.0f} s", flush=True)
+        return rows
+
+
+def save(folder: Path, name: str, options: Options, rows: Rows, figure: Any, seconds: float) -> dict[str, Any]:
+    """Writes `<name>.json`, `.csv`, `.png` and `.svg` into a folder; returns the record."""
+    record = {
+        "name": name,
+        "command": " ".join(["resnet-jax", "lab", *sys.argv[2:]]) if len(sys.argv) > 2 else "resnet_jax.lab",
+        "options": asdict(options),
+        "commit": commit(),
+        "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "versions": versions(),
+        "seconds": round(seconds, 1),
+        "rows": rows,
+    }
+    write_whole(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (folder / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    figure.savefig(folder / f"{name}.png", dpi=110)
+    figure.savefig(folder / f"{name}.svg")
+    return record
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package lies in; None outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+COLOURS = ("#0b62a4", "#d1495b", "#3a7d44", "#e59f1c", "#6b4fa0", "#4f5d73", "#1aa6a6", "#b06f4d")
+
+
+def axes_of(columns: int, rows: int = 1, width: float = 4.6, height: float = 3.4) -> tuple[Any, list[Any]]:
+    """A figure and its axes, row by row, in the style of the lab."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for one in axes:
+        one.grid(alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes

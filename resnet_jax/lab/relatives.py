@@ -1,0 +1,94 @@
+"""The relatives at about equal size: plain, GoogLeNet, ResNets, DenseNet, attention, a small transformer."""
+
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from resnet_jax.config import OptimizerConfig
+from resnet_jax.lab.fit import fit, load, network, pixels, recipe, variables_of
+from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
+from resnet_jax.models.registry import cost
+
+WIDE = {"stage_sizes": (3, 3, 3)}
+RELATIVES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "plain": ("cifar_plain20", WIDE, 20),
+    "GoogLeNet": ("cifar_googlenet", {}, 19),
+    "ResNet": ("cifar_resnet20", WIDE, 20),
+    "ResNet, activation first": ("cifar_resnet20", WIDE | {"preact": True, "shortcut": "B"}, 20),
+    "DenseNet-BC": ("cifar_densenet_bc_100_12", {"stage_sizes": (6, 6, 6), "growth": 16}, 40),
+    "ResNet with attention": ("cifar_botnet20", {}, 29),
+    "transformer": ("cifar_vit", {"patch": 4, "width": 84, "mlp": 168, "depth": 5}, 11),
+}
+"""Name -> model, fields, weighted layers in a row."""
+
+
+def rows(book: Notebook) -> Rows:
+    """`name`, `seed`, `parameters`, `macs`, `layers`, `kept` (bytes an image for the way back), rates, errors."""
+    options = book.options
+    data = load(options.dataset)
+    epochs = 5.0 if options.quick else 40.0
+    found: Rows = []
+    for seed in options.seeds or ((0,) if options.quick else (0, 1, 2)):
+        for name in RELATIVES:
+            found += book.part(f"{name}, seed {seed}", partial(one, name, data, epochs, seed))
+    return found
+
+
+def one(name: str, data: Any, epochs: float, seed: int) -> Rows:
+    """One row."""
+    model_name, fields, layers = RELATIVES[name]
+    fields = fields | ({"patch": data.size // 8 * 2} if model_name == "cifar_vit" else {})
+    model = network(model_name, data, **fields)
+    changes = {}
+    if model_name == "cifar_vit":  # transformers need Adam
+        changes["optimizer"] = OptimizerConfig(name="adamw", learning_rate=2e-3, weight_decay=0.05)
+    config = recipe(data, epochs, seed, **changes)
+    state, curve = fit(model, data, config, points=1)
+    images, _ = pixels(data, 256, config)
+    forward = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
+    jax.block_until_ready(forward(variables_of(state), images))
+    began = time.perf_counter()
+    for _ in range(5):
+        jax.block_until_ready(forward(variables_of(state), images))
+    rate = 5 * len(images) / (time.perf_counter() - began)
+    parameters, macs = cost(model, data.size)
+    row = {"name": name, "seed": seed, "parameters": parameters, "macs": macs, "layers": layers,
+            "kept": kept_bytes(model, variables_of(state), images[:8]) / 8, "images_per_second": rate,
+            "train_error": curve[-1]["train_error"], "test_error": curve[-1]["test_error"]}  # fmt: skip
+    return [row]
+
+
+def kept_bytes(model: Any, variables: Any, images: jax.Array) -> int:
+    """Bytes of activations that are kept between the way there and the way back, from shapes alone."""
+
+    def backward(params: Any, images: jax.Array) -> Any:
+        def loss(params: Any) -> jax.Array:
+            given = variables | {"params": params}
+            rngs = {"dropout": jax.random.key(0)}
+            return model.apply(given, images, train=True, mutable=["batch_stats"], rngs=rngs)[0].sum()
+
+        return jax.vjp(loss, params)[1]
+
+    shapes = jax.eval_shape(backward, variables["params"], images)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes) if x.shape[:1] == images.shape[:1])
+
+
+def draw(found: Rows) -> Any:
+    """Test error beside arithmetic, memory and speed."""
+    figure, axes = axes_of(3)
+    names = list(dict.fromkeys(row["name"] for row in found))
+    shown = (("macs", 1e6, "million multiply-adds an image"), ("kept", 2**10, "KiB kept an image, in training"),
+             ("images_per_second", 1, "images a second, forward"))  # fmt: skip
+    for axis, (key, unit, title) in zip(axes, shown, strict=True):
+        for colour, name in zip(COLOURS, names, strict=False):
+            of = [row for row in found if row["name"] == name]
+            errors = [row["test_error"] for row in of]
+            label = f"{name}, {of[0]['parameters'] / 1e3:.0f} k"
+            place = np.mean([row[key] for row in of]) / unit
+            axis.errorbar(place, np.mean(errors), np.std(errors), fmt="o", color=colour, label=label, capsize=3)
+        axis.set(title="test error", xlabel=title, xscale="log", ylim=(0, None))
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,56 @@
+"""Running experiments, and the page that shows them."""
+
+import base64
+import json
+import time
+from html import escape
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.config import InputError
+from resnet_jax.integrity import write_whole
+from resnet_jax.lab.record import Notebook, Options, save
+from resnet_jax.lab.words import TITLES, WORDS
+from resnet_jax.models.registry import nearest
+
+EXPERIMENTS = tuple(TITLES)
+"""Each is a module of this folder with `rows(notebook)` and `draw(rows)`."""
+
+
+def run(name: str, folder: Path, options: Options) -> dict[str, Any]:
+    """Runs an experiment, or goes on with it; returns its record, which lies in `folder` with its figure.
+
+    Raises:
+      InputError: there is no such experiment.
+    """
+    if name not in EXPERIMENTS:
+        raise InputError(f"there is no experiment {name!r}; {nearest(name, (*EXPERIMENTS, 'all'))}")
+    module: Any = import_module(f"resnet_jax.lab.{name}")
+    print(f"{name}: {TITLES[name][0]}", flush=True)
+    began = time.perf_counter()
+    rows = module.rows(Notebook(folder, name, options))
+    record = save(folder, name, options, rows, module.draw(rows), time.perf_counter() - began)
+    print(f"  {folder / name}.png, .svg, .json, .csv", flush=True)
+    return record
+
+
+def write_page(folder: Path) -> Path:
+    """`index.html` with every experiment whose record lies in the folder, in English and Japanese."""
+    sections = []
+    for name in EXPERIMENTS:
+        if not (folder / f"{name}.json").exists():
+            continue
+        record = json.loads((folder / f"{name}.json").read_text())
+        picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        english, japanese = TITLES[name]
+        how = f"{record['command']} · {record['hardware']} · {record['seconds']:.0f} s · {record['commit'] or ''}"
+        sections.append(
+            f'<section id="{name}"><h2>{escape(english)} <span lang="ja">{escape(japanese)}</span></h2>'
+            f'<img src="data:image/png;base64,{picture}" alt="{escape(english)}">'
+            f'<p>{escape(WORDS[name][0])}</p><p lang="ja">{escape(WORDS[name][1])}</p>'
+            f"<small>Data: {escape(record['options']['dataset'])}. <code>{escape(how)}</code></small></section>"
+        )
+    page = (Path(__file__).with_name("page.html")).read_text()
+    write_whole(folder / "index.html", page.replace("{body}", "\n".join(sections)))
+    return folder / "index.html"

@@ -1,0 +1,138 @@
+"""A network as a program of its own, for serving without this package: pictures in, probabilities out.
+
+A `.stablehlo` file is a zip archive with `program`, for `jax.export.deserialize`, and `metadata.json`; a `.onnx` file
+is made with jax2onnx and holds the same metadata among its properties.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax.config import InputError, sides
+from resnet_jax.data.on_device import normalize
+from resnet_jax.inference import Predictor, to_probabilities
+from resnet_jax.models.fold import fold_batch_norm
+from resnet_jax.models.resnet import ResNet
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+CHECKED, TOLERANCE = 100, 1e-4
+"""Pictures on which a written program must agree with the network, and how far probabilities may differ."""
+
+
+def export_program(source: str, path: Path, form: str, name: str | None = None) -> dict[str, Any]:
+    """Writes a network with its preprocessing (but for resizing) and softmax as a program for any batch.
+
+    The program takes pixels [batch, height, width, channel], uint8 for RGB and else float32, and gives probabilities,
+    float32 [batch, classes]. It is written only after it agreed with the network on 100 pictures.
+
+    Args:
+      source: as for `load_pretrained`.
+      form: `stablehlo` or `onnx`.
+      name: of the model, where the source does not say.
+
+    Returns:
+      What its metadata say: `source`, `class_names`, `input`, `dtype`, `several`, `thresholds`, `eval_crop`,
+      `interpolation`.
+
+    Raises:
+      InputError: the source cannot be read, jax2onnx is missing, the program disagrees, or cannot be written.
+    """
+    predictor = Predictor.from_source(source, name)
+    look, channels = predictor.preprocessing, predictor.model.in_channels
+    shape = (*sides(look.eval_image_size), channels)
+    dtype = np.uint8 if channels == 3 else np.float32
+    said = {
+        "source": Path(source).name,
+        "class_names": predictor.class_names,
+        "input": ["batch", *shape],
+        "dtype": np.dtype(dtype).name,
+        "several": predictor.several,
+        "thresholds": predictor.calibration.thresholds,
+        "eval_crop": look.eval_crop,
+        "interpolation": look.interpolation,
+    }
+    write = {"stablehlo": write_stablehlo, "onnx": write_onnx}[form]
+    beside = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        call = write(serve(predictor), shape, dtype, said, beside)
+        agree(call, predictor, shape, dtype)
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return said
+
+
+def serve(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
+    """The whole way from pixels to probabilities as one function, with the norms folded."""
+    model, variables, look = predictor.model, predictor.variables, predictor.preprocessing
+    if isinstance(model, ResNet) and model.norm in ("batch", "frozen_batch"):
+        model, variables = fold_batch_norm(model, variables)
+    several, temperature = predictor.several, predictor.calibration.temperature
+
+    def served(pixels: jax.Array) -> jax.Array:
+        logits = model.apply(variables, normalize(pixels, look.mean, look.std, model.dtype), train=False)
+        return to_probabilities(logits, several, temperature)
+
+    return served
+
+
+Call = Callable[[np.ndarray], np.ndarray]
+
+
+def write_stablehlo(served: Any, shape: tuple[int, ...], dtype: Any, said: dict[str, Any], path: Path) -> Call:
+    """Writes the archive; returns what it computes, read back from it."""
+    pixels = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"batch, {', '.join(map(str, shape))}"), dtype)
+    program = jax.export.export(jax.jit(served), platforms=PLATFORMS)(pixels)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("program", bytes(program.serialize()))
+        archive.writestr("metadata.json", json.dumps(said, indent=1))
+    with zipfile.ZipFile(path) as archive:
+        again = jax.export.deserialize(bytearray(archive.read("program")))
+    return lambda pixels: np.asarray(again.call(pixels))
+
+
+def write_onnx(served: Any, shape: tuple[int, ...], dtype: Any, said: dict[str, Any], path: Path) -> Call:
+    """Writes an ONNX model; returns what ONNX Runtime computes with it.
+
+    Raises:
+      InputError: jax2onnx is not installed.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        from jax2onnx import to_onnx
+    except ImportError as error:
+        raise InputError(
+            f"ONNX needs jax2onnx and what it takes ({error.name} is missing): pip install jax2onnx, or take .stablehlo"
+        ) from error
+    graph = to_onnx(served, [jax.ShapeDtypeStruct(("batch", *shape), dtype)], model_name="resnet_jax")
+    for key, value in said.items():
+        graph.metadata_props.add(key=key, value=json.dumps(value))
+    onnx.save(graph, path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (pixels,) = session.get_inputs()
+    return lambda images: session.run(None, {pixels.name: images})[0]
+
+
+def agree(call: Call, predictor: Predictor, shape: tuple[int, ...], dtype: Any) -> None:
+    """Raises InputError where a program and the network differ on random pictures, in batches of several sizes."""
+    rng = np.random.default_rng(0)
+    noise = rng.random((CHECKED, *shape), dtype=np.float32)
+    pictures = (noise * 255).astype(dtype) if dtype == np.uint8 else noise
+    for part in np.split(pictures, [1, 34]):
+        look = predictor.preprocessing
+        images = normalize(jnp.asarray(part), look.mean, look.std, predictor.model.dtype)
+        logits = predictor.model.apply(predictor.variables, images, train=False)
+        wanted = to_probabilities(logits, predictor.several, predictor.calibration.temperature)
+        if (off := float(np.abs(call(part) - np.asarray(wanted)).max())) > TOLERANCE:
+            raise InputError(f"the program differs from the network by {off:.2g} in a probability; nothing was written")

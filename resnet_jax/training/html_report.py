@@ -1,0 +1,231 @@
+"""`report.html`: what a run came to, in one file that needs nothing else."""
+
+import base64
+import dataclasses
+import io
+import json
+import statistics
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax.data.on_device import normalize
+from resnet_jax.data.transforms import fit
+from resnet_jax.inference import as_shown, overlay
+from resnet_jax.integrity import write_whole
+from resnet_jax.models.gradcam import grad_cam
+from resnet_jax.recipes import to_dict
+from resnet_jax.training.charts import line_chart, reliability_chart
+from resnet_jax.training.evaluation import FinishedRun, Predictions, open_run
+from resnet_jax.training.measures import fit_calibration, measure, probabilities
+from resnet_jax.training.trackers import read_lines
+from resnet_jax.weights.tags import Calibration
+
+MISTAKES, THUMBNAIL = 12, 112
+"""How many are shown, and at least how many pixels high."""
+MOST_CLASSES = 40
+"""Of a confusion matrix; of more classes the pairs are listed that are confused most."""
+
+
+def make_report(folder: Path, best: bool = False) -> Path:
+    """Writes `report.html`, `measures.json` and `calibration.json` into a run's folder; returns the page's path.
+
+    The network is that of the newest checkpoint, or of the best one where `best` or `train.patience` says so, with its
+    moving average if it has one. Temperature and thresholds are fitted on the test split and so flatter it a little.
+
+    Raises:
+      InputError: the folder holds no run, or no checkpoint.
+    """
+    run = open_run(folder, best, keep=True)
+    result = run.evaluate(run.state) or {}
+    said: Predictions = result.get("ema", result["test"])["predictions"]
+    calibration = fit_calibration(said.logits, said.labels)
+    names = run.dataset.class_names
+    plain = measure(said.logits, said.labels, names)
+    found = measure(said.logits, said.labels, names, calibration)
+    step = int(run.state.step)
+    write_whole(folder / "calibration.json", json.dumps({"step": step} | dataclasses.asdict(calibration)) + "\n")
+    loss = result.get("ema", result["test"])["loss"]
+    kept = {"step": step, "loss": loss} | plain | {"calibrated": found, "temperature": calibration.temperature}
+    write_whole(folder / "measures.json", json.dumps(kept, indent=1) + "\n")
+    lines = read_lines(folder / "metrics.jsonl")
+    sections = [
+        _heading(run, folder, step),
+        _tiles(plain, found, loss, calibration),
+        _curves(lines),
+        _classes(found),
+        _confusion(found, names),
+        f"<h2>Calibration</h2>{reliability_chart(plain['reliability'])}",
+        _mistakes(run, said, calibration),
+        _speed(lines, folder),
+        _details(run, folder),
+    ]
+    page = PAGE.replace("{title}", escape(f"{run.config.model.name} on {run.config.data.dataset}"))
+    write_whole(folder / "report.html", page.replace("{body}", "\n".join(sections)))
+    return folder / "report.html"
+
+
+def _heading(run: FinishedRun, folder: Path, step: int) -> str:
+    config = run.config
+    average = ", moving average" if run.state.ema is not None else ""
+    return (
+        f"<h1>{escape(config.model.name)} on {escape(config.data.dataset)}</h1>"
+        f"<p>{escape(folder.name)}: step {step}{average}; {len(run.dataset.train):,} images to train, "
+        f"{len(run.dataset.test):,} to test, {len(run.dataset.class_names)} classes.</p>"
+    )
+
+
+def _tiles(plain: dict[str, Any], found: dict[str, Any], loss: float, calibration: Calibration) -> str:
+    shown = {
+        "accuracy": _percent(plain["accuracy"]),
+        "top 5": _percent(plain.get("top5")),
+        "mean average precision": _percent(plain.get("map")),
+        "macro recall": _percent(plain["macro_recall"]),
+        "macro F1": _percent(plain["macro_f1"]),
+        "AUC, one against the rest": _number(plain["auc"]),
+        "loss": _number(loss),
+        "calibration error": f"{_percent(plain['ece'])} → {_percent(found['ece'])}",
+        "temperature": _number(calibration.temperature),
+    }
+    tiles = "".join(f"<div><b>{value}</b>{name}</div>" for name, value in shown.items() if value)
+    return f'<section class="tiles">{tiles}</section>'
+
+
+def _curves(lines: list[dict[str, Any]]) -> str:
+    kinds = {"training": "train", "test": "eval", "test, averaged": "ema"}
+
+    def points(name: str) -> list[tuple[float, float]]:
+        return [(line["step"], line[name]) for line in lines if name in line]
+
+    charts = [
+        line_chart("Loss", {label: points(f"{kind}/loss") for label, kind in kinds.items()}, "step", log=True),
+        line_chart("Accuracy", {label: points(f"{kind}/accuracy") for label, kind in kinds.items()}, "step"),
+        line_chart("Learning rate", {"learning rate": points("learning_rate")}, "step"),
+    ]
+    return f'<h2>Curves</h2><section class="charts">{"".join(charts)}</section>'
+
+
+def _classes(found: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(row['name'])}</th><td>{_percent(row['precision'])}</td><td>{_percent(row['recall'])}</td>"
+        f"<td>{_percent(row['f1'])}</td><td>{row['support']:,}</td><td>{_number(row['auc'])}</td></tr>"
+        for row in found["classes"]
+    )
+    head = "<tr><th>class</th><th>precision</th><th>recall</th><th>F1</th><th>images</th><th>AUC</th></tr>"
+    return f'<h2>Classes</h2><div class="wide"><table id="classes">{head}{rows}</table></div>'
+
+
+def _confusion(found: dict[str, Any], names: tuple[str, ...]) -> str:
+    if "confusion" not in found:
+        return ""
+    matrix = np.asarray(found["confusion"])
+    if len(names) > MOST_CLASSES:
+        wrong = matrix * (1 - np.eye(len(names), dtype=int))
+        pairs = [divmod(int(i), len(names)) for i in np.argsort(-wrong, axis=None)[:30]]
+        rows = "".join(
+            f"<tr><th>{escape(names[a])}</th><td>{escape(names[b])}</td><td>{wrong[a, b]}</td></tr>"
+            for a, b in pairs
+            if wrong[a, b]
+        )
+        head = "<tr><th>class</th><th>taken for</th><th>images</th></tr>"
+        return f'<h2>Confused most</h2><div class="wide"><table id="confusion">{head}{rows}</table></div>'
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th>"
+        + "".join(
+            f'<td style="--share:{share[i, j]:.3f}"{" class=right" if i == j else ""}>{matrix[i, j] or ""}</td>'
+            for j in range(len(names))
+        )
+        + "</tr>"
+        for i, name in enumerate(names)
+    )
+    table = f'<table id="confusion" class="confusion"><tr><th>truth \\ said</th>{head}</tr>{rows}</table>'
+    return f'<h2>Confusion</h2><div class="wide">{table}</div>'
+
+
+def worst(said: Predictions, temperature: float) -> list[tuple[int, int, float]]:
+    """The most confident mistakes: (place among the predictions, class that is wrong, its probability)."""
+    several = said.labels.ndim == 2
+    p = probabilities(said.logits, several, temperature)
+    wrong = p * (1 - said.labels) if several else np.where(np.arange(p.shape[1]) == said.labels[:, None], 0.0, p)
+    label, confidence = wrong.argmax(1), wrong.max(1)
+    mistaken = confidence > 0.5 if several else p.argmax(1) != said.labels
+    order = np.argsort(-confidence * mistaken)[: min(MISTAKES, int(mistaken.sum()))]
+    return [(int(i), int(label[i]), float(confidence[i])) for i in order]
+
+
+def _mistakes(run: FinishedRun, said: Predictions, calibration: Calibration) -> str:
+    chosen = worst(said, calibration.temperature)
+    if not chosen:
+        return "<h2>Mistakes</h2><p>There are none.</p>"
+    config, source, names = run.config, run.dataset.test, run.dataset.class_names
+    size, look = config.data.eval_image_size or config.data.image_size, config.augment
+    places = [int(said.index[i]) for i, _, _ in chosen]
+    seen = [fit(source[i][0], size, look.eval_crop, look.interpolation, config.data.channels) for i in places]
+    model: Any = run.model
+    images = normalize(jnp.asarray(np.stack(seen)), config.data.mean, config.data.std, model.dtype)
+    variables = run.state.ema or {"params": run.state.params, "batch_stats": run.state.batch_stats}
+    heats = np.asarray(grad_cam(model, variables, images, jnp.asarray([label for _, label, _ in chosen])))
+    cards = []
+    for (i, label, confidence), place, picture, heat in zip(chosen, places, seen, heats, strict=True):
+        truth = said.labels[i]
+        true = ", ".join(names[k] for k in np.flatnonzero(truth)) if truth.ndim else names[truth]
+        where = escape(Path(source.describe(place)).name)
+        cards.append(
+            f'<figure class="mistake">{_picture(as_shown(picture))}{_picture(overlay(picture, heat))}'
+            f"<figcaption><b>{escape(names[label])}</b> {confidence:.0%}, in truth {escape(true or 'nothing')}"
+            f"<small>{where}</small></figcaption></figure>"
+        )
+    text = "The most confident ones, and what in them spoke for the wrong class (Grad-CAM)."
+    return f'<h2>Mistakes</h2><p>{text}</p><section class="mistakes">{"".join(cards)}</section>'
+
+
+def _picture(pixels: Any) -> str:
+    from PIL import Image
+
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    factor = max(1, -(-THUMBNAIL // image.height))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def _speed(lines: list[dict[str, Any]], folder: Path) -> str:
+    rows = []
+    for name, label in (
+        ("images_per_second", "images a second"),
+        ("data_wait", "waiting for data, share of the time"),
+    ):
+        if values := [line[name] for line in lines if name in line]:
+            rows.append(f"<tr><th>{label}, median</th><td>{statistics.median(values):.4g}</td></tr>")
+    if (folder / "summary.json").exists():
+        summary = json.loads((folder / "summary.json").read_text())
+        rows += [f"<tr><th>{name}</th><td>{escape(str(summary[name]))}</td></tr>" for name in ("device", "steps")]
+        rows.append(f"<tr><th>seconds of the last start</th><td>{summary['seconds']:.1f}</td></tr>")
+        rows += [f"<tr><th>{n}</th><td>{escape(v)}</td></tr>" for n, v in summary["versions"].items()]
+    return f'<h2>Run</h2><div class="wide"><table id="run">{"".join(rows)}</table></div>'
+
+
+def _details(run: FinishedRun, folder: Path) -> str:
+    recipe = escape(json.dumps(to_dict(run.config), indent=2))
+    bad = sorted(run.bad.names)
+    unread = f"<p>Not counted, since they cannot be decoded: {escape(', '.join(bad[:50]))}</p>" if bad else ""
+    return f"{unread}<details><summary>Recipe</summary><pre>{recipe}</pre></details>"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+PAGE = (Path(__file__).with_name("report_page.html")).read_text()
+"""The empty page, with its style."""

@@ -1,0 +1,78 @@
+"""A picture of the first training batch as the network sees it."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax.config import Config, InputError
+from resnet_jax.data.loader import BadImages, sampling_table, train_batches, whole_split
+from resnet_jax.data.on_device import per_channel
+from resnet_jax.data.sources import load_dataset
+from resnet_jax.inference import as_shown
+from resnet_jax.recipes import check
+from resnet_jax.sharding import batch_sharding, make_mesh, put_everywhere
+from resnet_jax.training.recipe import build_model, complete
+from resnet_jax.training.step import draw, prepare
+
+MOST, COLUMNS, HIGH = 64, 8, 128
+"""Images that are drawn, in so many columns, each at least so many pixels high."""
+
+
+def show_batch(config: Config, file: Path) -> Path:
+    """Draws images of the recipe's first batch into a file, after all augmentation and mixing, with their targets.
+
+    Raises:
+      InputError: the recipe or the data is not as it must be, or the file cannot be written.
+    """
+    check(config)
+    config = complete(config, None)
+    dataset, mesh = load_dataset(config.data, config.train.seed), make_mesh(1)
+    model: Any = build_model(config, len(dataset.class_names))
+    bad = BadImages(config.data.on_bad_image, channels=config.data.channels)
+    table, step = sampling_table(dataset, config.data.sampling), jnp.int32(0)
+    if config.data.on_device:
+        data = put_everywhere(whole_split(dataset.train, config, bad, table), mesh)
+        batch = jax.jit(lambda data: draw(step, data, config, batch_sharding(mesh)))(data)
+    else:
+        batch = next(train_batches(dataset.train, config, mesh, bad, range(1), table=table))
+    images, targets = (np.asarray(x, np.float32) for x in prepare(batch, step, config, model))
+    mean, std = (np.asarray(per_channel(v, images.shape[-1])) for v in (config.data.mean, config.data.std))
+    pixels = (images * std + mean).clip(0, 1)
+    return draw_grid(pixels[:MOST], [caption(row, dataset.class_names) for row in targets], file)
+
+
+def caption(target: np.ndarray, names: tuple[str, ...]) -> str:
+    """The classes of a soft target, the strongest first, with their shares where there is more than one."""
+    top = [k for k in np.argsort(-target, kind="stable")[:3] if target[k] > 0.5 * target.max()]
+    return " ".join(names[k] if target[k] > 0.99 else f"{names[k]} {target[k]:.2f}" for k in top)
+
+
+def draw_grid(pixels: np.ndarray, captions: list[str], file: Path) -> Path:
+    """Writes images, float [size, height, width, channel] in [0, 1], side by side with their captions.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = pixels.shape[1:3]
+    factor = max(1, -(-HIGH // height))
+    cell = (width * factor + 8, height * factor + 22)
+    rows = -(-len(pixels) // COLUMNS)
+    sheet = Image.new("RGB", (cell[0] * min(COLUMNS, len(pixels)), cell[1] * rows), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (picture, text) in enumerate(zip(pixels, captions, strict=False)):
+        shown = (picture * 255).round().astype(np.uint8) if picture.shape[-1] == 3 else as_shown(picture)
+        left, top = i % COLUMNS * cell[0] + 4, i // COLUMNS * cell[1] + 2
+        large = Image.fromarray(shown).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        sheet.paste(large, (left, top))
+        pen.text((left, top + height * factor + 3), text[: max(6, width * factor // 6)], fill="black")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be written: {error}") from error
+    return file

@@ -1,0 +1,84 @@
+"""Pictures of other than three channels, of 16 bits, and that are not square."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_jax.config import AugmentConfig, DataConfig
+from resnet_jax.data.on_device import normalize, per_channel
+from resnet_jax.data.transforms import BadImage, augment, decode, fit, random_resized_crop
+
+RNG = np.random.default_rng(0)
+
+
+def test_sixteen_bits_of_grey_are_kept(tmp_path):
+    pixels = RNG.integers(0, 65536, (9, 7), dtype=np.uint16)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(pixels).save(tmp_path / name)
+        found = decode(tmp_path / name, 1)
+        assert found.dtype == np.float32 and found.shape == (9, 7, 1)
+        np.testing.assert_allclose(found[..., 0] * 65535, pixels, atol=0.01)
+
+
+def test_colours_become_grey_as_pillow_makes_them(tmp_path):
+    image = Image.fromarray(RNG.integers(0, 256, (9, 7, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    np.testing.assert_allclose(decode(tmp_path / "a.png", 1)[..., 0] * 255, np.asarray(image.convert("L")), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_channels_of_an_array_file(tmp_path, dtype):
+    unit = RNG.random((6, 8, 5))
+    largest = {"uint8": 255, "uint16": 65535, "float32": 1}[dtype]
+    np.save(tmp_path / "a.npy", (unit * largest).astype(dtype))
+    found = decode(str(tmp_path / "a.npy"), 5)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, unit, atol=1.01 / largest if largest > 1 else 1e-6)
+
+
+def test_pages_of_a_tiff_are_channels(tmp_path):
+    pages = RNG.integers(0, 65536, (5, 6, 8), dtype=np.uint16)
+    first, *rest = (Image.fromarray(page) for page in pages)
+    first.save(tmp_path / "a.tif", save_all=True, append_images=rest)
+    np.testing.assert_allclose(decode(tmp_path / "a.tif", 5) * 65535, np.moveaxis(pages, 0, -1), atol=0.01)
+
+
+def test_resizing_any_channel_is_pillows(tmp_path):
+    pixels = RNG.random((20, 33, 4)).astype(np.float32)
+    found = fit(pixels, (10, 12), interpolation="bicubic", channels=4)
+    assert found.shape == (10, 12, 4)
+    for k in range(4):
+        band = Image.fromarray(np.ascontiguousarray(pixels[..., k])).resize((16, 10), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(found[..., k], np.asarray(band)[:, 2:14])
+
+
+def test_sizes_need_not_be_square():
+    image = Image.fromarray(RNG.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    assert fit(image, (24, 12)).shape == (24, 12, 3)
+    expected = image.resize((32, 24), Image.Resampling.BILINEAR).crop((10, 0, 22, 24))
+    np.testing.assert_array_equal(fit(image, (24, 12)), expected)
+    assert np.asarray(random_resized_crop(image, RNG, (6, 14), (0.2, 0.5))).shape == (6, 14, 3)
+    recipe = AugmentConfig(crop="random_resized", flip="random")
+    assert augment(RNG.random((9, 9, 2)), np.random.default_rng(0), (4, 6), recipe, channels=2).shape == (4, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("array", "channels", "says"),
+    [
+        (np.zeros((4, 4, 5), np.uint8), 4, "5 channels, the recipe 4: set data.channels"),
+        (np.zeros((4, 4, 2), np.int64), 2, "int64 have no known range"),
+        (np.zeros((2, 2, 2, 2), np.uint8), 2, "is no picture"),
+        (np.asarray([[object()]]), 1, "allow_pickle"),
+    ],
+)
+def test_what_is_no_picture_says_why(tmp_path, array, channels, says):
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(BadImage, match=says):
+        decode(tmp_path / "a.npy", channels)
+
+
+def test_normalising_takes_each_channels_values_or_their_mean():
+    data = DataConfig(mean=(0.1, 0.2, 0.6), std=(1.0, 2.0, 3.0))
+    images = RNG.random((2, 3, 3, 5)).astype(np.float32)
+    np.testing.assert_allclose(normalize(images, data.mean, data.std, np.float32), (images - 0.3) / 2.0, atol=1e-6)
+    np.testing.assert_allclose(per_channel(data.mean, 3), data.mean)

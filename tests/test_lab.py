@@ -1,0 +1,175 @@
+"""The lab: its mathematics against plain autodiff, its small trainings, and its page."""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from resnet_jax import InputError
+from resnet_jax.cli import main
+from resnet_jax.lab import gradients, landscape, lesion, relatives, response
+from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
+from resnet_jax.lab.record import Notebook, Options
+from resnet_jax.lab.run import EXPERIMENTS, run, write_page
+from resnet_jax.lab.words import WORDS
+from resnet_jax.models.blocks import PreactBlock, ResidualBlock
+from resnet_jax.models.registry import count_parameters
+from resnet_jax.training.state import init_variables
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits", train=96, test=64)
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("plain", "none"), ("residual", "batch"), ("preact", "batch")])
+def test_gradients_along_a_network_are_those_of_autodiff(digits, kind, norm):
+    """Against `jax.grad` of zeros that are added to what each block puts out."""
+    model = cifar_net(kind, 14, digits, norm=norm, zero_init_last=False)
+    images, labels = pixels(digits, 8, recipe(digits, 1.0))
+    variables = init_variables(model, jax.random.key(0), images[:1])
+    names = [f"stage{s}/block{b}" for s in (1, 2, 3) for b in (1, 2)]
+
+    def loss(deltas):
+        def tap(call, args, kwargs, context):
+            out, name = call(*args, **kwargs), "/".join(context.module.path)
+            whole = isinstance(context.module, ResidualBlock | PreactBlock) and context.method_name == "__call__"
+            return out + deltas[name] if whole else out
+
+        with nn.intercept_methods(tap):
+            logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    shapes = [(8, 8 // 2**s, 8 // 2**s, 16 * 2**s) for s in (0, 0, 1, 1, 2, 2)]
+    expected = jax.grad(loss)({name: jnp.zeros(shape) for name, shape in zip(names, shapes, strict=True)})
+    found = gradients.gradients_along(model, variables, images, labels)
+    np.testing.assert_allclose(found, [jnp.linalg.norm(expected[name]) for name in names], rtol=1e-3)
+
+
+def test_gradients_vanish_and_explode_without_shortcuts_and_norms_and_not_with_them(digits):
+    """Depth 56: first over last below 1e-3 and above 1e3 in the plain net; between 0.1 and 10 in the residual one as it
+    starts by default."""
+    images, labels = pixels(digits, 32, recipe(digits, 1.0))
+
+    def ratio(kind, norm, init):
+        model = cifar_net(kind, 56, digits, norm=norm)
+        variables = gradients.with_variance(init_variables(model, jax.random.key(0), images[:1]), gradients.INITS[init])
+        norms = jax.jit(lambda v: gradients.gradients_along(model, v, images, labels))(variables)
+        return float(norms[0] / norms[-1])
+
+    assert ratio("plain", "none", "LeCun") < 1e-3 and ratio("plain", "none", "twice He") > 1e3
+    assert all(0.1 < ratio("residual", "batch", init) < 10 for init in gradients.INITS)
+
+
+def test_the_jacobian_of_a_block_is_that_of_its_branch_and_the_identity():
+    assert gradients.identity()[0]["difference"] < 1e-5
+
+
+def test_a_small_training_learns_and_tells(digits):
+    config = recipe(digits, 30.0)
+    state, curve = fit(cifar_net("residual", 8, digits), digits, config, points=3)
+    assert [row["step"] for row in curve] == [0, 10, 20, 30] and int(state.step) == 30
+    assert curve[-1]["train_loss"] < 0.9 * curve[0]["train_loss"] and 0 < curve[-1]["test_error"] < 1
+
+
+def test_a_removed_block_hands_on_what_it_was_given(digits):
+    model = cifar_net("residual", 14, digits)
+    variables = init_variables(model, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    accuracy = lesion.gated_accuracy(model, digits, [(1, 1), (1, 2)])
+    gone = jax.tree.map(lambda x: x, variables)
+    for block in ("block1", "block2"):  # branches of zeros do the same behind a ReLU
+        gone["params"]["stage1"][block]["norm2"] = jax.tree.map(
+            jnp.zeros_like, gone["params"]["stage1"][block]["norm2"]
+        )
+    assert accuracy(variables, [0.0, 0.0]) == accuracy(gone, [1.0, 1.0])
+    twice = lesion.swapped(lesion.swapped(variables, 2, 0, np.random.default_rng(0)), 2, 0, np.random.default_rng(0))
+    assert accuracy(twice, [1.0, 1.0]) == accuracy(variables, [1.0, 1.0])
+
+
+def test_swapped_blocks_change_places_within_their_stage(digits):
+    model = cifar_net("residual", 20, digits)
+    variables = init_variables(model, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    moved = lesion.swapped(variables, 3, 1, np.random.default_rng(0))
+    same = [
+        (stage, block)
+        for stage in ("stage1", "stage2", "stage3")
+        for block in ("block1", "block2", "block3")
+        if moved["params"][stage][block] is variables["params"][stage][block]
+    ]
+    assert len(same) == 7 and all((stage, "block1") in same for stage in ("stage1", "stage2", "stage3"))
+
+
+def test_responses_are_those_of_the_branches(digits):
+    """A branch whose last norm has scale 0 and bias 2 puts out 2 everywhere."""
+    model = cifar_net("residual", 8, digits)
+    variables = init_variables(model, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    variables["params"]["stage2"]["block1"]["norm2"] = {"scale": jnp.zeros(32), "bias": jnp.full(32, 2.0)}
+    rows = response.responses(model, variables, pixels(digits, 16, recipe(digits, 1.0))[0])
+    assert [row["block"] for row in rows] == [1, 2, 3]
+    assert rows[1]["mean"] == pytest.approx(2.0) and rows[1]["deviation"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_directions_have_the_norms_of_the_filters(digits):
+    model = cifar_net("plain", 8, digits)
+    params = init_variables(model, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    direction = landscape.filter_normalised(jax.random.key(1), params)
+    own, drawn = (tree["stage1"]["block1"]["conv1"]["kernel"] for tree in (params, direction))
+    np.testing.assert_allclose(
+        jnp.linalg.norm(own.reshape(-1, 16), axis=0), jnp.linalg.norm(drawn.reshape(-1, 16), axis=0), rtol=1e-4
+    )
+    assert not jnp.any(direction["stem"]["norm"]["scale"]) and not jnp.allclose(own, drawn)
+    config = recipe(digits, 1.0)
+    state, _ = fit(model, digits, config, points=1)
+    batch = pixels(digits, 32, config)
+    losses = landscape.plane(model, variables_of(state), [direction, direction], batch, 10)(np.asarray([0.0, 0.5]), 0.0)
+    logits, _ = model.apply(variables_of(state), batch[0], train=True, mutable=["batch_stats"])
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+    assert float(losses[0]) == pytest.approx(float(expected), rel=1e-4)
+    assert losses[1] != losses[0]
+
+
+def test_relatives_are_of_about_equal_size(digits):
+    from resnet_jax.lab.fit import network
+
+    sizes = {
+        name: count_parameters(network(model, digits, **fields))
+        for name, (model, fields, _) in relatives.RELATIVES.items()
+    }
+    assert max(sizes.values()) < 1.6 * min(sizes.values()), sizes
+
+
+def test_a_depth_that_does_not_exist_is_refused(digits):
+    with pytest.raises(InputError, match="depths are 6n \\+ 2"):
+        cifar_net("plain", 21, digits)
+
+
+def test_finished_parts_are_kept(tmp_path):
+    made = []
+    for _ in range(2):
+        book = Notebook(tmp_path, "one", Options())
+        assert book.part("a", lambda: made.append(1) or [{"x": len(made)}]) == [{"x": 1}]
+    for name, options in (("one", dataclasses.replace(Options(), quick=True)), ("two", Options())):
+        assert Notebook(tmp_path, name, options).part("a", lambda: [{"x": 9}]) == [{"x": 9}]
+
+
+@pytest.mark.parametrize("name", ["response"])
+def test_an_experiment_leaves_its_record_and_figures(tmp_path, name, capsys):
+    command = ["lab", name, "--out", str(tmp_path), "--quick", "--depths", "8", "--seeds", "0"]
+    assert main(command) == 0
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert record["rows"] and record["options"] == {"dataset": "digits", "depths": [8], "seeds": [0], "quick": True}
+    assert {path.suffix for path in tmp_path.glob(f"{name}.*")} == {".json", ".csv", ".png", ".svg"}
+    page = (tmp_path / "index.html").read_text()
+    assert all(text in page for text in WORDS[name][1:]) and 'lang="ja"' in page and "http" not in page
+
+
+def test_every_experiment_has_its_words_and_an_unknown_one_is_named(tmp_path, capsys):
+    assert set(WORDS) == set(EXPERIMENTS)
+    assert main(["lab", "lesions", "--out", str(tmp_path)]) == 2
+    assert "did you mean lesion" in capsys.readouterr().err
+    assert write_page(tmp_path).exists() and run.__doc__
