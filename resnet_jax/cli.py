@@ -252,7 +252,8 @@ def runs_command(arguments: Sequence[str]) -> int:
     elif not rows:
         print(f"there are no runs under {options.folder}")
     for row in [] if options.json else rows:
-        best = "" if row["best"] is None else f"{row['best']:.2%}"
+        form = ".4f" if row["metric"] == "loss" else ".2%"
+        best = "" if row["best"] is None else format(row["best"], form)
         known = f"{row['model'] or '?':<20} {row['data'] or '?':<20} step {row['step'] or 0:<8} best {best:<8}"
         print(f"{row['folder']:<36} {row['state']:<9} {known}")
     return 0

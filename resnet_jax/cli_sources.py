@@ -33,9 +33,12 @@ def predict_command(arguments: Sequence[str]) -> int:
     from rich.progress import Progress
 
     from resnet_jax.inference import Predictor, find_files, predict_files
+    from resnet_jax.models.vit import ViT
 
     paths = list(find_files(options.paths))
     predictor = Predictor.from_source(options.source, options.name, options.flip)
+    if options.cam and isinstance(predictor.model, ViT):
+        raise InputError("--cam needs a network with maps, and a transformer has none")
     if options.cam:
         options.cam.mkdir(parents=True, exist_ok=True)
     write, bad = WRITERS[options.format](), []
@@ -85,7 +88,7 @@ def draw_cam(predictor: Any, path: Path, label: int, file: Path) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from resnet_jax.inference import overlay
+    from resnet_jax.data.show import overlay
     from resnet_jax.models.gradcam import grad_cam
 
     seen = predictor.prepare(str(path))

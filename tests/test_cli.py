@@ -46,7 +46,7 @@ def test_a_misspelt_flag_names_the_nearest(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "there are train, plan, evaluate, runs, predict, export, models"),
+        (["trian"], "there are train, plan, show-batch, evaluate"),
         (["train", "--model.name", "rsnet50"], "did you mean resnet50"),
         (["train", "--data.dataset", "web"], "digits, folder:PATH"),
         (["train", "--data.dataset", "folder:/no/such"], "there is no such folder"),

@@ -187,16 +187,19 @@ def test_a_program_that_differs_is_not_written(run, tmp_path, monkeypatch, capsy
 
 def test_several_labels_from_a_table(tmp_path, capsys):
     """Stripes across, along, both or none; the best checkpoint is that of the best mean average precision."""
-    rows = [["path", "label"]]
+    rows, rng = [["path", "label"]], np.random.default_rng(0)
     for i in range(48):
         across, along = i % 2, i // 2 % 2
         y, x = np.mgrid[:12, :12]
-        pixels = 60 * across * (y // 2 % 2) + 60 * along * (x // 2 % 2) + RNG.integers(0, 60, (12, 12))
+        pixels = 100 * across * (y // 2 % 2) + 100 * along * (x // 2 % 2) + rng.integers(0, 50, (12, 12))
         Image.fromarray(np.repeat(pixels[..., None], 3, -1).astype(np.uint8)).save(tmp_path / f"{i}.png")
         rows.append([f"{i}.png", ";".join(["across"] * across + ["along"] * along)])
     with (tmp_path / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    flags = ["--data.dataset", f"csv:{tmp_path / 'table.csv'}", "--train.loss", "binary", "--train.epochs", "25"]
+    flags = ["--data.dataset", f"csv:{tmp_path / 'table.csv'}", "--train.epochs", "25"]
+    assert main(["train", "--workdir", str(tmp_path / "run"), *SHORT, *flags]) == 2
+    assert "add --train.loss binary" in capsys.readouterr().err
+    flags += ["--train.loss", "binary"]
     assert main(["train", "--workdir", str(tmp_path / "run"), *SHORT, *flags, "--train.eval_every_epochs", "5"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["best"]["map"] > 0.9 and summary["test"]["map"] > 0.9

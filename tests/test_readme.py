@@ -19,8 +19,10 @@ def test_the_two_commands_are_there_word_for_word():
 
 def test_the_table_of_models_names_models_that_there_are():
     rows = README.partition("| family | names |")[2].partition("\n\n")[0].splitlines()[2:]
-    named = set(re.findall(r"\b((?:cifar_|wide_|se|eca)*(?:resne|densene|google)\w+(?:\\\*)?)", " ".join(rows)))
-    assert len(rows) == 8 and len(named) > 20
+    named = set(
+        re.findall(r"\b((?:cifar_|wide_|se|eca)*(?:resne|densene|google|botne|vit_)\w+(?:\\\*)?)", " ".join(rows))
+    )
+    assert len(rows) == 9 and len(named) > 20
     for name in named - {"cifar_resnet20", "cifar_plain20"}:
         assert list_models(name.replace("\\", "")), name
 
@@ -28,7 +30,7 @@ def test_the_table_of_models_names_models_that_there_are():
 def test_it_counts_the_models_of_timm():
     timm = len((ROOT / "tests" / "models" / "timm_models.csv").read_text().splitlines()) - 1
     assert f"The names, shapes and parameter counts of all {timm} timm models" in README
-    assert f"torchvision, {timm + 1} of them" in README
+    assert f"torchvision, {timm + 2} of them" in README  # and torchvision's googlenet and vit_b_16
 
 
 def test_the_block_in_a_module_of_ones_own_runs():

@@ -1,5 +1,6 @@
 """GoogLeNet: four branches side by side, joined (Szegedy et al. 2014), with batch normalisation as in torchvision."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -65,19 +66,18 @@ class Inception(nn.Module):
 
 
 class InceptionStage(nn.Module):
-    """Modules in a row: what the last one puts out, and what those whose names are `tapped` do."""
+    """Modules in a row; `listen(name, x)` is told what each puts out."""
 
     widths: tuple[tuple[int, ...], ...]
     chain: Any
-    tapped: tuple[str, ...] = ()
+    listen: Callable[[str, Array], None] = lambda name, x: None
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> tuple[Array, list[Array]]:
-        between = []
+    def __call__(self, x: Array, train: bool = False) -> Array:
         for i, widths in enumerate(self.widths, start=1):
             x = Inception(widths, self.chain, name=f"block{i}")(x, train)
-            between += [x] if f"block{i}" in self.tapped else []
-        return x, between
+            self.listen(f"block{i}", x)
+        return x
 
 
 class AuxiliaryHead(nn.Module):
@@ -148,18 +148,21 @@ class GoogLeNet(nn.Module):
         if not small:
             x = chain(((64, 1, 1), (192, 3, 1)), name="stem2")(ceil_max_pool(x, 3), train)
         for i, widths in enumerate(self.widths, start=1):
-            tapped = ("block1", "block4") if self.auxiliary and i == 2 else ()
-            pooled = x if small and i == 1 else ceil_max_pool(x, 3 if i < 3 else 2)
-            x, between = InceptionStage(widths, chain, tapped, name=f"stage{i}")(pooled, train)
+            inside: dict[str, Array] = {}
+            x = x if small and i == 1 else ceil_max_pool(x, 3 if i < 3 else 2)
+            x = InceptionStage(widths, chain, inside.__setitem__, name=f"stage{i}")(x, train)
             taps[f"stage{i}"] = x
-            for j, inside in enumerate(between, start=1):
-                head = AuxiliaryHead(self.num_classes or 1, chain, name=f"auxiliary{j}")
-                if train or self.is_initializing():
-                    logits = head(inside, train)
-                if train and not self.is_initializing():
-                    self.sow("auxiliary_logits", f"logits{j}", logits)
+            if self.auxiliary and i == 2 and (train or self.is_initializing()):
+                self._auxiliary([inside["block1"], inside["block4"]], chain, train)
         taps["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
         return (out, taps) if endpoints else out
+
+    def _auxiliary(self, maps: list[Array], chain: Any, train: bool) -> None:
+        """Puts the logits of the auxiliary heads on some maps into their collection."""
+        for i, x in enumerate(maps, start=1):
+            logits = AuxiliaryHead(self.num_classes or 1, chain, name=f"auxiliary{i}")(x, train)
+            if not self.is_initializing():
+                self.sow("auxiliary_logits", f"logits{i}", logits)
 
 
 def ceil_max_pool(x: Array, window: int) -> Array:

@@ -22,12 +22,15 @@ def grad_cam(model: Any, variables: Any, images: Array, classes: Array, stage: s
       float32 [batch, h, w] of the stage's size; 0 where nothing speaks for the class, 1 at an image's strongest place.
 
     Raises:
-      ValueError: there is no such stage.
+      ValueError: there is no such stage, or it gives tokens and no map, as in a transformer.
     """
     seen = jax.eval_shape(lambda: _forward(model, variables, images, None, 0.0)[1])
     stage = stage or max(seen)
     if stage not in seen:
         raise ValueError(f"there is no stage {stage!r}; choose one of {', '.join(sorted(seen))}")
+
+    if seen[stage].ndim != 4:
+        raise ValueError(f"{stage} gives tokens of shape {seen[stage].shape}, not a map to weigh")
 
     def logits_of(delta: Array) -> tuple[Array, Array]:
         logits, stages = _forward(model, variables, images, stage, delta)

@@ -93,7 +93,13 @@ class Feature(NamedTuple):
 
 
 def feature_info(model: Any) -> list[Feature]:
-    """The maps that `model.apply(..., endpoints=True)` returns beside the logits, for those who build on them."""
+    """The maps that `model.apply(..., endpoints=True)` returns beside the logits, for those who build on them.
+
+    Raises:
+      InputError: the model has tokens and no maps.
+    """
+    if isinstance(model, ViT):
+        raise InputError("a transformer has tokens of one width throughout, and no maps")
     images = jax.ShapeDtypeStruct((1, 256, 256, model.in_channels), jnp.float32)
     maps = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), jnp.zeros(images.shape), endpoints=True))
     taps = maps[0][1]

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.data.on_device import normalize
+from resnet_jax.data.show import as_shown, overlay
 from resnet_jax.data.transforms import fit
-from resnet_jax.inference import as_shown, overlay
 from resnet_jax.integrity import write_whole
 from resnet_jax.models.gradcam import grad_cam
+from resnet_jax.models.vit import ViT
 from resnet_jax.recipes import to_dict
 from resnet_jax.training.charts import line_chart, reliability_chart
 from resnet_jax.training.evaluation import FinishedRun, Predictions, open_run
@@ -169,14 +170,17 @@ def _mistakes(run: FinishedRun, said: Predictions, calibration: Calibration) -> 
     model: Any = run.model
     images = normalize(jnp.asarray(np.stack(seen)), config.data.mean, config.data.std, model.dtype)
     variables = run.state.ema or {"params": run.state.params, "batch_stats": run.state.batch_stats}
-    heats = np.asarray(grad_cam(model, variables, images, jnp.asarray([label for _, label, _ in chosen])))
+    spoke = [None] * len(chosen)
+    if not isinstance(model, ViT):
+        spoke = list(np.asarray(grad_cam(model, variables, images, jnp.asarray([label for _, label, _ in chosen]))))
     cards = []
-    for (i, label, confidence), place, picture, heat in zip(chosen, places, seen, heats, strict=True):
+    for (i, label, confidence), place, picture, heat in zip(chosen, places, seen, spoke, strict=True):
         truth = said.labels[i]
         true = ", ".join(names[k] for k in np.flatnonzero(truth)) if truth.ndim else names[truth]
         where = escape(Path(source.describe(place)).name)
         cards.append(
-            f'<figure class="mistake">{_picture(as_shown(picture))}{_picture(overlay(picture, heat))}'
+            f'<figure class="mistake">{_picture(as_shown(picture))}'
+            f"{'' if heat is None else _picture(overlay(picture, heat))}"
             f"<figcaption><b>{escape(names[label])}</b> {confidence:.0%}, in truth {escape(true or 'nothing')}"
             f"<small>{where}</small></figcaption></figure>"
         )

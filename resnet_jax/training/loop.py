@@ -14,7 +14,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config
+from resnet_jax.config import Config, InputError
 from resnet_jax.data.loader import BadImages
 from resnet_jax.data.sources import Dataset, load_dataset
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
@@ -84,6 +84,8 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     dataset = load_dataset(config.data, config.train.seed)
+    if dataset.several and config.train.loss != "binary":
+        raise InputError(f"{config.data.dataset} gives images several labels: add --train.loss binary")
     plan = make_plan(config, len(dataset.train))
     model = build_model(config, len(dataset.class_names))
     schedule = make_schedule(config, plan.total, plan.per_epoch)
@@ -100,8 +102,16 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
         summary = finish(folder, record, speed, device_name(mesh))
         if config.log.report and jax.process_count() == 1:
-            say(f"the report: {make_report(folder)}")
+            report_on(folder)
         return summary
+
+
+def report_on(folder: Path) -> None:
+    """Makes the page on a run that has ended; what goes wrong with it is said, since the run itself is safe."""
+    try:
+        say(f"the report: {make_report(folder)}")
+    except Exception as error:
+        say(f"WARNING: there is no report ({type(error).__name__}: {error}); try resnet-jax report {folder}")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 from resnet_jax.config import Config, InputError
 from resnet_jax.data.loader import BadImages, sampling_table, train_batches, whole_split
 from resnet_jax.data.on_device import per_channel
+from resnet_jax.data.show import as_shown
 from resnet_jax.data.sources import load_dataset
-from resnet_jax.inference import as_shown
 from resnet_jax.recipes import check
 from resnet_jax.sharding import batch_sharding, make_mesh, put_everywhere
 from resnet_jax.training.recipe import build_model, complete

@@ -67,14 +67,47 @@ def make_update(
 ) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]]:
     """`update(state, images, targets, labels) -> (state, sums)`: gradient, optimizer and averages, for all strategies.
 
-    With `train.accumulate_steps` the batch goes through in so many parts, which saves memory: the update is that of the
-    whole batch, but for batch normalisation, which takes the statistics of each part. With `optimizer.sam_rho` the
-    gradient is that at the worst point near by.
+    With `optimizer.sam_rho` the gradient is that at the worst point near by.
 
     Args:
       axis_name: None sees the whole batch; otherwise the function is one device's, and averages over that axis.
       frozen: whether a parameter, by its path, is a constant; the batch statistics of its norm stay too.
       class_weights: [classes], what a class counts in the loss.
+    """
+    gradient = make_gradient(model, config, axis_name, frozen, class_weights)
+
+    def update(state: TrainState, images: jax.Array, targets: jax.Array, labels: jax.Array) -> tuple[TrainState, Sums]:
+        key = jax.random.split(step_key(state.step, config), 4)[3]
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        batch = (images, targets, labels)
+        grads, batch_stats, sums = gradient(state.params, state.batch_stats, key, batch)
+        if rho := config.optimizer.sam_rho:
+            length = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads))) + 1e-12
+            worst = jax.tree.map(lambda p, g: p + rho / length * g, state.params, grads)
+            grads, _, _ = gradient(worst, state.batch_stats, key, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = moving_average(ema, {"params": params, "batch_stats": batch_stats}, state.step, config)
+        moved = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+        return unless_nonfinite(state, moved, sums) if config.train.on_nonfinite == "skip" else (moved, sums)
+
+    return update
+
+
+def make_gradient(
+    model: nn.Module,
+    config: Config,
+    axis_name: str | None,
+    frozen: Callable[[str], bool] | None,
+    class_weights: np.ndarray | None,
+) -> Callable[[PyTree, PyTree, jax.Array, PyTree], tuple[PyTree, PyTree, Sums]]:
+    """`gradient(params, batch_stats, key, (images, targets, labels)) -> (gradient, batch_stats, sums)`.
+
+    With `train.accumulate_steps` the batch goes through in so many parts, which saves memory: the gradient is that of
+    the whole batch, but for batch normalisation, which takes the statistics of each part. Arguments: `make_update`.
     """
     loss_of, parts = make_loss(config.train, class_weights), config.train.accumulate_steps
     constant = frozen or (lambda path: False)
@@ -109,25 +142,7 @@ def make_update(
             sums = jax.lax.psum(sums, axis_name)
         return grads, stats, sums
 
-    def update(state: TrainState, images: jax.Array, targets: jax.Array, labels: jax.Array) -> tuple[TrainState, Sums]:
-        key = jax.random.split(step_key(state.step, config), 4)[3]
-        if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        batch = (images, targets, labels)
-        grads, batch_stats, sums = gradient(state.params, state.batch_stats, key, batch)
-        if rho := config.optimizer.sam_rho:
-            length = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads))) + 1e-12
-            worst = jax.tree.map(lambda p, g: p + rho / length * g, state.params, grads)
-            grads, _, _ = gradient(worst, state.batch_stats, key, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = moving_average(ema, {"params": params, "batch_stats": batch_stats}, state.step, config)
-        moved = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-        return unless_nonfinite(state, moved, sums) if config.train.on_nonfinite == "skip" else (moved, sums)
-
-    return update
+    return gradient
 
 
 def unless_nonfinite(before: TrainState, after: TrainState, sums: Sums) -> tuple[TrainState, Sums]:

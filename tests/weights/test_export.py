@@ -8,7 +8,7 @@ import pytest
 
 from resnet_jax import create_model, load_pretrained
 from resnet_jax.cli import main
-from resnet_jax.config import Config, DataConfig, ModelConfig, ScheduleConfig, TrainConfig
+from resnet_jax.config import Config, DataConfig, FinetuneConfig, ModelConfig, ScheduleConfig, TrainConfig
 from resnet_jax.recipes import load_config
 from resnet_jax.training.loop import train
 from resnet_jax.weights.export import save_tensors
@@ -81,7 +81,8 @@ def test_a_linear_probe_starts_from_pretrained_weights_and_trains_the_head_alone
     config = load_config(ROOT / "configs" / "finetune_folder.py")
     config = dataclasses.replace(
         config,
-        model=ModelConfig(pretrained=str(run), norm="frozen_batch"),
+        model=ModelConfig(pretrained=str(run)),
+        finetune=FinetuneConfig("linear_probe"),
         data=dataclasses.replace(SMALL.data, image_size=8, synthetic_classes=3, on_device=False),
         schedule=SMALL.schedule,
         train=TrainConfig(steps=3, batch_size=8, ema_decay=None),

@@ -99,7 +99,8 @@ def test_auxiliary_losses_count_three_tenths():
         model=ModelConfig("cifar_googlenet"), augment=AugmentConfig(crop="none"),
         train=TrainConfig(batch_size=4, ema_decay=None),
     )  # fmt: skip
-    model = build_model(config, 10).clone(auxiliary=True)
+    module = (8,) * 6
+    model = build_model(config, 10).clone(auxiliary=True, widths=((module,), (module,) * 4, (module,)))
     state = state_maker(config, model, lambda step: 0.1)()
     rng = np.random.default_rng(0)
     batch = {

@@ -1,0 +1,84 @@
+"""A thousand layers: what a step of batch 8 needs from 20 to 1202 layers, equal blocks in a loop and computed twice.
+
+On a CPU XLA runs convolutions in loops many times slower than unrolled, so that the time of a step says little there.
+"""
+
+import time
+from typing import Any
+
+from benchmarks.measure import Contender, alternate, options, write
+from benchmarks.weights import peak_mib
+
+BATCH, SIZE = 8, 32
+
+
+def one_step(name: str) -> Any:
+    """Compiles the step, takes it once, and looks at the gradient of every block."""
+
+    def call() -> dict[str, float]:
+        import dataclasses
+
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+        import optax
+
+        from resnet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+        from resnet_jax.models.stacking import unstack_blocks
+        from resnet_jax.training.forecast import forecast
+        from resnet_jax.training.recipe import build_model, in_form, state_maker
+        from resnet_jax.training.step import make_train_step
+
+        config = Config(
+            ModelConfig(name, num_classes=10, scan=True, remat="block"),
+            DataConfig(image_size=SIZE),
+            train=TrainConfig(batch_size=BATCH, ema_decay=None),
+        )
+        temporary = forecast(dataclasses.replace(config), 1)["temporary"]
+        model = build_model(config, 10)
+        optimizer = optax.trace(0.0)  # the state then is the gradient itself
+        state = in_form(state_maker(config, model, lambda step: 0.1)(), config)
+        state = state.replace(opt_state=optimizer.init(state.params))
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8)
+        batch = {"image": images, "label": rng.integers(0, 10, BATCH), "turn": np.zeros(BATCH, bool)}
+        began = time.perf_counter()
+        step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0).lower(state, batch).compile()
+        compiled = time.perf_counter() - began
+        began = time.perf_counter()
+        state, sums = jax.block_until_ready(step(state, batch))
+        seconds = time.perf_counter() - began
+        gradient = unstack_blocks(state.opt_state.trace)
+        norms = [
+            float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(block))))
+            for stage, blocks in gradient.items()
+            if stage.startswith("stage")
+            for block in blocks.values()
+        ]
+        parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        found = {"seconds": seconds, "compile_seconds": compiled, "temporary_mib": temporary / 2**20}
+        found |= {"peak_mib": peak_mib(), "parameters": parameters, "blocks": len(norms)}
+        found |= {"loss": float(sums["loss"]) / BATCH, "least_gradient": min(norms), "greatest_gradient": max(norms)}
+        return found
+
+    return call
+
+
+def main() -> None:
+    """One process for each network."""
+    flags = options(__doc__ or "")
+    names = ["cifar_resnet20", "cifar_resnet56", "cifar_resnet110", "cifar_resnet1202", "cifar_resnetv2_1001"]
+    rows = []
+    for name in names[:2] if flags.quick else names:
+        result = alternate([Contender(name, one_step, {"name": name})], 1, warmup=0)[name]
+        if "error" in result:
+            rows.append({"case": name, "contender": "resnet_jax", "error": result["error"]})
+        else:
+            rows.append({"case": name, "contender": "resnet_jax", "step_seconds": result["seconds"][0], "n": 1})
+            rows[-1] |= result["kept"][0]
+        print(rows[-1], flush=True)
+    write("depth", rows)
+
+
+if __name__ == "__main__":
+    main()
