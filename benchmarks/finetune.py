@@ -149,7 +149,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         if flags.folder:
             rows += transfer(Path(flags.folder).resolve(), Path(work), flags.seeds, flags.epochs)
-        rows += imbalance(Path(work), flags.seeds, 4.0 if flags.quick else 30.0)
+        rows += imbalance(Path(work), flags.seeds, 4.0 if flags.quick else 15.0)
     write("finetune", rows)
 
 
