@@ -35,7 +35,8 @@ def base(dataset: str, size: int, seed: int, epochs: float, batch: int, **sectio
             eval_every_epochs=1e9,
             **sections.pop("train", {}),
         ),
-        log=c.LogConfig(tensorboard=False, report=False),
+        schedule=c.ScheduleConfig(warmup_epochs=min(2.0, 0.2 * epochs)),
+        log=c.LogConfig(tensorboard=False, report=False, every_steps=100),
         **sections,
     )
 
