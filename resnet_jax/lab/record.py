@@ -70,7 +70,7 @@ def save(folder: Path, name: str, options: Options, rows: Rows, figure: Any, sec
         "seconds": round(seconds, 1),
         "rows": rows,
     }
-    write_whole(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    write_whole(folder / f"{name}.json", json.dumps(record) + "\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
