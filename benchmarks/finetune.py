@@ -1,8 +1,8 @@
 """What fine-tuning and balancing bring: accuracies over seeds, not times.
 
-transfer: a small ResNet is trained on eight of ten classes of a folder; then 50 pictures each of the other two train it
-from scratch, as a linear probe, and fully. imbalance: twelve kinds of stripes, the commonest class with fifty times as
-many pictures as the rarest, tested on as many of each.
+With --folder: a small ResNet is trained on eight of the ten classes of a folder; then 50 pictures each of the other two
+train it from scratch, as a linear probe, and fully. Without: twelve kinds of stripes, the commonest class with fifty
+times as many pictures as the rarest, tested on as many of each.
 """
 
 import csv
@@ -139,19 +139,20 @@ def line(case: str, way: str, metric: str, values: list[float]) -> dict[str, Any
     """One row: mean and deviation over the seeds; prints it too."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     print(f"{case:<12}{way:<34}{metric} {statistics.mean(values):.2%} +- {spread:.2%}, n = {len(values)}")
-    return {"case": case, "contender": way, "metric": metric, "mean": statistics.mean(values), "deviation": spread,
-            "values": values, "n": len(values)}  # fmt: skip
+    row = {"case": case, "contender": way, "unit": metric, "median": statistics.median(values), "n": len(values)}
+    row |= {"quartiles": [min(values), max(values)], "mean": statistics.mean(values), "deviation": spread}
+    return row | {"values": values}
 
 
 def main() -> None:
-    """Runs both, the first where there is a folder with train/<class>/* and test/<class>/*."""
+    """Runs one of them; a folder holds train/<class>/* and test/<class>/*."""
     flags = options(__doc__ or "", folder="", seeds=3, epochs=5.0)
-    rows = []
     with tempfile.TemporaryDirectory() as work:
         if flags.folder:
-            rows += transfer(Path(flags.folder).resolve(), Path(work), flags.seeds, flags.epochs)
-        rows += imbalance(Path(work), flags.seeds, 4.0 if flags.quick else 15.0)
-    write("finetune", rows)
+            write("finetune", transfer(Path(flags.folder).resolve(), Path(work), flags.seeds, flags.epochs))
+        else:
+            rows = imbalance(Path(work), flags.seeds, 4.0 if flags.quick else 15.0)
+            write("finetune", rows, name="imbalance")
 
 
 if __name__ == "__main__":

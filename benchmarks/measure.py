@@ -150,12 +150,12 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print(f"{r['case']:<42}{r['contender']:<16}{spread}{ratio}{roof}", flush=True)
 
 
-def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
-    """Writes `results/<name>-<hardware>.json` and returns its path."""
+def write(script: str, rows: list[dict[str, Any]], name: str = "", **more: Any) -> Path:
+    """Writes `results/<name>-<hardware>.json`, by default under the script's name, and returns its path."""
     RESULTS.mkdir(exist_ok=True, parents=True)
-    path = RESULTS / f"{name}-{hardware()['short']}.json"
+    path = RESULTS / f"{name or script}-{hardware()['short']}.json"
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # folders by their names alone
-    command = " ".join(["python", "-m", f"benchmarks.{name}", *words])
+    command = " ".join(["python", "-m", f"benchmarks.{script}", *words])
     record = {"command": command, "commit": commit(), "hardware": hardware(), "versions": versions()}
     path.write_text(json.dumps(record | more | {"rows": rows}, indent=1) + "\n")
     print(f"written: {path}")

@@ -59,7 +59,8 @@ def class_weights(kind: str, counts: np.ndarray) -> np.ndarray | None:
     """float32 [classes], None for `none`.
 
     `balanced` is size / (classes * count), which sums to the same over the images of every class; `effective_number`
-    is proportional to (1 - beta) / (1 - beta ** count), with the mean 1 (Cui et al. 2019, arXiv:1901.05555).
+    is proportional to (1 - beta) / (1 - beta ** count) (Cui et al. 2019, arXiv:1901.05555). The mean over the images is
+    1 in both, so that the learning rate keeps its meaning.
 
     Args:
       counts: images of each class; none of them 0.
@@ -69,4 +70,4 @@ def class_weights(kind: str, counts: np.ndarray) -> np.ndarray | None:
     if kind == "balanced":
         return (counts.sum() / (len(counts) * counts)).astype(np.float32)
     inverse = (1.0 - EFFECTIVE_BETA) / (1.0 - EFFECTIVE_BETA**counts)
-    return (inverse / inverse.mean()).astype(np.float32)
+    return (inverse * counts.sum() / (inverse * counts).sum()).astype(np.float32)
