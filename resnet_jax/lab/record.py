@@ -60,9 +60,10 @@ class Notebook:
 
 def save(folder: Path, name: str, options: Options, rows: Rows, figure: Any, seconds: float) -> dict[str, Any]:
     """Writes `<name>.json`, `.csv`, `.png` and `.svg` into a folder; returns the record."""
+    words = [Path(word).name if "/" in word else word for word in sys.argv[2:]]  # folders by their names alone
     record = {
         "name": name,
-        "command": " ".join(["resnet-jax", "lab", *sys.argv[2:]]) if len(sys.argv) > 2 else "resnet_jax.lab",
+        "command": " ".join(["resnet-jax", "lab", *words]),
         "options": asdict(options),
         "commit": commit(),
         "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
