@@ -1,4 +1,4 @@
-"""What closes the gap between training and test error of a deep network on a small set."""
+"""Training and test error of a deep network on a small set, with and without regularisers."""
 
 import dataclasses
 from typing import Any

@@ -36,7 +36,7 @@ class EncoderBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): the pre-activation residual block of transformers.
 
     Attributes:
-      shortcut: without, only the branches are left, and a deep network no longer learns.
+      shortcut: without, only the branches are left.
     """
 
     heads: int
