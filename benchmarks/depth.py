@@ -16,8 +16,6 @@ def one_step(name: str) -> Any:
     """Compiles the step, takes it once, and looks at the gradient of every block."""
 
     def call() -> dict[str, float]:
-        import dataclasses
-
         import jax
         import jax.numpy as jnp
         import numpy as np
@@ -34,7 +32,7 @@ def one_step(name: str) -> Any:
             DataConfig(image_size=SIZE),
             train=TrainConfig(batch_size=BATCH, ema_decay=None),
         )
-        temporary = forecast(dataclasses.replace(config), 1)["temporary"]
+        temporary = forecast(config, 1)["temporary"]
         model = build_model(config, 10)
         optimizer = optax.trace(0.0)  # the state then is the gradient itself
         state = in_form(state_maker(config, model, lambda step: 0.1)(), config)

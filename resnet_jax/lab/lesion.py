@@ -10,6 +10,7 @@ import numpy as np
 from resnet_jax.lab.fit import cifar_net, fit, load, recipe, variables_of
 from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
 from resnet_jax.models.blocks import ResidualBlock
+from resnet_jax.training.step import make_eval_step
 
 KINDS = ("plain", "residual")
 
@@ -63,10 +64,7 @@ def lesions(model: Any, variables: Any, data: Any, depth: int) -> Rows:
 
 def gated_accuracy(model: Any, data: Any, blocks: list[tuple[int, int]]) -> Any:
     """`accuracy(variables, gates)` on test images, where a block with gate 0 hands on what it was given."""
-    from resnet_jax.lab.fit import recipe as common
-    from resnet_jax.training.step import make_eval_step
-
-    evaluate = make_eval_step(model, common(data, 1.0))
+    evaluate = make_eval_step(model, recipe(data, 1.0))
     names = {f"stage{stage}/block{block}": i for i, (stage, block) in enumerate(blocks)}
     count = min(1000, len(data.test["label"]))
     batch = {name: jnp.asarray(values[:count]) for name, values in data.test.items()} | {"mask": jnp.ones(count, bool)}
@@ -98,12 +96,6 @@ def swapped(variables: Any, size: int, pairs: int, rng: np.random.Generator) -> 
         for values in moved.values():
             values[stage] = values[stage] | {a: values[stage][b], b: values[stage][a]}
     return moved
-
-
-def cost_of_one(found: Rows, kind: str) -> float:
-    """Accuracy that the removal of one block costs, in the mean over blocks and seeds."""
-    whole = np.mean([r["accuracy"] for r in found if r["kind"] == kind and r["lesion"] == "none"])
-    return float(whole - np.mean([r["accuracy"] for r in found if r["kind"] == kind and r["lesion"] == "remove"]))
 
 
 def draw(found: Rows) -> Any:

@@ -1,6 +1,5 @@
 """What a step keeps, against depth: all activations, blocks computed twice (Chen et al. 2016), and blocks in a loop."""
 
-import dataclasses
 import time
 from functools import partial
 from typing import Any
@@ -69,7 +68,7 @@ def measured(depth: int, way: str, fields: dict[str, Any], quick: bool) -> Rows:
 
 def step_of(config: Config, size: int) -> tuple[Any, Any, Any]:
     """A compiled training step, its first state and a batch."""
-    model = build_model(dataclasses.replace(config), 10)
+    model = build_model(config, 10)
     optimizer = make_optimizer(config.optimizer, lambda step: 0.01)
     state = in_form(state_maker(config, model, lambda step: 0.01)(), config)
     batch = {"image": jnp.zeros((BATCH, size, size, 3), jnp.uint8), "label": jnp.zeros(BATCH, jnp.int32)}
