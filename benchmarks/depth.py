@@ -1,6 +1,7 @@
 """A thousand layers: what a step of batch 8 needs from 20 to 1202 layers, equal blocks in a loop and computed twice.
 
 On a CPU XLA runs convolutions in loops many times slower than unrolled, so that the time of a step says little there.
+Then what computing blocks twice saves, read from compiled steps of cifar_resnet110 at batch 128.
 """
 
 import time
@@ -62,6 +63,35 @@ def one_step(name: str) -> Any:
     return call
 
 
+def step_memory(name: str, remat: str, scan: bool) -> Any:
+    """Temporary memory of a compiled step at batch 128; nothing is run."""
+
+    def call() -> dict[str, float]:
+        from resnet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+        from resnet_jax.training.forecast import forecast
+
+        model = ModelConfig(name, num_classes=10, remat=remat, scan=scan)  # type: ignore[arg-type]
+        data, train = DataConfig(image_size=SIZE), TrainConfig(batch_size=128, ema_decay=None)
+        return {"temporary_mib": forecast(Config(model, data, train=train), 1)["temporary"] / 2**20}
+
+    return call
+
+
+def memory_rows(name: str) -> list[dict[str, Any]]:
+    """With and without computing blocks twice, and in a loop."""
+    rows: list[dict[str, Any]] = []
+    for remat, scan in (("none", False), ("block", False), ("block", True)):
+        form = f"remat {remat}" + (", scan" if scan else "")
+        given = {"name": name, "remat": remat, "scan": scan}
+        result = alternate([Contender(form, step_memory, given)], 1, warmup=0)[form]
+        found = {"error": result["error"]} if "error" in result else result["kept"][0]
+        rows.append({"case": f"{name} batch 128", "contender": form} | found)
+        if "temporary_mib" in rows[0] and "temporary_mib" in found:
+            rows[-1]["over_none"] = found["temporary_mib"] / rows[0]["temporary_mib"]
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     """One process for each network."""
     flags = options(__doc__ or "")
@@ -75,6 +105,7 @@ def main() -> None:
             rows.append({"case": name, "contender": "resnet_jax", "step_seconds": result["seconds"][0], "n": 1})
             rows[-1] |= result["kept"][0]
         print(rows[-1], flush=True)
+    rows += memory_rows("cifar_resnet20" if flags.quick else "cifar_resnet110")
     write("depth", rows)
 
 

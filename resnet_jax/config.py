@@ -252,7 +252,8 @@ class ParallelConfig:
     """auto: join the processes of the cluster that JAX detects (SLURM, Open MPI, Kubernetes, Cloud TPU), or of the
     coordinator below."""
     coordinator: str | None = None
-    """Address and port of the first process, such as 10.0.0.1:1234; None asks the cluster."""
+    """Address and port of the first process, such as 10.0.0.1:1234; None asks the environment
+    (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID) or the cluster."""
     processes: int | None = None
     """How many processes there are; with coordinator."""
     process_id: int | None = None

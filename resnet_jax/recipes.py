@@ -178,10 +178,6 @@ def _parallel_problems(config: Config) -> list[tuple[bool, str]]:
             "parallel.strategy pmap runs one step a call: leave train.steps_per_call at 1, or take jit",
         ),
         (
-            recipe.strategy == "pmap" and recipe.distributed == "auto",
-            "parallel.strategy pmap is for one process: take jit or shard_map for several",
-        ),
-        (
             not re.fullmatch(r"global|local|ghost:[1-9]\d*", recipe.batch_norm),
             f"parallel.batch_norm {recipe.batch_norm!r} is unknown; choose global, local or ghost:N",
         ),

@@ -1,6 +1,7 @@
 """Devices: the mesh, how arrays lie on it, and the start of several processes."""
 
 import hashlib
+import os
 import socket
 import time
 from functools import cache
@@ -18,22 +19,38 @@ from resnet_jax.models.stacking import EQUAL
 def start_processes(recipe: ParallelConfig) -> None:
     """Joins the processes of a cluster if `distributed` is `auto`; call before any other use of JAX.
 
+    Who they are says the recipe, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment,
+    or else what JAX finds out from the cluster.
+
     Raises:
       InputError: JAX finds no cluster to join, or the coordinator does not answer.
     """
     if recipe.distributed == "off" or jax.distributed.is_initialized():
         return
-    if recipe.coordinator and recipe.process_id:
-        await_coordinator(recipe.coordinator, WAIT)
+    coordinator = recipe.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    processes = from_environment("JAX_NUM_PROCESSES") if recipe.processes is None else recipe.processes
+    process_id = from_environment("JAX_PROCESS_ID") if recipe.process_id is None else recipe.process_id
+    if coordinator and process_id:
+        await_coordinator(coordinator, WAIT)
     try:
-        jax.distributed.initialize(
-            recipe.coordinator, recipe.processes, recipe.process_id, heartbeat_timeout_seconds=LOST_AFTER
-        )
+        jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=LOST_AFTER)
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"parallel.distributed auto: {error}; give --parallel.distributed off on one host, or "
             "--parallel.coordinator ADDRESS:PORT --parallel.processes N --parallel.process_id I"
         ) from error
+
+
+def from_environment(name: str) -> int | None:
+    """A whole number from the environment; None where it is not set.
+
+    Raises:
+      InputError: it is something else.
+    """
+    text = os.environ.get(name)
+    if text and not text.isdigit():
+        raise InputError(f"{name}={text} in the environment: give a whole number, or unset it")
+    return int(text) if text else None
 
 
 WAIT = 300

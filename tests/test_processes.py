@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import chain
 
 import jax
 import numpy as np
@@ -26,8 +27,8 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def start(workdir, processes, devices, strategy="jit", more=lambda i: []):
-    """So many processes with so many virtual devices each."""
+def start(workdir, processes, devices, strategy="jit", more=lambda i: [], told="flags"):
+    """So many processes with so many virtual devices each, told who they are by flags or by the environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -37,12 +38,18 @@ def start(workdir, processes, devices, strategy="jit", more=lambda i: []):
     }
     command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(workdir), *FLAGS]
     command += ["--parallel.strategy", strategy]
-    together = ["--parallel.distributed", "auto", "--parallel.coordinator", f"localhost:{port}",
-                "--parallel.processes", str(processes), "--parallel.process_id"]  # fmt: skip
+    together = ["--parallel.distributed", "auto"] if processes > 1 else []
+    names = ["--parallel.coordinator", "--parallel.processes", "--parallel.process_id"]
+    variables = ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"]
+
+    def identity(i, words):
+        values = [f"localhost:{port}", str(processes), str(i)]
+        return zip(words, values, strict=True) if processes > 1 else []
+
     return [
         subprocess.Popen(
-            command + ([*together, str(i)] if processes > 1 else []) + more(i),
-            env=environment,
+            [*command, *together, *chain(*(identity(i, names) if told == "flags" else [])), *more(i)],
+            env=environment | dict(identity(i, variables) if told == "environment" else []),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -85,8 +92,9 @@ def alone(tmp_path_factory):
     return folder
 
 
-def test_two_processes_train_what_one_trains(tmp_path, alone):
-    finish(start(tmp_path / "run", 2, 2, "shard_map"))
+@pytest.mark.parametrize(("strategy", "told"), [("shard_map", "flags"), ("pmap", "environment")])
+def test_two_processes_train_what_one_trains(strategy, told, tmp_path, alone):
+    finish(start(tmp_path / "run", 2, 2, strategy, told=told))
     same_as(tmp_path / "run", alone)
 
 

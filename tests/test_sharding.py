@@ -29,3 +29,9 @@ def test_more_devices_than_there_are_is_refused():
 def test_no_cluster_to_join_is_said():
     with pytest.raises(InputError, match=r"parallel.distributed auto: .*off on one host"):
         start_processes(ParallelConfig(distributed="auto"))
+
+
+def test_the_environment_says_who_a_process_is(monkeypatch):
+    monkeypatch.setenv("JAX_PROCESS_ID", "two")
+    with pytest.raises(InputError, match="JAX_PROCESS_ID=two in the environment: give a whole number"):
+        start_processes(ParallelConfig(distributed="auto"))

@@ -185,7 +185,7 @@ def make_pmap_step(
         donate_argnums=0,
         devices=list(mesh.devices.flat),
     )
-    by_device = NamedSharding(mesh, P("data"))
+    by_device, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
     @partial(jax.jit, out_shardings=by_device)
     def prepared(step: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
@@ -194,7 +194,13 @@ def make_pmap_step(
         return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (images, targets, batch["label"]))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        return each(state, *prepared(state.step, batch))
+        moved = each(state, *prepared(state.step, batch))
+        if whole.is_fully_addressable:
+            return moved
+        return jax.tree.map(of_all_processes, moved)  # pmap gives each process an array of its own devices
+
+    def of_all_processes(x: jax.Array) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(x.shape, whole, [shard.data for shard in x.addressable_shards])
 
     return step
 

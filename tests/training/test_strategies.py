@@ -119,7 +119,6 @@ def test_a_device_holds_its_share_of_the_state_of_a_large_model(name, parts):
     ("fields", "message"),
     [
         ({"strategy": "pmap", "fsdp": 2}, "fsdp needs parallel.strategy jit"),
-        ({"strategy": "pmap", "distributed": "auto"}, "one process"),
         ({"strategy": "shard_map", "fsdp": 2}, "fsdp needs parallel.strategy jit"),
         ({"batch_norm": "ghosts"}, "choose global, local or ghost:N"),
         ({"batch_norm": "ghost:0"}, "choose global, local or ghost:N"),
