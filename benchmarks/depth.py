@@ -13,7 +13,7 @@ from benchmarks.weights import peak_mib
 BATCH, SIZE = 8, 32
 
 
-def one_step(name: str) -> Any:
+def one_step(name: str, remat: str) -> Any:
     """Compiles the step, takes it once, and looks at the gradient of every block."""
 
     def call() -> dict[str, float]:
@@ -29,7 +29,7 @@ def one_step(name: str) -> Any:
         from resnet_jax.training.step import make_train_step
 
         config = Config(
-            ModelConfig(name, num_classes=10, scan=True, remat="block"),
+            ModelConfig(name, num_classes=10, scan=True, remat=remat),  # type: ignore[arg-type]
             DataConfig(image_size=SIZE),
             train=TrainConfig(batch_size=BATCH, ema_decay=None),
         )
@@ -72,7 +72,9 @@ def step_memory(name: str, remat: str, scan: bool) -> Any:
 
         model = ModelConfig(name, num_classes=10, remat=remat, scan=scan)  # type: ignore[arg-type]
         data, train = DataConfig(image_size=SIZE), TrainConfig(batch_size=128, ema_decay=None)
-        return {"temporary_mib": forecast(Config(model, data, train=train), 1)["temporary"] / 2**20}
+        began = time.perf_counter()
+        temporary = forecast(Config(model, data, train=train), 1)["temporary"]
+        return {"seconds": time.perf_counter() - began, "temporary_mib": temporary / 2**20}
 
     return call
 
@@ -80,7 +82,7 @@ def step_memory(name: str, remat: str, scan: bool) -> Any:
 def memory_rows(name: str) -> list[dict[str, Any]]:
     """With and without computing blocks twice, and in a loop."""
     rows: list[dict[str, Any]] = []
-    for remat, scan in (("none", False), ("block", False), ("block", True)):
+    for remat, scan in (("none", False), ("block", False), ("block", True), ("stage", True)):
         form = f"remat {remat}" + (", scan" if scan else "")
         given = {"name": name, "remat": remat, "scan": scan}
         result = alternate([Contender(form, step_memory, given)], 1, warmup=0)[form]
@@ -93,18 +95,20 @@ def memory_rows(name: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """One process for each network."""
+    """One process for each network and each way."""
     flags = options(__doc__ or "")
     names = ["cifar_resnet20", "cifar_resnet56", "cifar_resnet110", "cifar_resnet1202", "cifar_resnetv2_1001"]
     rows = []
     for name in names[:2] if flags.quick else names:
-        result = alternate([Contender(name, one_step, {"name": name})], 1, warmup=0)[name]
-        if "error" in result:
-            rows.append({"case": name, "contender": "resnet_jax", "error": result["error"]})
-        else:
-            rows.append({"case": name, "contender": "resnet_jax", "step_seconds": result["seconds"][0], "n": 1})
-            rows[-1] |= result["kept"][0]
-        print(rows[-1], flush=True)
+        for remat in ("block", "stage"):
+            form = f"scan, remat {remat}"
+            result = alternate([Contender(form, one_step, {"name": name, "remat": remat})], 1, warmup=0)[form]
+            rows.append({"case": f"{name} batch {BATCH}", "contender": form})
+            if "error" in result:
+                rows[-1]["error"] = result["error"]
+            else:
+                rows[-1] |= {"step_seconds": result["seconds"][0], "n": 1} | result["kept"][0]
+            print(rows[-1], flush=True)
     rows += memory_rows("cifar_resnet20" if flags.quick else "cifar_resnet110")
     write("depth", rows)
 

@@ -1,4 +1,4 @@
-"""What a step keeps, against depth: all activations, blocks computed twice (Chen et al. 2016), and blocks in a loop."""
+"""What a step keeps, against depth: all activations, blocks computed twice, or groups (Chen et al. 2016), and loops."""
 
 import time
 from functools import partial
@@ -11,7 +11,6 @@ import numpy as np
 from resnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
 from resnet_jax.sharding import compiler_options
-from resnet_jax.training.forecast import forecast
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.recipe import build_model, in_form, state_maker
 from resnet_jax.training.step import make_train_step
@@ -21,6 +20,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "blocks twice": {"remat": "block"},
     "loop": {"scan": True},
     "loop, blocks twice": {"scan": True, "remat": "block"},
+    "loop, groups twice": {"scan": True, "remat": "stage"},
 }
 BATCH = 32
 UNITS = {"temporary": 2**20, "step_seconds": 1e-3, "compile_seconds": 1.0}
@@ -51,11 +51,10 @@ def measured(depth: int, way: str, fields: dict[str, Any], quick: bool) -> Rows:
         optimizer=OptimizerConfig(),
         train=TrainConfig(batch_size=BATCH, ema_decay=None),
     )
-    needs = forecast(config, 1)
-    row = {"way": way, "depth": depth, "temporary": needs["temporary"], "state": sum(needs["state"].values())}
     began = time.perf_counter()
     compiled, state, batch = step_of(config, size)
-    row["compile_seconds"] = time.perf_counter() - began
+    row: dict[str, Any] = {"way": way, "depth": depth, "temporary": compiled.memory_analysis().temp_size_in_bytes}
+    row |= {"state": sum(x.nbytes for x in jax.tree.leaves(state)), "compile_seconds": time.perf_counter() - began}
     if "scan" in fields and jax.default_backend() == "cpu":
         return [row]
     times = []

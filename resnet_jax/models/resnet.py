@@ -11,7 +11,7 @@ from resnet_jax.models.attention import attentive
 from resnet_jax.models.blocks import BASIC, BOTTLENECK, PreactBlock, ResidualBlock
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
 from resnet_jax.models.pooling import ANTI_ALIASES, anti_alias, max_pool, pool_and_classify
-from resnet_jax.models.stacking import EQUAL
+from resnet_jax.models.stacking import EQUAL, run_stacked
 
 Array = jax.Array
 
@@ -86,6 +86,7 @@ class Stage(nn.Module):
       drop_paths: one rate a block; their number is the number of blocks.
       first_dilation: of the first block's strided convolution.
       scan: the blocks after the first one are one, compiled once and run in a loop (`stacking.py`).
+      in_groups: that loop keeps the inputs of groups of blocks alone for the way back.
     """
 
     block: Any
@@ -94,6 +95,7 @@ class Stage(nn.Module):
     dilation: int = 1
     first_dilation: int = 1
     scan: bool = False
+    in_groups: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -105,13 +107,7 @@ class Stage(nn.Module):
             for i, rate in enumerate(later, start=2):
                 x = block(drop_path=rate, name=f"block{i}")(x, train)
         elif later:
-            repeated = nn.scan(
-                lambda block, x, _: (block(x, train), None),
-                variable_axes={"params": 0, "batch_stats": 0},
-                split_rngs={"params": True},
-                length=len(later),
-            )
-            x, _ = repeated(block(name=EQUAL), x, None)
+            x = run_stacked(block(name=EQUAL), x, train, len(later), self.in_groups)
         return x
 
 
@@ -151,7 +147,8 @@ class ResNet(nn.Module):
       act: `relu`, `silu`, `gelu` or `identity`.
       zero_init_last: every branch starts at zero. Without effect on plain blocks.
       remat: `block` or `stage`: those, and the stem, are computed a second time on the way back instead of being kept;
-        or `none`.
+        or `none`. `stage` with `scan` is for very deep stages: groups of about the root of their blocks are computed
+        again, and then each block, so that memory grows with the root of the depth.
       scan: the equal blocks of a stage are compiled once and run in a loop, with their variables stacked as
         `stack_blocks` does: compile time no longer grows with depth. On a CPU XLA runs such a loop many times slower.
       output_stride: the image never shrinks further than by this (8, 16 or 32); later stages are dilated instead.
@@ -222,8 +219,9 @@ class ResNet(nn.Module):
             looks = self.self_attention and i == len(self.stage_sizes) - 1
             layer = attentive(conv, self.self_attention, self.dtype) if looks else conv
             block = partial(self._block(i), conv=layer, norm=norm, act=act)
-            stage = kept_from(Stage, self.remat == "stage")
-            x = stage(block, rates, *strides[i], self.scan, name=f"stage{i + 1}")(x, train)
+            stage = kept_from(Stage, self.remat == "stage" and not self.scan)
+            in_groups = self.scan and self.remat == "stage"
+            x = stage(block, rates, *strides[i], self.scan, in_groups, name=f"stage{i + 1}")(x, train)
             taps[f"stage{i + 1}"] = x
         if self.preact:
             x = act(norm(name="norm")(x, train))
@@ -269,9 +267,10 @@ class ResNet(nn.Module):
         kernels, expansion = BLOCKS[self.block if isinstance(self.block, str) else self.block[stage]]
         width = self.widths[stage]
         inner = width * self.base_width // 64 * self.cardinality
+        twice = self.scan and self.remat == "stage"
         smooth: dict[str, Any] = {} if self.preact else {"anti_alias": self.anti_alias}
         return partial(
-            kept_from(PreactBlock if self.preact else ResidualBlock, self.remat == "block"),
+            kept_from(PreactBlock if self.preact else ResidualBlock, self.remat == "block" or twice),
             features=width * expansion,
             kernels=kernels,
             width=inner,

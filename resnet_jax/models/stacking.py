@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -36,6 +37,52 @@ def unstack_blocks(tree: Any) -> Any:
         return {FIRST: stage[FIRST]} | later
 
     return jax.tree.map(unstack, tree, is_leaf=_is_stage)
+
+
+def run_stacked(block: Any, x: jax.Array, train: bool, count: int, in_groups: bool) -> jax.Array:
+    """What comes out of `count` equal blocks in a row, in a loop; the variables of `block` are stacked.
+
+    With `in_groups` a loop over groups runs loops over their blocks, and groups are computed again on the way back:
+    some 2 sqrt(count) inputs of blocks are kept instead of `count` (Chen et al. 2016, section 4).
+    """
+
+    def once(block: Any, x: jax.Array, real: jax.Array | None) -> tuple[jax.Array, None]:
+        y = block(x, train)
+        return (y if real is None else jnp.where(real, y, x)), None
+
+    loop = partial(nn.scan, variable_axes=dict.fromkeys(STACKED, 0), split_rngs={"params": True})
+    if not in_groups or block.is_initializing():
+        return loop(once, length=count)(block, x, None)[0]
+    groups, size = grid(count)
+    spare = groups * size - count  # blocks that only fill the last group: their outputs are not taken
+
+    def fold(variables: Any) -> Any:
+        def one(v: jax.Array) -> jax.Array:
+            return jnp.concatenate([v, v[:spare]]).reshape(groups, size, *v.shape[1:])
+
+        return jax.tree.map(one, variables)
+
+    def unfold(variables: Any) -> Any:
+        return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[:count], variables)
+
+    loops = loop(nn.remat(loop(once, length=size)), length=groups)
+    folded = nn.map_variables(loops, STACKED, trans_in_fn=fold, trans_out_fn=unfold, mutable=True)
+    return folded(block, x, (jnp.arange(groups * size) < count).reshape(groups, size))[0]
+
+
+STACKED = ("params", "batch_stats")
+"""Collections in which each block has values of its own."""
+
+
+def grid(count: int) -> tuple[int, int]:
+    """Groups and blocks in each: few of both together, with few blocks to spare."""
+
+    def cost(size: int) -> int:
+        groups = -(-count // size)
+        return groups + size + groups * size - count
+
+    size = min(range(1, count + 1), key=cost)
+    return -(-count // size), size
 
 
 def _take(stacked: Any, i: int) -> Any:

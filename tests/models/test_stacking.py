@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from resnet_jax import create_model, fold_batch_norm, from_torch, load_pretrained, to_torch
 from resnet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.models.stacking import stack_blocks, unstack_blocks
-from resnet_jax.sharding import make_mesh, state_sharding
+from resnet_jax.models.stacking import grid, stack_blocks, unstack_blocks
+from resnet_jax.sharding import compiler_options, make_mesh, state_sharding
 from resnet_jax.training.forecast import forecast
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.state import create_state, init_variables
@@ -32,14 +32,21 @@ def gradient(model, variables):
     return unstack_blocks(jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"]))
 
 
-@pytest.mark.parametrize("fields", [{"block": "basic", "remat": "block"}, {"preact": True, "remat": "stage"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block": "basic", "remat": "block"},
+        {"preact": True, "remat": "stage"},
+        {"block": "basic", "remat": "stage", "stage_sizes": (1, 8)},  # seven in four groups of two
+    ],
+)
 def test_a_loop_over_blocks_computes_what_they_do_one_by_one(fields):
     model = SMALL.clone(zero_init_last=False, **fields)
     variables = init_variables(model, jax.random.key(0), IMAGES)
     stacked = stack_blocks(variables)
     shapes = jax.eval_shape(model.clone(scan=True).init, jax.random.key(0), IMAGES)
     chex.assert_trees_all_equal_shapes(stacked, shapes)
-    assert stacked["params"]["stage2"]["blocks"]["conv1"]["kernel"].shape[0] == 2
+    assert stacked["params"]["stage2"]["blocks"]["conv1"]["kernel"].shape[0] == model.stage_sizes[1] - 1
     expected = gradient(model, variables)
     chex.assert_trees_all_close(gradient(model.clone(scan=True), stacked), expected, rtol=1e-4, atol=1e-6)
 
@@ -62,6 +69,27 @@ def test_a_program_does_not_grow_with_depth():
         return len(step.lower(shapes).as_text())
 
     assert length(200) < 1.02 * length(2)
+
+
+def test_groups_of_blocks_let_memory_grow_with_the_root_of_depth():
+    """Four times as many blocks: beside the parameters' gradients about twice as much, where it was four times."""
+
+    def kept(blocks, remat):
+        model = SMALL.clone(stage_sizes=(blocks,), widths=(8,), block="basic", scan=True, remat=remat)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+        step = jax.jit(jax.grad(lambda v: model.apply(v, IMAGES, train=True, mutable=["batch_stats"])[0].sum()))
+        return step.lower(shapes).compile(compiler_options()).memory_analysis().temp_size_in_bytes
+
+    grown = {remat: kept(401, remat) - kept(101, remat) for remat in ("block", "stage")}
+    images = IMAGES.size // 3 * 8 * 4
+    assert grown["block"] >= 300 * images and grown["stage"] < 40 * images, grown
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, (1, 1)), (7, (4, 2)), (17, (6, 3)), (110, (11, 10)), (199, (20, 10))]
+)
+def test_groups_leave_few_blocks_to_spare(count, expected):
+    assert grid(count) == expected
 
 
 def test_rematerialisation_lowers_what_a_compiled_step_holds():
