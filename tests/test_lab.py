@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -15,11 +17,12 @@ from resnet_jax.cli import main
 from resnet_jax.lab import gradients, landscape, lesion, relatives, response
 from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
 from resnet_jax.lab.record import Notebook, Options
-from resnet_jax.lab.run import EXPERIMENTS, run, write_page
+from resnet_jax.lab.run import EXPERIMENTS, write_page
 from resnet_jax.lab.words import WORDS
 from resnet_jax.models.blocks import PreactBlock, ResidualBlock
 from resnet_jax.models.registry import count_parameters
 from resnet_jax.training.state import init_variables
+from tests.browser import needs_chromium, screenshot, tags
 
 
 @pytest.fixture(scope="module")
@@ -172,4 +175,18 @@ def test_every_experiment_has_its_words_and_an_unknown_one_is_named(tmp_path, ca
     assert set(WORDS) == set(EXPERIMENTS)
     assert main(["lab", "lesions", "--out", str(tmp_path)]) == 2
     assert "did you mean lesion" in capsys.readouterr().err
-    assert write_page(tmp_path).exists() and run.__doc__
+
+
+@needs_chromium
+def test_a_browser_shows_the_page_of_the_committed_records(tmp_path):
+    """Figures, paragraphs in two languages and tables, in a real Chromium without a word on its console."""
+    records = Path(__file__).parents[1] / "docs" / "lab"
+    shutil.copytree(records, tmp_path / "lab")
+    page = tags(write_page(tmp_path / "lab"), tmp_path)
+    assert page.count["section"] == page.count["img"] == len(EXPERIMENTS) and page.count["p"] == 2 + 2 * len(
+        EXPERIMENTS
+    )
+    assert page.rows["relatives-table"] == 1 + len(relatives.RELATIVES)
+    assert page.rows["gradients-table"] > 10 and page.rows["degradation-table"] > 4
+    pixels = screenshot(tmp_path / "lab" / "index.html", tmp_path, 390, 1600)
+    assert pixels.shape == (1600, 390, 3) and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100

@@ -1,13 +1,10 @@
 """From a folder or a table of pictures to a report and a program for colleagues, from the shell."""
 
 import csv
-import html.parser
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 
 import jax
 import numpy as np
@@ -17,6 +14,7 @@ from PIL import Image
 import resnet_jax as rj
 from resnet_jax.cli import main
 from resnet_jax.training.trackers import read_lines
+from tests.browser import needs_chromium, screenshot, tags
 
 RNG = np.random.default_rng(0)
 SHORT = [
@@ -93,49 +91,14 @@ def test_a_run_without_progress_ends_and_stays_ended(tmp_path, folder, capsys):
     assert "the run is finished" in capsys.readouterr().out
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-class Tags(html.parser.HTMLParser):
-    """Counts of tags, and rows of each table."""
-
-    def __init__(self):
-        super().__init__()
-        self.count, self.rows, self.table = {}, {}, None
-
-    def handle_starttag(self, tag, attributes):
-        self.count[tag] = self.count.get(tag, 0) + 1
-        if tag == "table":
-            self.table = dict(attributes).get("id")
-        if tag == "tr":
-            self.rows[self.table] = self.rows.get(self.table, 0) + 1
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_chromium
 def test_a_browser_shows_the_report_without_an_error(run, tmp_path):
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]  # fmt: skip
-
-    def chromium(*more):
-        command = [
-            CHROMIUM,
-            *flags,
-            f"--user-data-dir={tempfile.mkdtemp(dir=tmp_path)}",
-            *more,
-            f"file://{run}/report.html",
-        ]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-
-    shown = chromium("--dump-dom")
-    assert "CONSOLE" not in shown.stderr
-    page = Tags()
-    page.feed(shown.stdout)
+    page = tags(run / "report.html", tmp_path)
     assert page.rows["classes"] == 4 and page.rows["confusion"] == 4 and page.rows["run"] > 5
     assert page.count["svg"] == 4 and "http" not in (run / "report.html").read_text().replace("http-equiv", "")
     wrong = np.asarray(json.loads((run / "measures.json").read_text())["confusion"])
     assert page.count.get("img", 0) == 2 * min(12, wrong.sum() - np.trace(wrong))
-    chromium("--window-size=390,1200", "--hide-scrollbars", f"--screenshot={tmp_path / 'shot.png'}")
-    pixels = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
+    pixels = screenshot(run / "report.html", tmp_path, 390, 1200)
     assert pixels.shape[:2] == (1200, 390) and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 30
 
 
@@ -259,6 +222,7 @@ def test_what_does_not_fit_is_named(folder, tmp_path, flags, says, capsys):
     command = ["train", "--workdir", str(tmp_path / "run"), *SHORT, "--data.dataset", f"folder:{folder}", *flags]
     assert main([*command, "--train.steps", "2"]) == 2
     assert says in capsys.readouterr().err
+    assert flags[0] == "--data.channels" or not (tmp_path / "run" / "config.json").exists()  # before anything is read
 
 
 def test_weights_of_other_channels_are_named(tmp_path, weights, capsys):

@@ -39,6 +39,18 @@ def last_errors(found: Rows, kind: str, depth: int, split: str = "train") -> lis
     return list(runs.values())
 
 
+def table(found: Rows) -> Rows:
+    """Last errors of each network over its seeds: mean and standard deviation, in percent."""
+    lines: Rows = []
+    for kind, depth in dict.fromkeys((row["kind"], row["depth"]) for row in found):
+        line: dict[str, Any] = {"network": kind, "layers": depth}
+        for split in ("train", "test"):
+            errors = 100 * np.asarray(last_errors(found, kind, depth, split))
+            line |= {f"{split} error, %": f"{errors.mean():.1f} ± {errors.std():.1f}", "seeds": len(errors)}
+        lines.append(line)
+    return lines
+
+
 def draw(found: Rows) -> Any:
     """Training error over the epochs, and the last errors against the depth."""
     figure, axes = axes_of(3)

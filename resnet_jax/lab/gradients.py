@@ -196,6 +196,18 @@ def ratios(found: Rows) -> Rows:
     ]
 
 
+def table(found: Rows) -> Rows:
+    """`ratios` as the page shows them: networks down, initialisations across."""
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in ratios(found):
+        zero = "zero" if row["zero_init_last"] else "random"
+        key = (row["kind"], row["norm"], zero, row["depth"])
+        line = lines.setdefault(key, dict(zip(("network", "norm", "branches start", "layers"), key, strict=True)))
+        line |= dict.fromkeys(INITS, "") if len(line) == 4 else {}
+        line[row["init"]] = row["ratio"]
+    return list(lines.values())
+
+
 def draw(found: Rows) -> Any:
     """Gradients along the blocks without and with norms, first over last against depth, and in training."""
     figure, axes = axes_of(2, 2)

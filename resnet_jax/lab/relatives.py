@@ -76,6 +76,22 @@ def kept_bytes(model: Any, variables: Any, images: jax.Array) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes) if x.shape[:1] == images.shape[:1])
 
 
+def table(found: Rows) -> Rows:
+    """Means over the seeds, with the standard deviation of the test error."""
+    lines: Rows = []
+    for name in dict.fromkeys(row["name"] for row in found):
+        of = [row for row in found if row["name"] == name]
+        mean = {key: float(np.mean([row[key] for row in of])) for key in of[0] if key != "name"}
+        errors = 100 * np.asarray([row["test_error"] for row in of])
+        lines.append({
+            "network": name, "layers": of[0]["layers"], "parameters": of[0]["parameters"],
+            "MMACs an image": mean["macs"] / 1e6, "KiB kept": mean["kept"] / 2**10,
+            "images/s": mean["images_per_second"], "train error, %": 100 * mean["train_error"],
+            "test error, %": f"{errors.mean():.1f} ± {errors.std():.1f}", "seeds": len(of),
+        })  # fmt: skip
+    return lines
+
+
 def draw(found: Rows) -> Any:
     """Test error beside arithmetic, memory and speed."""
     figure, axes = axes_of(3)

@@ -10,12 +10,12 @@ from typing import Any
 
 from resnet_jax.config import InputError
 from resnet_jax.integrity import write_whole
-from resnet_jax.lab.record import Notebook, Options, save
+from resnet_jax.lab.record import Notebook, Options, Rows, save
 from resnet_jax.lab.words import TITLES, WORDS
 from resnet_jax.models.registry import nearest
 
 EXPERIMENTS = tuple(TITLES)
-"""Each is a module of this folder with `rows(notebook)` and `draw(rows)`."""
+"""Each is a module of this folder with `rows(notebook)`, `draw(rows)`, and some with `table(rows)`, for the page."""
 
 
 def run(name: str, folder: Path, options: Options) -> dict[str, Any]:
@@ -44,13 +44,28 @@ def write_page(folder: Path) -> Path:
         record = json.loads((folder / f"{name}.json").read_text())
         picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         english, japanese = TITLES[name]
+        module: Any = import_module(f"resnet_jax.lab.{name}")
+        table = as_table(name, module.table(record["rows"])) if hasattr(module, "table") else ""
         how = f"{record['command']} · {record['hardware']} · {record['seconds']:.0f} s · {record['commit'] or ''}"
         sections.append(
             f'<section id="{name}"><h2>{escape(english)} <span lang="ja">{escape(japanese)}</span></h2>'
             f'<img src="data:image/png;base64,{picture}" alt="{escape(english)}">'
-            f'<p>{escape(WORDS[name][0])}</p><p lang="ja">{escape(WORDS[name][1])}</p>'
+            f'{table}<p>{escape(WORDS[name][0])}</p><p lang="ja">{escape(WORDS[name][1])}</p>'
             f"<small>Data: {escape(record['options']['dataset'])}. <code>{escape(how)}</code></small></section>"
         )
     page = (Path(__file__).with_name("page.html")).read_text()
     write_whole(folder / "index.html", page.replace("{body}", "\n".join(sections)))
     return folder / "index.html"
+
+
+def as_table(name: str, rows: Rows) -> str:
+    """Rows of the same columns as HTML, numbers to three digits."""
+
+    def cell(value: Any) -> str:
+        return escape(
+            f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        )
+
+    head = "".join(f"<th>{escape(key)}</th>" for key in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{cell(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
+    return f'<div class="wide"><table id="{name}-table"><tr>{head}</tr>{body}</table></div>'

@@ -9,13 +9,17 @@ import jax.numpy as jnp
 
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
 from resnet_jax.models.pooling import pool_and_classify
-from resnet_jax.models.resnet import Stem, StemPool, check_channels
+from resnet_jax.models.resnet import Stem, StemPool, check_channels, check_remat, kept_from
 
 Array = jax.Array
 
 
 class DenseLayer(nn.Module):
-    """norm, act, 1x1 to four times the growth, norm, act, 3x3 to the growth: what a layer adds to its input."""
+    """norm, act, 1x1 to four times the growth, norm, act, 3x3 to the growth: what a layer adds to its inputs.
+
+    They are joined here, so that a layer that is computed twice keeps none but the pieces (Pleiss et al. 2017,
+    arXiv:1707.06990): memory then grows in proportion to the depth, not to its square.
+    """
 
     growth: int
     conv: Any
@@ -23,7 +27,8 @@ class DenseLayer(nn.Module):
     act: Any
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
+    def __call__(self, pieces: list[Array], train: bool = False) -> Array:
+        x = jnp.concatenate(pieces, -1)
         y = self.conv(4 * self.growth, 1, name="conv1")(self.act(self.norm(name="norm1")(x, train)))
         return self.conv(self.growth, 3, name="conv2")(self.act(self.norm(name="norm2")(y, train)))
 
@@ -36,9 +41,10 @@ class DenseStage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
+        pieces = [x]
         for i in range(1, self.size + 1):
-            x = jnp.concatenate([x, self.layer(name=f"block{i}")(x, train)], -1)
-        return x
+            pieces.append(self.layer(name=f"block{i}")(pieces, train))
+        return jnp.concatenate(pieces, -1)
 
 
 class Transition(nn.Module):
@@ -64,6 +70,7 @@ class DenseNet(nn.Module):
       growth: channels that each layer adds; twice as many leave the stem.
       stem: as in `ResNet`; `3x3` is a bare convolution that nothing halves, for small images.
       anti_alias: low pass in the stem's pool: `none`, `average` or `blur`.
+      remat: `block` or `stage`: layers, or stages, are computed a second time on the way back; or `none`.
       act, norm, unbiased_variance, ghost, axis_name, drop_rate, global_pool, in_channels, num_classes, dtype: as
         in `ResNet`.
     """
@@ -77,6 +84,7 @@ class DenseNet(nn.Module):
     ghost: int | None = None
     axis_name: str | None = None
     act: str = "relu"
+    remat: str = "none"
     drop_rate: float = 0.0
     global_pool: str = "avg"
     in_channels: int = 3
@@ -87,15 +95,17 @@ class DenseNet(nn.Module):
     def __call__(self, images: Array, train: bool = False, endpoints: bool = False) -> Any:
         """Logits, and with `endpoints` what each part puts out; as `ResNet.__call__`."""
         check_channels(images, self.in_channels)
+        check_remat(self.remat)
         conv = partial(Conv, dtype=self.dtype, kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"))
         norm, act = make_norm(self), ACTIVATIONS[self.act]
         small = self.stem == "3x3"
         x = Stem(self.stem, 2 * self.growth, small, conv, norm, act, name="stem")(images, train)
         taps = {"stem": x}
         x = StemPool("none" if small else "max", self.anti_alias, conv, norm, act, name="stem_pool")(x, train)
-        layer = partial(DenseLayer, self.growth, conv, norm, act)
+        layer = partial(kept_from(DenseLayer, self.remat == "block"), self.growth, conv, norm, act)
+        stage = kept_from(DenseStage, self.remat == "stage")
         for i, size in enumerate(self.stage_sizes, start=1):
-            x = DenseStage(size, layer, name=f"stage{i}")(x, train)
+            x = stage(size, layer, name=f"stage{i}")(x, train)
             if i == len(self.stage_sizes):
                 x = act(norm(name="norm")(x, train))
             taps[f"stage{i}"] = x

@@ -1,6 +1,5 @@
 """GoogLeNet: four branches side by side, joined (Szegedy et al. 2014), with batch normalisation as in torchvision."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
 from resnet_jax.models.pooling import max_pool, pool_and_classify
-from resnet_jax.models.resnet import check_channels
+from resnet_jax.models.resnet import check_channels, check_remat, kept_from
 
 Array = jax.Array
 
@@ -66,18 +65,17 @@ class Inception(nn.Module):
 
 
 class InceptionStage(nn.Module):
-    """Modules in a row; `listen(name, x)` is told what each puts out."""
+    """Modules in a row: what each of them puts out."""
 
     widths: tuple[tuple[int, ...], ...]
-    chain: Any
-    listen: Callable[[str, Array], None] = lambda name, x: None
+    module: Any
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
+    def __call__(self, x: Array, train: bool = False) -> list[Array]:
+        outs = [x]
         for i, widths in enumerate(self.widths, start=1):
-            x = Inception(widths, self.chain, name=f"block{i}")(x, train)
-            self.listen(f"block{i}", x)
-        return x
+            outs.append(self.module(widths, name=f"block{i}")(outs[-1], train))
+        return outs[1:]
 
 
 class AuxiliaryHead(nn.Module):
@@ -115,6 +113,7 @@ class GoogLeNet(nn.Module):
       stem: `7x7` shrinks images by eight before stage 1; `3x3`, for small ones, by nothing.
       auxiliary: two more heads, behind the first and the fourth module of stage 2, which put logits into the collection
         `auxiliary_logits` when training; their losses count 0.3 in training here.
+      remat: `block` or `stage`: modules, or stages, are computed a second time on the way back; or `none`.
       norm, unbiased_variance, ghost, axis_name, act, drop_rate, global_pool, in_channels, num_classes, dtype: as in
         `ResNet`.
     """
@@ -127,6 +126,7 @@ class GoogLeNet(nn.Module):
     ghost: int | None = None
     axis_name: str | None = None
     act: str = "relu"
+    remat: str = "none"
     drop_rate: float = 0.2
     global_pool: str = "avg"
     in_channels: int = 3
@@ -137,10 +137,13 @@ class GoogLeNet(nn.Module):
     def __call__(self, images: Array, train: bool = False, endpoints: bool = False) -> Any:
         """Logits, and with `endpoints` what each part puts out; as `ResNet.__call__`."""
         check_channels(images, self.in_channels)
+        check_remat(self.remat)
         init = nn.initializers.truncated_normal(0.01)
         conv = partial(Conv, dtype=self.dtype, kernel_init=init)
         norm = make_norm(self, epsilon=1e-3)
         chain = partial(Chain, conv=conv, norm=norm, act=ACTIVATIONS[self.act])
+        module = partial(kept_from(Inception, self.remat == "block"), chain=chain)
+        stage = kept_from(InceptionStage, self.remat == "stage")
         small = self.stem == "3x3"
         x = chain(((sum(self.widths[0][0][k] for k in (0, 2, 4, 5)) // 4, 3, 1),) if small else ((64, 7, 2),),
                   name="stem1")(images, train)  # fmt: skip
@@ -148,12 +151,11 @@ class GoogLeNet(nn.Module):
         if not small:
             x = chain(((64, 1, 1), (192, 3, 1)), name="stem2")(ceil_max_pool(x, 3), train)
         for i, widths in enumerate(self.widths, start=1):
-            inside: dict[str, Array] = {}
             x = x if small and i == 1 else ceil_max_pool(x, 3 if i < 3 else 2)
-            x = InceptionStage(widths, chain, inside.__setitem__, name=f"stage{i}")(x, train)
-            taps[f"stage{i}"] = x
+            outs = stage(widths, module, name=f"stage{i}")(x, train)
+            taps[f"stage{i}"] = x = outs[-1]
             if self.auxiliary and i == 2 and (train or self.is_initializing()):
-                self._auxiliary([inside["block1"], inside["block4"]], chain, train)
+                self._auxiliary([outs[0], outs[3]], chain, train)
         taps["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
         return (out, taps) if endpoints else out
 

@@ -233,8 +233,7 @@ class ResNet(nn.Module):
             raise ValueError(f"act {self.act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
         if self.output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride {self.output_stride} is impossible; choose one of 8, 16, 32")
-        if self.remat not in ("none", "block", "stage"):
-            raise ValueError(f"remat {self.remat!r} is unknown; choose one of none, block, stage")
+        check_remat(self.remat)
         if self.preact and self.anti_alias != "none":
             raise ValueError("anti_alias is not made for pre-activation networks: leave it at none")
         if self.scan and self.drop_path_rate:
@@ -288,6 +287,12 @@ class ResNet(nn.Module):
 def kept_from(module: Any, remat: bool) -> Any:
     """The module's class, with `remat` one whose insides are computed again on the way back (Chen et al. 2016)."""
     return nn.remat(module, static_argnums=(2,)) if remat else module
+
+
+def check_remat(remat: str) -> None:
+    """Raises ValueError where `remat` is none of its three words."""
+    if remat not in ("none", "block", "stage"):
+        raise ValueError(f"remat {remat!r} is unknown; choose one of none, block, stage")
 
 
 def check_channels(images: Array, channels: int) -> None:

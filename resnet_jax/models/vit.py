@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from resnet_jax.models.attention import attention_weights
 from resnet_jax.models.layers import Dtype
 from resnet_jax.models.pooling import classify
-from resnet_jax.models.resnet import check_channels
+from resnet_jax.models.resnet import check_channels, check_remat, kept_from
 
 Array = jax.Array
 
@@ -84,7 +84,7 @@ class ViT(nn.Module):
       mlp: width inside the dense part of a block.
       image_size: side of the images; positions are learned for this size alone.
       shortcut: as in `EncoderBlock`.
-      remat: `block` computes blocks a second time on the way back instead of keeping their insides; or `none`.
+      remat: `block` or `stage`: blocks, or all of them together, are computed a second time on the way back; or `none`.
       drop_rate, in_channels, num_classes, dtype: as in `ResNet`; the dropout is within the blocks too.
     """
 
@@ -109,6 +109,7 @@ class ViT(nn.Module):
           ValueError: the images have another size or number of channels than the model was made for.
         """
         check_channels(images, self.in_channels)
+        check_remat(self.remat)
         if images.shape[1:3] != (self.image_size, self.image_size):
             raise ValueError(f"images of shape {images.shape} are not {self.image_size} high and wide: set image_size")
         x = PatchStem(self.patch, self.width, self.dtype, name="stem")(images)
@@ -118,9 +119,10 @@ class ViT(nn.Module):
         position = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width), jnp.float32)
         x = x + position.astype(self.dtype)
         taps = {"stem": x}
-        block: Any = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat == "block" else EncoderBlock
+        block = kept_from(EncoderBlock, self.remat == "block")
         block = partial(block, self.heads, self.mlp, self.shortcut, self.drop_rate, self.dtype)
-        x = taps["stage1"] = Encoder(self.depth, block, name="stage1")(x, train)
+        encoder = kept_from(Encoder, self.remat == "stage")
+        x = taps["stage1"] = encoder(self.depth, block, name="stage1")(x, train)
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         taps["features"], out = classify(x[:, 0].astype(jnp.float32), self.drop_rate, self.num_classes, train)
         return (out, taps) if endpoints else out

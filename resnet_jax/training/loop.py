@@ -86,6 +86,8 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     dataset = load_dataset(config.data, config.train.seed)
     if dataset.several and config.train.loss != "binary":
         raise InputError(f"{config.data.dataset} gives images several labels: add --train.loss binary")
+    if config.train.metric == "map" and not dataset.several:
+        raise InputError("train.metric map needs images with several labels; take accuracy, loss or macro_recall")
     plan = make_plan(config, len(dataset.train))
     model = build_model(config, len(dataset.class_names))
     schedule = make_schedule(config, plan.total, plan.per_epoch)

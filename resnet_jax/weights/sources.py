@@ -158,8 +158,8 @@ def _from_run(folder: Path) -> Weights:
     if step is None:
         damaged = "".join(f"; that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
         raise InputError(f"{folder} holds no checkpoint{damaged or '; the run ended before its first one'}")
-    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
     logging.getLogger("absl").setLevel(logging.ERROR)
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(place, options=options, item_handlers=handlers) as manager:
