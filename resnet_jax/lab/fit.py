@@ -22,7 +22,7 @@ from resnet_jax.config import (
 from resnet_jax.data.loader import BadImages, whole_split
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.registry import create_model
-from resnet_jax.sharding import batch_sharding, compiler_options, make_mesh
+from resnet_jax.sharding import batch_sharding, compiler_options, make_mesh, replicated
 from resnet_jax.training.metrics import add, means
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
 from resnet_jax.training.recipe import state_maker
@@ -30,6 +30,8 @@ from resnet_jax.training.state import TrainState
 from resnet_jax.training.step import make_device_step, make_eval_step, make_train_step
 
 EVAL_BATCH = 256
+EVALUATED = 2000
+"""Images of a split that are evaluated at most."""
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"shortcut": "none"},
     "residual": {},
@@ -111,14 +113,16 @@ def fit(
     steps = max(points, round(config.train.epochs * per_epoch))
     schedule = make_schedule(config, steps, per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule)
-    sharding = batch_sharding(make_mesh(1))
+    mesh = make_mesh(1)
     step_function = jax.jit(
-        make_device_step(make_train_step(model, optimizer, config), config, 1, sharding),
+        make_device_step(make_train_step(model, optimizer, config), config, 1, batch_sharding(mesh)),
         donate_argnums=0,
+        out_shardings=replicated(mesh),
         compiler_options=compiler_options(),
     )
     evaluate = evaluator(model, config)
-    state, on_device = state_maker(config, model, schedule)(), jax.device_put(data.train)
+    start = (state_maker(config, model, schedule)(), data.train)
+    state, on_device = jax.device_put(start, replicated(mesh))  # as steps leave them, so that one program serves all
     marks = {round(i * steps / points) for i in range(points + 1)}
     curve = []
     for step in range(steps + 1):
@@ -141,11 +145,11 @@ def variables_of(state: TrainState) -> Any:
 
 
 def evaluator(model: nn.Module, config: Config) -> Callable[[Any, dict[str, np.ndarray]], dict[str, Any]]:
-    """`evaluate(variables, split) -> means` over at most 2,000 images of a split, compiled once."""
+    """`evaluate(variables, split) -> means` over at most EVALUATED images of a split, compiled once."""
     program = jax.jit(make_eval_step(model, config), compiler_options=compiler_options())
 
     def evaluate(variables: Any, split: dict[str, np.ndarray]) -> dict[str, Any]:
-        count, parts = min(2000, len(split["label"])), []
+        count, parts = min(EVALUATED, len(split["label"])), []
         for start in range(0, count, EVAL_BATCH):
             place = np.minimum(np.arange(start, start + EVAL_BATCH), count - 1)
             batch = {name: jnp.asarray(values[place]) for name, values in split.items()}

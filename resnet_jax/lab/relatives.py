@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from resnet_jax.config import OptimizerConfig
-from resnet_jax.lab.fit import fit, load, network, pixels, recipe, variables_of
+from resnet_jax.lab.fit import EVALUATED, evaluator, fit, load, network, pixels, recipe, variables_of
 from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
 from resnet_jax.models.registry import cost
 
@@ -47,16 +47,16 @@ def one(name: str, data: Any, epochs: float, seed: int) -> Rows:
         changes["optimizer"] = OptimizerConfig(name="adamw", learning_rate=2e-3, weight_decay=0.05)
     config = recipe(data, epochs, seed, **changes)
     state, curve = fit(model, data, config, points=1)
-    images, _ = pixels(data, 256, config)
-    forward = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
-    jax.block_until_ready(forward(variables_of(state), images))
+    evaluate = evaluator(model, config)
+    evaluate(variables_of(state), data.test)
     began = time.perf_counter()
-    for _ in range(5):
-        jax.block_until_ready(forward(variables_of(state), images))
-    rate = 5 * len(images) / (time.perf_counter() - began)
+    for _ in range(3):
+        evaluate(variables_of(state), data.train)
+    rate = 3 * min(EVALUATED, len(data.train["label"])) / (time.perf_counter() - began)
+    images, _ = pixels(data, 8, config)
     parameters, macs = cost(model, data.size)
     row = {"name": name, "seed": seed, "parameters": parameters, "macs": macs, "layers": layers,
-            "kept": kept_bytes(model, variables_of(state), images[:8]) / 8, "images_per_second": rate,
+            "kept": kept_bytes(model, variables_of(state), images) / 8, "images_per_second": rate,
             "train_error": curve[-1]["train_error"], "test_error": curve[-1]["test_error"]}  # fmt: skip
     return [row]
 
@@ -97,7 +97,7 @@ def draw(found: Rows) -> Any:
     figure, axes = axes_of(3)
     names = list(dict.fromkeys(row["name"] for row in found))
     shown = (("macs", 1e6, "million multiply-adds an image"), ("kept", 2**10, "KiB kept an image, in training"),
-             ("images_per_second", 1, "images a second, forward"))  # fmt: skip
+             ("images_per_second", 1, "images a second, evaluated"))  # fmt: skip
     for axis, (key, unit, title) in zip(axes, shown, strict=True):
         for colour, name in zip(COLOURS, names, strict=False):
             of = [row for row in found if row["name"] == name]
