@@ -280,8 +280,9 @@ class LogConfig:
     """Write TensorBoard events too."""
     report: bool = True
     """Make report.html at the end."""
-    profile: tuple[int, int] | None = None
-    """First and last step of a trace for TensorBoard and xprof, in the run's folder."""
+    profile: str | None = None
+    """START:STOP, such as 20:25: a trace of the steps from START to before STOP for TensorBoard and xprof, in the run's
+    folder."""
 
 
 @dataclass(frozen=True)

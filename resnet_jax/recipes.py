@@ -137,11 +137,20 @@ def check(config: Config) -> None:
             "model.scan out, or take sgd or adamw",
         ),
         (config.log.every_steps < 1, "log.every_steps must be at least 1"),
+        (
+            config.log.profile is not None and not _is_span(config.log.profile),
+            f"log.profile {config.log.profile!r} is no START:STOP: give two steps, such as 20:25",
+        ),
         (config.checkpoint.keep < 1, "checkpoint.keep must be at least 1"),
     ]
     for wrong, message in problems + _image_problems(config) + _parallel_problems(config):
         if wrong:
             raise InputError(message)
+
+
+def _is_span(text: str) -> bool:
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    return match is not None and int(match[1]) < int(match[2])
 
 
 def _image_problems(config: Config) -> list[tuple[bool, str]]:

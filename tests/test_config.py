@@ -35,6 +35,8 @@ def test_differences_leave_out_what_does_not_change_the_result():
         ("augment", {"crop": "random_resized"}, "--data.no_on_device"),
         ("augment", {"randaugment": 3}, "--data.no_on_device"),
         ("data", {"validation_fraction": 1.0}, "between 0 and 1"),
+        ("log", {"profile": "25:20"}, "is no START:STOP"),
+        ("log", {"profile": "20"}, "such as 20:25"),
     ],
 )
 def test_impossible_fields_are_refused(section, fields, message):

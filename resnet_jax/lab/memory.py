@@ -1,12 +1,15 @@
 """What a step keeps, against depth: all activations, blocks computed twice, or groups (Chen et al. 2016), and loops."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from resnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
@@ -32,7 +35,7 @@ def rows(book: Notebook) -> Rows:
     A loop's time is left out on a CPU, where XLA runs convolutions in loops many times slower than elsewhere.
     """
     options = book.options
-    depths = options.depths or ((8, 20, 32) if options.quick else (20, 56, 110, 1202))
+    depths = options.depths or ((14, 20, 32) if options.quick else (20, 56, 110, 1202))
     found: Rows = []
     for depth in depths:
         for way, fields in WAYS.items():
@@ -51,10 +54,13 @@ def measured(depth: int, way: str, fields: dict[str, Any], quick: bool) -> Rows:
         optimizer=OptimizerConfig(),
         train=TrainConfig(batch_size=BATCH, ema_decay=None),
     )
+    lowered, state, batch = step_of(config, size)
     began = time.perf_counter()
-    compiled, state, batch = step_of(config, size)
-    row: dict[str, Any] = {"way": way, "depth": depth, "temporary": compiled.memory_analysis().temp_size_in_bytes}
-    row |= {"state": sum(x.nbytes for x in jax.tree.leaves(state)), "compile_seconds": time.perf_counter() - began}
+    with uncached():
+        compiled = lowered.compile()
+    row: dict[str, Any] = {"way": way, "depth": depth, "compile_seconds": time.perf_counter() - began}
+    row["temporary"] = compiled.memory_analysis().temp_size_in_bytes
+    row["state"] = sum(x.nbytes for x in jax.tree.leaves(state))
     if "scan" in fields and jax.default_backend() == "cpu":
         return [row]
     times = []
@@ -66,14 +72,27 @@ def measured(depth: int, way: str, fields: dict[str, Any], quick: bool) -> Rows:
 
 
 def step_of(config: Config, size: int) -> tuple[Any, Any, Any]:
-    """A compiled training step, its first state and a batch."""
+    """A training step, lowered, its first state and a batch."""
     model = build_model(config, 10)
     optimizer = make_optimizer(config.optimizer, lambda step: 0.01)
     state = in_form(state_maker(config, model, lambda step: 0.01)(), config)
     batch = {"image": jnp.zeros((BATCH, size, size, 3), jnp.uint8), "label": jnp.zeros(BATCH, jnp.int32)}
     batch["turn"] = jnp.zeros(BATCH, bool)
     step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0, compiler_options=compiler_options())
-    return step.lower(state, batch).compile(), state, batch
+    return step.lower(state, batch), state, batch
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Programs are compiled anew, so that their time can be taken."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once whether there is one
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def draw(found: Rows) -> Any:

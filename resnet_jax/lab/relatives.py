@@ -29,7 +29,7 @@ def rows(book: Notebook) -> Rows:
     """`name`, `seed`, `parameters`, `macs`, `layers`, `kept` (bytes an image for the way back), rates, errors."""
     options = book.options
     data = load(options.dataset)
-    epochs = 5.0 if options.quick else 40.0
+    epochs = 8.0 if options.quick else 40.0
     found: Rows = []
     for seed in options.seeds or ((0,) if options.quick else (0, 1, 2)):
         for name in RELATIVES:

@@ -222,7 +222,7 @@ def traced(advance: Advance, config: Config, folder: Path) -> Advance:
     """`advance` that writes a trace of the steps of `log.profile` into `folder/profile`; the device is waited for."""
     if config.log.profile is None:
         return advance
-    first, last = config.log.profile
+    first, last = (int(step) for step in config.log.profile.split(":"))
     running = False
 
     def advance_traced(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:

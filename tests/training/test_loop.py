@@ -309,6 +309,6 @@ def test_bad_images_of_a_folder_end_in_the_summary(tmp_path):
 
 def test_a_trace_of_some_steps_is_written(tmp_path):
     config = recipe(8, eval_every_epochs=9.0)
-    config = dataclasses.replace(config, log=dataclasses.replace(config.log, profile=(3, 5)))
+    config = dataclasses.replace(config, log=dataclasses.replace(config.log, profile="3:5"))
     loop.train(config, tmp_path / "run")
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
