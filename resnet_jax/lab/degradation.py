@@ -49,8 +49,8 @@ def table(found: Rows) -> Rows:
         line: dict[str, Any] = {"network": kind, "layers": depth}
         for split in ("train", "test"):
             errors = 100 * np.asarray(last_errors(found, kind, depth, split))
-            line |= {f"{split} error, %": f"{errors.mean():.1f} ± {errors.std():.1f}", "seeds": len(errors)}
-        lines.append(line)
+            line[f"{split} error, %"] = f"{errors.mean():.1f} ± {errors.std():.1f}"
+        lines.append(line | {"seeds": len(errors)})
     return lines
 
 

@@ -85,8 +85,8 @@ def table(found: Rows) -> Rows:
         errors = 100 * np.asarray([row["test_error"] for row in of])
         lines.append({
             "network": name, "layers": of[0]["layers"], "parameters": of[0]["parameters"],
-            "MMACs an image": mean["macs"] / 1e6, "KiB kept": mean["kept"] / 2**10,
-            "images/s": mean["images_per_second"], "train error, %": 100 * mean["train_error"],
+            "MMACs an image": f"{mean['macs'] / 1e6:.1f}", "KiB kept": round(mean["kept"] / 2**10),
+            "images/s": round(mean["images_per_second"]), "train error, %": f"{100 * mean['train_error']:.1f}",
             "test error, %": f"{errors.mean():.1f} ± {errors.std():.1f}", "seeds": len(of),
         })  # fmt: skip
     return lines
