@@ -135,7 +135,7 @@ def of_densenet(data: Any, images: jax.Array, labels: Any) -> Rows:
     model = network("cifar_densenet_bc_100_12", data, stage_sizes=(6, 6, 6))
     variables = init_variables(model, jax.random.key(0), images[:1])
 
-    def forward(deltas: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def forward(deltas: dict[str, Any], variables: Any, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         outputs: dict[str, jax.Array] = {}
 
         def tap(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -149,8 +149,9 @@ def of_densenet(data: Any, images: jax.Array, labels: Any) -> Rows:
             logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), outputs
 
-    shapes = jax.eval_shape(lambda: forward({})[1])
-    grads = jax.jit(jax.grad(lambda deltas: forward(deltas)[0]))(jax.tree.map(lambda s: jnp.zeros(s.shape), shapes))
+    _, shapes = jax.eval_shape(forward, {}, variables, images)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
+    grads, _ = jax.jit(jax.grad(forward, has_aux=True))(zeros, variables, images)
     names = sorted(grads, key=lambda name: [int(word.strip("stageblock")) for word in name.split("/")])
     about = {"kind": "densenet", "norm": "batch", "zero_init_last": False, "init": "He", "depth": 40}
     return [about | {"block": i, "gradient": float(jnp.linalg.norm(grads[n]))} for i, n in enumerate(names, start=1)]

@@ -46,12 +46,12 @@ def responses(model: Any, variables: Any, images: jax.Array) -> Rows:
                 seen.setdefault(name.removesuffix("/norm2"), {}).update(mean=out.mean(), deviation=out.std())
         return out
 
-    def forward() -> Any:
+    def forward(variables: Any, images: jax.Array) -> Any:
         with nn.intercept_methods(tap):
             model.apply(variables, images, train=False)
         return dict(seen)
 
-    measured = jax.device_get(jax.jit(forward)())
+    measured = jax.device_get(jax.jit(forward)(variables, images))
     order = sorted(measured, key=lambda name: [int(word.strip("stageblock")) for word in name.split("/")])
     return [
         {"block": i} | {key: float(value) for key, value in measured[name].items()}
