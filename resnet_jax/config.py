@@ -38,7 +38,8 @@ class ModelConfig:
     zero_init_last: bool = True
     """Every residual branch starts at zero."""
     remat: Literal["none", "block", "stage"] = "none"
-    """What of a ResNet is computed a second time on the way back instead of being kept: saves memory, costs time."""
+    """What is computed a second time on the way back instead of being kept: saves memory, costs time. With scan, stage
+    takes groups of blocks, for very deep networks."""
     scan: bool = False
     """Compile the equal blocks of a ResNet's stage once and run them in a loop: compile time no longer grows with
     depth. Slow on a CPU."""
