@@ -86,12 +86,19 @@ def memory_rows(name: str) -> list[dict[str, Any]]:
         form = f"remat {remat}" + (", scan" if scan else "")
         given = {"name": name, "remat": remat, "scan": scan}
         result = alternate([Contender(form, step_memory, given)], 1, warmup=0)[form]
-        found = {"error": result["error"]} if "error" in result else result["kept"][0]
-        rows.append({"case": f"{name} batch 128", "contender": form} | found)
-        if "temporary_mib" in rows[0] and "temporary_mib" in found:
-            rows[-1]["over_none"] = found["temporary_mib"] / rows[0]["temporary_mib"]
+        rows.append({"case": f"{name} batch 128", "contender": form})
+        if "error" in result:
+            rows[-1]["error"] = result["error"]
+        else:
+            rows[-1] |= once(result["kept"][0]["temporary_mib"], "MiB")
+            rows[-1]["over_none"] = rows[-1]["median"] / rows[0].get("median", float("nan"))
         print(rows[-1], flush=True)
     return rows
+
+
+def once(value: float, unit: str) -> dict[str, Any]:
+    """A value that was measured once, as the other benchmarks write theirs."""
+    return {"median": value, "quartiles": [value, value], "n": 1, "unit": unit}
 
 
 def main() -> None:
@@ -107,7 +114,7 @@ def main() -> None:
             if "error" in result:
                 rows[-1]["error"] = result["error"]
             else:
-                rows[-1] |= {"step_seconds": result["seconds"][0], "n": 1} | result["kept"][0]
+                rows[-1] |= once(result["seconds"][0], "s a step") | result["kept"][0]
             print(rows[-1], flush=True)
     rows += memory_rows("cifar_resnet20" if flags.quick else "cifar_resnet110")
     write("depth", rows)

@@ -1,5 +1,6 @@
 """GoogLeNet: four branches side by side, joined (Szegedy et al. 2014), with batch normalisation as in torchvision."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -65,17 +66,18 @@ class Inception(nn.Module):
 
 
 class InceptionStage(nn.Module):
-    """Modules in a row: what each of them puts out."""
+    """Modules in a row; `listen(name, x)` is told what each puts out."""
 
     widths: tuple[tuple[int, ...], ...]
     module: Any
+    listen: Callable[[str, Array], None] = lambda name, x: None
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> list[Array]:
-        outs = [x]
+    def __call__(self, x: Array, train: bool = False) -> Array:
         for i, widths in enumerate(self.widths, start=1):
-            outs.append(self.module(widths, name=f"block{i}")(outs[-1], train))
-        return outs[1:]
+            x = self.module(widths, name=f"block{i}")(x, train)
+            self.listen(f"block{i}", x)
+        return x
 
 
 class AuxiliaryHead(nn.Module):
@@ -113,7 +115,8 @@ class GoogLeNet(nn.Module):
       stem: `7x7` shrinks images by eight before stage 1; `3x3`, for small ones, by nothing.
       auxiliary: two more heads, behind the first and the fourth module of stage 2, which put logits into the collection
         `auxiliary_logits` when training; their losses count 0.3 in training here.
-      remat: `block` or `stage`: modules, or stages, are computed a second time on the way back; or `none`.
+      remat: `block` or `stage`: modules, or stages, are computed a second time on the way back; or `none`. A stage
+        that auxiliary heads look into is kept.
       norm, unbiased_variance, ghost, axis_name, act, drop_rate, global_pool, in_channels, num_classes, dtype: as in
         `ResNet`.
     """
@@ -152,10 +155,13 @@ class GoogLeNet(nn.Module):
             x = chain(((64, 1, 1), (192, 3, 1)), name="stem2")(ceil_max_pool(x, 3), train)
         for i, widths in enumerate(self.widths, start=1):
             x = x if small and i == 1 else ceil_max_pool(x, 3 if i < 3 else 2)
-            outs = stage(widths, module, name=f"stage{i}")(x, train)
-            taps[f"stage{i}"] = x = outs[-1]
             if self.auxiliary and i == 2 and (train or self.is_initializing()):
-                self._auxiliary([outs[0], outs[3]], chain, train)
+                inside: dict[str, Array] = {}
+                x = InceptionStage(widths, module, inside.__setitem__, name=f"stage{i}")(x, train)
+                self._auxiliary([inside["block1"], inside["block4"]], chain, train)
+            else:
+                x = stage(widths, module, name=f"stage{i}")(x, train)
+            taps[f"stage{i}"] = x
         taps["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
         return (out, taps) if endpoints else out
 
