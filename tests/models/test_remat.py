@@ -14,8 +14,8 @@ from resnet_jax.training.state import init_variables
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 16, 3)), jnp.float32)
 SMALL = {
-    "densenet": DenseNet((5, 4), growth=8, stem="3x3", num_classes=5, act="silu"),
-    "googlenet": GoogLeNet((((8, 8, 8, 4, 4, 4), (8, 8, 8, 4, 4, 4)),) * 3, "3x3", num_classes=5, act="silu"),
+    "densenet": DenseNet((4, 3), growth=8, stem="3x3", num_classes=5, act="silu"),
+    "googlenet": GoogLeNet((((8, 8, 8, 4, 4, 4),) * 3, ((8, 8, 8, 4, 4, 4),)), "3x3", num_classes=5, act="silu"),
     "vit": ViT(4, 16, 4, 2, 32, image_size=16, num_classes=5),
 }
 
