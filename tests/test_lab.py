@@ -183,9 +183,8 @@ def test_a_browser_shows_the_page_of_the_committed_records(tmp_path):
     records = Path(__file__).parents[1] / "docs" / "lab"
     shutil.copytree(records, tmp_path / "lab")
     page = tags(write_page(tmp_path / "lab"), tmp_path)
-    assert page.count["section"] == page.count["img"] == len(EXPERIMENTS) and page.count["p"] == 2 + 2 * len(
-        EXPERIMENTS
-    )
+    n = len(EXPERIMENTS)
+    assert page.count["section"] == page.count["img"] == n and page.count["p"] == 2 + 2 * n
     assert page.rows["relatives-table"] == 1 + len(relatives.RELATIVES)
     assert page.rows["gradients-table"] > 10 and page.rows["degradation-table"] > 4
     pixels = screenshot(tmp_path / "lab" / "index.html", tmp_path, 390, 1600)

@@ -31,7 +31,7 @@ def test_no_cluster_to_join_is_said():
         start_processes(ParallelConfig(distributed="auto"))
 
 
-def test_the_environment_says_who_a_process_is(monkeypatch):
+def test_a_process_id_in_the_environment_that_is_no_number_is_named(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "two")
     with pytest.raises(InputError, match="JAX_PROCESS_ID=two in the environment: give a whole number"):
         start_processes(ParallelConfig(distributed="auto"))

@@ -62,9 +62,8 @@ def as_table(name: str, rows: Rows) -> str:
     """Rows of the same columns as HTML, numbers to three digits."""
 
     def cell(value: Any) -> str:
-        return escape(
-            f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
-        )
+        form = ".3g" if isinstance(value, float) else "," if isinstance(value, int) else ""
+        return escape(f"{value:{form}}")
 
     head = "".join(f"<th>{escape(key)}</th>" for key in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{cell(value)}</td>" for value in row.values()) + "</tr>" for row in rows)

@@ -220,13 +220,16 @@ class ResNet(nn.Module):
             layer = attentive(conv, self.self_attention, self.dtype) if looks else conv
             block = partial(self._block(i), conv=layer, norm=norm, act=act)
             stage = kept_from(Stage, self.remat == "stage" and not self.scan)
-            in_groups = self.scan and self.remat == "stage"
-            x = stage(block, rates, *strides[i], self.scan, in_groups, name=f"stage{i + 1}")(x, train)
+            x = stage(block, rates, *strides[i], self.scan, self._in_groups, name=f"stage{i + 1}")(x, train)
             taps[f"stage{i + 1}"] = x
         if self.preact:
             x = act(norm(name="norm")(x, train))
         taps["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
         return (out, taps) if endpoints else out
+
+    @property
+    def _in_groups(self) -> bool:
+        return self.scan and self.remat == "stage"
 
     def _check(self) -> None:
         if self.act not in ACTIVATIONS:
@@ -266,10 +269,9 @@ class ResNet(nn.Module):
         kernels, expansion = BLOCKS[self.block if isinstance(self.block, str) else self.block[stage]]
         width = self.widths[stage]
         inner = width * self.base_width // 64 * self.cardinality
-        twice = self.scan and self.remat == "stage"
         smooth: dict[str, Any] = {} if self.preact else {"anti_alias": self.anti_alias}
         return partial(
-            kept_from(PreactBlock if self.preact else ResidualBlock, self.remat == "block" or twice),
+            kept_from(PreactBlock if self.preact else ResidualBlock, self.remat == "block" or self._in_groups),
             features=width * expansion,
             kernels=kernels,
             width=inner,
