@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.attention import attend
+from resnet_jax.models.convolution import stored, stored_relu
 from resnet_jax.models.layers import BatchNorm, Conv, DropPath
 from resnet_jax.models.pooling import anti_alias, average_pool
 
@@ -117,7 +118,7 @@ class ResidualBlock(nn.Module):
         y = DropPath(self.drop_path)(attend(y, self.attention, self.attention_ratio), train)
         if self.shortcut != "none":
             y = y + shortcut_of(self, self.norm)(x, train)
-        return self.act(y)
+        return stored_relu(y) if self.act is nn.relu else stored(self.act(y))
 
 
 class PreactBlock(nn.Module):
@@ -162,7 +163,7 @@ class PreactBlock(nn.Module):
         if self.shortcut == "none":
             return y
         start = first if projects(self.shortcut, x.shape[-1], self.features, self.strides) else x
-        return y + shortcut_of(self, None)(start)
+        return stored(y + shortcut_of(self, None)(start))
 
 
 class BranchConv(NamedTuple):

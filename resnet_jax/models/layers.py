@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resnet_jax.models.convolution import conv2d
+
 Array = jax.Array
 Dtype = Any
 Initializer = Callable[..., Array]
@@ -22,81 +24,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": nn.gelu,
     "identity": lambda x: x,
 }
-
-
-CHUNK_BYTES = 512 * 1024
-"""Size of a part of the batch whose weight gradient a CPU computes at once: what stays in its cache."""
-
-
-def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
-    """Convolves with zero padding of `dilation * (k - 1) / 2` on both sides, as PyTorch models do.
-
-    `'SAME'` would pad a strided convolution on one side only, and imported weights would give other logits. Where it is
-    lowered for a CPU, a 1x1 convolution is one matrix product, and on a single one the weight gradient of small images
-    is summed over parts of the batch; elsewhere it is XLA's own convolution. Derivatives of all kinds and orders work.
-
-    Args:
-      x: [batch, height, width, in].
-      kernel: [k, k, in / groups, out], k odd, of x's dtype.
-      strides: step of the window in both directions.
-      dilation: distance between the taps of the kernel.
-      groups: the channels are split into this many independent convolutions.
-
-    Returns:
-      [batch, ceil(height / strides), ceil(width / strides), out] in x's dtype.
-    """
-    if groups > 1:
-        return _convolve(x, kernel, strides, dilation, groups)
-    if kernel.shape[0] == 1:
-        return lax.platform_dependent(
-            x, kernel, cpu=partial(_pointwise, strides), default=lambda x, k: _convolve(x, k, strides)
-        )
-    image_bytes = math.prod(x.shape[1:]) * x.dtype.itemsize
-    chunk = max(1, CHUNK_BYTES // image_bytes)
-    across = jax.device_count() > 1  # parts of a batch that is split over devices would have to travel
-    if not isinstance(x.shape[0], int) or image_bytes > CHUNK_BYTES // 4 or chunk >= x.shape[0] or across:
-        return _convolve(x, kernel, strides, dilation)
-    return _convolve_in_chunks(x, kernel, strides, dilation, chunk)
-
-
-def _convolve(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
-    pad = dilation * (kernel.shape[0] - 1) // 2
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(strides, strides),
-        padding=((pad, pad), (pad, pad)),
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-
-
-def _pointwise(strides: int, x: Array, kernel: Array) -> Array:
-    x = x[:, ::strides, ::strides]
-    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _convolve_in_chunks(x: Array, kernel: Array, strides: int, dilation: int, chunk: int) -> Array:
-    """`_convolve`; only the derivative along the kernel, and so the weight gradient, goes part by part of the batch."""
-    return _convolve(x, kernel, strides, dilation)
-
-
-@_convolve_in_chunks.defjvp
-def _convolve_in_chunks_jvp(
-    strides: int, dilation: int, chunk: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    (x, kernel), (x_dot, kernel_dot) = primals, tangents
-
-    def whole(x: Array, k: Array) -> Array:
-        return _convolve(x, k, strides, dilation)
-
-    def by_parts(x: Array, k: Array) -> Array:
-        return jnp.concatenate([whole(x[i : i + chunk], k) for i in range(0, x.shape[0], chunk)])
-
-    along_kernel = lax.platform_dependent(x, kernel_dot, cpu=by_parts, default=whole)
-    return _convolve_in_chunks(x, kernel, strides, dilation, chunk), whole(x_dot, kernel) + along_kernel
 
 
 class Conv(nn.Module):

@@ -1,0 +1,143 @@
+"""Convolution, and the ways in which a CPU computes it faster than XLA would. Images are [batch, h, w, channel]."""
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+CHUNK_BYTES = 512 * 1024
+"""Size of a part of the batch whose weight gradient a CPU computes at once: what stays in its cache."""
+
+
+def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
+    """Convolves with zero padding of `dilation * (k - 1) / 2` on both sides, as PyTorch models do.
+
+    `'SAME'` would pad a strided convolution on one side only, and imported weights would give other logits. Where it is
+    lowered for a CPU, a 1x1 convolution is one matrix product, what goes in and comes out of any other is stored, and
+    its derivatives are taken as in `_on_cpu`; elsewhere it is XLA's own convolution. Derivatives of all kinds and
+    orders work.
+
+    Args:
+      x: [batch, height, width, in].
+      kernel: [k, k, in / groups, out], k odd, of x's dtype.
+      strides: step of the window in both directions.
+      dilation: distance between the taps of the kernel.
+      groups: the channels are split into this many independent convolutions.
+
+    Returns:
+      [batch, ceil(height / strides), ceil(width / strides), out] in x's dtype.
+    """
+    if groups > 1:
+        return _convolve(x, kernel, strides, dilation, groups)
+
+    def on_cpu(x: Array, kernel: Array) -> Array:
+        if kernel.shape[0] == 1:
+            return _pointwise(x, kernel, strides)
+        return _barrier(_on_cpu(_barrier(x), kernel, strides, dilation, _chunk(x)))
+
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=lambda x, k: _convolve(x, k, strides, dilation))
+
+
+def stored(x: Array) -> Array:
+    """x, and its cotangent, written to memory where they are lowered for a CPU.
+
+    XLA would compute a cheap value anew for each of its readers, there also when that leads back through a whole chain
+    of residual sums.
+    """
+    return lax.platform_dependent(x, cpu=_barrier, default=lambda x: x)
+
+
+@jax.custom_jvp
+def stored_relu(x: Array) -> Array:
+    """`stored(relu(x))`; the derivative reads what is stored, not x."""
+    return stored(nn.relu(x))
+
+
+@stored_relu.defjvp
+def _stored_relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = stored_relu(*primals)
+    return y, jnp.where(y > 0, *tangents, 0)
+
+
+def _barrier(x: Array) -> Array:
+    return lax.optimization_barrier(x)
+
+
+def _convolve(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
+    pad = dilation * (kernel.shape[0] - 1) // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(strides, strides),
+        padding=((pad, pad), (pad, pad)),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _pointwise(x: Array, kernel: Array, strides: int) -> Array:
+    x = x[:, ::strides, ::strides]
+    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
+
+
+def _chunk(x: Array) -> int:
+    """Images whose weight gradient is computed at once; 0 for all of them."""
+    image_bytes = math.prod(x.shape[1:]) * x.dtype.itemsize
+    chunk = max(1, CHUNK_BYTES // image_bytes)
+    across = jax.device_count() > 1  # parts of a batch that is split over devices would have to travel
+    large = image_bytes > CHUNK_BYTES // 4 or not isinstance(x.shape[0], int) or chunk >= x.shape[0]
+    return 0 if large or across else chunk
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _on_cpu(x: Array, kernel: Array, strides: int, dilation: int, chunk: int) -> Array:
+    """`_convolve` with derivatives in forms that a CPU computes faster.
+
+    That along the kernel, and so the weight gradient, goes part by part of the batch. That along the images of a 3x3
+    with stride 2, and so their gradient, goes through four convolutions without stride; XLA's own spreads the gradient
+    among zeros.
+    """
+    return _convolve(x, kernel, strides, dilation)
+
+
+@_on_cpu.defjvp
+def _on_cpu_jvp(
+    strides: int, dilation: int, chunk: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (x, kernel), (x_dot, kernel_dot) = primals, tangents
+
+    def along_kernel(x: Array) -> Array:
+        return _convolve(x, kernel_dot, strides, dilation)
+
+    parts = [along_kernel(x[i : i + chunk]) for i in range(0, x.shape[0], chunk)] if chunk else [along_kernel(x)]
+    even = x.shape[1] % 2 == x.shape[2] % 2 == 0
+    halved = kernel.shape[0] == 3 and strides == 2 and dilation == 1 and even
+    along_x = _halving(x_dot, kernel) if halved else _convolve(x_dot, kernel, strides, dilation)
+    return _on_cpu(x, kernel, strides, dilation, chunk), along_x + jnp.concatenate(parts)
+
+
+def _halving(x: Array, kernel: Array) -> Array:
+    """A 3x3 convolution with stride 2, as the sum over the pixels at even and at odd places in both directions.
+
+    An output at i reads 2i - 1, 2i and 2i + 1: the middle tap of an even place, and the outer taps of two odd ones.
+    """
+    batch, height, width, channels = x.shape
+    places = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    taps = (slice(1, 2), slice(0, 3, 2))
+    out = jnp.zeros((), x.dtype)
+    for i in (0, 1):
+        for j in (0, 1):
+            out += lax.conv_general_dilated(
+                places[:, :, i, :, j],
+                kernel[taps[i], taps[j]],
+                window_strides=(1, 1),
+                padding=((i, 0), (j, 0)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+    return out
