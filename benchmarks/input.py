@@ -4,13 +4,15 @@ The pictures are a folder of JPEGs: `--folder`, by default the 200 photographs b
 """
 
 import dataclasses
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Contender, alternate, options, print_table, row, with_ratios, write
+from benchmarks.measure import Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
+from benchmarks.train_step import LARGE_PAGES
 
 SIZE = 224
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -100,10 +102,8 @@ def opencv_in_process(folder: str) -> Any:
     return call
 
 
-def our_loader(folder: str, workers: int, passes: int) -> Any:
-    """Our whole loader: order, transform, workers, arrays on the device; each call goes through the folder."""
-    import jax
-
+def our_batches(folder: str, workers: int, batch: int) -> Any:
+    """Batches of our whole loader: order, transform, workers, arrays on the device."""
     from resnet_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
     from resnet_jax.data.loader import BadImages, train_batches
     from resnet_jax.data.sources import FileSource
@@ -114,12 +114,43 @@ def our_loader(folder: str, workers: int, passes: int) -> Any:
         Config(),
         data=DataConfig(image_size=SIZE, on_device=False, workers=workers),
         augment=AugmentConfig(crop="random_resized", flip="random"),
-        train=TrainConfig(batch_size=50),
+        train=TrainConfig(batch_size=batch),
     )
-    source, steps = FileSource(tuple(files), (0,) * len(files)), len(files) * passes // 50
-    batches = train_batches(source, config, make_mesh(1), BadImages("error"), range(10**6))
+    source = FileSource(tuple(files), (0,) * len(files))
+    return train_batches(source, config, make_mesh(1), BadImages("error"), range(10**6))
+
+
+def our_loader(folder: str, workers: int, passes: int) -> Any:
+    """Our whole loader alone; each call goes through the folder."""
+    import jax
+
+    batches, steps = our_batches(folder, workers, 50), len(files_in(folder)) * passes // 50
 
     return lambda: steady_seconds(lambda: jax.block_until_ready(next(batches)), steps)
+
+
+def training(folder: str, batch: int, steps: int, real: bool) -> Any:
+    """Training steps of resnet50, fed by our loader with one worker, or with one batch that is on the device."""
+    import jax
+
+    from benchmarks.checkpoint import prepared
+
+    step, state, data = prepared(SIZE, batch)
+    batches = our_batches(folder, 1, batch) if real else None
+
+    def call() -> dict[str, float]:
+        nonlocal state
+        began, waited = time.perf_counter(), 0.0
+        for _ in range(steps):
+            asked = time.perf_counter()
+            taken = jax.block_until_ready(next(batches)) if batches else data
+            waited += time.perf_counter() - asked
+            state, sums = step(state, taken)
+            jax.block_until_ready((state, sums))
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, "waiting": waited / seconds}
+
+    return call
 
 
 class Files:
@@ -159,6 +190,22 @@ def steady_seconds(take: Any, steps: int) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began}
 
 
+def fed_steps(folder: str, rounds: int) -> list[dict[str, Any]]:
+    """Rows of training steps with pictures from the disk and with none; ours with the share of time spent waiting."""
+    batch, steps = (256, 20) if has_gpu() else (16, 3)
+    given = {"folder": folder, "batch": batch, "steps": steps}
+    pair = [
+        Contender("resnet_jax", training, given | {"real": True}, LARGE_PAGES | ONE_THREAD),
+        Contender("synthetic data", training, given | {"real": False}, LARGE_PAGES | ONE_THREAD),
+    ]
+    rows = []
+    for name, times in alternate(pair, rounds).items():
+        waiting = [kept["waiting"] for kept in times.get("kept", [])]
+        shares = {"waiting": statistics.median(waiting)} if waiting and name == "resnet_jax" else {}
+        rows.append(row(f"train resnet50 from the disk, batch {batch}", name, times, batch * steps, "images", **shares))
+    return rows
+
+
 def main() -> None:
     """Runs all cases."""
     beside = Path(__file__).parents[2] / "shared" / "data" / "imagenet_samples"
@@ -191,7 +238,7 @@ def main() -> None:
         ]
         times = alternate(whole, max(3, rounds // 3))
         rows += [row(f"loader, {workers} workers", c, t, count * passes, "images") for c, t in times.items()]
-    rows = with_ratios(rows)
+    rows = with_ratios(rows + fed_steps(folder, max(3, rounds // 2)))
     print_table(rows)
     write("input", rows, pictures=count)
 

@@ -5,14 +5,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import resnet_jax as rj
 from resnet_jax.cli import main
+from resnet_jax.models.resnet import ResNet
 from resnet_jax.training.trackers import read_lines
 from tests.browser import needs_chromium, screenshot, tags
 
@@ -138,6 +141,31 @@ def test_onnx_runtime_computes_the_same(run, folder, tmp_path):
     np.testing.assert_allclose(found, predictor(files), atol=1e-5)
     said = session.get_modelmeta().custom_metadata_map
     assert json.loads(said["class_names"]) == ["across", "along", "plain"]
+
+
+NETWORKS = {
+    "bottlenecks behind a pool": {"block": "bottleneck", "stem": "7x7", "stem_pool": "max", "shortcut": "D"},
+    "activation first": {"preact": True, "stem": "7x7", "stem_pool": "max_zero", "attention": "se"},
+    "norms over groups": {"norm": "group", "stem": "3x3"},
+}
+
+
+@pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORKS)
+def test_operations_of_the_family_are_translated(fields, tmp_path):
+    """With values that tell: a pool without its border, say, would pass with a network that starts as zero."""
+    pytest.importorskip("onnxruntime", reason="needs jax2onnx and onnxruntime")
+    from resnet_jax.serving import write_onnx
+
+    model = ResNet(stage_sizes=(1, 1), widths=(32, 64), num_classes=5, **fields)
+    images = jax.random.normal(jax.random.key(0), (3, 33, 33, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [leaf + 0.3 * jnp.abs(jax.random.normal(key, leaf.shape)) for leaf, key in zip(leaves, keys, strict=True)]
+    variables = jax.tree.unflatten(tree, moved)
+    call = write_onnx(partial(model.apply, variables), (33, 33, 3), np.float32, {}, tmp_path / "net.onnx")
+    wanted = np.asarray(jax.jit(model.apply)(variables, images))
+    np.testing.assert_allclose(call(np.asarray(images)), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_a_program_that_differs_is_not_written(run, tmp_path, monkeypatch, capsys):

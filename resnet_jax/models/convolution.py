@@ -1,6 +1,9 @@
 """Convolution, and the ways in which a CPU computes it faster than XLA would. Images are [batch, h, w, channel]."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import flax.linen as nn
@@ -12,6 +15,23 @@ Array = jax.Array
 
 CHUNK_BYTES = 512 * 1024
 """Size of a part of the batch whose weight gradient a CPU computes at once: what stays in its cache."""
+
+_own_ways = ContextVar("own_ways", default=True)
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """In it networks are traced without the ways of their own for CPUs, for translators that do not know platforms."""
+    token = _own_ways.set(False)
+    try:
+        yield
+    finally:
+        _own_ways.reset(token)
+
+
+def by_platform(*operands: Array, cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
+    """`cpu(*operands)` where it is lowered for a CPU, `default(*operands)` elsewhere; one program serves all."""
+    return lax.platform_dependent(*operands, cpu=cpu, default=default) if _own_ways.get() else default(*operands)
 
 
 def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
@@ -40,7 +60,7 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
             return _pointwise(x, kernel, strides)
         return _barrier(_on_cpu(_barrier(x), kernel, strides, dilation, _chunk(x)))
 
-    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=lambda x, k: _convolve(x, k, strides, dilation))
+    return by_platform(x, kernel, cpu=on_cpu, default=lambda x, k: _convolve(x, k, strides, dilation))
 
 
 def stored(x: Array) -> Array:
@@ -49,7 +69,7 @@ def stored(x: Array) -> Array:
     XLA would compute a cheap value anew for each of its readers, there also when that leads back through a whole chain
     of residual sums.
     """
-    return lax.platform_dependent(x, cpu=_barrier, default=lambda x: x)
+    return by_platform(x, cpu=_barrier, default=lambda x: x)
 
 
 @jax.custom_jvp

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
-from resnet_jax.models.pooling import pool_and_classify
+from resnet_jax.models.pooling import average_pool, pool_and_classify
 from resnet_jax.models.resnet import Stem, StemPool, check_channels, check_remat, kept_from
 
 Array = jax.Array
@@ -57,7 +57,8 @@ class Transition(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         x = self.conv(x.shape[-1] // 2, 1, name="conv")(self.act(self.norm(name="norm")(x, train)))
-        return nn.avg_pool(x, (2, 2), strides=(2, 2))
+        height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+        return average_pool(x[:, :height, :width], 2)
 
 
 class DenseNet(nn.Module):

@@ -176,5 +176,6 @@ class GoogLeNet(nn.Module):
 def ceil_max_pool(x: Array, window: int) -> Array:
     """Maximum with stride 2 from the first pixel on; the last window may hang over (`ceil_mode` in PyTorch)."""
     sizes = [-(-(size - window) // 2) * 2 + window for size in x.shape[1:3]]
-    padding = [(0, max(0, whole - size)) for whole, size in zip(sizes, x.shape[1:3], strict=True)]
-    return nn.max_pool(x, (window, window), strides=(2, 2), padding=padding)
+    beyond = [(0, max(0, whole - size)) for whole, size in zip(sizes, x.shape[1:3], strict=True)]
+    padded = jnp.pad(x, ((0, 0), *beyond, (0, 0)), constant_values=-jnp.inf)
+    return nn.max_pool(padded, window_shape=(window, window), strides=(2, 2))

@@ -5,7 +5,10 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from resnet_jax.models.convolution import by_platform
 
 Array = jax.Array
 
@@ -23,14 +26,13 @@ def max_pool(x: Array, window: int = 3, strides: int = 2, zero_border: bool = Fa
     edge, border = (window - 1) // 2, 0.0 if zero_border else -jnp.inf
 
     def pool(x: Array) -> Array:
-        padding = ((edge, edge), (edge, edge))
-        if zero_border:
-            x, padding = jnp.pad(x, ((0, 0), *padding, (0, 0))), ((0, 0), (0, 0))
-        return nn.max_pool(x, (window, window), strides=(strides, strides), padding=padding)
+        if edge:
+            x = _pad(_pad(x, edge, edge, 1, border), edge, edge, 2, border)
+        return nn.max_pool(x, window_shape=(window, window), strides=(strides, strides))
 
     if (window, strides) != (3, 2):
         return pool(x)
-    return lax.platform_dependent(x, cpu=partial(_by_comparisons, border=border), default=pool)
+    return by_platform(x, cpu=partial(_by_comparisons, border=border), default=pool)
 
 
 def _by_comparisons(x: Array, border: float) -> Array:
@@ -54,17 +56,21 @@ def _pad(x: Array, before: int, after: int, axis: int, value: float) -> Array:
 
 
 def average_pool(x: Array, strides: int, dilation: int = 1) -> Array:
-    """Mean over 2x2 windows; at an odd border over the pixels that are there (He et al. 2019).
+    """Mean over 2x2 windows, with stride 2; at an odd border over the pixels that are there (He et al. 2019).
 
     Without stride and dilation it is x itself; in a dilated stage the windows overlap, the size stays, and zeros stand
     beyond the border, as in timm.
     """
-    if dilation > 1:
-        return nn.avg_pool(x, (2, 2), padding=((0, 1), (0, 1)))
-    if strides == 1:
+    if strides == dilation == 1:
         return x
-    padding = [(0, -size % strides) for size in x.shape[1:3]]
-    return nn.avg_pool(x, (2, 2), strides=(strides, strides), padding=padding, count_include_pad=False)
+    height, width = x.shape[1:3]
+    if dilation > 1:
+        x = _pad(_pad(x, 0, 1, 1, 0.0), 0, 1, 2, 0.0)
+        return (x[:, :-1, :-1] + x[:, :-1, 1:] + x[:, 1:, :-1] + x[:, 1:, 1:]) / 4
+    x = _pad(_pad(x, 0, height % 2, 1, 0.0), 0, width % 2, 2, 0.0)
+    sums = x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, x.shape[3]).sum((2, 4))
+    counts = [np.minimum(2, size - np.arange(0, size, 2)) for size in (height, width)]
+    return sums / np.outer(*counts)[:, :, None].astype(x.dtype)
 
 
 def anti_alias(x: Array, kind: str, strides: int) -> Array:
