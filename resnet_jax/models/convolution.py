@@ -58,7 +58,8 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
     def on_cpu(x: Array, kernel: Array) -> Array:
         if kernel.shape[0] == 1:
             return _pointwise(x, kernel, strides)
-        return _barrier(_on_cpu(_barrier(x), kernel, strides, dilation, _chunk(x)))
+        result = _on_cpu(lax.optimization_barrier(x), kernel, strides, dilation, _chunk(x))
+        return lax.optimization_barrier(result)
 
     return by_platform(x, kernel, cpu=on_cpu, default=lambda x, k: _convolve(x, k, strides, dilation))
 
@@ -69,7 +70,7 @@ def stored(x: Array) -> Array:
     XLA would compute a cheap value anew for each of its readers, there also when that leads back through a whole chain
     of residual sums.
     """
-    return by_platform(x, cpu=_barrier, default=lambda x: x)
+    return by_platform(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 @jax.custom_jvp
@@ -82,10 +83,6 @@ def stored_relu(x: Array) -> Array:
 def _stored_relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     y = stored_relu(*primals)
     return y, jnp.where(y > 0, *tangents, 0)
-
-
-def _barrier(x: Array) -> Array:
-    return lax.optimization_barrier(x)
 
 
 def _convolve(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
