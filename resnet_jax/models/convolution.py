@@ -52,8 +52,17 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
     Returns:
       [batch, ceil(height / strides), ceil(width / strides), out] in x's dtype.
     """
-    if groups > 1:
+    if groups > 1 or not _own_ways.get():
         return _convolve(x, kernel, strides, dilation, groups)
+    return _conv2d(x, kernel, strides, dilation)
+
+
+@partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _conv2d(x: Array, kernel: Array, strides: int, dilation: int) -> Array:
+    """Traced and differentiated once for all equal layers, as the next two.
+
+    It has to be inlined: in a function that is called, XLA for CPUs leaves convolutions in a form that is slow.
+    """
 
     def on_cpu(x: Array, kernel: Array) -> Array:
         if kernel.shape[0] == 1:
@@ -70,19 +79,31 @@ def stored(x: Array) -> Array:
     XLA would compute a cheap value anew for each of its readers, there also when that leads back through a whole chain
     of residual sums.
     """
+    return _stored(x) if _own_ways.get() else x
+
+
+@partial(jax.jit, inline=True)
+def _stored(x: Array) -> Array:
     return by_platform(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
-@jax.custom_jvp
 def stored_relu(x: Array) -> Array:
     """`stored(relu(x))`; the derivative reads what is stored, not x."""
-    return stored(nn.relu(x))
+    return _stored_relu(x) if _own_ways.get() else nn.relu(x)
 
 
-@stored_relu.defjvp
-def _stored_relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    y = stored_relu(*primals)
+@jax.custom_jvp
+def _relu(x: Array) -> Array:
+    return _stored(nn.relu(x))
+
+
+@_relu.defjvp
+def _relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = _relu(*primals)
     return y, jnp.where(y > 0, *tangents, 0)
+
+
+_stored_relu = jax.jit(_relu, inline=True)
 
 
 def _convolve(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:

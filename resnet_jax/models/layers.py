@@ -1,6 +1,5 @@
 """Layers of residual networks: convolution, norms, drop path. Images are [batch, height, width, channel]."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -93,18 +92,15 @@ class BatchNorm(nn.Module):
         if train and not self.frozen:
             axis_name = None if self.is_initializing() else self.axis_name
             x = in_groups(x, None if self.is_initializing() else self.ghost)
-            mean, var, count = batch_moments(x, axis_name)
+            mean, var = batch_moments(x, axis_name)
             if not self.is_initializing():
+                count = x.size // mean.size * (1 if axis_name is None else lax.axis_size(axis_name))
                 correction = count / max(count - 1, 1) if self.unbiased_variance else 1.0
-                keep = self.momentum
-                group_mean, group_var = mean.reshape(-1, *features).mean(0), var.reshape(-1, *features).mean(0)
-                running_mean.value = keep * running_mean.value + (1 - keep) * group_mean
-                running_var.value = keep * running_var.value + (1 - keep) * correction * group_var
+                running_mean.value = moved(running_mean.value, mean, self.momentum)
+                running_var.value = moved(running_var.value, var, self.momentum, correction)
         else:
             mean, var = running_mean.value, running_var.value
-
-        factor = scale * lax.rsqrt(var + self.epsilon)
-        return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(self.dtype).reshape(shape)
+        return normalized(x, mean, var, scale, bias, self.epsilon, self.dtype).reshape(shape)
 
 
 def in_groups(x: Array, ghost: int | None) -> Array:
@@ -120,21 +116,35 @@ def in_groups(x: Array, ghost: int | None) -> Array:
     return x.reshape(-1, ghost, *x.shape[1:])
 
 
-def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array, int]:
-    """Mean and biased variance of each channel, in float32, and over how many values of each they were taken.
+@partial(jax.jit, static_argnames="axis_name", inline=True)
+def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]:
+    """Mean and biased variance of each channel, in float32.
 
     [batch, height, width, channel] gives [channel]; [groups, ghost, height, width, channel] gives
     [groups, 1, 1, 1, channel]. With `axis_name` they are those of all devices of that mapped axis.
+
+    This and the next two are traced and differentiated once for all equal layers.
     """
     grouped = x.ndim == 5
     axes = (1, 2, 3) if grouped else tuple(range(x.ndim - 1))
     x = x.astype(jnp.float32)
     mean, square = x.mean(axes, keepdims=grouped), jnp.square(x).mean(axes, keepdims=grouped)
-    count = math.prod(x.shape[axis] for axis in axes)
     if axis_name is not None:
         mean, square = lax.pmean((mean, square), axis_name)
-        count *= lax.axis_size(axis_name)
-    return mean, jnp.maximum(square - jnp.square(mean), 0.0), count
+    return mean, jnp.maximum(square - jnp.square(mean), 0.0)
+
+
+@partial(jax.jit, static_argnames=("momentum", "correction"), inline=True)
+def moved(running: Array, found: Array, momentum: float, correction: float = 1.0) -> Array:
+    """A running statistic [channel] after a batch of which `found` holds one or, in ghost batches, several."""
+    return momentum * running + (1 - momentum) * correction * found.reshape(-1, *running.shape).mean(0)
+
+
+@partial(jax.jit, static_argnames=("epsilon", "dtype"), inline=True)
+def normalized(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float, dtype: Dtype) -> Array:
+    """x less the mean over the standard deviation, times scale plus bias; computed in float32, put out as `dtype`."""
+    factor = scale * lax.rsqrt(var + epsilon)
+    return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(dtype)
 
 
 class GroupNorm(nn.Module):
