@@ -54,23 +54,24 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
     """
     if groups > 1 or not _own_ways.get():
         return _convolve(x, kernel, strides, dilation, groups)
-    return _conv2d(x, kernel, strides, dilation)
+    return _conv2d(x, kernel, strides, dilation, _chunk(x))
 
 
-@partial(jax.jit, static_argnums=(2, 3), inline=True)
-def _conv2d(x: Array, kernel: Array, strides: int, dilation: int) -> Array:
-    """Traced and differentiated once for all equal layers, as the next two.
+@partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
+def _conv2d(x: Array, kernel: Array, strides: int, dilation: int, chunk: int) -> Array:
+    """Traced and differentiated once for all equal layers, as `_stored` and `_stored_relu`.
 
-    It has to be inlined: in a function that is called, XLA for CPUs leaves convolutions in a form that is slow.
+    A trace that is kept knows its arguments alone, so that callers look at `plain_operations` and the devices. All are
+    inlined: in a function that is called, XLA for CPUs leaves convolutions in a form that is slow.
     """
 
     def on_cpu(x: Array, kernel: Array) -> Array:
         if kernel.shape[0] == 1:
             return _pointwise(x, kernel, strides)
-        result = _on_cpu(lax.optimization_barrier(x), kernel, strides, dilation, _chunk(x))
+        result = _on_cpu(lax.optimization_barrier(x), kernel, strides, dilation, chunk)
         return lax.optimization_barrier(result)
 
-    return by_platform(x, kernel, cpu=on_cpu, default=lambda x, k: _convolve(x, k, strides, dilation))
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=lambda x, k: _convolve(x, k, strides, dilation))
 
 
 def stored(x: Array) -> Array:
@@ -84,7 +85,7 @@ def stored(x: Array) -> Array:
 
 @partial(jax.jit, inline=True)
 def _stored(x: Array) -> Array:
-    return by_platform(x, cpu=lax.optimization_barrier, default=lambda x: x)
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 def stored_relu(x: Array) -> Array:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.models.convolution import conv2d, stored_relu
+from resnet_jax.models.convolution import conv2d, plain_operations, stored, stored_relu
 from resnet_jax.models.layers import BatchNorm, GroupNorm
 from resnet_jax.models.pooling import average_pool, max_pool
 
@@ -74,6 +74,31 @@ def test_one_program_serves_all_platforms():
     text = exported.mlir_module()
     assert "stablehlo.dot_general" in text and "stablehlo.convolution" in text
     np.testing.assert_allclose(exported.call(X), X.sum(-1, keepdims=True).repeat(8, -1), rtol=1e-4, atol=1e-4)
+
+
+def lowered():
+    """The program of a gradient through two equal layers."""
+
+    def network(x, kernel):
+        for _ in range(2):
+            x = stored(x + stored_relu(conv2d(x, kernel)))
+        return x.sum()
+
+    return jax.jit(jax.grad(network, (0, 1))).lower(X, jnp.ones((3, 3, 32, 32))).as_text()
+
+
+def test_convolutions_are_in_the_program_itself():
+    """In a function that it calls XLA would leave them in a form that a CPU computes some twenty times slower."""
+    program, *functions = lowered().split("func.func private")
+    assert program.count("stablehlo.convolution") == 6
+    assert not any("stablehlo.convolution" in function for function in functions)
+
+
+def test_plain_operations_after_the_cpus_own():
+    assert "optimization_barrier" in lowered()
+    with plain_operations():
+        assert "optimization_barrier" not in lowered()
+    assert "optimization_barrier" in lowered()
 
 
 def test_batch_norm_agrees_with_flax():
