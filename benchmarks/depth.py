@@ -1,6 +1,5 @@
 """A thousand layers: what a step of batch 8 needs from 20 to 1202 layers, equal blocks in a loop and computed twice.
 
-On a CPU XLA runs convolutions in loops many times slower than unrolled, so that the time of a step says little there.
 Then what computing blocks twice saves, read from compiled steps of cifar_resnet110 at batch 128.
 """
 

@@ -42,7 +42,7 @@ class ModelConfig:
     takes groups of blocks, for very deep networks."""
     scan: bool = False
     """Compile the equal blocks of a ResNet's stage once and run them in a loop: compile time no longer grows with
-    depth. Slow on a CPU."""
+    depth."""
     act: Literal["relu", "silu", "gelu", "identity"] | None = None
     """Activation in place of the model's own."""
     attention: Literal["none", "se", "eca"] | None = None

@@ -30,10 +30,7 @@ UNITS = {"temporary": 2**20, "step_seconds": 1e-3, "compile_seconds": 1.0}
 
 
 def rows(book: Notebook) -> Rows:
-    """Of compiled steps: `way`, `depth`, `temporary` and `state` in bytes, `compile_seconds`, `step_seconds`.
-
-    A loop's time is left out on a CPU, where XLA runs convolutions in loops many times slower than elsewhere.
-    """
+    """Of compiled steps: `way`, `depth`, `temporary` and `state` in bytes, `compile_seconds`, `step_seconds`."""
     options = book.options
     depths = options.depths or ((14, 32, 110) if options.quick else (20, 56, 110, 1202))
     unrolled = 40 if options.quick else 200  # deeper only in loops, whose compile time does not depend on the depth
@@ -62,8 +59,6 @@ def measured(depth: int, way: str, fields: dict[str, Any], quick: bool) -> Rows:
     row: dict[str, Any] = {"way": way, "depth": depth, "compile_seconds": time.perf_counter() - began}
     row["temporary"] = compiled.memory_analysis().temp_size_in_bytes
     row["state"] = sum(x.nbytes for x in jax.tree.leaves(state))
-    if "scan" in fields and jax.default_backend() == "cpu":
-        return [row]
     times = []
     for _ in range(4):
         began = time.perf_counter()

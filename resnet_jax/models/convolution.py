@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,12 @@ Array = jax.Array
 
 CHUNK_BYTES = 512 * 1024
 """Size of a part of the batch whose weight gradient a CPU computes at once: what stays in its cache."""
+
+ORDER = ("NHWC", "HWIO", "NHWC")
+TURNED = ("NHWC", "HWOI", "NHWC")
+
+WIDTH = 16
+"""Channels of a group below which a CPU convolves several groups as one, zeros between them, in less time."""
 
 _own_ways = ContextVar("own_ways", default=True)
 
@@ -52,26 +59,27 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
     Returns:
       [batch, ceil(height / strides), ceil(width / strides), out] in x's dtype.
     """
-    if groups > 1 or not _own_ways.get():
+    across = jax.device_count() > 1  # what mixes the batch with other dimensions would have to travel
+    if not _own_ways.get() or (groups > 1 and across):
         return _convolve(x, kernel, strides, dilation, groups)
-    return _conv2d(x, kernel, strides, dilation, _chunk(x))
+    return _conv2d(x, kernel, strides, dilation, groups, 0 if across else _chunk(x))
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
-def _conv2d(x: Array, kernel: Array, strides: int, dilation: int, chunk: int) -> Array:
+@partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
+def _conv2d(x: Array, kernel: Array, strides: int, dilation: int, groups: int, chunk: int) -> Array:
     """Traced and differentiated once for all equal layers, as `_stored` and `_stored_relu`.
 
-    A trace that is kept knows its arguments alone, so that callers look at `plain_operations` and the devices. All are
-    inlined: in a function that is called, XLA for CPUs leaves convolutions in a form that is slow.
+    A trace that is kept knows its arguments alone, so that callers look at `plain_operations` and the devices.
     """
 
     def on_cpu(x: Array, kernel: Array) -> Array:
-        if kernel.shape[0] == 1:
+        if kernel.shape[0] == groups == 1:
             return _pointwise(x, kernel, strides)
-        result = _on_cpu(lax.optimization_barrier(x), kernel, strides, dilation, chunk)
-        return lax.optimization_barrier(result)
+        convolve = _narrow_groups if groups > 1 and kernel.shape[2] < WIDTH else _on_cpu
+        return lax.optimization_barrier(convolve(lax.optimization_barrier(x), kernel, strides, dilation, groups, chunk))
 
-    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=lambda x, k: _convolve(x, k, strides, dilation))
+    default = partial(_convolve, strides=strides, dilation=dilation, groups=groups)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
 
 
 def stored(x: Array) -> Array:
@@ -107,17 +115,14 @@ def _relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
 _stored_relu = jax.jit(_relu, inline=True)
 
 
-def _convolve(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
+def _convolve(x: Array, kernel: Array, strides: int, dilation: int, groups: int) -> Array:
+    window = _window(kernel, strides, dilation)
+    return lax.conv_general_dilated(x, kernel, **window, dimension_numbers=ORDER, feature_group_count=groups)
+
+
+def _window(kernel: Array, strides: int, dilation: int) -> dict[str, Any]:
     pad = dilation * (kernel.shape[0] - 1) // 2
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(strides, strides),
-        padding=((pad, pad), (pad, pad)),
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
+    return {"window_strides": (strides,) * 2, "padding": ((pad, pad),) * 2, "rhs_dilation": (dilation,) * 2}
 
 
 def _pointwise(x: Array, kernel: Array, strides: int) -> Array:
@@ -125,43 +130,72 @@ def _pointwise(x: Array, kernel: Array, strides: int) -> Array:
     return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
 
 
+def _narrow_groups(x: Array, kernel: Array, strides: int, dilation: int, groups: int, chunk: int) -> Array:
+    """`_convolve` in up to eight parts; the groups of a part are one, with zeros in its kernel."""
+    count = math.gcd(groups, 8)
+    size = groups // count
+    *window, width, out = kernel.shape
+    separate = kernel.reshape(*window, 1, width, count, size, -1)
+    whole = (separate * jnp.eye(size, dtype=x.dtype)[:, None, None, :, None]).reshape(*window, size * width, out)
+    parts = zip(jnp.split(x, count, axis=-1), jnp.split(whole, count, axis=-1), strict=True)
+    return jnp.concatenate([_on_cpu(x, k, strides, dilation, 1, chunk) for x, k in parts], axis=-1)
+
+
 def _chunk(x: Array) -> int:
     """Images whose weight gradient is computed at once; 0 for all of them."""
     image_bytes = math.prod(x.shape[1:]) * x.dtype.itemsize
     chunk = max(1, CHUNK_BYTES // image_bytes)
-    across = jax.device_count() > 1  # parts of a batch that is split over devices would have to travel
     large = image_bytes > CHUNK_BYTES // 4 or not isinstance(x.shape[0], int) or chunk >= x.shape[0]
-    return 0 if large or across else chunk
+    return 0 if large else chunk
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _on_cpu(x: Array, kernel: Array, strides: int, dilation: int, chunk: int) -> Array:
-    """`_convolve` with derivatives in forms that a CPU computes faster.
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+def _on_cpu(x: Array, kernel: Array, strides: int, dilation: int, groups: int, chunk: int) -> Array:
+    """`_convolve` with derivatives whose transposes, the gradients, have the order of dimensions `ORDER`.
 
-    That along the kernel, and so the weight gradient, goes part by part of the batch. That along the images of a 3x3
-    with stride 2, and so their gradient, goes through four convolutions without stride; XLA's own spreads the gradient
-    among zeros.
+    XLA for CPUs is some twenty times slower with another one, unless it is the program's own operation, in no loop and
+    no function, and has one group: then it turns the operands. Here they are turned, and what JAX would have turned by
+    an order of its own is in `ORDER`.
+
+    The derivative along the kernel, and so the weight gradient, goes part by part of the batch. That along the images
+    of a 3x3 with stride 2, and so their gradient, goes through four convolutions without stride; XLA's own spreads the
+    gradient among zeros.
     """
-    return _convolve(x, kernel, strides, dilation)
+    return _convolve(x, kernel, strides, dilation, groups)
 
 
 @_on_cpu.defjvp
 def _on_cpu_jvp(
-    strides: int, dilation: int, chunk: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+    strides: int, dilation: int, groups: int, chunk: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
+    window = _window(kernel, strides, dilation)
+    turned = kernel.transpose(0, 1, 3, 2)
+    even = x.shape[1] % 2 == x.shape[2] % 2 == 0
+    if kernel.shape[0] == 3 and strides == 2 and dilation == 1 and even:
+        along_x = _halving(x_dot, turned, groups)
+    else:
+        along_x = lax.conv_general_dilated(
+            x_dot, turned, **window, dimension_numbers=TURNED, feature_group_count=groups
+        )
 
     def along_kernel(x: Array) -> Array:
-        return _convolve(x, kernel_dot, strides, dilation)
+        batch, height, width, channels = x.shape
+        each = x.reshape(batch, height, width, groups, channels // groups).transpose(4, 1, 2, 3, 0)
+        y = lax.conv_general_dilated(
+            each.reshape(*each.shape[:3], groups * batch),
+            kernel_dot.transpose(2, 0, 1, 3),
+            **window,
+            dimension_numbers=("CHWN", "IHWO", "HWNC"),
+            batch_group_count=groups,
+        )
+        return y.transpose(2, 0, 1, 3)
 
     parts = [along_kernel(x[i : i + chunk]) for i in range(0, x.shape[0], chunk)] if chunk else [along_kernel(x)]
-    even = x.shape[1] % 2 == x.shape[2] % 2 == 0
-    halved = kernel.shape[0] == 3 and strides == 2 and dilation == 1 and even
-    along_x = _halving(x_dot, kernel) if halved else _convolve(x_dot, kernel, strides, dilation)
-    return _on_cpu(x, kernel, strides, dilation, chunk), along_x + jnp.concatenate(parts)
+    return _on_cpu(x, kernel, strides, dilation, groups, chunk), along_x + jnp.concatenate(parts)
 
 
-def _halving(x: Array, kernel: Array) -> Array:
+def _halving(x: Array, turned: Array, groups: int) -> Array:
     """A 3x3 convolution with stride 2, as the sum over the pixels at even and at odd places in both directions.
 
     An output at i reads 2i - 1, 2i and 2i + 1: the middle tap of an even place, and the outer taps of two odd ones.
@@ -174,9 +208,10 @@ def _halving(x: Array, kernel: Array) -> Array:
         for j in (0, 1):
             out += lax.conv_general_dilated(
                 places[:, :, i, :, j],
-                kernel[taps[i], taps[j]],
+                turned[taps[i], taps[j]],
                 window_strides=(1, 1),
                 padding=((i, 0), (j, 0)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                dimension_numbers=TURNED,
+                feature_group_count=groups,
             )
     return out

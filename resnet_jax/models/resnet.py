@@ -150,7 +150,7 @@ class ResNet(nn.Module):
         or `none`. `stage` with `scan` is for very deep stages: groups of about the root of their blocks are computed
         again, and then each block, so that memory grows with the root of the depth.
       scan: the equal blocks of a stage are compiled once and run in a loop, with their variables stacked as
-        `stack_blocks` does: compile time no longer grows with depth. On a CPU XLA runs such a loop many times slower.
+        `stack_blocks` does: compile time no longer grows with depth.
       output_stride: the image never shrinks further than by this (8, 16 or 32); later stages are dilated instead.
       drop_path_rate: share of the images whose last branch is left out when training; falls to 0 at the first branch.
       drop_rate: of the dropout before the head.

@@ -135,7 +135,7 @@ def make_gradient(
         else:
             split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
             start = (jax.tree.map(jnp.zeros_like, params), stats)
-            (grads, stats), sums = in_turn(add_part, start, (*split, jax.random.split(key, parts)))
+            (grads, stats), sums = jax.lax.scan(add_part, start, (*split, jax.random.split(key, parts)))
             grads, sums = jax.tree.map(lambda g: g / parts, grads), jax.tree.map(lambda s: s.sum(0), sums)
         if axis_name is not None:
             grads, stats = jax.lax.pmean((grads, stats), axis_name)
@@ -263,21 +263,9 @@ def make_device_step(
         return train_step(state, draw(state.step, data, config, batch_sharding))
 
     def device_step(state: TrainState, data: Batch) -> tuple[TrainState, Sums]:
-        return in_turn(lambda carried, _: one(carried, data), state, jnp.arange(steps))
+        return jax.lax.scan(lambda carried, _: one(carried, data), state, length=steps)
 
     return device_step
-
-
-def in_turn(function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carried: PyTree, parts: PyTree) -> Any:
-    """`jax.lax.scan`; on a CPU unrolled, since XLA runs convolutions inside a loop many times slower there."""
-    length = len(jax.tree.leaves(parts)[0])
-    if length > 1 and jax.default_backend() != "cpu":
-        return jax.lax.scan(function, carried, parts)
-    results = []
-    for i in range(length):
-        carried, result = function(carried, jax.tree.map(lambda x, i=i: x[i], parts))
-        results.append(result)
-    return carried, jax.tree.map(lambda *values: jnp.stack(values), *results)
 
 
 def draw(step: jax.Array, data: Batch, config: Config, batch_sharding: jax.sharding.Sharding) -> Batch:

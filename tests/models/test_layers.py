@@ -35,22 +35,41 @@ def test_convolution_is_padded_on_both_sides(size, strides, dilation):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("size", "strides", "batch", "convolutions"),
-    [(1, 1, 4, 0), (1, 2, 4, 0), (3, 1, 40, 1 + 1 + 5), (3, 2, 41, 1 + 4 + 6)],  # forward, along images, along kernel
-)
-def test_derivatives_are_those_of_the_plain_convolution(size, strides, batch, convolutions, monkeypatch):
+CASES = [  # forward, along images, along kernel
+    ((1, 1, 4, 1), 0),
+    ((1, 2, 4, 1), 0),
+    ((3, 1, 40, 1), 1 + 1 + 5),
+    ((3, 2, 41, 1), 1 + 4 + 6),
+    ((3, 1, 4, 2), 1 + 1 + 1),
+    ((3, 2, 4, 2), 1 + 4 + 1),
+    ((3, 1, 4, 4), 4 * (1 + 1 + 1)),
+    ((1, 2, 4, 16), 8 * (1 + 1 + 1)),
+]
+
+
+@pytest.mark.parametrize(("layer", "convolutions"), CASES)
+def test_derivatives_are_those_of_the_plain_convolution(layer, convolutions, monkeypatch):
     """The CPU's ways to compute them, against XLA's: gradients, forward mode, and second derivatives of both kinds."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    x = jax.random.normal(jax.random.key(0), (batch, 32, 32, 16))
-    kernel = jax.random.normal(jax.random.key(1), (size, size, 16, 8))
+    size, strides, batch, groups = layer
+    side = 16 if groups > 1 else 32
+    x = jax.random.normal(jax.random.key(0), (batch, side, side, 32 if groups == 2 else 16))
+    kernel = jax.random.normal(jax.random.key(1), (size, size, x.shape[-1] // groups, 32 if groups > 1 else 8))
     pad = (size - 1) // 2
-    program = jax.jit(jax.grad(lambda x, k: jnp.square(conv2d(x, k, strides)).sum(), (0, 1))).lower(x, kernel)
-    assert program.as_text().count("stablehlo.convolution") == convolutions, "this case takes no way of its own"
+
+    def own(x, kernel):
+        return conv2d(x, kernel, strides, groups=groups)
 
     def plain(x, kernel):
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (strides,) * 2, ((pad, pad),) * 2, dimension_numbers=dimensions)
+        padding, order = ((pad, pad),) * 2, ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (strides,) * 2, padding, dimension_numbers=order, feature_group_count=groups
+        )
+
+    program = jax.jit(jax.grad(lambda x, k: jnp.square(own(x, k)).sum(), (0, 1))).lower(x, kernel).as_text()
+    assert program.count("stablehlo.convolution") == convolutions, "this case takes no way of its own"
+    fast = "dim_numbers = [b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"
+    assert program.count(fast) == convolutions, "in a loop XLA would compute the others twenty times slower"
 
     def derivatives(convolve):
         def loss(x, kernel):
@@ -62,7 +81,7 @@ def test_derivatives_are_those_of_the_plain_convolution(size, strides, batch, co
         reverse_over_reverse = jax.grad(lambda k: jnp.square(gradient(x, k)[1]).sum())(kernel)
         return gradient(x, kernel), tangent, forward_over_reverse, reverse_over_reverse
 
-    actual = jax.jit(lambda: derivatives(lambda x, k: conv2d(x, k, strides)))()
+    actual = jax.jit(lambda: derivatives(own))()
     expected = jax.jit(lambda: derivatives(plain))()
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
