@@ -65,7 +65,7 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
     return _conv2d(x, kernel, strides, dilation, groups, 0 if across else _chunk(x))
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _conv2d(x: Array, kernel: Array, strides: int, dilation: int, groups: int, chunk: int) -> Array:
     """Traced and differentiated once for all equal layers, as `_stored` and `_stored_relu`.
 
@@ -91,7 +91,7 @@ def stored(x: Array) -> Array:
     return _stored(x) if _own_ways.get() else x
 
 
-@partial(jax.jit, inline=True)
+@jax.jit
 def _stored(x: Array) -> Array:
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
@@ -112,7 +112,7 @@ def _relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
     return y, jnp.where(y > 0, *tangents, 0)
 
 
-_stored_relu = jax.jit(_relu, inline=True)
+_stored_relu = jax.jit(_relu)
 
 
 def _convolve(x: Array, kernel: Array, strides: int, dilation: int, groups: int) -> Array:
@@ -151,11 +151,11 @@ def _chunk(x: Array) -> int:
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
 def _on_cpu(x: Array, kernel: Array, strides: int, dilation: int, groups: int, chunk: int) -> Array:
-    """`_convolve` with derivatives whose transposes, the gradients, have the order of dimensions `ORDER`.
+    """`_convolve` with derivatives whose transposes, the gradients, have their dimensions in `ORDER`.
 
-    XLA for CPUs is some twenty times slower with another one, unless it is the program's own operation, in no loop and
-    no function, and has one group: then it turns the operands. Here they are turned, and what JAX would have turned by
-    an order of its own is in `ORDER`.
+    XLA for CPUs computes any other order some twenty times slower where it does not turn the operands by itself: in
+    loops, in functions, with groups. JAX transposes a convolution by changing its order; so the derivatives here have
+    the order that it changes into `ORDER`, and turn their operands to fit.
 
     The derivative along the kernel, and so the weight gradient, goes part by part of the batch. That along the images
     of a 3x3 with stride 2, and so their gradient, goes through four convolutions without stride; XLA's own spreads the
@@ -191,8 +191,17 @@ def _on_cpu_jvp(
         )
         return y.transpose(2, 0, 1, 3)
 
-    parts = [along_kernel(x[i : i + chunk]) for i in range(0, x.shape[0], chunk)] if chunk else [along_kernel(x)]
-    return _on_cpu(x, kernel, strides, dilation, groups, chunk), along_x + jnp.concatenate(parts)
+    return _on_cpu(x, kernel, strides, dilation, groups, chunk), along_x + _by_parts(along_kernel, x, chunk)
+
+
+def _by_parts(function: Callable[[Array], Array], x: Array, chunk: int) -> Array:
+    """function(x) in a loop over parts of the batch and on what is left over; all at once where `chunk` is 0."""
+    if not chunk:
+        return function(x)
+    whole = x.shape[0] // chunk * chunk
+    looped = lax.map(function, x[:whole].reshape(-1, chunk, *x.shape[1:]))
+    looped = looped.reshape(whole, *looped.shape[2:])
+    return looped if whole == x.shape[0] else jnp.concatenate([looped, function(x[whole:])])
 
 
 def _halving(x: Array, turned: Array, groups: int) -> Array:

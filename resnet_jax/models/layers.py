@@ -116,7 +116,7 @@ def in_groups(x: Array, ghost: int | None) -> Array:
     return x.reshape(-1, ghost, *x.shape[1:])
 
 
-@partial(jax.jit, static_argnames="axis_name", inline=True)
+@partial(jax.jit, static_argnames="axis_name")
 def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]:
     """Mean and biased variance of each channel, in float32.
 
@@ -134,13 +134,13 @@ def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]
     return mean, jnp.maximum(square - jnp.square(mean), 0.0)
 
 
-@partial(jax.jit, static_argnames=("momentum", "correction"), inline=True)
+@partial(jax.jit, static_argnames=("momentum", "correction"))
 def moved(running: Array, found: Array, momentum: float, correction: float = 1.0) -> Array:
     """A running statistic [channel] after a batch of which `found` holds one or, in ghost batches, several."""
     return momentum * running + (1 - momentum) * correction * found.reshape(-1, *running.shape).mean(0)
 
 
-@partial(jax.jit, static_argnames=("epsilon", "dtype"), inline=True)
+@partial(jax.jit, static_argnames=("epsilon", "dtype"))
 def normalized(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float, dtype: Dtype) -> Array:
     """x less the mean over the standard deviation, times scale plus bias; computed in float32, put out as `dtype`."""
     factor = scale * lax.rsqrt(var + epsilon)
