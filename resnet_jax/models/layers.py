@@ -169,11 +169,13 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
-        mean = grouped.mean((1, 3), keepdims=True)
-        var = grouped.var((1, 3), keepdims=True)
-        normal = ((grouped - mean) * lax.rsqrt(var + self.epsilon)).reshape(x.shape)
-        return (normal * scale + bias).astype(self.dtype)
+        means, variances = (
+            m.reshape(-1, 1, 1, self.groups, shape[0] // self.groups) for m in batch_moments(x[:, None])
+        )
+        mean = means.mean(-1, keepdims=True)
+        var = (variances + jnp.square(means - mean)).mean(-1, keepdims=True)
+        mean, var = (jnp.broadcast_to(m, means.shape).reshape(-1, 1, 1, *shape) for m in (mean, var))
+        return normalized(x, mean, var, scale, bias, self.epsilon, self.dtype)
 
 
 class FoldedNorm(nn.Module):
