@@ -191,17 +191,9 @@ def _on_cpu_jvp(
         )
         return y.transpose(2, 0, 1, 3)
 
-    return _on_cpu(x, kernel, strides, dilation, groups, chunk), along_x + _by_parts(along_kernel, x, chunk)
-
-
-def _by_parts(function: Callable[[Array], Array], x: Array, chunk: int) -> Array:
-    """function(x) in a loop over parts of the batch and on what is left over; all at once where `chunk` is 0."""
-    if not chunk:
-        return function(x)
-    whole = x.shape[0] // chunk * chunk
-    looped = lax.map(function, x[:whole].reshape(-1, chunk, *x.shape[1:]))
-    looped = looped.reshape(whole, *looped.shape[2:])
-    return looped if whole == x.shape[0] else jnp.concatenate([looped, function(x[whole:])])
+    # Not as a loop: those are put off until all of a step's activations are there, and rematerialisation saves little.
+    parts = [along_kernel(x[i : i + chunk]) for i in range(0, x.shape[0], chunk)] if chunk else [along_kernel(x)]
+    return _on_cpu(x, kernel, strides, dilation, groups, chunk), along_x + jnp.concatenate(parts)
 
 
 def _halving(x: Array, turned: Array, groups: int) -> Array:

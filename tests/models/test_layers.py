@@ -38,8 +38,8 @@ def test_convolution_is_padded_on_both_sides(size, strides, dilation):
 CASES = [  # forward, along images, along kernel
     ((1, 1, 4, 1), 0),
     ((1, 2, 4, 1), 0),
-    ((3, 1, 40, 1), 1 + 1 + 1),
-    ((3, 2, 41, 1), 1 + 4 + 2),
+    ((3, 1, 40, 1), 1 + 1 + 5),
+    ((3, 2, 41, 1), 1 + 4 + 6),
     ((3, 1, 4, 2), 1 + 1 + 1),
     ((3, 2, 4, 2), 1 + 4 + 1),
     ((3, 1, 4, 4), 4 * (1 + 1 + 1)),
