@@ -93,15 +93,22 @@ def uncached() -> Iterator[None]:
 
 def draw(found: Rows) -> Any:
     """Memory, time of a step and of compilation against the depth."""
+    from matplotlib.ticker import LogLocator
+
     figure, axes = axes_of(3)
+    depths = sorted({row["depth"] for row in found})
     for colour, way in zip(COLOURS, WAYS, strict=False):
         of = sorted((row for row in found if row["way"] == way), key=lambda row: row["depth"])
         for axis, (name, unit) in zip(axes, UNITS.items(), strict=True):
-            points = [(row["depth"], row[name] / unit) for row in of if name in row]
+            points = [(row["depth"], row[name] / unit) for row in of]
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", color=colour, label=way)
     titles = (f"MiB within a step, batch {BATCH}", "milliseconds a step", "seconds to compile")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="layers", xscale="log", yscale="log")
-        axis.legend(frameon=False)
+        axis.set_xticks(depths, map(str, depths))
+        axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS), frameon=False)
     return figure
