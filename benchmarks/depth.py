@@ -1,6 +1,6 @@
 """A thousand layers: what a step of batch 8 needs from 20 to 1202 layers, equal blocks in a loop and computed twice.
 
-Then what computing blocks twice saves, read from compiled steps of cifar_resnet110 at batch 128.
+After that, what computing blocks twice saves, read from compiled steps of cifar_resnet110 at batch 128.
 """
 
 import time

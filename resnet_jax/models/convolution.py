@@ -15,7 +15,9 @@ from jax import lax
 Array = jax.Array
 
 ORDER = ("NHWC", "HWIO", "NHWC")
+"""Dimensions of images, kernel and result as layers hold them, and as XLA for CPUs computes convolutions fast."""
 TURNED = ("NHWC", "HWOI", "NHWC")
+"""What JAX's transposition along the images changes into `ORDER`."""
 
 WIDTH = 16
 """Channels of a group below which a CPU convolves several groups as one, zeros between them, in less time."""
@@ -152,9 +154,9 @@ def _on_cpu(x: Array, kernel: Array, strides: int, dilation: int, groups: int, c
     loops, in functions, with groups. JAX transposes a convolution by changing its order; so the derivatives here have
     the order that it changes into `ORDER`, and turn their operands to fit.
 
-    The derivative along the kernel, and so the weight gradient, goes part by part of the batch. That along the images
-    of a 3x3 with stride 2, and so their gradient, goes through four convolutions without stride; XLA's own spreads the
-    gradient among zeros.
+    The derivative along the kernel, and so the weight gradient, goes by `chunk` images, 0 for all at once. That along
+    the images of a 3x3 with stride 2, and so their gradient, goes through four convolutions without stride; XLA's own
+    spreads the gradient among zeros.
     """
     return _convolve(x, kernel, strides, dilation, groups)
 

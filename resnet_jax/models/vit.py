@@ -142,7 +142,10 @@ class PatchStem(nn.Module):
 
 
 def cut(images: Array, kernel: Array, strides: tuple[int, int], *_: Any, **__: Any) -> Array:
-    """The convolution whose windows do not overlap, as one matrix product, which every device and loop does well."""
+    """The convolution whose windows do not overlap, as one matrix product: fast in loops on a CPU too.
+
+    [batch, height, width, in] and [patch, patch, in, out] give [batch, height / patch, width / patch, out].
+    """
     patch, height, width = strides[0], *(size // strides[0] for size in images.shape[1:3])
     within = images[:, : height * patch, : width * patch]
     patches = within.reshape(-1, height, patch, width, patch, images.shape[-1])

@@ -87,6 +87,22 @@ def test_derivatives_are_those_of_the_plain_convolution(layer, convolutions, mon
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.parametrize(("side", "strides", "dilation", "groups"), [(15, 2, 1, 2), (15, 2, 1, 8), (16, 2, 2, 4)])
+def test_gradients_with_groups_at_odd_sizes_and_dilated(side, strides, dilation, groups, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    x = jax.random.normal(jax.random.key(0), (4, side, side, 32))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 32 // groups, 16))
+
+    def gradient(convolve):
+        return jax.jit(jax.grad(lambda x, k: jnp.square(convolve(x, k)).mean(), (0, 1)))(x, kernel)
+
+    own = gradient(lambda x, k: conv2d(x, k, strides, dilation, groups))
+    with plain_operations():
+        expected = gradient(lambda x, k: conv2d(x, k, strides, dilation, groups))
+    for a, b in zip(own, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+
+
 def test_one_program_serves_all_platforms():
     kernel = jnp.ones((1, 1, 32, 8))
     exported = jax.export.export(jax.jit(lambda x: conv2d(x, kernel)), platforms=["cpu", "cuda", "tpu"])(X)
