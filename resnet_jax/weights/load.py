@@ -57,7 +57,8 @@ def model_of(weights: Weights, source: str, name: str | None) -> tuple[str, dict
 
 def classes_of(model: nn.Module, tensors: Tensors) -> int:
     """Number of classes in a state dict; 0 where it has no head."""
-    bias = next((key for key in tensors if modern_name(model, key) == f"{head_key(model)}.bias"), None)
+    name = f"{head_key(model)}.bias"
+    bias = next((key for key in tensors if modern_name(model, key) == name), None)
     return 0 if bias is None else tensors[bias].shape[0]
 
 

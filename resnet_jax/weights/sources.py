@@ -215,7 +215,7 @@ class SafeTensors(Mapping[str, np.ndarray]):
             length = int.from_bytes(file.read(8), "little")
             self.entries: dict[str, Any] = json.loads(file.read(length))
         self.entries.pop("__metadata__", None)
-        self.bytes = np.memmap(path, np.uint8, "r", offset=8 + length)
+        self.bytes = np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length))
 
     def __getitem__(self, key: str) -> np.ndarray:
         entry = self.entries[key]

@@ -66,6 +66,23 @@ def test_old_names_wrappers_and_half_precision_are_understood():
     jax.tree.map(np.testing.assert_array_equal, from_torch(model, tensors), variables)
 
 
+def test_arrays_are_copies_whatever_order_the_tensors_lie_in():
+    model = create_model("resnet50", stage_sizes=(1, 1))
+    variables = counted(model)
+    tensors = {}
+    for key, tensor in to_torch(model, variables).items():
+        order = (0, 2, 3, 1) if tensor.ndim == 4 else range(tensor.ndim)  # as PyTorch keeps them in channels_last
+        turned = tensor.transpose(order)
+        memory = np.zeros(tensor.size + 16, tensor.dtype)  # JAX takes what lies on a border of 64 bytes without a copy
+        tensors[key] = memory[-memory.ctypes.data % 64 // tensor.itemsize :][: tensor.size].reshape(turned.shape)
+        tensors[key][...] = turned
+        tensors[key] = tensors[key].transpose(np.argsort(order))
+    ours = from_torch(model, tensors)
+    for tensor in tensors.values():
+        tensor[...] = 0
+    jax.tree.map(np.testing.assert_array_equal, ours, variables)
+
+
 def test_auxiliary_heads_of_googlenet_are_left_out():
     model = small("googlenet")
     variables = counted(model)
