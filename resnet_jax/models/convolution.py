@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resnet_jax.models import winograd
+
 Array = jax.Array
 
 ORDER = ("NHWC", "HWIO", "NHWC")
@@ -61,11 +63,11 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
     across = jax.device_count() > 1  # what mixes the batch with other dimensions would have to travel
     if not _own_ways.get() or (groups > 1 and across):
         return _convolve(x, kernel, strides, dilation, groups)
-    return _conv2d(x, kernel, strides, dilation, groups, 0 if across else _chunk(x))
+    return _conv2d(x, kernel, strides, dilation, groups, not across)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _conv2d(x: Array, kernel: Array, strides: int, dilation: int, groups: int, chunk: int) -> Array:
+def _conv2d(x: Array, kernel: Array, strides: int, dilation: int, groups: int, alone: bool) -> Array:
     """Traced and differentiated once for all equal layers, as `_stored` and `_stored_relu`.
 
     A trace that is kept knows its arguments alone, so that callers look at `plain_operations` and the devices.
@@ -75,7 +77,7 @@ def _conv2d(x: Array, kernel: Array, strides: int, dilation: int, groups: int, c
         if kernel.shape[0] == groups == 1:
             return _pointwise(x, kernel, strides)
         convolve = _narrow_groups if groups > 1 and kernel.shape[2] < WIDTH else _on_cpu
-        return lax.optimization_barrier(convolve(lax.optimization_barrier(x), kernel, strides, dilation, groups, chunk))
+        return lax.optimization_barrier(convolve(lax.optimization_barrier(x), kernel, strides, dilation, groups, alone))
 
     default = partial(_convolve, strides=strides, dilation=dilation, groups=groups)
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
@@ -129,7 +131,7 @@ def _pointwise(x: Array, kernel: Array, strides: int) -> Array:
     return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
 
 
-def _narrow_groups(x: Array, kernel: Array, strides: int, dilation: int, groups: int, chunk: int) -> Array:
+def _narrow_groups(x: Array, kernel: Array, strides: int, dilation: int, groups: int, alone: bool) -> Array:
     """`_convolve` in up to eight parts; the groups of a part are one, with zeros in its kernel."""
     count = math.gcd(groups, 8)
     size = groups // count
@@ -137,7 +139,7 @@ def _narrow_groups(x: Array, kernel: Array, strides: int, dilation: int, groups:
     separate = kernel.reshape(*window, 1, width, count, size, -1)
     whole = (separate * jnp.eye(size, dtype=x.dtype)[:, None, None, :, None]).reshape(*window, size * width, out)
     parts = zip(jnp.split(x, count, axis=-1), jnp.split(whole, count, axis=-1), strict=True)
-    return jnp.concatenate([_on_cpu(x, k, strides, dilation, 1, chunk) for x, k in parts], axis=-1)
+    return jnp.concatenate([_on_cpu(x, k, strides, dilation, 1, alone) for x, k in parts], axis=-1)
 
 
 def _chunk(x: Array) -> int:
@@ -146,30 +148,38 @@ def _chunk(x: Array) -> int:
     return 8 if narrow and isinstance(x.shape[0], int) and x.shape[0] > 8 else 0
 
 
+def _by_winograd(x: Array, kernel: Array, strides: int, dilation: int, groups: int, alone: bool) -> bool:
+    return alone and strides == dilation == groups == 1 and winograd.parts(x, kernel) > 0
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
-def _on_cpu(x: Array, kernel: Array, strides: int, dilation: int, groups: int, chunk: int) -> Array:
-    """`_convolve` with derivatives whose transposes, the gradients, have their dimensions in `ORDER`.
+def _on_cpu(x: Array, kernel: Array, strides: int, dilation: int, groups: int, alone: bool) -> Array:
+    """`_convolve`, by Winograd's algorithm where that pays, with derivatives whose transposes have the fast `ORDER`.
 
     XLA for CPUs computes any other order some twenty times slower where it does not turn the operands by itself: in
     loops, in functions, with groups. JAX transposes a convolution by changing its order; so the derivatives here have
     the order that it changes into `ORDER`, and turn their operands to fit.
 
-    The derivative along the kernel, and so the weight gradient, goes by `chunk` images, 0 for all at once. That along
+    The derivative along the kernel, and so the weight gradient, goes by `_chunk` images, 0 for all at once. That along
     the images of a 3x3 with stride 2, and so their gradient, goes through four convolutions without stride; XLA's own
     spreads the gradient among zeros.
     """
+    if _by_winograd(x, kernel, strides, dilation, groups, alone):
+        return winograd.convolve(x, kernel)
     return _convolve(x, kernel, strides, dilation, groups)
 
 
 @_on_cpu.defjvp
 def _on_cpu_jvp(
-    strides: int, dilation: int, groups: int, chunk: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+    strides: int, dilation: int, groups: int, alone: bool, primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
     window = _window(kernel, strides, dilation)
     turned = kernel.transpose(0, 1, 3, 2)
     even = x.shape[1] % 2 == x.shape[2] % 2 == 0
-    if kernel.shape[0] == 3 and strides == 2 and dilation == 1 and even:
+    if _by_winograd(x, kernel, strides, dilation, groups, alone):
+        along_x = jax.checkpoint(winograd.spread)(x_dot, kernel)  # or the kernel's sums would be kept for the gradient
+    elif kernel.shape[0] == 3 and strides == 2 and dilation == 1 and even:
         along_x = _halving(x_dot, turned, groups)
     else:
         along_x = lax.conv_general_dilated(
@@ -189,8 +199,9 @@ def _on_cpu_jvp(
         return y.transpose(2, 0, 1, 3)
 
     # Not as a loop: those are put off until all of a step's activations are there, and rematerialisation saves little.
+    chunk = _chunk(x) if alone else 0
     parts = [along_kernel(x[i : i + chunk]) for i in range(0, x.shape[0], chunk)] if chunk else [along_kernel(x)]
-    return _on_cpu(x, kernel, strides, dilation, groups, chunk), along_x + jnp.concatenate(parts)
+    return _on_cpu(x, kernel, strides, dilation, groups, alone), along_x + jnp.concatenate(parts)
 
 
 def _halving(x: Array, turned: Array, groups: int) -> Array:

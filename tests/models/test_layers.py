@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from resnet_jax.models import winograd
 from resnet_jax.models.convolution import conv2d, plain_operations, stored, stored_relu
 from resnet_jax.models.layers import BatchNorm, GroupNorm
 from resnet_jax.models.pooling import average_pool, max_pool
@@ -15,7 +16,7 @@ def direct_convolution(x, kernel, strides, dilation):
     """The definition, in float64: every output pixel is one sum over the taps."""
     size = kernel.shape[0]
     pad = dilation * (size - 1) // 2
-    padded = np.pad(x.astype(np.float64), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    padded = np.pad(np.asarray(x, np.float64), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     out = -(-x.shape[1] // strides)
     y = np.zeros((x.shape[0], out, out, kernel.shape[-1]))
     for i in range(out):
@@ -71,6 +72,12 @@ def test_derivatives_are_those_of_the_plain_convolution(layer, convolutions, mon
     fast = "dim_numbers = [b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"
     assert program.count(fast) == convolutions, "in a loop XLA would compute the others twenty times slower"
 
+    same_derivatives(own, plain, x, kernel)
+
+
+def same_derivatives(own, plain, x, kernel):
+    """Gradients, forward mode, and second derivatives of both kinds are equal."""
+
     def derivatives(convolve):
         def loss(x, kernel):
             return jnp.square(convolve(x, kernel)).mean()
@@ -85,6 +92,44 @@ def test_derivatives_are_those_of_the_plain_convolution(layer, convolutions, mon
     expected = jax.jit(lambda: derivatives(plain))()
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(("shape", "out", "count"), [((8, 16, 16, 64), 80, 1), ((28, 11, 13, 96), 64, 2)])
+def test_winograd_is_the_same_function_with_the_same_derivatives(shape, out, count, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(winograd, "PART", 250_000)
+    x = jax.random.normal(jax.random.key(0), shape)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, shape[3], out))
+    assert winograd.parts(x, kernel) == count
+    program = jax.jit(jax.grad(lambda x, k: jnp.square(conv2d(x, k)).sum(), (0, 1))).lower(x, kernel).as_text()
+    assert program.count("stablehlo.convolution") == 1, "that of the weight gradient"
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    expected = sum(
+        np.pad(np.asarray(x, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))[:, i : i + shape[1], j : j + shape[2]]
+        @ np.asarray(kernel[i, j], np.float64)
+        for i in range(3)
+        for j in range(3)
+    )
+    for function in (winograd.convolve, winograd.spread, conv2d):
+        np.testing.assert_allclose(jax.jit(function)(x, kernel), expected, atol=2e-6 * np.abs(expected).max())
+    same_derivatives(conv2d, plain, x, kernel)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "dtype"),
+    [
+        ((2, 14, 14, 256), (1, 1, 256, 256), "float32"),
+        ((2, 14, 14, 256), (3, 3, 256, 32), "float32"),
+        ((1, 7, 7, 512), (3, 3, 512, 512), "float32"),
+        ((128, 8, 8, 64), (3, 3, 64, 64), "float32"),
+        ((8, 14, 14, 256), (3, 3, 256, 256), "bfloat16"),
+    ],
+)
+def test_winograd_is_left_where_it_does_not_pay(shape, kernel, dtype):
+    assert winograd.parts(jnp.zeros(shape, dtype), jnp.zeros(kernel, dtype)) == 0
 
 
 @pytest.mark.parametrize(("side", "strides", "dilation", "groups"), [(15, 2, 1, 2), (15, 2, 1, 8), (16, 2, 2, 4)])
