@@ -40,7 +40,8 @@ def parts(x: Array, kernel: Array) -> int:
     if kernel.shape[:2] != (3, 3) or few < WIDTH or not isinstance(batch, int) or x.dtype != jnp.float32:
         return 0
     tiles = batch * -(-height // 2) * -(-width // 2)
-    count = next(n for n in range(1, batch + 1) if batch % n == 0 and (n == batch or 4 * tiles * many <= n * PART))
+    divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+    count = next((n for n in divisors if n == batch or 4 * tiles * many <= n * PART), 0)
     return count if math.prod(x.shape[1:]) >= IMAGE and tiles * few >= count * WORK else 0
 
 
