@@ -47,8 +47,8 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
 
     `'SAME'` would pad a strided convolution on one side only, and imported weights would give other logits. Where it is
     lowered for a CPU, a 1x1 convolution is one matrix product, what goes in and comes out of any other is stored, and
-    its derivatives are taken as in `_on_cpu`; elsewhere it is XLA's own convolution. Derivatives of all kinds and
-    orders work.
+    it and its derivatives are computed as in `_on_cpu`; elsewhere it is XLA's own convolution. Derivatives of all
+    kinds and orders work.
 
     Args:
       x: [batch, height, width, in].

@@ -8,6 +8,7 @@ from resnet_jax.models import winograd
 from resnet_jax.models.convolution import conv2d, plain_operations, stored, stored_relu
 from resnet_jax.models.layers import BatchNorm, GroupNorm
 from resnet_jax.models.pooling import average_pool, max_pool
+from resnet_jax.models.registry import create_model
 
 X = np.random.default_rng(0).normal(1.0, 2.0, size=(4, 9, 9, 32)).astype(np.float32)
 
@@ -16,11 +17,11 @@ def direct_convolution(x, kernel, strides, dilation):
     """The definition, in float64: every output pixel is one sum over the taps."""
     size = kernel.shape[0]
     pad = dilation * (size - 1) // 2
-    padded = np.pad(np.asarray(x, np.float64), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    out = -(-x.shape[1] // strides)
-    y = np.zeros((x.shape[0], out, out, kernel.shape[-1]))
-    for i in range(out):
-        for j in range(out):
+    padded = np.pad(x.astype(np.float64), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    height, width = (-(-side // strides) for side in x.shape[1:3])
+    y = np.zeros((x.shape[0], height, width, kernel.shape[-1]))
+    for i in range(height):
+        for j in range(width):
             for a in range(size):
                 for b in range(size):
                     pixel = padded[:, i * strides + a * dilation, j * strides + b * dilation]
@@ -107,15 +108,31 @@ def test_winograd_is_the_same_function_with_the_same_derivatives(shape, out, cou
     def plain(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    expected = sum(
-        np.pad(np.asarray(x, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))[:, i : i + shape[1], j : j + shape[2]]
-        @ np.asarray(kernel[i, j], np.float64)
-        for i in range(3)
-        for j in range(3)
-    )
+    expected = direct_convolution(np.asarray(x), np.asarray(kernel), 1, 1)
     for function in (winograd.convolve, winograd.spread, conv2d):
         np.testing.assert_allclose(jax.jit(function)(x, kernel), expected, atol=2e-6 * np.abs(expected).max())
     same_derivatives(conv2d, plain, x, kernel)
+
+
+def test_a_whole_network_by_the_cpus_own_ways(monkeypatch):
+    """On one device, where wide convolutions go through Winograd's algorithm; most tests have eight."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    model = create_model("cifar_resnet18", stage_sizes=(1, 1, 1, 1), zero_init_last=False, act="silu")  # no kinks
+    images = jax.random.normal(jax.random.key(0), (16, 32, 32, 3))
+    variables = model.init(jax.random.key(1), images)
+
+    def logits_and_gradient():
+        def loss(params):
+            logits = model.apply(variables | {"params": params}, images)
+            return jnp.square(logits).mean(), logits
+
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+    own = logits_and_gradient()
+    with plain_operations():
+        expected = logits_and_gradient()
+    for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize(
