@@ -1,43 +1,94 @@
-"""Random changes of colours and shapes on the host: jitter, RandAugment, TrivialAugment, erasing."""
+"""Random changes of colours and shapes on the host: jitter, RandAugment, TrivialAugment, erasing.
+
+Images are arrays [height, width, 3] of uint8. What Pillow does as fast is left to Pillow, the rest is OpenCV's.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
 
 GREY = (124, 116, 104)
 """ImageNet's mean colour, for what comes in from beyond the border."""
 
+LEVELS = np.arange(256)
 
-def rand_augment(image: Image.Image, rng: np.random.Generator, magnitude: float) -> Image.Image:
+Operation = Callable[[np.ndarray, float, float], np.ndarray]
+"""An image, a strength in [0, 1] and a sign, to an image."""
+
+
+def rand_augment(image: np.ndarray, rng: np.random.Generator, magnitude: float) -> np.ndarray:
     """Two random operations, each with probability one half (Cubuk et al. 2019, as in ResNet strikes back).
 
     The strength of each is drawn from a normal distribution around `magnitude` of 10 with deviation 0.5, and grows
     with the magnitude for every operation.
     """
     names = list(OPERATIONS)
-    for name in rng.choice(names, 2):
+    for which in rng.integers(0, len(names), 2):
         if rng.random() < 0.5:
             strength = float(np.clip(rng.normal(magnitude, 0.5), 0, 10)) / 10
             sign = 1.0 if rng.random() < 0.5 else -1.0
-            image = OPERATIONS[name](image, strength, sign)
+            image = OPERATIONS[names[which]](image, strength, sign)
     return image
 
 
-def trivial_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def trivial_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One random operation of random strength, or none (Mueller and Hutter 2021, arXiv:2103.10158)."""
-    name = rng.choice(TRIVIAL)
+    name = TRIVIAL[rng.integers(0, len(TRIVIAL))]
     strength, sign = float(rng.random()), 1.0 if rng.random() < 0.5 else -1.0
     return image if name == "identity" else OPERATIONS[name](image, strength, sign)
 
 
-def color_jitter(image: Image.Image, rng: np.random.Generator, amount: float) -> Image.Image:
+def color_jitter(image: np.ndarray, rng: np.random.Generator, amount: float) -> np.ndarray:
     """Brightness, contrast and saturation, in random order, each times a factor in [1 - amount, 1 + amount]."""
     for kind in rng.permutation(3):
-        enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[kind]
-        image = enhance(image).enhance(float(rng.uniform(1 - amount, 1 + amount)))
+        image = (brightness, contrast, color)[kind](image, float(rng.uniform(1 - amount, 1 + amount)))
     return image
+
+
+def brightness(image: np.ndarray, factor: float) -> np.ndarray:
+    """Every value times a factor; equal to Pillow's ImageEnhance."""
+    return _away_from(0, image, factor)
+
+
+def contrast(image: np.ndarray, factor: float) -> np.ndarray:
+    """Every value's distance from the mean of the grey image times a factor; Pillow's unless the means round apart."""
+    return _away_from(int(_grey(image).mean() + 0.5), image, factor)
+
+
+def color(image: np.ndarray, factor: float) -> np.ndarray:
+    """Every pixel's distance from its grey times a factor; Pillow's to 2, since that cuts digits off."""
+    import cv2
+
+    return cv2.addWeighted(image, factor, cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB), 1 - factor, 0)
+
+
+def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
+    """Every value's distance from a smoothed image times a factor, the border apart; Pillow's to 2."""
+    import cv2
+
+    kernel = np.asarray([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+    inner = (slice(1, -1), slice(1, -1))
+    sharpened = image.copy()
+    sharpened[inner] = cv2.addWeighted(image, factor, cv2.filter2D(image, -1, kernel), 1 - factor, 0)[inner]
+    return sharpened
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    import cv2
+
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+
+def _away_from(level: int, image: np.ndarray, factor: float) -> np.ndarray:
+    return _by_table(image, level + np.float32(factor) * (LEVELS - level).astype(np.float32))
+
+
+def _by_table(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+    import cv2
+
+    return cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8))
 
 
 def erase(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -53,40 +104,51 @@ def erase(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         int(np.clip(round(x), 1, most)) for x, most in ((np.sqrt(area * ratio), height), (np.sqrt(area / ratio), width))
     )
     top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
-    noise = rng.random((h, w, channels))
-    erased = image.copy()
-    erased[top : top + h, left : left + w] = noise * 255 if image.dtype == np.uint8 else noise
+    box, erased = (h, w, channels), image.copy()
+    noise = rng.integers(0, 256, box, np.uint8) if image.dtype == np.uint8 else rng.random(box, np.float32)
+    erased[top : top + h, left : left + w] = noise
     return erased
 
 
-def _shift(image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), fillcolor=GREY)
+def _pillow(change: Callable[[Image.Image, float], Any]) -> Operation:
+    """An operation from a function of a Pillow image and a signed strength."""
+    return lambda image, strength, sign: np.asarray(change(Image.fromarray(image), strength * sign))
 
 
-def _enhance(kind: Callable[[Image.Image], Any]) -> Callable[[Image.Image, float, float], Image.Image]:
-    return lambda image, strength, sign: kind(image).enhance(max(0.1, 1 + 0.9 * strength * sign))
+def _shift(change: Callable[[float, int, int], tuple[float, ...]]) -> Operation:
+    """An operation that moves pixels by the affine map that a function of signed strength, width and height gives."""
+    return _pillow(
+        lambda image, strength: image.transform(
+            image.size, Image.Transform.AFFINE, change(strength, *image.size), fillcolor=GREY
+        )
+    )
 
 
-def _solarize_add(image: Image.Image, strength: float, sign: float) -> Image.Image:
-    return image.point([min(255, i + int(110 * strength)) if i < 128 else i for i in range(256)] * 3)
+def _table(change: Callable[[float], np.ndarray]) -> Operation:
+    """An operation from a function of the strength that gives the new level of each of 256."""
+    return lambda image, strength, sign: _by_table(image, change(strength))
 
 
-OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
-    "autocontrast": lambda image, strength, sign: ImageOps.autocontrast(image),
-    "equalize": lambda image, strength, sign: ImageOps.equalize(image),
-    "invert": lambda image, strength, sign: ImageOps.invert(image),
-    "rotate": lambda image, strength, sign: image.rotate(30 * strength * sign, fillcolor=GREY),
-    "posterize": lambda image, strength, sign: ImageOps.posterize(image, max(1, 4 - int(4 * strength))),
-    "solarize": lambda image, strength, sign: ImageOps.solarize(image, 256 - int(256 * strength)),
-    "solarize_add": _solarize_add,
-    "color": _enhance(ImageEnhance.Color),
-    "contrast": _enhance(ImageEnhance.Contrast),
-    "brightness": _enhance(ImageEnhance.Brightness),
-    "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": lambda image, strength, sign: _shift(image, 1, 0.3 * strength * sign, 0, 0, 1, 0),
-    "shear_y": lambda image, strength, sign: _shift(image, 1, 0, 0, 0.3 * strength * sign, 1, 0),
-    "translate_x": lambda image, strength, sign: _shift(image, 1, 0, 0.45 * strength * sign * image.width, 0, 1, 0),
-    "translate_y": lambda image, strength, sign: _shift(image, 1, 0, 0, 0, 1, 0.45 * strength * sign * image.height),
+def _enhance(change: Callable[[np.ndarray, float], np.ndarray]) -> Operation:
+    return lambda image, strength, sign: change(image, max(0.1, 1 + 0.9 * strength * sign))
+
+
+OPERATIONS: dict[str, Operation] = {
+    "autocontrast": _pillow(lambda image, strength: ImageOps.autocontrast(image)),
+    "equalize": _pillow(lambda image, strength: ImageOps.equalize(image)),
+    "invert": _table(lambda strength: 255 - LEVELS),
+    "rotate": _pillow(lambda image, strength: image.rotate(30 * strength, fillcolor=GREY)),
+    "posterize": _table(lambda strength: LEVELS & (256 - 2 ** (8 - max(1, 4 - int(4 * strength))))),
+    "solarize": _table(lambda strength: np.where(LEVELS + int(256 * strength) < 256, LEVELS, 255 - LEVELS)),
+    "solarize_add": _table(lambda strength: np.where(LEVELS < 128, LEVELS + int(110 * strength), LEVELS)),
+    "color": _enhance(color),
+    "contrast": _enhance(contrast),
+    "brightness": _enhance(brightness),
+    "sharpness": _enhance(sharpness),
+    "shear_x": _shift(lambda strength, width, height: (1, 0.3 * strength, 0, 0, 1, 0)),
+    "shear_y": _shift(lambda strength, width, height: (1, 0, 0, 0.3 * strength, 1, 0)),
+    "translate_x": _shift(lambda strength, width, height: (1, 0, 0.45 * strength * width, 0, 1, 0)),
+    "translate_y": _shift(lambda strength, width, height: (1, 0, 0, 0, 1, 0.45 * strength * height)),
 }
 
 TRIVIAL = ("identity", *(name for name in OPERATIONS if name not in ("invert", "solarize_add")))

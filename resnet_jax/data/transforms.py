@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence
+from PIL import ExifTags, Image, ImageOps, ImageSequence
 
 from resnet_jax.config import AugmentConfig, Size, sides
 from resnet_jax.data.policy import color_jitter, erase, rand_augment, trivial_augment
+
+try:
+    import cykooz_resizer as fast
+except ImportError:  # there is no wheel of it for every machine
+    fast = None
 
 Raw = Any
 """What a source holds: a path, the bytes of a file, or an array [height, width, channel]; also a Pillow image."""
@@ -67,12 +72,16 @@ def _from_array(array: np.ndarray, channels: int) -> Picture:
 
 def _from_image(image: Image.Image, channels: int) -> Picture:
     if channels in (1, 3):
-        upright = ImageOps.exif_transpose(image)
+        upright = _upright(image)
         return _as_rgb(upright) if channels == 3 else _as_grey(upright)
     if getattr(image, "n_frames", 1) == channels:
         return np.concatenate([_as_grey(page.copy()) for page in ImageSequence.Iterator(image)], -1)
-    bands = np.asarray(ImageOps.exif_transpose(image))
-    return _from_array(bands, channels)
+    return _from_array(np.asarray(_upright(image)), channels)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image  # Pillow copies what need not be turned
 
 
 def unit(array: np.ndarray) -> np.ndarray:
@@ -102,7 +111,10 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         raise BadImage("pixels are floating-point numbers, whose range is unknown")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()
+    return image
 
 
 def _as_grey(image: Image.Image) -> np.ndarray:
@@ -113,12 +125,27 @@ def _as_grey(image: Image.Image) -> np.ndarray:
 
 
 def resize(picture: Picture, size: tuple[int, int], interpolation: str, box: Any = None) -> Picture:
-    """A picture, or its part `box` (left, top, right, bottom), at height and width `size`; antialiased as in Pillow."""
-    to = (size[1], size[0])
+    """A picture, or its part `box` (left, top, right, bottom), at height and width `size`.
+
+    Antialiased as in Pillow: the kernel grows where the picture shrinks. Values are Pillow's to the last bit or two.
+    """
     if isinstance(picture, Image.Image):
-        return picture.resize(to, RESAMPLING[interpolation], box=box)
+        return _resized(picture, size, interpolation, box)
     bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(picture, -1, 0)]
-    return np.stack([np.asarray(band.resize(to, RESAMPLING[interpolation], box=box)) for band in bands], -1)
+    return np.stack([np.asarray(_resized(band, size, interpolation, box)) for band in bands], -1)
+
+
+def _resized(image: Image.Image, size: tuple[int, int], interpolation: str, box: Any) -> Image.Image:
+    height, width = size
+    left, top, right, bottom = box or (0, 0, *image.size)
+    if fast is None:
+        return image.resize((width, height), RESAMPLING[interpolation], box=(left, top, right, bottom))
+    kernel = {"bilinear": fast.FilterType.bilinear, "bicubic": fast.FilterType.catmull_rom}[interpolation]
+    part = fast.CropBox(left, top, right - left, bottom - top)
+    resized = Image.new(image.mode, (width, height))
+    options = fast.ResizeOptions(fast.ResizeAlg.convolution(kernel), use_alpha=False, crop_box=part)
+    fast.Resizer().resize_pil(image, resized, options)
+    return resized
 
 
 def height_width(picture: Picture) -> tuple[int, int]:
@@ -187,11 +214,11 @@ def augment(
         if recipe.crop == "pad":
             image = pad_crop(image, rng, recipe.pad)
     if recipe.color_jitter:
-        image = np.asarray(color_jitter(Image.fromarray(image), rng, recipe.color_jitter))
+        image = color_jitter(image, rng, recipe.color_jitter)
     if recipe.randaugment:
-        image = np.asarray(rand_augment(Image.fromarray(image), rng, recipe.randaugment))
+        image = rand_augment(image, rng, recipe.randaugment)
     if recipe.trivial_augment:
-        image = np.asarray(trivial_augment(Image.fromarray(image), rng))
+        image = trivial_augment(image, rng)
     if turn if recipe.flip == "alternating" else recipe.flip == "random" and rng.random() < 0.5:
         image = image[:, ::-1]
     if recipe.flip_vertical and rng.random() < 0.5:

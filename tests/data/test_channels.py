@@ -56,7 +56,7 @@ def test_sizes_need_not_be_square():
     image = Image.fromarray(RNG.integers(0, 256, (30, 40, 3), dtype=np.uint8))
     assert fit(image, (24, 12)).shape == (24, 12, 3)
     expected = image.resize((32, 24), Image.Resampling.BILINEAR).crop((10, 0, 22, 24))
-    np.testing.assert_array_equal(fit(image, (24, 12)), expected)
+    np.testing.assert_allclose(fit(image, (24, 12)), expected, rtol=0, atol=1)
     assert np.asarray(random_resized_crop(image, RNG, (6, 14), (0.2, 0.5))).shape == (6, 14, 3)
     recipe = AugmentConfig(crop="random_resized", flip="random")
     assert augment(RNG.random((9, 9, 2)), np.random.default_rng(0), (4, 6), recipe, channels=2).shape == (4, 6, 2)

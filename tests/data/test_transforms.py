@@ -105,7 +105,48 @@ def test_decode_names_the_reason(kind):
 def test_fit_is_pillow_resize_and_centre_crop():
     result = transforms.fit(picture(), 16, 0.8)
     short = Image.fromarray(picture()).resize((26, 20), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(result, np.asarray(short.crop((5, 2, 21, 18))))
+    np.testing.assert_allclose(result, np.asarray(short.crop((5, 2, 21, 18))), rtol=0, atol=1)
+
+
+BOXES = {"all": None, "part": (3, 5, 97, 71), "small": (10, 10, 14, 13)}
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("size", [(16, 16), (33, 70), (150, 150)])
+def test_resizing_is_that_of_pillow(interpolation, box, size):
+    noise = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    kernel = transforms.RESAMPLING[interpolation]
+    to = size[::-1]
+    found = np.asarray(transforms.resize(Image.fromarray(noise), size, interpolation, BOXES[box]), int)
+    apart = np.abs(found - np.asarray(Image.fromarray(noise).resize(to, kernel, box=BOXES[box]), int))
+    assert found.shape == (*size, 3)
+    assert apart.mean() < 0.5
+    if interpolation == "bilinear":
+        assert apart.max() <= 1
+    bands = np.asarray(noise / 255, np.float32)
+    found = transforms.resize(bands, size, interpolation, BOXES[box])
+    for band in range(3):
+        expected = Image.fromarray(bands[..., band]).resize(to, kernel, box=BOXES[box])
+        np.testing.assert_allclose(found[..., band], expected, atol=2e-6)
+
+
+def test_resizing_of_a_photograph_is_that_of_pillow(pictures):
+    for path in sorted((pictures / "imagenet_samples").glob("*.JPEG"))[:20]:
+        image = transforms.decode(path)
+        box = (image.width // 10, image.height // 8, image.width, image.height)
+        for name, kernel in transforms.RESAMPLING.items():
+            found = np.asarray(transforms.resize(image, (224, 224), name, box), int)
+            assert np.abs(found - np.asarray(image.resize((224, 224), kernel, box=box), int)).mean() < 0.5
+
+
+def test_resizing_works_without_the_fast_library(monkeypatch):
+    image = Image.fromarray(picture())
+    fast = np.asarray(transforms.resize(image, (20, 20), "bicubic", (2, 3, 30, 29)), int)
+    monkeypatch.setattr(transforms, "fast", None)
+    plain = np.asarray(transforms.resize(image, (20, 20), "bicubic", (2, 3, 30, 29)), int)
+    np.testing.assert_allclose(fast, plain, rtol=0, atol=2)
+    np.testing.assert_array_equal(plain, image.resize((20, 20), Image.Resampling.BICUBIC, box=(2, 3, 30, 29)))
 
 
 def test_random_resized_crop_covers_the_area_asked_for():
