@@ -185,7 +185,7 @@ def versions() -> dict[str, str]:
     """Versions of what is measured."""
     found = {"python": platform.python_version()}
     for package in ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy", "pillow", "grain",
-                    "opencv-python-headless"):  # fmt: skip
+                    "opencv-python-headless", "cykooz.resizer"):  # fmt: skip
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
