@@ -1,10 +1,13 @@
 """Checkpoints with Orbax: written beside the run, sealed, the latest and the best are kept, damage is found."""
 
+import contextlib
 import logging
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -46,6 +49,7 @@ class Checkpoints:
             "record": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._aside = ThreadPoolExecutor(1, initializer=_step_aside)
 
     def __enter__(self) -> Self:
         return self
@@ -53,6 +57,7 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.settle()
         self._manager.close()
+        self._aside.shutdown()
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint; waits for the one that is being written."""
@@ -65,7 +70,7 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
         self._writing = step
         try:
-            self._manager.save(step, args=items, force=True)
+            self._aside.submit(self._manager.save, step, args=items, force=True).result()
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # Orbax and TensorStore have many kinds for a disk that takes no more
@@ -115,6 +120,16 @@ class Checkpoints:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _step_aside() -> None:
+    """Lets the training step go first where cores are few: this thread, and those that it starts, take what is left.
+
+    Orbax and TensorStore start theirs while they save. Linux alone knows priorities of threads.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 class LatestAndBest:
