@@ -1,13 +1,11 @@
 """Checkpoints with Orbax: written beside the run, sealed, the latest and the best are kept, damage is found."""
 
-import contextlib
 import logging
+import math
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -17,6 +15,7 @@ import orbax.checkpoint as ocp
 
 from resnet_jax.config import InputError
 from resnet_jax.integrity import damage, newest_sound, seal, steps_in
+from resnet_jax.packing import addresses, pack, unpack
 
 Record: TypeAlias = dict[str, Any]
 """JSON that travels with a state: recipe, class names, best metric, unwritten training sums, what is still owed."""
@@ -49,7 +48,6 @@ class Checkpoints:
             "record": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
-        self._aside = ThreadPoolExecutor(1, initializer=_step_aside)
 
     def __enter__(self) -> Self:
         return self
@@ -57,7 +55,6 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.settle()
         self._manager.close()
-        self._aside.shutdown()
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint; waits for the one that is being written."""
@@ -67,10 +64,12 @@ class Checkpoints:
     def save(self, step: int, state: Any, record: Record) -> None:
         """Starts to write a checkpoint and returns once the state has been copied from the device."""
         self.settle()
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
+        packed, index = pack(state)
+        record = {"record": record, "small": index}
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(packed), record=ocp.args.JsonSave(record))
         self._writing = step
         try:
-            self._aside.submit(self._manager.save, step, args=items, force=True).result()
+            self._manager.save(step, args=items, force=True)
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # Orbax and TensorStore have many kinds for a disk that takes no more
@@ -95,11 +94,7 @@ class Checkpoints:
 
     def restore(self, template: Any, step: int) -> tuple[Any, Record]:
         """A state like `template` (shapes, types and shardings) and its record."""
-        places = ocp.checkpoint_utils.construct_restore_args(template)
-        state = ocp.args.PyTreeRestore(template, restore_args=places)
-        items = ocp.args.Composite(state=state, record=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        return restored.state, restored.record
+        return _read(self._manager, template, step)
 
     def _seal(self) -> None:
         """Runs in Orbax's thread when all is written, before the folder gets its final name."""
@@ -120,16 +115,6 @@ class Checkpoints:
             file=sys.stderr,
             flush=True,
         )
-
-
-def _step_aside() -> None:
-    """Lets the training step go first where cores are few: this thread, and those that it starts, take what is left.
-
-    Orbax and TensorStore start theirs while they save. Linux alone knows priorities of threads.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 class LatestAndBest:
@@ -210,6 +195,29 @@ def read_checkpoint(workdir: Path, template: Any, step: int | None = None) -> tu
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
     with ocp.CheckpointManager(folder, options=options) as manager:
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore())
-        restored = manager.restore(step, args=items)
-    return restored.state, restored.record
+        return _read(manager, template, step)
+
+
+def _read(manager: ocp.CheckpointManager, template: Any, step: int) -> tuple[Any, Record]:
+    said = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+    index = said["small"]
+    wanted = dict(zip(addresses(template), jax.tree.leaves(template), strict=True))
+    small = {name: tuple(shape) for rows in index.values() for name, shape in rows}
+    for name, array in wanted.items():
+        if small.get(name, array.shape) != array.shape:
+            raise InputError(f"{name} is {small[name]} in the checkpoint of step {step}, not {array.shape}")
+    packed = {
+        "large": {name: array for name, array in wanted.items() if name not in small},
+        "small": {kind: np.empty(sum(math.prod(shape) for _, shape in rows), kind) for kind, rows in index.items()},
+    }
+    places = ocp.checkpoint_utils.construct_restore_args(packed)
+    state = ocp.args.PyTreeRestore(packed, restore_args=places)
+    found = unpack(manager.restore(step, args=ocp.args.Composite(state=state)).state, index)
+    leaves = [found[name] if name not in small else _put(found[name], array) for name, array in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves), said["record"]
+
+
+def _put(value: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    if like.sharding is None:
+        return jax.device_put(value)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda place: value[place])

@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from resnet_jax.config import Config, InputError, sides
 from resnet_jax.integrity import damage, newest_sound
 from resnet_jax.models.registry import MODELS, create_model, model_fields
+from resnet_jax.packing import Index, unpack
 from resnet_jax.recipes import from_dict
 from resnet_jax.weights.convert import to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag
@@ -147,6 +149,14 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
+def _said(manager: Any, step: int) -> tuple[dict[str, Any], Index]:
+    """The record of a checkpoint and what lies where in its packed arrays."""
+    import orbax.checkpoint as ocp
+
+    said = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+    return said["record"], said["small"]
+
+
 def _from_run(folder: Path) -> Weights:
     """The moving average of a run's latest checkpoint, with `train.patience` of its best; or its parameters where there
     is no average.
@@ -163,15 +173,17 @@ def _from_run(folder: Path) -> Weights:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(place, options=options, item_handlers=handlers) as manager:
-        record = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        record, small = _said(manager, step)
         config: Config = from_dict(record["recipe"])
         if config.train.patience is not None and record["best"] and not damage(place / str(record["best"]["step"])):
             step = record["best"]["step"]
+            small = _said(manager, step)[1]
         saved = manager.item_metadata(step)["state"].tree
         template = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), saved)
-        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))).state
-    variables = state["ema"] or {"params": state["params"], "batch_stats": state["batch_stats"]}
-    variables = {name: values for name, values in variables.items() if values}
+        packed = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))).state
+    state = unflatten_dict(unpack(packed, small), sep=".")
+    found = state.get("ema", state)
+    variables = {name: found[name] for name in ("params", "batch_stats") if name in found}
     fields: dict[str, Any] = {"num_classes": variables["params"]["head"]["bias"].shape[0]}
     fields |= model_fields(replace(config.model, scan=False))
     fields |= {} if config.data.channels == 3 else {"in_channels": config.data.channels}

@@ -1,10 +1,5 @@
-import contextlib
 import json
-import os
 import shutil
-import sys
-import threading
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,24 +45,6 @@ def test_a_state_comes_back_with_its_record(tmp_path):
         np.testing.assert_array_equal(state["params"], STATE["params"] * step)
         assert record == {"step": step}
     assert read_checkpoint(tmp_path, STATE)[1] == {"step": 2}
-
-
-def niceness():
-    """Of every thread of this process, but those that end meanwhile."""
-    found = []
-    for path in Path("/proc/self/task").glob("*/stat"):
-        with contextlib.suppress(OSError):
-            found.append(int(path.read_text().rpartition(")")[2].split()[16]))
-    return found
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone knows priorities of threads")
-def test_what_writes_steps_aside_for_what_trains(tmp_path):
-    ours, before = os.getpriority(os.PRIO_PROCESS, 0), niceness()
-    with Checkpoints(tmp_path, 1) as checkpoints:
-        checkpoints.save(1, STATE, {})
-        assert niceness().count(19) > before.count(19)
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == ours
 
 
 def test_no_checkpoint_is_said(tmp_path):
