@@ -154,7 +154,8 @@ def _batches(example: Any, start: int, stop: int, share: int, workers: int, time
         ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
     iterator, stalled = iter(ds), False
     try:
-        yield from awaited(iterator, timeout, lambda: under_way(notes, example.name))
+        for batch in awaited(iterator, timeout, lambda: under_way(notes, example.name)):
+            yield {name: _nameless(values) for name, values in batch.items()}
     except Stalled:
         stalled = True
         raise
@@ -164,6 +165,17 @@ def _batches(example: Any, start: int, stop: int, share: int, workers: int, time
             del iterator, ds, rows
             gc.collect()  # grain's workers leave shared memory in reference cycles
         shutil.rmtree(notes, ignore_errors=True)
+
+
+def _nameless(values: np.ndarray) -> np.ndarray:
+    """Takes the name off shared memory that a worker filled, so that it goes with its last user, however that ends.
+
+    On a CPU JAX's arrays use that memory itself, to the very end of the process; Python would then say that it leaked.
+    """
+    if getattr(values, "_unlink_on_del", False):
+        values.shm.unlink()  # type: ignore[attr-defined]
+        values._unlink_on_del = False  # type: ignore[attr-defined]
+    return values
 
 
 def sampling_table(dataset: Dataset, sampling: str) -> np.ndarray | None:

@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +105,34 @@ def files(tmp_path):
     (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:40])
     (tmp_path / "7.png").write_text("no picture")
     return FileSource(tuple(paths), tuple(range(10)))
+
+
+KEPT = """
+import dataclasses
+from resnet_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
+from resnet_jax.data.loader import BadImages, train_batches
+from resnet_jax.data.sources import ArraySource
+from resnet_jax.sharding import make_mesh
+import numpy as np
+
+if __name__ == "__main__":
+    data, train = DataConfig(image_size=64, on_device=False, workers=1), TrainConfig(batch_size=32)
+    config = dataclasses.replace(Config(), data=data, augment=AugmentConfig(crop="none"), train=train)
+    source = ArraySource(np.zeros((32, 64, 64, 3), np.uint8), np.zeros(32, np.int64))
+    batches = train_batches(source, config, make_mesh(1), BadImages("error"), range(9))
+    kept = [next(batches), next(batches)]
+    batches.close()
+    print(kept[1]["image"].sum())
+"""
+
+
+def test_a_batch_that_is_kept_to_the_end_leaves_no_shared_memory(tmp_path):
+    """Python's resource tracker would say so."""
+    script = tmp_path / "kept.py"
+    script.write_text(KEPT)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "0\n")
+    assert "resource_tracker" not in ended.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 2])
