@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from resnet_jax.config import InputError, ParallelConfig
@@ -185,15 +185,16 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:
     """Arrays that are the same in every process, whole on every device of the mesh."""
-    return jax.tree.map(lambda x: _put(x, replicated(mesh)), tree)
+    return jax.tree.map(lambda x: put(x, replicated(mesh)), tree)
 
 
 def put_state(state: Any, mesh: Mesh) -> Any:
     """A first state, the same in every process, as `state_sharding` says."""
-    return jax.tree.map(_put, state, state_sharding(state, mesh))
+    return jax.tree.map(put, state, state_sharding(state, mesh))
 
 
-def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+def put(array: Any, sharding: Sharding) -> jax.Array:
+    """An array that every process has whole, on devices as `sharding` says."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     whole = np.asarray(array)  # each process has all of it and gives its devices their part

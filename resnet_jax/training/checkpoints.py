@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from resnet_jax.config import InputError
 from resnet_jax.integrity import damage, newest_sound, seal, steps_in
 from resnet_jax.packing import addresses, pack, unpack
+from resnet_jax.sharding import put
 
 Record: TypeAlias = dict[str, Any]
 """JSON that travels with a state: recipe, class names, best metric, unwritten training sums, what is still owed."""
@@ -213,11 +214,5 @@ def _read(manager: ocp.CheckpointManager, template: Any, step: int) -> tuple[Any
     places = ocp.checkpoint_utils.construct_restore_args(packed)
     state = ocp.args.PyTreeRestore(packed, restore_args=places)
     found = unpack(manager.restore(step, args=ocp.args.Composite(state=state)).state, index)
-    leaves = [found[name] if name not in small else _put(found[name], array) for name, array in wanted.items()]
+    leaves = [found[name] if name not in small else put(found[name], array.sharding) for name, array in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(template), leaves), said["record"]
-
-
-def _put(value: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    if like.sharding is None:
-        return jax.device_put(value)
-    return jax.make_array_from_callback(like.shape, like.sharding, lambda place: value[place])
