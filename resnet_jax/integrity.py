@@ -1,15 +1,16 @@
 """Whether files are whole: written at once, or sealed with checksums by which damage is found."""
 
+import hashlib
 import json
 import os
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import xxhash
 
 SEAL = "checksums.json"
 LATE = "_CHECKPOINT_METADATA"
 """What Orbax writes once more when a folder is sealed already: only its form is looked at."""
-CHUNK = 2**22
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -20,7 +21,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Writes size and CRC-32 of every file under a folder into its `checksums.json`."""
+    """Writes size and hash (XXH3) of every file under a folder into its `checksums.json`."""
     files = _files(folder)
     with ThreadPoolExecutor(4) as pool:
         sums = dict(zip(map(str, files), pool.map(lambda name: _sum(folder / name), files), strict=True))
@@ -77,9 +78,6 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.name not in (SEAL, LATE))
 
 
-def _sum(path: Path) -> tuple[int, int]:
-    checksum, size = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
-    return size, checksum
+def _sum(path: Path) -> tuple[int, str]:
+    with path.open("rb", buffering=0) as file:
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()

@@ -1,6 +1,6 @@
-"""A tree of arrays as few arrays: the small ones end to end, since to a checkpoint each array costs time of its own.
+"""A tree of arrays as few vectors and back, since to a checkpoint each array costs time of its own.
 
-A residual network's state has hundreds of vectors, of norms and biases, beside some fifty kernels.
+A residual network's state has hundreds of arrays, of which most are vectors of norms and biases.
 """
 
 import math
@@ -9,10 +9,18 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from resnet_jax.sharding import SPREAD_ABOVE
-
 Index: TypeAlias = dict[str, list[tuple[str, list[int]]]]
-"""Of the small arrays of each type, address and shape in their order."""
+"""Of each vector, address and shape of the arrays in it, in their order; its name begins with their type."""
+
+VECTOR = 2**24
+"""Bytes above which another vector begins: several are read and written at a time."""
+
+
+class Unchanging(np.ndarray):
+    """Values that nobody will write to, so that a copy, which Orbax makes of what lies on the host, is the array."""
+
+    def __deepcopy__(self, memo: Any) -> "Unchanging":
+        return self
 
 
 def addresses(tree: Any) -> list[str]:
@@ -22,27 +30,37 @@ def addresses(tree: Any) -> list[str]:
 
 
 def pack(tree: Any) -> tuple[dict[str, dict[str, Any]], Index]:
-    """Arrays by address under `large`, and under `small` a vector on the host for each type.
-
-    Small is what is never spread over devices (`SPREAD_ABOVE`).
+    """Under `whole` vectors on the host, copies; under `spread`, by address, the arrays that are split over devices.
 
     Returns:
       That, and what lies where in the vectors, as JSON can hold it.
     """
     leaves = dict(zip(addresses(tree), jax.tree.leaves(tree), strict=True))
-    few = {name: x for name, x in leaves.items() if x.size < SPREAD_ABOVE and x.is_fully_replicated}
-    values, index = jax.device_get(few), Index()
-    for name, value in values.items():
-        index.setdefault(str(value.dtype), []).append((name, list(value.shape)))
-    small = {kind: np.concatenate([values[name].ravel() for name, _ in rows]) for kind, rows in index.items()}
-    return {"large": {name: x for name, x in leaves.items() if name not in few}, "small": small}, index
+    whole = {name: x for name, x in leaves.items() if x.is_fully_replicated}
+    index, filled = Index(), dict[str, tuple[str, int]]()
+    for name, x in whole.items():
+        x.copy_to_host_async()
+        vector, size = filled.get(str(x.dtype), ("", VECTOR))
+        if size + x.nbytes > VECTOR:
+            vector, size = f"{x.dtype}-{len(index)}", 0
+        index.setdefault(vector, []).append((name, list(x.shape)))
+        filled[str(x.dtype)] = vector, size + x.nbytes
+    parts = {vector: [np.asarray(whole[name]).ravel() for name, _ in rows] for vector, rows in index.items()}
+    vectors = {vector: np.concatenate(arrays).view(Unchanging) for vector, arrays in parts.items()}
+    return {"whole": vectors, "spread": {name: x for name, x in leaves.items() if name not in whole}}, index
+
+
+def vectors_of(index: Index) -> dict[str, np.ndarray]:
+    """Vectors of the types and sizes that an index tells of, with anything in them."""
+    sizes = {vector: sum(math.prod(shape) for _, shape in rows) for vector, rows in index.items()}
+    return {vector: np.empty(size, vector.split("-")[0]) for vector, size in sizes.items()}
 
 
 def unpack(packed: dict[str, dict[str, Any]], index: Index) -> dict[str, Any]:
-    """The arrays of `pack` by address."""
-    found = dict(packed.get("large", {}))
-    for kind, rows in index.items():
+    """The arrays of `pack` by address; those of the vectors are views of them."""
+    found = dict(packed.get("spread", {}))
+    for vector, rows in index.items():
         ends = np.cumsum([math.prod(shape) for _, shape in rows])
-        parts = np.split(np.asarray(packed["small"][kind]), ends[:-1])
+        parts = np.split(np.asarray(packed["whole"][vector]), ends[:-1])
         found |= {name: part.reshape(shape) for (name, shape), part in zip(rows, parts, strict=True)}
     return found

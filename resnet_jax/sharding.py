@@ -185,17 +185,23 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:
     """Arrays that are the same in every process, whole on every device of the mesh."""
-    return jax.tree.map(lambda x: put(x, replicated(mesh)), tree)
+    return put(tree, replicated(mesh))
 
 
 def put_state(state: Any, mesh: Mesh) -> Any:
     """A first state, the same in every process, as `state_sharding` says."""
-    return jax.tree.map(put, state, state_sharding(state, mesh))
+    return put(state, state_sharding(state, mesh))
 
 
-def put(array: Any, sharding: Sharding) -> jax.Array:
-    """An array that every process has whole, on devices as `sharding` says."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(array, sharding)
-    whole = np.asarray(array)  # each process has all of it and gives its devices their part
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole, on devices as shardings say: one for all, or one for each."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def give_each_device_its_part(array: Any, sharding: Sharding) -> jax.Array:
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    if isinstance(shardings, Sharding):
+        return jax.tree.map(lambda x: give_each_device_its_part(x, shardings), tree)
+    return jax.tree.map(give_each_device_its_part, tree, shardings)

@@ -1,7 +1,6 @@
 """Checkpoints with Orbax: written beside the run, sealed, the latest and the best are kept, damage is found."""
 
 import logging
-import math
 import os
 import shutil
 import sys
@@ -15,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from resnet_jax.config import InputError
 from resnet_jax.integrity import damage, newest_sound, seal, steps_in
-from resnet_jax.packing import addresses, pack, unpack
+from resnet_jax.packing import addresses, pack, unpack, vectors_of
 from resnet_jax.sharding import put
 
 Record: TypeAlias = dict[str, Any]
@@ -66,7 +65,7 @@ class Checkpoints:
         """Starts to write a checkpoint and returns once the state has been copied from the device."""
         self.settle()
         packed, index = pack(state)
-        record = {"record": record, "small": index}
+        record = {"record": record, "index": index}
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(packed), record=ocp.args.JsonSave(record))
         self._writing = step
         try:
@@ -201,18 +200,17 @@ def read_checkpoint(workdir: Path, template: Any, step: int | None = None) -> tu
 
 def _read(manager: ocp.CheckpointManager, template: Any, step: int) -> tuple[Any, Record]:
     said = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-    index = said["small"]
+    index = said["index"]
     wanted = dict(zip(addresses(template), jax.tree.leaves(template), strict=True))
-    small = {name: tuple(shape) for rows in index.values() for name, shape in rows}
+    whole = {name: tuple(shape) for rows in index.values() for name, shape in rows}
     for name, array in wanted.items():
-        if small.get(name, array.shape) != array.shape:
-            raise InputError(f"{name} is {small[name]} in the checkpoint of step {step}, not {array.shape}")
-    packed = {
-        "large": {name: array for name, array in wanted.items() if name not in small},
-        "small": {kind: np.empty(sum(math.prod(shape) for _, shape in rows), kind) for kind, rows in index.items()},
-    }
+        if whole.get(name, array.shape) != array.shape:
+            raise InputError(f"{name} is {whole[name]} in the checkpoint of step {step}, not {array.shape}")
+    spread = {name: array for name, array in wanted.items() if name not in whole}
+    packed = {"spread": spread, "whole": vectors_of(index)}
     places = ocp.checkpoint_utils.construct_restore_args(packed)
     state = ocp.args.PyTreeRestore(packed, restore_args=places)
     found = unpack(manager.restore(step, args=ocp.args.Composite(state=state)).state, index)
-    leaves = [found[name] if name not in small else put(found[name], array.sharding) for name, array in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(template), leaves), said["record"]
+    packed_of = [name for name in wanted if name in whole]
+    found |= put({name: found[name] for name in packed_of}, {name: wanted[name].sharding for name in packed_of})
+    return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted]), said["record"]

@@ -154,7 +154,7 @@ def _said(manager: Any, step: int) -> tuple[dict[str, Any], Index]:
     import orbax.checkpoint as ocp
 
     said = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-    return said["record"], said["small"]
+    return said["record"], said["index"]
 
 
 def _from_run(folder: Path) -> Weights:
@@ -173,15 +173,15 @@ def _from_run(folder: Path) -> Weights:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(place, options=options, item_handlers=handlers) as manager:
-        record, small = _said(manager, step)
+        record, index = _said(manager, step)
         config: Config = from_dict(record["recipe"])
         if config.train.patience is not None and record["best"] and not damage(place / str(record["best"]["step"])):
             step = record["best"]["step"]
-            small = _said(manager, step)[1]
+            index = _said(manager, step)[1]
         saved = manager.item_metadata(step)["state"].tree
         template = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), saved)
         packed = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))).state
-    state = unflatten_dict(unpack(packed, small), sep=".")
+    state = unflatten_dict(unpack(packed, index), sep=".")
     found = state.get("ema", state)
     variables = {name: found[name] for name in ("params", "batch_stats") if name in found}
     fields: dict[str, Any] = {"num_classes": variables["params"]["head"]["bias"].shape[0]}
