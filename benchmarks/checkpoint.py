@@ -15,7 +15,6 @@ from typing import Any
 
 from benchmarks.measure import has_gpu, options, print_table, row, write
 
-
 ROWS = (
     "step",
     "step beside a save",

@@ -4,6 +4,7 @@ A residual network's state has hundreds of arrays, of which most are vectors of 
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import jax
@@ -45,8 +46,12 @@ def pack(tree: Any) -> tuple[dict[str, dict[str, Any]], Index]:
             vector, size = f"{x.dtype}-{len(index)}", 0
         index.setdefault(vector, []).append((name, list(x.shape)))
         filled[str(x.dtype)] = vector, size + x.nbytes
-    parts = {vector: [np.asarray(whole[name]).ravel() for name, _ in rows] for vector, rows in index.items()}
-    vectors = {vector: np.concatenate(arrays).view(Unchanging) for vector, arrays in parts.items()}
+
+    def end_to_end(rows: list[tuple[str, list[int]]]) -> np.ndarray:
+        return np.concatenate([np.asarray(whole[name]).ravel() for name, _ in rows]).view(Unchanging)
+
+    with ThreadPoolExecutor(4) as pool:
+        vectors = dict(zip(index, pool.map(end_to_end, index.values()), strict=True))
     return {"whole": vectors, "spread": {name: x for name, x in leaves.items() if name not in whole}}, index
 
 

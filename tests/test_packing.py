@@ -52,7 +52,10 @@ def test_every_bit_comes_back_under_its_address():
 def test_a_vector_ends_where_it_would_be_too_large(monkeypatch):
     """Half of an odd size fits, so that the arrays lie two by two; one that is larger has a vector of its own."""
     monkeypatch.setattr("resnet_jax.packing.VECTOR", 4 * 21)
-    arrays = {f"a{i}": jnp.arange(10.0) + i for i in range(5)} | {"large": jnp.arange(50.0), "odd": jnp.ones(3, jnp.int8)}
+    arrays = {f"a{i}": jnp.arange(10.0) + i for i in range(5)} | {
+        "large": jnp.arange(50.0),
+        "odd": jnp.ones(3, jnp.int8),
+    }
     packed, index = pack(arrays)
     inside = [[name for name, _ in rows] for rows in index.values()]
     assert inside == [["a0", "a1"], ["a2", "a3"], ["a4"], ["large"], ["odd"]]
