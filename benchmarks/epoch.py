@@ -41,7 +41,7 @@ def ours(name: str, folder: str, epochs: int, seed: int) -> Any:
     from resnet_jax.training.step import make_device_step, make_eval_step, make_train_step
 
     train, test = arrays(folder)
-    several = 50 if has_gpu() else 1
+    several = 50 if has_gpu() else 5
     steps = max(several, round(epochs * len(train["label"]) / BATCH) // several * several)
     config = c.Config(
         model=c.ModelConfig(name=name, zero_init_last=False),
@@ -59,13 +59,13 @@ def ours(name: str, folder: str, epochs: int, seed: int) -> Any:
     new_state = state_maker(config, model, schedule)
     run = jax.jit(device_step, donate_argnums=0, compiler_options=compiler_options())
     evaluate = jax.jit(make_eval_step(model, config), compiler_options=compiler_options())
-    run = run.lower(new_state(), data).compile()
+    run = run.lower(new_state(), data, several).compile()
 
     def call() -> dict[str, float]:
         state = jax.block_until_ready(new_state())
         began = time.perf_counter()
         for _ in range(steps // several):
-            state, sums = run(state, data)
+            state, sums = run(state, data, several)
         jax.block_until_ready((state, sums))
         seconds = time.perf_counter() - began
         variables = {"params": state.params, "batch_stats": state.batch_stats}

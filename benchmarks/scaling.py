@@ -31,7 +31,7 @@ def scaled_step(name: str, size: int, each: int, dtype: str, devices: int, strat
         model=ModelConfig(name, compute_dtype=dtype),
         data=data,
         augment=AugmentConfig(crop="none"),
-        train=TrainConfig(batch_size=each * devices, ema_decay=None),
+        train=TrainConfig(batch_size=each * devices, ema_decay=None, steps_per_call=1),
         parallel=ParallelConfig(strategy=strategy),
     )
     dataset, mesh = load_dataset(data, 0), make_mesh(devices)

@@ -97,6 +97,7 @@ def load_config(path: str | Path) -> Config:
 
 def check(config: Config) -> None:
     """Raises InputError where fields are impossible or contradict each other."""
+    several = 1 if config.train.steps_per_call is None else config.train.steps_per_call
     problems = [
         (config.train.batch_size < 1, "train.batch_size must be at least 1"),
         (config.train.steps is None and config.train.epochs <= 0, "train.epochs must be above 0"),
@@ -105,9 +106,9 @@ def check(config: Config) -> None:
         (config.train.accumulate_steps < 1, "train.accumulate_steps must be at least 1"),
         (config.train.nonfinite_limit < 1, "train.nonfinite_limit must be at least 1"),
         (config.data.timeout <= 0, "data.timeout must be above 0"),
-        (config.train.steps_per_call < 1, "train.steps_per_call must be at least 1"),
+        (several < 1, "train.steps_per_call must be at least 1"),
         (
-            config.train.steps_per_call > 1 and not config.data.on_device,
+            several > 1 and not config.data.on_device,
             "train.steps_per_call above 1 needs the data on the device: add --data.on_device",
         ),
         (not 0 < config.data.validation_fraction < 1, "data.validation_fraction must lie between 0 and 1"),
@@ -174,7 +175,7 @@ def _image_problems(config: Config) -> list[tuple[bool, str]]:
 
 
 def _parallel_problems(config: Config) -> list[tuple[bool, str]]:
-    recipe, steps_per_call = config.parallel, config.train.steps_per_call
+    recipe, steps_per_call = config.parallel, config.train.steps_per_call or 1
     given = [value is not None for value in (recipe.coordinator, recipe.processes, recipe.process_id)]
     return [
         (recipe.fsdp < 1, "parallel.fsdp must be at least 1"),

@@ -135,7 +135,7 @@ def fit(
                 row |= {f"{split}_loss": found["loss"], f"{split}_error": 1.0 - found["accuracy"]}
             curve.append(row)
         if step < steps:
-            state, _ = step_function(state, on_device)
+            state, _ = step_function(state, on_device, 1)
     return state, curve
 
 

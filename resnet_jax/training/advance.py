@@ -3,7 +3,7 @@
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
@@ -27,7 +27,11 @@ from resnet_jax.training.report import Advance
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.step import draw, make_device_step, make_pmap_step, make_train_step
 
-Program: TypeAlias = Callable[[TrainState, Any], tuple[TrainState, Sums]]
+Program: TypeAlias = Callable[..., tuple[TrainState, Sums]]
+"""Of (state, batch), or with data on the device of (state, data, number of steps)."""
+
+STEPS_PER_CALL = 5
+"""Of a recipe that does not say: few enough to end soon after a signal; they share what a dispatch costs, and memory."""
 
 
 def make_advance(
@@ -38,23 +42,29 @@ def make_advance(
     mesh: Mesh,
     bad: BadImages,
     steps: range,
+    ends: Sequence[int] = (),
     features: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Advance:
     """`advance(state, step) -> (state, sums, n, waited)` dispatches the next n steps and does not wait for them.
 
-    `waited` is the time in seconds that it took to get the batch; each of the sums has n entries, or none for one step.
-    With `features`, those of `make_features` for the state's variables, the head alone is trained on what they give.
+    `waited` is the time in seconds that it took to get the batch; each of the sums has n entries or more, or none for
+    one step.
+
+    Args:
+      ends: no call goes over a multiple of any of these.
+      features: those of `make_features` for the state's variables; the head alone is trained on what they give.
     """
     table = sampling_table(dataset, config.data.sampling)
-    program = make_programs(config, model, schedule, dataset, mesh, features is not None)
-    if features is None and not config.data.on_device:
+    several = 0 if features is None and not config.data.on_device else steps_per_call(config)
+    program = make_programs(config, model, schedule, dataset, mesh, several, features is not None)
+    if several == 0:
         rank, hosts = jax.process_index(), jax.process_count()
         batches = train_batches(dataset.train, config, mesh, bad, steps, rank, hosts, table)
 
         def advance_host(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
             asked = time.perf_counter()
             batch = next(batches)
-            return *program(step, 0)[0](state, batch), 1, time.perf_counter() - asked
+            return *program(step)[0](state, batch), 1, time.perf_counter() - asked
 
         return advance_host
 
@@ -62,24 +72,32 @@ def make_advance(
         data = put_everywhere(whole_split(dataset.train, config, bad, table), mesh)
     else:
         data = put_everywhere(whole_features(dataset.train, config, mesh, bad, features, table), mesh)
-    several = config.train.steps_per_call
+    numbers = put_everywhere({n: np.int32(n) for n in range(1, several + 1)}, mesh)
 
     def advance_device(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
-        one, until = program(step, 1)
-        n = several if step % several == 0 and step + several <= min(steps.stop, until) else 1
-        return *(one if n == 1 else program(step, n)[0])(state, data), n, 0.0
+        run, until = program(step)
+        n = int(min(several, steps.stop - step, until - step, *(every - step % every for every in ends)))
+        return *run(state, data, numbers[n]), n, 0.0
 
     return advance_device
 
 
-def make_programs(
-    config: Config, model: nn.Module, schedule: optax.Schedule, dataset: Dataset, mesh: Mesh, probe: bool
-) -> Callable[[int, int], tuple[Program, float]]:
-    """`program(step, n)`: what runs n steps from `step` on, on data that lies on the device, and up to which step.
+def steps_per_call(config: Config) -> int:
+    """Most steps in one call on data that lies on the device."""
+    if config.train.steps_per_call is not None:
+        return config.train.steps_per_call
+    return 1 if config.parallel.strategy == "pmap" or config.log.profile else STEPS_PER_CALL
 
-    For n = 0 it is one step on a batch. It is compiled when it is first called, anew for each phase of a fine-tuning.
+
+def make_programs(
+    config: Config, model: nn.Module, schedule: optax.Schedule, dataset: Dataset, mesh: Mesh, most: int, probe: bool
+) -> Callable[[int], tuple[Program, float]]:
+    """`program(step)`: what runs steps from `step` on, and up to which step.
+
+    It is compiled when it is first called, anew for each phase of a fine-tuning.
 
     Args:
+      most: steps in a call, on data that lies on the device; 0 for one step on a batch.
       probe: batches hold features, and the model's head alone is trained.
     """
     new_state = state_maker(config, model, schedule)
@@ -91,22 +109,23 @@ def make_programs(
     net = head_of(model) if probe else model
 
     @lru_cache
-    def compiled(number: int, n: int) -> Program:
+    def compiled(number: int) -> Program:
         rates = phases[number].rates
         optimizer = make_optimizer(config.optimizer, schedule, rates)
         freezes = config.finetune.mode != "none" or any(factor == 0 for _, factor in config.optimizer.rate_rules)
         options: dict[str, Any] = {"class_weights": weights}
         options["frozen"] = (lambda path: rates(path) == 0.0) if freezes else None
         if config.parallel.strategy == "pmap":
-            drawn = partial(draw, config=config, batch_sharding=on_batch) if n else None
-            return make_pmap_step(net, optimizer, config, mesh, drawn, **options)
+            drawn = partial(draw, config=config, batch_sharding=on_batch) if most else None
+            step = make_pmap_step(net, optimizer, config, mesh, drawn, **options)
+            return lambda state, data, n=1: step(state, data)
         step = make_train_step(net, optimizer, config, mesh, **options)
-        function = make_device_step(step, config, n, on_batch) if n else step
+        function = make_device_step(step, config, most, on_batch) if most else step
         return jax.jit(function, donate_argnums=0, out_shardings=out, compiler_options=compiler_options())
 
-    def program(step: int, n: int) -> tuple[Program, float]:
+    def program(step: int) -> tuple[Program, float]:
         number = bisect_right(starts, step) - 1
-        return compiled(number, n), starts[number + 1] if number + 1 < len(starts) else math.inf
+        return compiled(number), starts[number + 1] if number + 1 < len(starts) else math.inf
 
     return program
 

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +57,9 @@ from resnet_jax.training.workdir import (
     open_workdir,
     recorded,
 )
+
+AHEAD = 2
+"""Calls that the device is given beyond the one that it works at: the run ends this much after a signal."""
 
 
 def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
@@ -173,7 +177,9 @@ def go_on(run: Run, state: TrainState, record: Record, schedule: optax.Schedule)
     bad = BadImages(config.data.on_bad_image, set(record["skipped"]), config.data.channels)
     features = make_features(config, run.model) if computes_features_once(config) else None
     frozen = features and partial(features, {"params": state.params, "batch_stats": state.batch_stats})
-    advance = make_advance(config, run.model, schedule, run.dataset, run.mesh, bad, range(start, plan.total), frozen)
+    ends = (plan.log_every, plan.eval_every, plan.save_every)
+    steps = range(start, plan.total)
+    advance = make_advance(config, run.model, schedule, run.dataset, run.mesh, bad, steps, ends, frozen)
     evaluate = make_evaluate(config, run.model, run.dataset, run.mesh, bad, run.stop, features)
     with Report(run.folder, config, plan, schedule, start, record, run.checkpoints.latest) as report:
         try:
@@ -200,17 +206,19 @@ def run_steps(
     Everything is written and found finite before a checkpoint replaces another one. A checkpoint is begun before the
     evaluation of its step, which it owes until then, so that the two run beside each other.
     """
-    plan, step = run.plan, int(state.step)
+    plan, step, under_way = run.plan, int(state.step), deque[Any]()
     if record["owed"]:
         assess(run, state, step, record, evaluate, report, bad)
     patience = run.config.train.patience or math.inf
     while step < plan.total and record["no_better"] < patience:
-        before = step
         state, sums, n, waited = advance(state, step)
         step += n
+        under_way.append(sums)
+        if len(under_way) > AHEAD:
+            jax.block_until_ready(under_way.popleft())
 
-        def due(every: int, before: int = before, step: int = step) -> bool:
-            return step // every > before // every or step == plan.total
+        def due(every: int, step: int = step) -> bool:
+            return step % every == 0 or step == plan.total
 
         report.steps(step, n, sums, waited)
         if due(plan.log_every):

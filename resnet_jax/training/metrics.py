@@ -8,6 +8,7 @@ import numpy as np
 
 Array = jax.Array
 Sums = dict[str, Any]
+TRAIN_SUMS = ("loss", "accuracy", "count")
 
 
 def predicted(logits: Array, several: bool) -> Array:
@@ -16,7 +17,7 @@ def predicted(logits: Array, several: bool) -> Array:
 
 
 def train_sums(losses: Array, logits: Array, labels: Array) -> Sums:
-    """Sums over a batch: `loss`, `accuracy` (examples that are right, with several labels in all) and `count`."""
+    """Sums over a batch by `TRAIN_SUMS`; `accuracy` counts examples that are right, with several labels in all."""
     several = labels.ndim == 2
     right = (predicted(logits, True) == (labels > 0)).all(-1) if several else logits.argmax(-1) == labels
     return {"loss": losses.sum(), "accuracy": right.sum(dtype=jnp.float32), "count": jnp.float32(labels.shape[0])}

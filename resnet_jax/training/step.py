@@ -17,7 +17,7 @@ from resnet_jax.config import Config
 from resnet_jax.data import on_device
 from resnet_jax.training.finetune import frozen_statistics, without_gradient
 from resnet_jax.training.losses import make_loss, soft_targets
-from resnet_jax.training.metrics import Sums, eval_sums, train_sums
+from resnet_jax.training.metrics import TRAIN_SUMS, Sums, eval_sums, train_sums
 from resnet_jax.training.state import PyTree, TrainState
 
 Batch = dict[str, jax.Array]
@@ -251,19 +251,30 @@ def moving_average(old: PyTree, new: PyTree, step: jax.Array, config: Config) ->
 def make_device_step(
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
     config: Config,
-    steps: int,
+    most: int,
     batch_sharding: jax.sharding.Sharding,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """`device_step(state, data) -> (state, sums)`: `steps` steps on batches drawn from data that lies on the device.
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Sums]]:
+    """`device_step(state, data, n) -> (state, sums)`: n steps on batches drawn from data that lies on the device.
 
-    `data` is a whole split as `draw_batch` takes it; each sum comes back as an array [steps].
+    `data` is a whole split as `draw_batch` takes it; n, an int32 scalar, is at most `most`. Each sum comes back as an
+    array [most], of which the first n are filled. Where `most` is 1, n is not looked at.
     """
 
     def one(state: TrainState, data: Batch) -> tuple[TrainState, Sums]:
         return train_step(state, draw(state.step, data, config, batch_sharding))
 
-    def device_step(state: TrainState, data: Batch) -> tuple[TrainState, Sums]:
-        return jax.lax.scan(lambda carried, _: one(carried, data), state, length=steps)
+    def device_step(state: TrainState, data: Batch, n: jax.Array) -> tuple[TrainState, Sums]:
+        if most == 1:
+            state, sums = one(state, data)
+            return state, {name: x[None] for name, x in sums.items()}
+
+        def next_one(i: jax.Array, carried: tuple[TrainState, Sums]) -> tuple[TrainState, Sums]:
+            state, filled = carried
+            state, sums = one(state, data)
+            return state, {name: filled[name].at[i].set(x) for name, x in sums.items()}
+
+        names = TRAIN_SUMS + (("skipped",) if config.train.on_nonfinite == "skip" else ())
+        return jax.lax.fori_loop(0, n, next_one, (state, {name: jnp.zeros(most) for name in names}))
 
     return device_step
 

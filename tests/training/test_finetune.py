@@ -68,7 +68,7 @@ def test_rates_fall_from_the_head_down_and_own_rules_come_first():
 def moved(config, programs, step, state, data):
     """Parts with a parameter or a statistic that a step changes."""
     before = jax.device_get(state)
-    after, _ = programs(step, 1)[0](state.replace(step=jnp.int32(step)), data)
+    after, _ = programs(step)[0](state.replace(step=jnp.int32(step)), data, 1)
     found = set()
     for tree, old in ((after.params, before.params), (after.batch_stats, before.batch_stats)):
         path_map(lambda path, same: found.add(path.split("/")[0]) if not same else None,
@@ -82,12 +82,12 @@ def test_stages_thaw_from_the_head_down_with_their_statistics():
     model = build_model(config, 10)
     schedule = optax.constant_schedule(0.1)
     per_epoch = len(dataset.train) / 16
-    programs = advance.make_programs(config, model, schedule, dataset, mesh, probe=False)
+    programs = advance.make_programs(config, model, schedule, dataset, mesh, 1, probe=False)
     data = {"image": dataset.train.images[:64], "label": dataset.train.labels[:64]}
     state, parts, step = state_maker(config, model, schedule)(), set(), 0
     for part in ("head", "stage3", "stage2", "stage1", "stem"):
         parts.add(part)
-        assert programs(step, 1)[1] == (round(0.1 * per_epoch * len(parts)) if part != "stem" else float("inf"))
+        assert programs(step)[1] == (round(0.1 * per_epoch * len(parts)) if part != "stem" else float("inf"))
         state, found = moved(config, programs, step, state, data)
         assert found == parts
         step = round(0.1 * per_epoch * len(parts))

@@ -91,15 +91,18 @@ def test_several_steps_in_one_call_are_the_steps_one_by_one(devices):
     train_step = make_train_step(model, optimizer, CONFIG)
     data = jax.device_put(DATA, replicated(mesh))
     results = []
-    for steps in (1, 3):
+    for most, calls in ((1, (1, 1, 1, 1)), (3, (3, 1)), (5, (2, 2))):
         state = jax.jit(lambda: new_state(model, optimizer), out_shardings=replicated(mesh))()
-        step = jax.jit(make_device_step(train_step, CONFIG, steps, batch_sharding(mesh)), donate_argnums=0)
+        step = jax.jit(make_device_step(train_step, CONFIG, most, batch_sharding(mesh)), donate_argnums=0)
         losses = []
-        for _ in range(3 // steps):
-            state, sums = step(state, data)
-            losses.extend(np.asarray(sums["loss"]))
+        for n in calls:
+            state, sums = step(state, data, n)
+            assert sums["loss"].shape == (most,) and not sums["count"][n:].any()
+            losses.extend(np.asarray(sums["loss"][:n]))
         results.append((jax.device_get(state), np.asarray(losses)))
-    chex.assert_trees_all_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    assert step._cache_size() == 1
+    for other in results[1:]:
+        chex.assert_trees_all_close(results[0], other, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_trains_and_keeps_float32_state():

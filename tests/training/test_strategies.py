@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, ParallelConfig, TrainConfig
+from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, ParallelConfig, TrainConfig
 from resnet_jax.data.loader import BadImages
 from resnet_jax.data.sources import ArraySource, Dataset
 from resnet_jax.models.layers import BatchNorm
@@ -17,7 +17,7 @@ from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.recipes import check
 from resnet_jax.sharding import make_mesh, put_state, state_sharding
-from resnet_jax.training.advance import make_advance
+from resnet_jax.training.advance import make_advance, steps_per_call
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.recipe import state_maker
 from resnet_jax.training.state import create_state
@@ -33,7 +33,9 @@ def run(devices, strategy="jit", batch_norm="global", fsdp=1, on_device=True, st
     config = Config(
         data=DataConfig(image_size=8, on_device=on_device),
         augment=AugmentConfig(crop="pad", pad=1, flip="random", mixup=0.3),
-        train=TrainConfig(batch_size=16, ema_decay=0.9, label_smoothing=0.1, accumulate_steps=accumulate),
+        train=TrainConfig(
+            batch_size=16, ema_decay=0.9, label_smoothing=0.1, accumulate_steps=accumulate, steps_per_call=1
+        ),
         parallel=ParallelConfig(strategy=strategy, batch_norm=batch_norm, fsdp=fsdp),
     )
     check(config)
@@ -159,6 +161,26 @@ def test_what_is_computed_twice_comes_to_the_same(remat, alone):
     same(run(1, model=MODEL.clone(remat=remat)), alone[True])
 
 
+def test_a_call_ends_where_something_is_due():
+    config = Config(data=DataConfig(image_size=8), train=TrainConfig(batch_size=16, steps_per_call=3))
+    mesh, schedule = make_mesh(1), optax.constant_schedule(0.05)
+    state = put_state(state_maker(config, MODEL, schedule)(), mesh)
+    advance = make_advance(config, MODEL, schedule, DATA, mesh, BadImages("error"), range(1, 13), ends=(4, 6))
+    state, step, ended = state.replace(step=state.step + 1), 1, []
+    while step < 13:
+        state, _, n, _ = advance(state, step)
+        step += n
+        ended.append(step)
+    assert ended == [4, 6, 8, 11, 12, 13] and int(state.step) == 13
+
+
+def test_a_recipe_that_does_not_say_how_many_steps_a_call_has():
+    assert steps_per_call(Config()) > 1
+    assert steps_per_call(Config(train=TrainConfig(steps_per_call=7))) == 7
+    assert steps_per_call(Config(parallel=ParallelConfig(strategy="pmap"))) == 1
+    assert steps_per_call(Config(log=LogConfig(profile="3:5"))) == 1
+
+
 @pytest.mark.parametrize("on_device", [True, False])
 def test_the_loop_moves_nothing_unasked_and_compiles_once(on_device):
     compiled = []
@@ -171,12 +193,13 @@ def test_the_loop_moves_nothing_unasked_and_compiles_once(on_device):
     mesh, schedule = make_mesh(4), optax.constant_schedule(0.05)
     state = put_state(state_maker(config, MODEL, schedule)(), mesh)
     advance = make_advance(config, MODEL, schedule, DATA, mesh, BadImages("error"), range(12))
-    state, *_ = advance(state, 0)
+    state, _, step, _ = advance(state, 0)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         with jax.transfer_guard("disallow"):
-            for step in range(1, 12):
-                state, *_ = advance(state, step)
+            while step < 12:
+                state, _, n, _ = advance(state, step)
+                step += n
     finally:
         jax.monitoring.clear_event_listeners()
     assert not compiled and int(state.step) == 12
