@@ -31,7 +31,7 @@ Program: TypeAlias = Callable[..., tuple[TrainState, Sums]]
 """Of (state, batch), or with data on the device of (state, data, number of steps)."""
 
 STEPS_PER_CALL = 5
-"""Of a recipe that does not say: few enough to end soon after a signal; they share what a dispatch costs, and memory."""
+"""Of a recipe that does not say: few enough to end soon after a signal; they share what a dispatch costs and memory."""
 
 
 def make_advance(
