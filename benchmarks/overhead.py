@@ -5,19 +5,22 @@ Python, dispatch and bookkeeping.
 """
 
 import time
+from collections import deque
 from typing import Any
 
 from benchmarks.measure import options, print_table, row, write
 
 
 def host_rows(rounds: int) -> list[dict[str, Any]]:
-    """Times rounds of a thousand steps, one and five of them in a call."""
+    """Times rounds of a thousand steps, one of them in a call and as many as the recipe's default has."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from resnet_jax.config import Config
     from resnet_jax.data.sources import load_dataset
+    from resnet_jax.training.advance import STEPS_PER_CALL
+    from resnet_jax.training.loop import AHEAD
     from resnet_jax.training.recipe import build_model, state_maker
 
     config = Config()
@@ -25,20 +28,23 @@ def host_rows(rounds: int) -> list[dict[str, Any]]:
     state = state_maker(config, build_model(config, len(dataset.class_names)), lambda step: 0.1)()
     data = {"image": jnp.zeros((1437, 8, 8, 3), jnp.uint8), "label": jnp.zeros(1437, jnp.int32)}
     zero = {"loss": np.float32(0), "accuracy": np.float32(0), "count": np.float32(96)}
-    step = jax.jit(lambda state, data: (state, jax.tree.map(jnp.asarray, zero)), donate_argnums=0)
+    step = jax.jit(lambda state, data, n: (state, jax.tree.map(jnp.asarray, zero)), donate_argnums=0)
     rows, arrays = [], len(jax.tree.leaves((state, data)))
-    for several in (1, 5):
-        seconds = []
+    for several in (1, STEPS_PER_CALL):
+        seconds, number = [], jnp.int32(several)
         for _ in range(1 + rounds):
-            parts = []
+            parts, under_way = [], deque[Any]()
             began = time.perf_counter()
             for i in range(0, 1000, several):
-                state, sums = step(state, data)
+                state, sums = step(state, data, number)
                 parts.append((i, several, sums))
+                under_way.append(sums)
+                if len(under_way) > AHEAD:
+                    jax.block_until_ready(under_way.popleft())
             jax.block_until_ready(state)
             seconds.append((time.perf_counter() - began) / 1000)
         times = {"seconds": [1 / (1e6 * s) for s in seconds[1:]], "setup": seconds[0]}
-        case = f"host time of a step, steps_per_call {several}"
+        case = f"host time of a step, {several} a call{' (the default)' if several > 1 else ''}"
         rows.append(row(case, "resnet_jax", times, 1, "us") | {"unit": "us", "arrays": arrays})
     return rows
 

@@ -1,5 +1,6 @@
 """Images a second of a whole training step: forward, backward, batch statistics, SGD with momentum."""
 
+import time
 from typing import Any
 
 from benchmarks.limits import forward_flops, measure_limits
@@ -13,10 +14,12 @@ ON_GPU = (("resnet50", 224, 256, "bfloat16", 20), ("resnet50", 224, 128, "float3
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the commands set it
 
 
-def jax_train_step(name: str, batch: int, size: int, classes: int, dtype: str, example: bool, options: bool) -> Any:
-    """One training step a call with ours, or with the same step around Flax's example network.
+def jax_train_step(
+    name: str, batch: int, size: int, classes: int, dtype: str, example: bool, options: bool, several: int = 1
+) -> Any:
+    """Training steps with ours, or with the same step around Flax's example network.
 
-    `options`: with the compiler options that our loop sets.
+    `options`: with the compiler options that our loop sets; `several`: steps in one call, on data on the device.
     """
     import jax
     import jax.numpy as jnp
@@ -24,14 +27,14 @@ def jax_train_step(name: str, batch: int, size: int, classes: int, dtype: str, e
 
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
     from resnet_jax.models.registry import create_model
-    from resnet_jax.sharding import compiler_options
+    from resnet_jax.sharding import batch_sharding, compiler_options, make_mesh
     from resnet_jax.training.optimizers import make_optimizer
     from resnet_jax.training.state import create_state
-    from resnet_jax.training.step import make_train_step
+    from resnet_jax.training.step import make_device_step, make_train_step
 
     config = Config(
         model=ModelConfig(name=name, compute_dtype=dtype),
-        data=DataConfig(image_size=size, on_device=False),
+        data=DataConfig(image_size=size, on_device=several > 1),
         augment=AugmentConfig(crop="none"),
         optimizer=OptimizerConfig(weight_decay=1e-4),
         train=TrainConfig(batch_size=batch, ema_decay=None),
@@ -45,15 +48,22 @@ def jax_train_step(name: str, batch: int, size: int, classes: int, dtype: str, e
     optimizer = make_optimizer(config.optimizer, lambda step: 0.01)
     state = jax.jit(lambda: create_state(model, optimizer, jax.random.key(0), (size, size, 3), ema=False))()
     chosen = compiler_options() if options else {}
-    step_function = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0, compiler_options=chosen)
+    function = make_train_step(model, optimizer, config)
+    if several > 1:
+        function = make_device_step(function, config, several, batch_sharding(make_mesh(1)))
+    step_function = jax.jit(function, donate_argnums=0, compiler_options=chosen)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     data = jax.device_put({"image": images, "label": rng.integers(0, classes, batch, dtype=np.int32)})
 
-    def step() -> None:
+    given = (data, jax.device_put(np.int32(several))) if several > 1 else (data,)
+
+    def step() -> dict[str, float]:
         nonlocal state
-        state, sums = step_function(state, data)
+        began = time.perf_counter()
+        state, sums = step_function(state, *given)
         jax.block_until_ready((state, sums))
+        return {"seconds": (time.perf_counter() - began) / several}
 
     return step
 
@@ -80,18 +90,21 @@ def main() -> None:
             continue
         classes = 1000 if size == 224 else 10
         common = {"name": name, "batch": batch, "size": size, "classes": classes, "dtype": dtype}
+        one = common | {"example": False, "options": True}
+        ours = one | {"several": 5 if size == 32 else 1}  # as the loop does with data on the device
         contenders = [
-            Contender("resnet_jax", jax_train_step, common | {"example": False, "options": True}, LARGE_PAGES),
+            Contender("resnet_jax", jax_train_step, ours, LARGE_PAGES),
             Contender("torch eager", torch_step, common | {"compiled": False}),
             Contender("torch.compile", torch_step, common | {"compiled": True}),
             Contender("Flax's example", jax_train_step, common | {"example": True, "options": False}),
         ]
         if not has_gpu():  # what each of our two settings for CPUs is worth
-            without = common | {"example": False, "options": False}
             contenders += [
-                Contender("small pages", jax_train_step, common | {"example": False, "options": True}),
-                Contender("no options", jax_train_step, without, LARGE_PAGES),
+                Contender("small pages", jax_train_step, ours),
+                Contender("no options", jax_train_step, ours | {"options": False}, LARGE_PAGES),
             ]
+        if size == 32:
+            contenders.append(Contender("one step a call", jax_train_step, one, LARGE_PAGES))
         times = alternate(contenders, flags.rounds or rounds, warmup=3)
         flops = 3 * forward_flops(create_model(name, num_classes=classes), size)
         rows += network_rows(f"train {name} {dtype} batch {batch}", times, batch, flops, limits[dtype]["flops"])
