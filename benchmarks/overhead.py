@@ -5,7 +5,6 @@ Python, dispatch and bookkeeping.
 """
 
 import time
-from collections import deque
 from typing import Any
 
 from benchmarks.measure import options, print_table, row, write
@@ -20,7 +19,6 @@ def host_rows(rounds: int) -> list[dict[str, Any]]:
     from resnet_jax.config import Config
     from resnet_jax.data.sources import load_dataset
     from resnet_jax.training.advance import STEPS_PER_CALL
-    from resnet_jax.training.loop import AHEAD
     from resnet_jax.training.recipe import build_model, state_maker
 
     config = Config()
@@ -33,14 +31,13 @@ def host_rows(rounds: int) -> list[dict[str, Any]]:
     for several in (1, STEPS_PER_CALL):
         seconds, number = [], jnp.int32(several)
         for _ in range(1 + rounds):
-            parts, under_way = [], deque[Any]()
+            parts, under_way = [], ()
             began = time.perf_counter()
             for i in range(0, 1000, several):
                 state, sums = step(state, data, number)
                 parts.append((i, several, sums))
-                under_way.append(sums)
-                if len(under_way) > AHEAD:
-                    jax.block_until_ready(under_way.popleft())
+                jax.block_until_ready(under_way)
+                under_way = sums
             jax.block_until_ready(state)
             seconds.append((time.perf_counter() - began) / 1000)
         times = {"seconds": [1 / (1e6 * s) for s in seconds[1:]], "setup": seconds[0]}

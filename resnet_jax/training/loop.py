@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -57,9 +56,6 @@ from resnet_jax.training.workdir import (
     open_workdir,
     recorded,
 )
-
-AHEAD = 2
-"""Calls that the device is given beyond the one that it works at: the run ends this much after a signal."""
 
 
 def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
@@ -204,18 +200,19 @@ def run_steps(
     `record` is brought up to date in place.
 
     Everything is written and found finite before a checkpoint replaces another one. A checkpoint is begun before the
-    evaluation of its step, which it owes until then, so that the two run beside each other.
+    evaluation of its step, which it owes until then, so that the two run beside each other. The device is given one call
+    beyond the one that it works at, no more, so that slow steps end soon after a signal.
     """
-    plan, step, under_way = run.plan, int(state.step), deque[Any]()
+    plan, step = run.plan, int(state.step)
+    under_way: Any = ()
     if record["owed"]:
         assess(run, state, step, record, evaluate, report, bad)
     patience = run.config.train.patience or math.inf
     while step < plan.total and record["no_better"] < patience:
         state, sums, n, waited = advance(state, step)
         step += n
-        under_way.append(sums)
-        if len(under_way) > AHEAD:
-            jax.block_until_ready(under_way.popleft())
+        jax.block_until_ready(under_way)
+        under_way = sums
 
         def due(every: int, step: int = step) -> bool:
             return step % every == 0 or step == plan.total
