@@ -200,8 +200,8 @@ def run_steps(
     `record` is brought up to date in place.
 
     Everything is written and found finite before a checkpoint replaces another one. A checkpoint is begun before the
-    evaluation of its step, which it owes until then, so that the two run beside each other. The device is given one call
-    beyond the one that it works at, no more, so that slow steps end soon after a signal.
+    evaluation of its step, which it owes until then, so that the two run beside each other. The device is given one
+    call beyond the one that it works at, no more, so that slow steps end soon after a signal.
     """
     plan, step = run.plan, int(state.step)
     under_way: Any = ()
