@@ -220,7 +220,7 @@ def run_steps(
         report.steps(step, n, sums, waited)
         if due(plan.log_every):
             report.flush()
-        stopping = run.stop.asked(step)
+        stopping = run.stop.due()
         if not due(plan.eval_every) and not due(plan.save_every) and not stopping:
             continue
         record["sums"] = report.settle(state)

@@ -25,21 +25,24 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._together = False
+        self._together, self._calls = False, 0
 
-    def asked(self, step: int | None = None) -> bool:
-        """Whether to stop now. With several processes they agree on a step: give the one that has just been dispatched.
+    def asked(self) -> bool:
+        """Whether this process knows that the run is to end, several of them having agreed on it."""
+        return self.signal is not None if jax.process_count() == 1 else self._together
 
-        Without a step it tells what this process alone knows.
+    def due(self) -> bool:
+        """Whether to end after the call that has just been dispatched; to be asked once for each, by all processes.
+
+        Several processes agree on one, by its number: the steps in a call may be many.
         """
-        if jax.process_count() == 1:
-            return self.signal is not None
-        if step is not None and not self._together:
+        if jax.process_count() > 1 and not self._together:
             from jax.experimental import multihost_utils
 
-            self._together = multihost_utils.reached_preemption_sync_point(step)
+            self._calls += 1
+            self._together = multihost_utils.reached_preemption_sync_point(self._calls)
             self.signal = (self.signal or signal.SIGTERM) if self._together else self.signal
-        return self._together
+        return self.asked()
 
 
 @contextlib.contextmanager

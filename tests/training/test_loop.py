@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import chex
 import jax
@@ -269,6 +270,32 @@ def test_a_run_that_diverges_goes_back_and_on_more_slowly(tmp_path, dtype, rate,
     assert final_state(tmp_path / "run", config)[1]["rollbacks"] == (said.count("going back") if arrives else 0)
     logged = [line["step"] for line in lines_of(tmp_path / "run") if "train/loss" in line]
     assert logged == ([7, 14, 20] if arrives else logged) and len(logged) == len(set(logged))
+
+
+def test_the_device_is_given_one_call_ahead_and_no_more(tmp_path, monkeypatch):
+    """With steps that take a while: otherwise a run would end long after a signal."""
+    finished, finished_when_called, make = [], [], loop.make_advance
+
+    def slowly(loss):
+        time.sleep(0.1)
+        finished.append(loss)
+        return loss
+
+    def make_slow(*arguments):
+        advance = make(*arguments)
+        slow = jax.jit(lambda loss: jax.pure_callback(slowly, jax.typeof(loss), loss))
+
+        def advance_slowly(state, step):
+            finished_when_called.append(len(finished))
+            state, sums, n, waited = advance(state, step)
+            return state, sums | {"loss": slow(sums["loss"])}, n, waited
+
+        return advance_slowly
+
+    monkeypatch.setattr(loop, "make_advance", make_slow)
+    config = recipe(12, steps_per_call=1)
+    loop.train(dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=12)), tmp_path / "run")
+    assert len(finished) == 12 and all(done >= i - 1 for i, done in enumerate(finished_when_called))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
