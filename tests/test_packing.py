@@ -50,7 +50,7 @@ def test_every_bit_comes_back_under_its_address():
 
 
 def test_a_vector_ends_where_it_would_be_too_large(monkeypatch):
-    """Half of an odd size fits, so that the arrays lie two by two; one that is larger has a vector of its own."""
+    """Two of the arrays fit and a third does not; one that is larger than a vector has one of its own."""
     monkeypatch.setattr("resnet_jax.packing.VECTOR", 4 * 21)
     arrays = {f"a{i}": jnp.arange(10.0) + i for i in range(5)} | {
         "large": jnp.arange(50.0),
@@ -66,6 +66,8 @@ def test_vectors_are_copies():
     """What a step does to a state that it was given must not reach the checkpoint."""
     state = {"one": jnp.zeros(2**12), "more": jnp.zeros(2**23)}
     packed, _ = pack(state)
+    for vector in packed["whole"].values():
+        assert not any(np.shares_memory(vector, np.asarray(x)) for x in state.values())
     changed = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
     assert all((x == 0).all() for x in packed["whole"].values()) and (changed["more"] == 1).all()
 

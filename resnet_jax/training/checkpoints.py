@@ -211,6 +211,6 @@ def _read(manager: ocp.CheckpointManager, template: Any, step: int) -> tuple[Any
     places = ocp.checkpoint_utils.construct_restore_args(packed)
     state = ocp.args.PyTreeRestore(packed, restore_args=places)
     found = unpack(manager.restore(step, args=ocp.args.Composite(state=state)).state, index)
-    packed_of = [name for name in wanted if name in whole]
-    found |= put({name: found[name] for name in packed_of}, {name: wanted[name].sharding for name in packed_of})
+    in_vectors = [name for name in wanted if name in whole]
+    found |= put({name: found[name] for name in in_vectors}, {name: wanted[name].sharding for name in in_vectors})
     return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted]), said["record"]
