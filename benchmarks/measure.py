@@ -163,11 +163,13 @@ def write(script: str, rows: list[dict[str, Any]], name: str = "", **more: Any) 
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, memory and accelerator; `short` is for file names."""
+    """Processor, its widest vector instructions, cores, memory and accelerator; `short` is for file names."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    vectors = next((name for name in ("avx512f", "avx2") if name in flags), None)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    found = {"processor": model, "cores": os.cpu_count(), "memory_gib": round(memory, 1)}
+    found = {"processor": model, "vectors": vectors, "cores": os.cpu_count(), "memory_gib": round(memory, 1)}
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
@@ -185,7 +187,7 @@ def versions() -> dict[str, str]:
     """Versions of what is measured."""
     found = {"python": platform.python_version()}
     for package in ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy", "pillow", "grain",
-                    "opencv-python-headless", "cykooz.resizer"):  # fmt: skip
+                    "opencv-python-headless", "cykooz.resizer", "orbax-checkpoint", "tensorstore"):  # fmt: skip
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
