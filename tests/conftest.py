@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, a compilation cache that the whole suite shares, and the pictures beside the checkout."""
+"""Eight virtual CPU devices, a compilation cache that all tests share, and the pictures beside the checkout."""
 
 import os
 
@@ -16,10 +16,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """A folder of its own, so that a test never depends on what an earlier run left."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
-    folder = tmp_path_factory.getbasetemp().parent / "xla" if worker else tmp_path_factory.mktemp("xla")
+def compilation_cache(pytestconfig):
+    """What one run has compiled the next one finds, in `.pytest_cache`, which `pytest --cache-clear` empties."""
+    folder = pytestconfig.cache.mkdir("xla")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
