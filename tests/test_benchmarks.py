@@ -71,6 +71,6 @@ def test_results_say_where_they_come_from(path):
     record = json.loads(path.read_text())
     assert record["command"].startswith("python -m benchmarks.")
     assert re.fullmatch(r"[0-9a-f]{7,}(\+changes)?", record["commit"])
-    assert {"processor", "vectors", "cores", "gpu"} <= set(record["hardware"])
+    assert {"processor", "cores", "gpu"} <= set(record["hardware"])
     assert {"jax", "jaxlib", "python"} <= set(record["versions"])
     assert all("error" in row or {"median", "quartiles", "n", "unit"} <= set(row) for row in record["rows"])
