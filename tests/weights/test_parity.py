@@ -62,23 +62,6 @@ TIMM = {
     "densenet121": ({"stage_sizes": (2, 3, 1, 2)}, {"block_config": (2, 3, 1, 2)}),
     "densenetblur121d": ({"stage_sizes": (2, 1, 1, 2)}, {"block_config": (2, 1, 1, 2)}),
 }
-TRAINED = [
-    "resnet18",
-    "resnet50",
-    "resnet50d",
-    "resnext50_32x4d",
-    "resnet50_gn",
-    "seresnextaa101d_32x8d",
-    "senet154",
-    "ecaresnetlight",
-    "resnetrs50",
-    "resnetblur18",
-    "resnetv2_18d",
-    "resnetv2_50",
-    "resnetv2_50d_gn",
-    "densenetblur121d",
-]
-"""Each operation once; the rest of the family puts the same ones together in other ways."""
 KNOBS = {
     "output_stride 8": ("resnet50d", knobs(resnet(), {"output_stride": 8}, {"output_stride": 8}), {}),
     "output_stride 16": ("resnet18", knobs(resnet(), {"output_stride": 16}, {"output_stride": 16}), {}),
@@ -158,7 +141,7 @@ def test_torchvision_at_full_depth(name, size):
     close(jax.jit(model.apply)(variables, images), expected, 1e-4, "logits")
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", TIMM)
 def test_a_training_step(name):
     """Loss, every gradient and the running statistics after one step.
 
