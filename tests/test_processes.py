@@ -33,7 +33,7 @@ def start(workdir, processes, devices, strategy="jit", more=lambda i: [], told="
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
         "GLIBC_TUNABLES": "",
     }
     command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(workdir), *FLAGS]
