@@ -1,15 +1,20 @@
-"""Residual networks as pure functions: models, one compiled training step, runs that resume exactly."""
+"""Residual networks as pure functions: models, one compiled training step, runs that resume exactly.
 
-from importlib import metadata
-from typing import Any
+A name of the public face is imported when it is first asked for: what needs no JAX starts at once.
+"""
 
-from resnet_jax.config import Config, InputError
-from resnet_jax.inference import Predictor, make_forward
-from resnet_jax.models.fold import fold_batch_norm
-from resnet_jax.models.gradcam import grad_cam
-from resnet_jax.models.registry import create_model, feature_info, list_models
-from resnet_jax.weights.convert import from_torch, to_torch
-from resnet_jax.weights.load import load_pretrained
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resnet_jax.config import Config, InputError
+    from resnet_jax.inference import Predictor, make_forward
+    from resnet_jax.models.fold import fold_batch_norm
+    from resnet_jax.models.gradcam import grad_cam
+    from resnet_jax.models.registry import create_model, feature_info, list_models
+    from resnet_jax.training.loop import train
+    from resnet_jax.weights.convert import from_torch, to_torch
+    from resnet_jax.weights.load import load_pretrained
 
 __version__ = metadata.version("resnet_jax")
 __all__ = [
@@ -29,11 +34,27 @@ __all__ = [
     "train",
 ]
 
+_HOMES = {
+    "config": ("Config", "InputError"),
+    "inference": ("Predictor", "make_forward"),
+    "models.fold": ("fold_batch_norm",),
+    "models.gradcam": ("grad_cam",),
+    "models.registry": ("create_model", "feature_info", "list_models"),
+    "training.loop": ("train",),
+    "weights.convert": ("from_torch", "to_torch"),
+    "weights.load": ("load_pretrained",),
+}
+
 
 def __getattr__(name: str) -> Any:
-    """`train` comes with its heavy imports only when it is asked for."""
-    if name == "train":
-        from resnet_jax.training.loop import train
-
-        return train
+    """A name of the public face, out of its file."""
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What a user may ask for, also before it is imported."""
+    return [*globals(), *__all__]

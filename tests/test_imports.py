@@ -1,9 +1,12 @@
 import subprocess
 import sys
 
+import pytest
+
 LIGHT = """
 import sys
 import resnet_jax as rj
+face = [getattr(rj, name) for name in rj.__all__ if name != "train"]
 from resnet_jax.data import on_device
 from resnet_jax.training import losses, optimizers, state, step
 import resnet_jax.sharding
@@ -19,7 +22,17 @@ def test_the_package_the_models_and_the_step_need_jax_flax_and_optax_alone():
     assert result.stdout == theirs.stdout
 
 
-def test_train_is_there_when_asked_for():
+def test_every_name_is_there_when_asked_for():
     import resnet_jax
 
-    assert callable(resnet_jax.train)
+    names = set(resnet_jax.__all__) - {"__version__"}
+    assert names == {name for home in resnet_jax._HOMES.values() for name in home} and names < set(dir(resnet_jax))
+    assert all(getattr(resnet_jax, name).__name__ == name for name in names)
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        _ = resnet_jax.trian
+
+
+def test_the_command_is_there_before_jax():
+    """It replaces its process once, and jax would have been imported twice."""
+    code = "import sys, resnet_jax.cli; print('jax' in sys.modules, 'numpy' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False False\n"
