@@ -54,8 +54,9 @@ tell(init=made - start, trace=traced - made, compile=done - traced)
 DIGITS = """
 import os, sys, tempfile
 from resnet_jax import cli
+command = ["train", "--workdir", "run"]
 if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    cli.run(["train"])  # the command replaces its process by this program again
+    cli.run(command)  # the command replaces its process by this program again
 os.chdir(tempfile.mkdtemp())
 import jax
 import resnet_jax.training.loop as loop
@@ -71,7 +72,7 @@ def timed(*arguments):
         os._exit(0)
     return first
 loop.make_advance = timed
-cli.main(["train", "--workdir", "run"])
+cli.run(command)
 """
 
 

@@ -1,6 +1,7 @@
 """The `resnet-jax` command, and what it does with recipes and runs: train, plan, show-batch, evaluate, report, runs."""
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -34,11 +35,14 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script: `main` in a process that asks for large pages of memory.
 
     glibc reads that wish only when a process starts, so the process replaces itself once. A training step on a CPU
-    gained up to an eighth from it where we measured (`benchmarks/train_step.py`).
+    gained up to an eighth from it where we measured (`benchmarks/train_step.py`). Garbage is looked for less often than
+    Python's default: what imports and traces make lives on, and looking through it took a tenth of the way to the first
+    step (`benchmarks/startup.py`).
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, sys.orig_argv)
+    gc.set_threshold(50_000)
     sys.exit(main(arguments))
 
 

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, a compilation cache that all tests share, and the pictures beside the checkout."""
 
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,6 +14,8 @@ import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+gc.set_threshold(50_000)  # as the command does
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -46,8 +46,14 @@ def create_state(
     """
     variables = init_variables(model, key, jnp.zeros((1, *image_shape)))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    averages = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averages)
+
+    @jax.jit
+    def rest(params: PyTree, batch_stats: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
+        averages = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None
+        return jnp.zeros((), jnp.int32), optimizer.init(params), averages
+
+    step, opt_state, averages = rest(params, batch_stats)
+    return TrainState(step, params, batch_stats, opt_state, averages)
 
 
 def init_variables(model: nn.Module, key: jax.Array, images: jax.Array) -> PyTree:

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,8 @@ class Events:
     """TensorBoard's events of a run, written in this thread; what the disk has no room for waits or is left out."""
 
     def __init__(self, workdir: Path, step: int) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
+        with torch_hidden():
+            from tensorboardX.event_file_writer import EventsWriter
 
         self._writer, self._flushed = EventsWriter(str(workdir / "events")), 0.0
         if step:  # TensorBoard drops what a killed run wrote beyond it
@@ -85,6 +88,21 @@ class Events:
             if time.monotonic() - self._flushed > FLUSHED_EVERY:
                 self._flushed = time.monotonic()
                 self._writer.flush()
+
+
+@contextlib.contextmanager
+def torch_hidden() -> Iterator[None]:
+    """Within it an import of PyTorch fails. tensorboardX imports it where it is installed, for its annotations alone,
+    which takes some two seconds and 200 MB.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["torch"]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

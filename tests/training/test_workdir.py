@@ -1,6 +1,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -48,6 +50,22 @@ def test_a_lock_that_was_left_behind_is_recognised(tmp_path, said, age, held):
 def test_half_a_lock_holds_nothing(tmp_path):
     (tmp_path / "lock").write_text('{"host": ')
     assert live_holder(tmp_path / "lock") is None
+
+
+@pytest.mark.parametrize("first", ["", "import torch"])
+def test_tensorboard_brings_no_torch_and_takes_none_away(tmp_path, first):
+    pytest.importorskip("torch")
+    code = f"""{first}
+import sys
+from pathlib import Path
+from resnet_jax.training.trackers import Events
+events = Events(Path(sys.argv[1]), 0)
+print("torch" in sys.modules)
+import torch
+print(torch.ones(2).sum().item())
+"""
+    told = subprocess.check_output([sys.executable, "-c", code, tmp_path], text=True)
+    assert told == f"{bool(first)}\n2.0\n"
 
 
 def test_the_best_evaluation_is_the_first_of_equals_that_has_a_checkpoint(tmp_path):
