@@ -17,7 +17,7 @@ from resnet_jax.models.registry import create_model, model_fields, stride_of
 from resnet_jax.models.stacking import block_by_block, stack_blocks
 from resnet_jax.sharding import state_sharding
 from resnet_jax.training.optimizers import make_optimizer
-from resnet_jax.training.state import TrainState, create_state
+from resnet_jax.training.state import TrainState, copies, create_state
 from resnet_jax.weights.load import fit_weights
 from resnet_jax.weights.sources import Weights, find_weights
 
@@ -101,7 +101,7 @@ def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainSt
         return state
     variables = fit_weights(block_by_block(model), find_weights(source).tensors, source, state.params["head"])
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    ema = state.ema and jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+    ema = state.ema and copies({"params": params, "batch_stats": batch_stats})
     return state.replace(params=params, batch_stats=batch_stats, ema=ema)
 
 

@@ -1,6 +1,7 @@
 """What a run carries from step to step."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -46,14 +47,12 @@ def create_state(
     """
     variables = init_variables(model, key, jnp.zeros((1, *image_shape)))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    averages = copies({"params": params, "batch_stats": batch_stats}) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averages)
 
-    @jax.jit
-    def rest(params: PyTree, batch_stats: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
-        averages = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None
-        return jnp.zeros((), jnp.int32), optimizer.init(params), averages
 
-    step, opt_state, averages = rest(params, batch_stats)
-    return TrainState(step, params, batch_stats, opt_state, averages)
+copies = jax.jit(partial(jax.tree.map, jnp.copy))
+"""A tree of new arrays with the values of another one."""
 
 
 def init_variables(model: nn.Module, key: jax.Array, images: jax.Array) -> PyTree:
