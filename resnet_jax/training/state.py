@@ -1,6 +1,7 @@
 """What a run carries from step to step."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -57,19 +58,38 @@ copies = jax.jit(partial(jax.tree.map, jnp.copy))
 
 def init_variables(model: nn.Module, key: jax.Array, images: jax.Array) -> PyTree:
     """The values of `model.init(key, images)`, sooner: what only the forward pass needs is dropped from its trace, and
-    the rest runs operation by operation.
+    the rest runs operation by operation, with several threads.
 
     A jitted init compiles every random draw on its own, which takes seconds for a deep net; here layers of equal shape
-    share the compiled draw.
+    share the compiled draw, and XLA compiles those of different shapes at the same time.
     """
     closed, shapes = jax.make_jaxpr(model.init, return_shape=True)(key, images)
-    needed, kept = set(closed.jaxpr.outvars), []
+    of_shape: dict[tuple[int, ...], list[int]] = {}
+    for place, variable in enumerate(closed.jaxpr.outvars):
+        of_shape.setdefault(variable.aval.shape, []).append(place)
+
+    def values(places: list[int]) -> dict[int, jax.Array]:
+        return dict(zip(places, jaxpr_as_fun(only(closed, places))(key, images), strict=True))
+
+    groups = sorted(of_shape.values(), key=lambda places: -len(closed.jaxpr.outvars[places[0]].aval.shape))
+    if isinstance(key, jax.core.Tracer):  # a trace belongs to its thread
+        found = [values(places) for places in groups]
+    else:
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(values, groups))
+    leaves = {place: value for group in found for place, value in group.items()}
+    return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[place] for place in sorted(leaves)])
+
+
+def only(closed: ClosedJaxpr, places: list[int]) -> ClosedJaxpr:
+    """A jaxpr cut down to the results at some places, and to the equations that these need."""
+    wanted = [closed.jaxpr.outvars[place] for place in places]
+    needed, kept = set(wanted), []
     for equation in reversed(closed.jaxpr.eqns):
         if needed.intersection(equation.outvars):
             needed.update(v for v in equation.invars if not isinstance(v, Literal))
             kept.append(equation)
-    short = ClosedJaxpr(closed.jaxpr.replace(eqns=kept[::-1]), closed.consts)
-    return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(short)(key, images))
+    return ClosedJaxpr(closed.jaxpr.replace(eqns=kept[::-1], outvars=wanted), closed.consts)
 
 
 def path_map(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
