@@ -52,8 +52,8 @@ def create_state(
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averages)
 
 
-copies = jax.jit(partial(jax.tree.map, jnp.copy))
-"""A tree of new arrays with the values of another one."""
+copies = partial(jax.device_put, may_alias=False)
+"""A tree of new arrays with the values of another one; nothing is compiled for it."""
 
 
 def init_variables(model: nn.Module, key: jax.Array, images: jax.Array) -> PyTree:
