@@ -37,7 +37,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     glibc reads that wish only when a process starts, so the process replaces itself once. A training step on a CPU
     gained up to an eighth from it where we measured (`benchmarks/train_step.py`). Garbage is looked for less often than
     Python's default: what imports and traces make lives on, and looking through it took a tenth of the way to the first
-    step (`benchmarks/startup.py`).
+    step where we tried (n = 5).
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

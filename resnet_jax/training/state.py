@@ -71,12 +71,11 @@ def init_variables(model: nn.Module, key: jax.Array, images: jax.Array) -> PyTre
     def values(places: list[int]) -> dict[int, jax.Array]:
         return dict(zip(places, jaxpr_as_fun(only(closed, places))(key, images), strict=True))
 
-    groups = sorted(of_shape.values(), key=lambda places: -len(closed.jaxpr.outvars[places[0]].aval.shape))
     if isinstance(key, jax.core.Tracer):  # a trace belongs to its thread
-        found = [values(places) for places in groups]
+        found = [values(places) for places in of_shape.values()]
     else:
         with ThreadPoolExecutor() as pool:
-            found = list(pool.map(values, groups))
+            found = list(pool.map(values, of_shape.values()))
     leaves = {place: value for group in found for place, value in group.items()}
     return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[place] for place in sorted(leaves)])
 
