@@ -30,8 +30,12 @@ def addresses(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
 
 
-def pack(tree: Any) -> tuple[dict[str, dict[str, Any]], Index]:
+def pack(tree: Any, into: dict[str, np.ndarray] | None = None) -> tuple[dict[str, dict[str, Any]], Index]:
     """Under `whole` vectors on the host, copies; under `spread`, by address, the arrays that are split over devices.
+
+    Args:
+      into: vectors of an earlier call that nobody needs; those of the right size are written over, which is cheaper
+        than new memory.
 
     Returns:
       That, and what lies where in the vectors, as JSON can hold it.
@@ -47,11 +51,14 @@ def pack(tree: Any) -> tuple[dict[str, dict[str, Any]], Index]:
         index.setdefault(vector, []).append((name, list(x.shape)))
         filled[str(x.dtype)] = vector, size + x.nbytes
 
-    def end_to_end(rows: list[tuple[str, list[int]]]) -> np.ndarray:
-        return np.concatenate([np.asarray(whole[name]).ravel() for name, _ in rows]).view(Unchanging)
+    def end_to_end(vector: str) -> np.ndarray:
+        arrays = [np.asarray(whole[name]).ravel() for name, _ in index[vector]]
+        room = (into or {}).get(vector)
+        fits = room is not None and room.size == sum(x.size for x in arrays)
+        return np.concatenate(arrays, out=room if fits else None).view(Unchanging)
 
     with ThreadPoolExecutor(4) as pool:
-        vectors = dict(zip(index, pool.map(end_to_end, index.values()), strict=True))
+        vectors = dict(zip(index, pool.map(end_to_end, index), strict=True))
     return {"whole": vectors, "spread": {name: x for name, x in leaves.items() if name not in whole}}, index
 
 

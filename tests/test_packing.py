@@ -72,6 +72,17 @@ def test_vectors_are_copies():
     assert all((x == 0).all() for x in packed["whole"].values()) and (changed["more"] == 1).all()
 
 
+def test_vectors_of_the_right_size_are_written_over():
+    """And others are made anew."""
+    first, _ = pack(tree(1))
+    again, index = pack(tree(2), first["whole"])
+    assert all(np.shares_memory(again["whole"][vector], first["whole"][vector]) for vector in index)
+    for name, array in unpack(again, index).items():
+        assert bits(array) == bits(dict(zip(addresses(tree()), jax.tree.leaves(tree(2)), strict=True))[name]), name
+    other, index = pack({"a": jnp.ones(3), "b": jnp.ones(3, jnp.int32)}, {"float32-0": np.zeros(4, np.float32)})
+    chex.assert_trees_all_equal(unpack(other, index), {"a": jnp.ones(3), "b": jnp.ones(3, jnp.int32)})
+
+
 def test_what_is_spread_over_devices_is_not_packed():
     mesh = make_mesh(8)
     spread = jax.device_put(jnp.arange(64.0), NamedSharding(mesh, P("data")))

@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -35,6 +34,7 @@ class Checkpoints:
         self.folder = (workdir / "checkpoints").resolve()
         self.best: int | None = None
         self._writing: int | None = None
+        self._vectors: dict[str, np.ndarray] = {}
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
@@ -60,15 +60,13 @@ class Checkpoints:
         return next((step for step in steps_in(self.folder) if damage(self.folder / str(step), False) is None), None)
 
     def save(self, step: int, state: Any, record: Record) -> None:
-        """Starts to write a checkpoint and returns once the state has been copied from the device."""
+        """Starts to write a checkpoint and returns once the state has been copied, into memory that is kept for the next."""
         self.settle()
-        packed, index = pack(state)
+        packed, index = pack(state, self._vectors)
+        self._vectors = packed["whole"]
         record = {"record": record, "index": index}
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(packed), record=ocp.args.JsonSave(record))
         self._writing = step
-        thread = threading.Thread(target=_give_way, args=(self.folder,))
-        thread.start()
-        thread.join()
         try:
             self._manager.save(step, args=items, force=True)
         except jax.errors.JaxRuntimeError:
@@ -105,6 +103,7 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> None:
         step, self._writing = self._writing, None
+        self._vectors = {}  # another of them may still be on its way
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if jax.process_index() == 0:
             for left in (self.folder / str(step), *self.folder.glob(f"{step}.orbax-checkpoint-tmp*")):
@@ -116,16 +115,6 @@ class Checkpoints:
             file=sys.stderr,
             flush=True,
         )
-
-
-def _give_way(folder: Path) -> None:
-    """Has TensorStore write with what the training leaves of the processors (Linux, where a thread has a priority).
-
-    It begins its threads when it is asked for something, from the thread that asks, and they inherit its priority.
-    """
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        ts.KvStore.open({"driver": "file", "path": f"{folder}/"}).result().read("nothing").exception()
 
 
 class Vectors(ocp.type_handlers.NumpyHandler):

@@ -1,8 +1,5 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,30 +60,6 @@ def test_a_restore_reads_out_of_mapped_files(tmp_path, monkeypatch):
     monkeypatch.setattr(ocp.type_handlers.NumpyHandler, "deserialize", watched)
     read_checkpoint(tmp_path, STATE)
     assert ways == [{"mode": "memmap"}]
-
-
-WRITERS = """
-import os, sys
-from pathlib import Path
-import jax.numpy as jnp
-from resnet_jax.training.checkpoints import Checkpoints
-
-with Checkpoints(Path(sys.argv[1]), 1) as checkpoints:
-    checkpoints.save(1, {str(i): jnp.ones(2**23) for i in range(3)}, {})
-for thread in Path("/proc/self/task").glob("*"):
-    if (thread / "comm").read_text().startswith("ts_pool"):
-        print(os.getpriority(os.PRIO_PROCESS, int(thread.name)))
-print("own", os.getpriority(os.PRIO_PROCESS, 0))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux alone")
-def test_those_who_write_give_way_to_the_training(tmp_path):
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    said = subprocess.run([sys.executable, "-c", WRITERS, tmp_path], capture_output=True, text=True, check=True).stdout
-    *writers, last = said.splitlines()
-    assert set(writers) == {"19"}
-    assert last == f"own {own}"
 
 
 def test_no_checkpoint_is_said(tmp_path):
