@@ -60,7 +60,7 @@ class Checkpoints:
         return next((step for step in steps_in(self.folder) if damage(self.folder / str(step), False) is None), None)
 
     def save(self, step: int, state: Any, record: Record) -> None:
-        """Starts to write a checkpoint and returns once the state has been copied, into memory that is kept for the next."""
+        """Starts to write a checkpoint and returns once the state has been copied, to memory that the next one uses."""
         self.settle()
         packed, index = pack(state, self._vectors)
         self._vectors = packed["whole"]
