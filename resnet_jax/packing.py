@@ -18,7 +18,7 @@ VECTOR = 2**24
 
 
 class Unchanging(np.ndarray):
-    """Values that nobody will write to, so that a copy, which Orbax makes of what lies on the host, is the array."""
+    """Values that stay until they are saved, so that a copy, which Orbax makes of arrays on the host, is the array."""
 
     def __deepcopy__(self, memo: Any) -> "Unchanging":
         return self
