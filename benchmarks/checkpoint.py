@@ -2,7 +2,8 @@
 
 The state is resnet50's with momentum and averages, some 300 MB. All cases take turns in one process. On a CPU the step
 and the writing share the cores; on an accelerator they do not. What is read back comes from the disk: the system was
-told to forget the files.
+told to forget the files. Each round reads back three times, and each way is the first once: memory that was just given
+back is cheaper than new memory.
 """
 
 import os
@@ -10,10 +11,11 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import has_gpu, options, print_table, row, write
+from benchmarks.measure import LARGE_PAGES, Contender, alternate, has_gpu, options, print_table, row, write
 
 ROWS = (
     "step",
@@ -76,52 +78,71 @@ def forget(files: list[Path]) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def main() -> None:
-    """Runs rounds of: quiet steps, a save and the steps beside it, a save that is waited for, a restore."""
+def rounds(folder: Path, size: int, batch: int) -> Callable[[], dict[str, Any]]:
+    """A function that does one round: quiet steps, a save and the steps beside it, a save waited for, three restores.
+
+    Its answer has the seconds of each row; those of what reads are lists, since what comes first changes with the turn.
+    """
     import jax
 
     from resnet_jax.integrity import steps_in
     from resnet_jax.training.checkpoints import Checkpoints, sound_step
 
-    flags = options(__doc__ or "", size=224, batch=256 if has_gpu() else 16)
-    step_function, state, data = prepared(flags.size, flags.batch)
+    step_function, state, data = prepared(size, batch)
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    checkpoints = Checkpoints(folder, 1)
+    last = 0
 
     def one() -> None:
         nonlocal state
         state, sums = step_function(state, data)
         jax.block_until_ready((state, sums))
 
+    def save() -> None:
+        nonlocal last
+        last += 1
+        checkpoints.save(last, state, {})
+
+    def one_round() -> dict[str, Any]:
+        quiet = statistics.median(seconds(one) for _ in range(8 if has_gpu() else 3))
+        held = seconds(save)
+        beside = []
+        while checkpoints._manager.is_saving_in_progress() or not beside:
+            beside.append(seconds(one))
+        checkpoints.settle()
+        whole = seconds(lambda: (save(), checkpoints.settle()))
+        step = steps_in(folder / "checkpoints")[0]
+        files = [path for path in (folder / "checkpoints" / str(step)).rglob("*") if path.is_file()]
+        ways = {
+            "restored": lambda: jax.block_until_ready(checkpoints.restore(template, step)[0]),
+            "checked and restored": lambda: jax.block_until_ready(checkpoints.restore(template, sound_step(folder))[0]),
+            "raw read": lambda: [path.read_bytes() for path in files],
+        }
+        reads: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(3):
+            for name in [*list(ways)[turn:], *list(ways)[:turn]]:
+                forget(files)
+                reads[name].append(seconds(ways[name]))
+        times = (quiet, statistics.median(beside), held, max(beside) - quiet, whole)
+        size = sum(path.stat().st_size for path in files)
+        return {"seconds": whole, "bytes": size} | dict(zip(ROWS, times, strict=False)) | reads
+
+    return one_round
+
+
+def main() -> None:
+    """Runs the rounds in a process that has the environment of our commands."""
+    flags = options(__doc__ or "", size=224, batch=256 if has_gpu() else 16)
     folder = Path(tempfile.mkdtemp())
-    found: dict[str, list[float]] = {name: [] for name in ROWS}
-    with Checkpoints(folder, 1) as checkpoints:
-        for _ in range(3):
-            one()
-        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        for i in range(1 + (flags.rounds or (3 if flags.quick else 7))):
-            quiet = [seconds(one) for _ in range(8 if has_gpu() else 3)]
-            held = seconds(lambda i=i: checkpoints.save(2 * i, state, {}))
-            beside = []
-            while checkpoints._manager.is_saving_in_progress() or not beside:
-                beside.append(seconds(one))
-            checkpoints.settle()
-            whole = seconds(lambda i=i: (checkpoints.save(2 * i + 1, state, {}), checkpoints.settle()))
-            place = folder / "checkpoints" / str(steps_in(folder / "checkpoints")[0])
-            files = [path for path in place.rglob("*") if path.is_file()]
-            forget(files)
-            raw = seconds(lambda files=files: [path.read_bytes() for path in files])
-            forget(files)
-            step = steps_in(folder / "checkpoints")[0]
-            restored = seconds(lambda step=step: jax.block_until_ready(checkpoints.restore(template, step)[0]))
-            forget(files)
-            checked = seconds(lambda: jax.block_until_ready(checkpoints.restore(template, sound_step(folder))[0]))
-            middle = statistics.median(quiet)
-            times = (middle, statistics.median(beside), held, max(beside) - middle, whole, restored, checked, raw)
-            if i:
-                for name, value in zip(ROWS, times, strict=True):
-                    found[name].append(value)
-    size = sum(path.stat().st_size for path in files)
+    ours = {"folder": folder, "size": flags.size, "batch": flags.batch}
+    contender = Contender("resnet_jax", rounds, ours, LARGE_PAGES)
+    result = alternate([contender], flags.rounds or (3 if flags.quick else 7))["resnet_jax"]
     shutil.rmtree(folder)
-    report(f"resnet50 {flags.size} batch {flags.batch}", found, size)
+    if "error" in result:
+        raise SystemExit(result["error"])
+    kept = result["kept"]
+    found = {name: [x for a in kept for x in (a[name] if isinstance(a[name], list) else [a[name]])] for name in ROWS}
+    report(f"resnet50 {flags.size} batch {flags.batch}", found, kept[-1]["bytes"])
 
 
 def report(case: str, found: dict[str, list[float]], size: int) -> None:

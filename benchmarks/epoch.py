@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
-from benchmarks.train_step import LARGE_PAGES
+from benchmarks.measure import LARGE_PAGES, Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 BATCH, RATE, DECAY = 128, 0.2, 5e-4

@@ -4,8 +4,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.limits import forward_flops, measure_limits
-from benchmarks.measure import Contender, alternate, has_gpu, network_rows, options, write
-from benchmarks.train_step import LARGE_PAGES
+from benchmarks.measure import LARGE_PAGES, Contender, alternate, has_gpu, network_rows, options, write
 
 ON_CPU = (("resnet50", 224, 1, "float32", 9), ("resnet50", 224, 64, "float32", 5),
           ("cifar_resnet20", 32, 1, "float32", 30), ("cifar_resnet20", 32, 256, "float32", 15))  # fmt: skip

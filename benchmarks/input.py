@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
-from benchmarks.train_step import LARGE_PAGES
+from benchmarks.measure import LARGE_PAGES, Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
 
 SIZE = 224
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

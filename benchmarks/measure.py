@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the commands set it
 RESULTS = Path(os.environ.get("OUT", Path(__file__).with_name("results")))
 
 

@@ -4,14 +4,13 @@ import time
 from typing import Any
 
 from benchmarks.limits import forward_flops, measure_limits
-from benchmarks.measure import Contender, alternate, has_gpu, network_rows, options, write
+from benchmarks.measure import LARGE_PAGES, Contender, alternate, has_gpu, network_rows, options, write
 
 ON_CPU = (("resnet50", 224, 16, "float32", 5), ("cifar_resnet20", 32, 128, "float32", 15),
           ("cifar_resnet18", 32, 128, "float32", 5))  # fmt: skip
 ON_GPU = (("resnet50", 224, 256, "bfloat16", 20), ("resnet50", 224, 128, "float32", 10),
           ("cifar_resnet20", 32, 128, "float32", 50), ("cifar_resnet20", 32, 512, "bfloat16", 50),
           ("cifar_resnet18", 32, 512, "bfloat16", 30))  # fmt: skip
-LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the commands set it
 
 
 def jax_train_step(
