@@ -17,13 +17,6 @@ VECTOR = 2**24
 """Bytes above which another vector begins: several are read and written at a time."""
 
 
-class Unchanging(np.ndarray):
-    """Values that stay until they are saved, so that a copy, which Orbax makes of arrays on the host, is the array."""
-
-    def __deepcopy__(self, memo: Any) -> "Unchanging":
-        return self
-
-
 def addresses(tree: Any) -> list[str]:
     """What the leaves of a tree are called, in their order: `params.stage1.block1.conv1.kernel`."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
@@ -55,7 +48,7 @@ def pack(tree: Any, into: dict[str, np.ndarray] | None = None) -> tuple[dict[str
         arrays = [np.asarray(whole[name]).ravel() for name, _ in index[vector]]
         room = (into or {}).get(vector)
         fits = room is not None and room.size == sum(x.size for x in arrays)
-        return np.concatenate(arrays, out=room if fits else None).view(Unchanging)
+        return np.concatenate(arrays, out=room if fits else None)
 
     with ThreadPoolExecutor(4) as pool:
         vectors = dict(zip(index, pool.map(end_to_end, index), strict=True))
@@ -65,7 +58,12 @@ def pack(tree: Any, into: dict[str, np.ndarray] | None = None) -> tuple[dict[str
 def vectors_of(index: Index) -> dict[str, np.ndarray]:
     """Vectors of the types and sizes that an index tells of, with anything in them."""
     sizes = {vector: sum(math.prod(shape) for _, shape in rows) for vector, rows in index.items()}
-    return {vector: np.empty(size, vector.split("-")[0]) for vector, size in sizes.items()}
+    return {vector: np.empty(size, type_of(vector)) for vector, size in sizes.items()}
+
+
+def type_of(vector: str) -> np.dtype:
+    """Type of the arrays in a vector."""
+    return np.dtype(vector.split("-")[0])
 
 
 def unpack(packed: dict[str, dict[str, Any]], index: Index) -> dict[str, Any]:

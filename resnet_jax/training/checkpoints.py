@@ -11,12 +11,12 @@ from typing import Any, Self, TypeAlias
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 
 from resnet_jax.config import InputError
 from resnet_jax.integrity import damage, newest_sound, seal, steps_in
-from resnet_jax.packing import addresses, pack, unpack, vectors_of
+from resnet_jax.packing import addresses, pack
 from resnet_jax.sharding import put
+from resnet_jax.vectors import handlers, items, read_record, read_state
 
 Record: TypeAlias = dict[str, Any]
 """JSON that travels with a state: recipe, class names, best metric, unwritten training sums, what is still owed."""
@@ -45,7 +45,7 @@ class Checkpoints:
                 create_directories_asynchronously=False,  # where they cannot be made, Orbax would wait for them
             ),
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=_handlers())
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers())
 
     def __enter__(self) -> Self:
         return self
@@ -64,11 +64,9 @@ class Checkpoints:
         self.settle()
         packed, index = pack(state, self._vectors)
         self._vectors = packed["whole"]
-        record = {"record": record, "index": index}
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(packed), record=ocp.args.JsonSave(record))
         self._writing = step
         try:
-            self._manager.save(step, args=items, force=True)
+            self._manager.save(step, args=items(packed, index, record), force=True)
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # Orbax and TensorStore have many kinds for a disk that takes no more
@@ -115,26 +113,6 @@ class Checkpoints:
             file=sys.stderr,
             flush=True,
         )
-
-
-class Vectors(ocp.type_handlers.NumpyHandler):
-    """Orbax's way with arrays on the host, which reads them out of mapped files, without a copy in between."""
-
-    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[np.ndarray]:
-        """As Orbax's; a single process has just checked the files, so that they lie in memory for it to map."""
-        if jax.process_count() == 1:
-            mapped = ts.Context({"file_io_mode": {"mode": "memmap"}}, infos[0].ts_context)
-            for info in infos:
-                info.ts_context = mapped
-        return await super().deserialize(infos, args)
-
-
-def _handlers() -> dict[str, Any]:
-    ways = (np.ndarray, Vectors()), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
-    registry = ocp.type_handlers.create_type_handler_registry(*ways)
-    compress = False  # it costs the step beside it time, and gains a tenth of the size
-    state = ocp.PyTreeCheckpointHandler(use_compression=compress, type_handler_registry=registry)
-    return {"state": state, "record": ocp.JsonCheckpointHandler()}
 
 
 class LatestAndBest:
@@ -214,23 +192,18 @@ def read_checkpoint(workdir: Path, template: Any, step: int | None = None) -> tu
         raise InputError(f"the checkpoint of step {step} in {workdir} is damaged: {problem}")
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
-    with ocp.CheckpointManager(folder, options=options, item_handlers=_handlers()) as manager:
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers()) as manager:
         return _read(manager, template, step)
 
 
 def _read(manager: ocp.CheckpointManager, template: Any, step: int) -> tuple[Any, Record]:
-    said = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-    index = said["index"]
+    record, index = read_record(manager, step)
     wanted = dict(zip(addresses(template), jax.tree.leaves(template), strict=True))
     whole = {name: tuple(shape) for rows in index.values() for name, shape in rows}
     for name, array in wanted.items():
         if whole.get(name, array.shape) != array.shape:
             raise InputError(f"{name} is {whole[name]} in the checkpoint of step {step}, not {array.shape}")
-    spread = {name: array for name, array in wanted.items() if name not in whole}
-    packed = {"spread": spread, "whole": vectors_of(index)}
-    places = ocp.checkpoint_utils.construct_restore_args(packed)
-    state = ocp.args.PyTreeRestore(packed, restore_args=places)
-    found = unpack(manager.restore(step, args=ocp.args.Composite(state=state)).state, index)
+    found = read_state(manager, step, index, {name: array for name, array in wanted.items() if name not in whole})
     in_vectors = [name for name in wanted if name in whole]
     found |= put({name: found[name] for name in in_vectors}, {name: wanted[name].sharding for name in in_vectors})
-    return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted]), said["record"]
+    return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted]), record

@@ -17,7 +17,6 @@ from flax.traverse_util import unflatten_dict
 from resnet_jax.config import Config, InputError, sides
 from resnet_jax.integrity import damage, newest_sound
 from resnet_jax.models.registry import MODELS, create_model, model_fields
-from resnet_jax.packing import Index, unpack
 from resnet_jax.recipes import from_dict
 from resnet_jax.weights.convert import to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag
@@ -149,19 +148,13 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _said(manager: Any, step: int) -> tuple[dict[str, Any], Index]:
-    """The record of a checkpoint and what lies where in its packed arrays."""
-    import orbax.checkpoint as ocp
-
-    said = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-    return said["record"], said["index"]
-
-
 def _from_run(folder: Path) -> Weights:
     """The moving average of a run's latest checkpoint, with `train.patience` of its best; or its parameters where there
     is no average.
     """
     import orbax.checkpoint as ocp
+
+    from resnet_jax.vectors import handlers, read_record, read_state
 
     place = (folder / "checkpoints").resolve()
     step, problems = newest_sound(place)
@@ -171,17 +164,15 @@ def _from_run(folder: Path) -> Weights:
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(place, options=options, item_handlers=handlers) as manager:
-        record, index = _said(manager, step)
+    with ocp.CheckpointManager(place, options=options, item_handlers=handlers()) as manager:
+        record, index = read_record(manager, step)
         config: Config = from_dict(record["recipe"])
         if config.train.patience is not None and record["best"] and not damage(place / str(record["best"]["step"])):
             step = record["best"]["step"]
-            index = _said(manager, step)[1]
-        saved = manager.item_metadata(step)["state"].tree
-        template = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), saved)
-        packed = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))).state
-    state = unflatten_dict(unpack(packed, index), sep=".")
+            index = read_record(manager, step)[1]
+        known = manager.item_metadata(step)["state"].tree["spread"]
+        spread = {name: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here) for name, m in known.items()}
+        state = unflatten_dict(read_state(manager, step, index, spread), sep=".")
     found = state.get("ema", state)
     variables = {name: found[name] for name in ("params", "batch_stats") if name in found}
     fields: dict[str, Any] = {"num_classes": variables["params"]["head"]["bias"].shape[0]}

@@ -3,7 +3,6 @@ import shutil
 
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from resnet_jax.config import InputError
@@ -46,20 +45,6 @@ def test_a_state_comes_back_with_its_record(tmp_path):
         np.testing.assert_array_equal(state["params"], STATE["params"] * step)
         assert record == {"step": step}
     assert read_checkpoint(tmp_path, STATE)[1] == {"step": 2}
-
-
-def test_a_restore_reads_out_of_mapped_files(tmp_path, monkeypatch):
-    """In place of copies, and in every vector of the state."""
-    ways, read = [], ocp.type_handlers.NumpyHandler.deserialize
-
-    async def watched(self, infos, args=None):
-        ways.extend(info.ts_context["file_io_mode"].to_json() for info in infos)
-        return await read(self, infos, args)
-
-    save_all(tmp_path, {1: 0.9})
-    monkeypatch.setattr(ocp.type_handlers.NumpyHandler, "deserialize", watched)
-    read_checkpoint(tmp_path, STATE)
-    assert ways == [{"mode": "memmap"}]
 
 
 def test_no_checkpoint_is_said(tmp_path):
