@@ -116,7 +116,8 @@ def rounds(folder: Path, size: int, batch: int) -> Callable[[], dict[str, Any]]:
         step = steps_in(folder / "checkpoints")[0]
         files = [path for path in (folder / "checkpoints" / str(step)).rglob("*") if path.is_file()]
         single = folder / "single"
-        single.write_bytes(b"".join(path.read_bytes() for path in files))
+        if not single.exists():
+            single.write_bytes(b"".join(path.read_bytes() for path in files))
         ways = {
             "restored": lambda: jax.block_until_ready(checkpoints.restore(template, step)[0]),
             "checked and restored": lambda: jax.block_until_ready(checkpoints.restore(template, sound_step(folder))[0]),

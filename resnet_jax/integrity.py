@@ -20,11 +20,14 @@ def write_whole(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def seal(folder: Path) -> None:
-    """Writes size and hash (XXH3) of every file under a folder into its `checksums.json`."""
-    files = _files(folder)
-    with ThreadPoolExecutor(4) as pool:
-        sums = dict(zip(map(str, files), pool.map(lambda name: _sum(folder / name), files), strict=True))
+def seal(folder: Path, known: dict[str, memoryview]) -> None:
+    """Writes size and hash (XXH3) of every file under a folder into its `checksums.json`.
+
+    Args:
+      known: contents of some files, by their names, which are not read.
+    """
+    sums = {name: (data.nbytes, xxhash.xxh3_64_hexdigest(data)) for name, data in known.items()}
+    sums |= {str(name): _sum(folder / name) for name in _files(folder) if str(name) not in known}
     write_whole(folder / SEAL, json.dumps(sums))
 
 

@@ -14,7 +14,10 @@ Index: TypeAlias = dict[str, list[tuple[str, list[int]]]]
 """Of each vector, address and shape of the arrays in it, in their order; its name begins with their type."""
 
 VECTOR = 2**24
-"""Bytes above which another vector begins: several are read and written at a time."""
+"""Bytes above which another vector begins: several are read at a time."""
+
+PAGE = 4096
+"""Bytes at whose multiples a vector begins in memory: a disk can take it from there, and JAX on a CPU take it over."""
 
 
 def addresses(tree: Any) -> list[str]:
@@ -46,9 +49,9 @@ def pack(tree: Any, into: dict[str, np.ndarray] | None = None) -> tuple[dict[str
 
     def end_to_end(vector: str) -> np.ndarray:
         arrays = [np.asarray(whole[name]).ravel() for name, _ in index[vector]]
+        size = sum(x.size for x in arrays)
         room = (into or {}).get(vector)
-        fits = room is not None and room.size == sum(x.size for x in arrays)
-        return np.concatenate(arrays, out=room if fits else None)
+        return np.concatenate(arrays, out=new(size, vector) if room is None or room.size != size else room)
 
     with ThreadPoolExecutor(4) as pool:
         vectors = dict(zip(index, pool.map(end_to_end, index), strict=True))
@@ -58,12 +61,14 @@ def pack(tree: Any, into: dict[str, np.ndarray] | None = None) -> tuple[dict[str
 def vectors_of(index: Index) -> dict[str, np.ndarray]:
     """Vectors of the types and sizes that an index tells of, with anything in them."""
     sizes = {vector: sum(math.prod(shape) for _, shape in rows) for vector, rows in index.items()}
-    return {vector: np.empty(size, type_of(vector)) for vector, size in sizes.items()}
+    return {vector: new(size, vector) for vector, size in sizes.items()}
 
 
-def type_of(vector: str) -> np.dtype:
-    """Type of the arrays in a vector."""
-    return np.dtype(vector.split("-")[0])
+def new(size: int, vector: str) -> np.ndarray:
+    """Memory for so many values of a vector, with anything in it."""
+    dtype = np.dtype(vector.split("-")[0])
+    room = np.empty(size * dtype.itemsize + PAGE, np.uint8)
+    return room[-room.ctypes.data % PAGE :][: size * dtype.itemsize].view(dtype)
 
 
 def unpack(packed: dict[str, dict[str, Any]], index: Index) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from resnet_jax.packing import Index, type_of, unpack, vectors_of
-
-ALIGNED = 64
-"""Bytes at whose multiples an array has to begin for JAX to take it over on a CPU as it lies."""
+from resnet_jax.packing import PAGE, Index, new, unpack, vectors_of
 
 
 class Vectors(ocp.type_handlers.TypeHandler):
@@ -28,9 +26,9 @@ class Vectors(ocp.type_handlers.TypeHandler):
         """Sizes and types."""
         found = []
         for info in infos:
-            place, dtype = _place(info)
-            size = place.stat().st_size // dtype.itemsize
-            found.append(ocp.metadata.ArrayMetadata(info.name, info.parent_dir, (size,), None, dtype))
+            none = new(0, _vector(info))
+            size = _place(info).stat().st_size // none.itemsize
+            found.append(ocp.metadata.ArrayMetadata(info.name, info.parent_dir, (size,), None, none.dtype))
         return found
 
     async def serialize(
@@ -40,10 +38,7 @@ class Vectors(ocp.type_handlers.TypeHandler):
 
         async def write() -> None:
             for value, info in zip(values, infos, strict=True):
-                with _place(info)[0].open("wb") as file:
-                    file.write(value.view(np.uint8).data)
-                    file.flush()
-                    os.fsync(file.fileno())
+                _write(_place(info), value.view(np.uint8).data)
 
         if jax.process_index():
             return []
@@ -51,23 +46,45 @@ class Vectors(ocp.type_handlers.TypeHandler):
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[np.ndarray]:
         """Reads several vectors at a time."""
-        loop = asyncio.get_running_loop()
+        read = asyncio.get_running_loop().run_in_executor
         with ThreadPoolExecutor(4) as pool:
-            return await asyncio.gather(*(loop.run_in_executor(pool, _read, *_place(info)) for info in infos))
+            return await asyncio.gather(*(read(pool, _read, _place(info), _vector(info)) for info in infos))
 
 
-def _place(info: Any) -> tuple[Path, np.dtype]:
-    return Path(info.parent_dir) / info.name, type_of(info.name.split(".")[-1])
+def _place(info: Any) -> Path:
+    return Path(info.parent_dir) / info.name
 
 
-def _read(path: Path, dtype: np.dtype) -> np.ndarray:
+def _vector(info: Any) -> str:
+    return info.name.split(".")[-1]
+
+
+def _write(path: Path, data: memoryview) -> None:
+    """Whole pages go to the disk directly where it can be: a copy in the system's memory would cost the step time."""
+    done, whole = 0, len(data) // PAGE * PAGE
+    with suppress(AttributeError, OSError):  # there is no such way here, or what is wrong shows below once more
+        straight = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o666)
+        with open(straight, "wb", buffering=0) as file:
+            while done < whole:
+                done += file.write(data[done:whole])
+    with path.open("ab") as file:
+        file.write(data[done:])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path, vector: str) -> np.ndarray:
     size = path.stat().st_size
-    room = np.empty(size + ALIGNED, np.uint8)
-    room = room[-room.ctypes.data % ALIGNED :][:size]
+    found = new(size // new(0, vector).itemsize, vector)
     with path.open("rb") as file:
-        if file.readinto(room.data) != size:
+        if file.readinto(found.view(np.uint8).data) != size:
             raise OSError(f"{path} became shorter while it was read")
-    return room.view(dtype)
+    return found
+
+
+def name_of(vector: str) -> str:
+    """The file of a vector in a checkpoint's folder."""
+    return f"state/whole.{vector}"
 
 
 def handlers() -> dict[str, Any]:

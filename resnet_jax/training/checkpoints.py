@@ -16,7 +16,7 @@ from resnet_jax.config import InputError
 from resnet_jax.integrity import damage, newest_sound, seal, steps_in
 from resnet_jax.packing import addresses, pack
 from resnet_jax.sharding import put
-from resnet_jax.vectors import handlers, items, read_record, read_state
+from resnet_jax.vectors import handlers, items, name_of, read_record, read_state
 
 Record: TypeAlias = dict[str, Any]
 """JSON that travels with a state: recipe, class names, best metric, unwritten training sums, what is still owed."""
@@ -96,8 +96,9 @@ class Checkpoints:
     def _seal(self) -> None:
         """Runs in Orbax's thread when all is written, before the folder gets its final name."""
         if jax.process_index() == 0:
+            known = {name_of(vector): values.view(np.uint8).data for vector, values in self._vectors.items()}
             for folder in self.folder.glob(f"{self._writing}.orbax-checkpoint-tmp*"):
-                seal(folder)
+                seal(folder, known)
 
     def _failed(self, error: Exception) -> None:
         step, self._writing = self._writing, None
