@@ -85,7 +85,7 @@ def test_jax_takes_over_what_was_read_as_it_lies(saved):
 
 def test_a_file_that_shrinks_under_the_reader_is_named(saved, monkeypatch):
     stat = type(saved).stat
-    longer = type("Longer", (), {"st_size": 1 << 12})
+    longer = type("Longer", (), {"st_size": 1 << 20})
     monkeypatch.setattr(type(saved), "stat", lambda path, **more: longer if "whole." in path.name else stat(path))
     with open_read_only(saved) as manager:
         index = read_record(manager, 3)[1]
