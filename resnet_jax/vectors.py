@@ -62,12 +62,15 @@ def _vector(info: Any) -> str:
 def _write(path: Path, data: memoryview) -> None:
     """Whole pages go to the disk directly where it can be: a copy in the system's memory would cost the step time."""
     done, whole = 0, len(data) // PAGE * PAGE
+    path.touch()
     with suppress(AttributeError, OSError):  # there is no such way here, or what is wrong shows below once more
-        straight = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o666)
+        straight = os.open(path, os.O_WRONLY | os.O_DIRECT)
         with open(straight, "wb", buffering=0) as file:
             while done < whole:
                 done += file.write(data[done:whole])
-    with path.open("ab") as file:
+    with path.open("r+b") as file:
+        file.truncate(done)
+        file.seek(done)
         file.write(data[done:])
         file.flush()
         os.fsync(file.fileno())
