@@ -66,9 +66,14 @@ def vectors_of(index: Index) -> dict[str, np.ndarray]:
 
 def new(size: int, vector: str) -> np.ndarray:
     """Memory for so many values of a vector, with anything in it."""
-    dtype = np.dtype(vector.split("-")[0])
+    dtype = type_of(vector)
     room = np.empty(size * dtype.itemsize + PAGE, np.uint8)
     return room[-room.ctypes.data % PAGE :][: size * dtype.itemsize].view(dtype)
+
+
+def type_of(vector: str) -> np.dtype:
+    """Type of the values of a vector, from its name."""
+    return np.dtype(vector.split("-")[0])
 
 
 def unpack(packed: dict[str, dict[str, Any]], index: Index) -> dict[str, Any]:
