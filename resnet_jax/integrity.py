@@ -3,14 +3,28 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import xxhash
+
+from resnet_jax.pages import read_pages
 
 SEAL = "checksums.json"
 LATE = "_CHECKPOINT_METADATA"
 """What Orbax writes once more when a folder is sealed already: only its form is looked at."""
+
+VECTORS = "state/whole."
+"""How names of vectors begin: they are nearly all of a checkpoint, and `read_sound` looks at them while it reads."""
+
+T = TypeVar("T")
+
+
+class Damaged(Exception):
+    """A file is not what was sealed."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -31,15 +45,35 @@ def seal(folder: Path, known: dict[str, memoryview]) -> None:
     write_whole(folder / SEAL, json.dumps(sums))
 
 
-def damage(folder: Path, contents: bool = True) -> str | None:
+def every(name: str) -> bool:
+    """All files are read."""
+    return True
+
+
+def but_vectors(name: str) -> bool:
+    """All files but the vectors are read."""
+    return not name.startswith(VECTORS)
+
+
+def none(name: str) -> bool:
+    """No file is read: sizes alone count."""
+    return False
+
+
+def sums_in(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and hash that a file had when its folder was sealed, by name."""
+    return json.loads((folder / SEAL).read_text())
+
+
+def damage(folder: Path, read: Callable[[str], bool] = every) -> str | None:
     """What is wrong with a sealed folder, naming the file; None if nothing is.
 
     Args:
-      contents: read every byte; False compares sizes alone.
+      read: whether a file is read, by its name, or its size alone compared.
     """
     try:
         name = SEAL
-        expected = json.loads((folder / SEAL).read_text())
+        expected = sums_in(folder)
         name = LATE
         json.loads((folder / LATE).read_text())
     except FileNotFoundError:
@@ -53,7 +87,7 @@ def damage(folder: Path, contents: bool = True) -> str | None:
             found = os.path.getsize(folder / name)
             if found != size:
                 return f"{name} has {found} bytes in place of {size}"
-            return f"{name} has other contents" if contents and _sum(folder / name)[1] != checksum else None
+            return f"{name} has other contents" if read(name) and _sum(folder / name)[1] != checksum else None
         except OSError:
             return f"{name} is missing or cannot be read"
 
@@ -66,13 +100,38 @@ def steps_in(folder: Path) -> list[int]:
     return sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
 
 
-def newest_sound(folder: Path) -> tuple[int | None, dict[int, str]]:
-    """Step of the newest sound checkpoint in a folder, and what is wrong with each newer one."""
+def read_sound(folder: Path, name: str, checksum: str) -> np.ndarray:
+    """The bytes of a file that has this hash.
+
+    Raises:
+      Damaged: it has another one, or it cannot be read.
+    """
+    try:
+        found = read_pages(folder / name)
+    except OSError as error:
+        raise Damaged(f"{name} is missing or cannot be read") from error
+    if xxhash.xxh3_64_hexdigest(found.data) != checksum:
+        raise Damaged(f"{name} has other contents")
+    return found
+
+
+def newest_sound(
+    folder: Path, read: Callable[[int], T], steps: Sequence[int] | None = None
+) -> tuple[T | None, dict[int, str]]:
+    """What a function reads in the newest sound checkpoint of a folder, and what is wrong with each newer one.
+
+    Args:
+      read: is given a step of which all but the vectors is sound, and may find it damaged.
+      steps: to try in place of all, one after the other.
+    """
     problems: dict[int, str] = {}
-    for step in steps_in(folder):
-        problem = damage(folder / str(step))
-        if problem is None:
-            return step, problems
+    for step in steps_in(folder) if steps is None else steps:
+        problem = damage(folder / str(step), but_vectors)
+        try:
+            if problem is None:
+                return read(step), problems
+        except Damaged as error:
+            problem = str(error)
         problems[step] = problem
     return None, problems
 

@@ -10,14 +10,16 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from resnet_jax.pages import new
+
 Index: TypeAlias = dict[str, list[tuple[str, list[int]]]]
 """Of each vector, address and shape of the arrays in it, in their order; its name begins with their type."""
 
+LINE = 64
+"""Bytes at whose multiples JAX on a CPU takes an array over; odd sizes come last, behind the others of their type."""
+
 VECTOR = 2**24
 """Bytes above which another vector begins: several are read at a time."""
-
-PAGE = 4096
-"""Bytes at whose multiples a vector begins in memory: a disk can take it from there, and JAX on a CPU take it over."""
 
 
 def addresses(tree: Any) -> list[str]:
@@ -39,7 +41,7 @@ def pack(tree: Any, into: dict[str, np.ndarray] | None = None) -> tuple[dict[str
     leaves = dict(zip(addresses(tree), jax.tree.leaves(tree), strict=True))
     whole = {name: x for name, x in leaves.items() if x.is_fully_replicated}
     index, filled = Index(), dict[str, tuple[str, int]]()
-    for name, x in whole.items():
+    for name, x in sorted(whole.items(), key=lambda item: item[1].nbytes % LINE > 0):
         x.copy_to_host_async()
         vector, size = filled.get(str(x.dtype), ("", VECTOR))
         if size + x.nbytes > VECTOR:
@@ -51,24 +53,17 @@ def pack(tree: Any, into: dict[str, np.ndarray] | None = None) -> tuple[dict[str
         arrays = [np.asarray(whole[name]).ravel() for name, _ in index[vector]]
         size = sum(x.size for x in arrays)
         room = (into or {}).get(vector)
-        return np.concatenate(arrays, out=new(size, vector) if room is None or room.size != size else room)
+        return np.concatenate(arrays, out=empty(size, vector) if room is None or room.size != size else room)
 
     with ThreadPoolExecutor(4) as pool:
         vectors = dict(zip(index, pool.map(end_to_end, index), strict=True))
     return {"whole": vectors, "spread": {name: x for name, x in leaves.items() if name not in whole}}, index
 
 
-def vectors_of(index: Index) -> dict[str, np.ndarray]:
-    """Vectors of the types and sizes that an index tells of, with anything in them."""
-    sizes = {vector: sum(math.prod(shape) for _, shape in rows) for vector, rows in index.items()}
-    return {vector: new(size, vector) for vector, size in sizes.items()}
-
-
-def new(size: int, vector: str) -> np.ndarray:
+def empty(size: int, vector: str) -> np.ndarray:
     """Memory for so many values of a vector, with anything in it."""
     dtype = type_of(vector)
-    room = np.empty(size * dtype.itemsize + PAGE, np.uint8)
-    return room[-room.ctypes.data % PAGE :][: size * dtype.itemsize].view(dtype)
+    return new(size * dtype.itemsize).view(dtype)
 
 
 def type_of(vector: str) -> np.dtype:
@@ -76,11 +71,8 @@ def type_of(vector: str) -> np.dtype:
     return np.dtype(vector.split("-")[0])
 
 
-def unpack(packed: dict[str, dict[str, Any]], index: Index) -> dict[str, Any]:
-    """The arrays of `pack` by address; those of the vectors are views of them."""
-    found = dict(packed.get("spread", {}))
-    for vector, rows in index.items():
-        ends = np.cumsum([math.prod(shape) for _, shape in rows])
-        parts = np.split(np.asarray(packed["whole"][vector]), ends[:-1])
-        found |= {name: part.reshape(shape) for (name, shape), part in zip(rows, parts, strict=True)}
-    return found
+def unpack(vector: np.ndarray, rows: list[tuple[str, list[int]]]) -> dict[str, np.ndarray]:
+    """The arrays of a vector by address, views of it; `rows` of the index tell of them."""
+    ends = np.cumsum([math.prod(shape) for _, shape in rows])
+    parts = np.split(vector, ends[:-1])
+    return {name: part.reshape(shape) for (name, shape), part in zip(rows, parts, strict=True)}

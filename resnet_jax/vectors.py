@@ -1,18 +1,19 @@
 """Packed states on disk, with Orbax: each vector is a file of its bytes."""
 
-import asyncio
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from resnet_jax.packing import PAGE, Index, new, type_of, unpack, vectors_of
+from resnet_jax.integrity import VECTORS, read_sound, sums_in
+from resnet_jax.packing import Index, type_of, unpack
+from resnet_jax.pages import read_pages, write_pages
+
+Arrays: TypeAlias = dict[str, Any]
 
 
 class Vectors(ocp.type_handlers.TypeHandler):
@@ -38,17 +39,15 @@ class Vectors(ocp.type_handlers.TypeHandler):
 
         async def write() -> None:
             for value, info in zip(values, infos, strict=True):
-                _write(_place(info), value.view(np.uint8).data)
+                write_pages(_place(info), value.view(np.uint8).data)
 
         if jax.process_index():
             return []
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="vectors")]
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[np.ndarray]:
-        """Reads several vectors at a time."""
-        read = asyncio.get_running_loop().run_in_executor
-        with ThreadPoolExecutor(4) as pool:
-            return await asyncio.gather(*(read(pool, _read, _place(info), _vector(info)) for info in infos))
+        """The vectors; `read_state` is a quicker way."""
+        return [read_pages(_place(info)).view(type_of(_vector(info))) for info in infos]
 
 
 def _place(info: Any) -> Path:
@@ -59,39 +58,13 @@ def _vector(info: Any) -> str:
     return info.name.split(".")[-1]
 
 
-def _write(path: Path, data: memoryview) -> None:
-    """Whole pages go to the disk directly where it can be: a copy in the system's memory would cost the step time."""
-    done, whole = 0, len(data) // PAGE * PAGE
-    path.touch()
-    with suppress(AttributeError, OSError):  # there is no such way here, or what is wrong shows below once more
-        straight = os.open(path, os.O_WRONLY | os.O_DIRECT)
-        with open(straight, "wb", buffering=0) as file:
-            while done < whole:
-                done += file.write(data[done:whole])
-    with path.open("r+b") as file:
-        file.truncate(done)
-        file.seek(done)
-        file.write(data[done:])
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read(path: Path, vector: str) -> np.ndarray:
-    size = path.stat().st_size
-    found = new(size // type_of(vector).itemsize, vector)
-    with path.open("rb") as file:
-        if file.readinto(found.view(np.uint8).data) != size:
-            raise OSError(f"{path} became shorter while it was read")
-    return found
-
-
 def name_of(vector: str) -> str:
     """The file of a vector in a checkpoint's folder."""
-    return f"state/whole.{vector}"
+    return VECTORS + vector
 
 
 def handlers() -> dict[str, Any]:
-    """Orbax's handlers of the two items of a checkpoint, the packed state and the record."""
+    """Orbax's handlers of the two items of a checkpoint, packed state and record."""
     ways = (np.ndarray, Vectors()), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
     registry = ocp.type_handlers.create_type_handler_registry(*ways)
     compress = False  # it costs the step beside it time, and gains a tenth of the size
@@ -111,8 +84,28 @@ def read_record(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, An
     return said["record"], said["index"]
 
 
-def read_state(manager: ocp.CheckpointManager, step: int, index: Index, spread: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's arrays by address: those of the vectors on the host, the others like those of `spread`."""
-    packed = {"spread": spread, "whole": vectors_of(index)}
-    state = ocp.args.PyTreeRestore(packed, restore_args=ocp.checkpoint_utils.construct_restore_args(packed))
-    return unpack(manager.restore(step, args=ocp.args.Composite(state=state)).state, index)
+def read_state(
+    manager: ocp.CheckpointManager, step: int, index: Index, spread: dict[str, Any], place: Callable[[Arrays], Arrays]
+) -> Arrays:
+    """A checkpoint's arrays by address: those of the vectors as they were placed, the others like those of `spread`.
+
+    Args:
+      place: puts the arrays of a vector where they belong, while others are being read.
+
+    Raises:
+      Damaged: a vector is not what was saved.
+    """
+    folder = Path(manager.directory) / str(step)
+    sums, found = sums_in(folder), Arrays()
+    with ThreadPoolExecutor(4) as pool:
+        names = {name_of(vector): vector for vector in index}
+        reading = {pool.submit(read_sound, folder, name, sums[name][1]): names[name] for name in names}
+        for done in as_completed(reading):
+            vector = reading[done]
+            found |= place(unpack(done.result().view(type_of(vector)), index[vector]))
+    if spread:
+        wanted = {"spread": spread}
+        args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        state = ocp.args.PyTreeRestore(wanted, restore_args=args, partial_restore=True)
+        found |= manager.restore(step, args=ocp.args.Composite(state=state)).state["spread"]
+    return found

@@ -10,7 +10,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from resnet_jax.packing import PAGE, pack
+from resnet_jax.integrity import Damaged, seal
+from resnet_jax.packing import pack
+from resnet_jax.pages import PAGE, read_pages
 from resnet_jax.vectors import handlers, items, name_of, read_record, read_state
 
 STATE = {"kernel": jnp.arange(6000.0).reshape(3, 2000), "half": jnp.ones(5, jnp.bfloat16), "step": jnp.asarray(7)}
@@ -20,6 +22,7 @@ def save(folder):
     """Writes the checkpoint of step 3."""
     with ocp.CheckpointManager(folder, item_handlers=handlers()) as manager:
         manager.save(3, args=items(*pack(STATE), {"said": 1}))
+    seal(folder / "3", {})
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +40,35 @@ def open_read_only(folder):
 
 @pytest.mark.parametrize("way", ["as the disk allows", "no such flag", "refused", "in odd pieces"])
 def test_numpy_alone_can_read_a_file(tmp_path, monkeypatch, way):
-    """However it was written: past the system's memory, or through it."""
+    """However it was written: past the system's memory, or through it. So is it read."""
     if way == "no such flag":
         monkeypatch.delattr(os, "O_DIRECT", raising=False)
     elif way == "refused":
         monkeypatch.setattr(os, "O_DIRECT", os.O_DIRECTORY, raising=False)
     elif way == "in odd pieces":
-        write = io.FileIO.write
+        write, readinto = io.FileIO.write, io.FileIO.readinto
 
         class Halting(io.FileIO):
             def write(self, data):
                 return write(self, data[: 1000 if self.tell() else 1536])
 
-        monkeypatch.setattr("resnet_jax.vectors.open", lambda file, *_, **__: Halting(file, "wb"), raising=False)
+            def readinto(self, data):
+                return readinto(self, data[: 1000 if self.tell() else 1536])
+
+        monkeypatch.setattr("resnet_jax.pages.open", lambda file, mode, **_: Halting(file, mode), raising=False)
     save(tmp_path)
     packed, _ = pack(STATE)
     assert len(packed["whole"]) == 3 and max(vector.nbytes for vector in packed["whole"].values()) > PAGE
     for name, vector in packed["whole"].items():
-        read = np.fromfile(tmp_path / "3" / name_of(name), vector.dtype)
-        np.testing.assert_array_equal(read, vector)
+        path = tmp_path / "3" / name_of(name)
+        np.testing.assert_array_equal(np.fromfile(path, vector.dtype), vector)
+        np.testing.assert_array_equal(read_pages(path), np.fromfile(path, np.uint8))
+
+
+def read(folder):
+    """All of it, where it lies in memory after reading."""
+    with open_read_only(folder) as manager:
+        return read_state(manager, 3, read_record(manager, 3)[1], {}, lambda arrays: arrays)
 
 
 def test_orbax_knows_sizes_and_types(saved):
@@ -63,6 +76,8 @@ def test_orbax_knows_sizes_and_types(saved):
     with open_read_only(saved) as manager:
         assert read_record(manager, 3)[0] == {"said": 1}
         known = manager.item_metadata(3)["state"].tree["whole"]
+        alone = manager.restore(3, args=ocp.args.Composite(state=ocp.args.PyTreeRestore())).state["whole"]
+    chex.assert_trees_all_equal(alone, packed["whole"])
     assert {name: (m.shape, m.dtype) for name, m in known.items()} == {
         name: (vector.shape, vector.dtype) for name, vector in packed["whole"].items()
     }
@@ -70,8 +85,7 @@ def test_orbax_knows_sizes_and_types(saved):
 
 def test_jax_takes_over_what_was_read_as_it_lies(saved):
     """On a CPU, where the array begins at a page; a step that is given it does not write there."""
-    with open_read_only(saved) as manager:
-        found = read_state(manager, 3, read_record(manager, 3)[1], {})
+    found = read(saved)
     chex.assert_trees_all_equal(found, STATE)
     kernel = found["kernel"]
     assert kernel.ctypes.data % PAGE == 0
@@ -87,7 +101,17 @@ def test_a_file_that_shrinks_under_the_reader_is_named(saved, monkeypatch):
     stat = type(saved).stat
     longer = type("Longer", (), {"st_size": 1 << 20})
     monkeypatch.setattr(type(saved), "stat", lambda path, **more: longer if "whole." in path.name else stat(path))
-    with open_read_only(saved) as manager:
-        index = read_record(manager, 3)[1]
-        with pytest.raises(OSError, match=r"whole\..*-0 became shorter while it was read"):
-            read_state(manager, 3, index, {})
+    with pytest.raises(OSError, match=r"whole\..*-0 became shorter while it was read"):
+        read_pages(saved / "3" / name_of("float32-0"))
+    with pytest.raises(Damaged, match=r"whole\..*-0 is missing or cannot be read"):
+        read(saved)
+
+
+def test_a_flipped_bit_is_found_while_it_is_read(tmp_path):
+    save(tmp_path)
+    path = tmp_path / "3" / name_of("float32-0")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Damaged, match=r"state/whole.float32-0 has other contents"):
+        read(tmp_path)

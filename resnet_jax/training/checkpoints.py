@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from resnet_jax.config import InputError
-from resnet_jax.integrity import damage, newest_sound, seal, steps_in
+from resnet_jax.integrity import Damaged, damage, newest_sound, none, seal, steps_in
 from resnet_jax.packing import addresses, pack
 from resnet_jax.sharding import put
 from resnet_jax.vectors import handlers, items, name_of, read_record, read_state
@@ -57,7 +57,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Step of the newest checkpoint; waits for the one that is being written."""
         self.settle()
-        return next((step for step in steps_in(self.folder) if damage(self.folder / str(step), False) is None), None)
+        return next((step for step in steps_in(self.folder) if damage(self.folder / str(step), none) is None), None)
 
     def save(self, step: int, state: Any, record: Record) -> None:
         """Starts to write a checkpoint and returns once the state has been copied, to memory that the next one uses."""
@@ -89,9 +89,68 @@ class Checkpoints:
         self.settle()
         return step in steps_in(self.folder)
 
-    def restore(self, template: Any, step: int) -> tuple[Any, Record]:
-        """A state like `template` (shapes, types and shardings) and its record."""
-        return _read(self._manager, template, step)
+    def restore(self, template: Callable[[], Any]) -> tuple[Any, Record, int] | None:
+        """State, record and step of the newest sound checkpoint; damaged newer ones are moved aside.
+
+        Args:
+          template: gives shapes, types and shardings of the state; is called where there is one.
+
+        Returns:
+          None where there are no checkpoints.
+
+        Raises:
+          InputError: there are some and none is sound; nothing is touched then.
+        """
+        if jax.process_count() == 1:
+            found, problems = newest_sound(self.folder, lambda step: _read(self._manager, template(), step))
+            self._set_aside(problems, found and found[2])
+            return found
+        step = self._agreed_step()
+        return None if step is None else _read(self._manager, template(), step)
+
+    def _agreed_step(self) -> int | None:
+        """Step of the newest checkpoint that is sound to process 0, which reads all of it."""
+        from jax.experimental import multihost_utils
+
+        def whole(step: int) -> int:
+            if problem := damage(self.folder / str(step)):
+                raise Damaged(problem)
+            return step
+
+        told, problem = NONE, None
+        if jax.process_index() == 0:
+            try:
+                found, problems = newest_sound(self.folder, whole)
+                self._set_aside(problems, found)
+                told = NONE if found is None else found
+            except InputError as error:
+                told, problem = DAMAGED, error
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(told)))
+        if step == DAMAGED:
+            raise problem or InputError(f"no checkpoint in {self.folder} is sound; process 0 says more")
+        self._manager.reload()
+        return None if step == NONE else step
+
+    def _set_aside(self, problems: dict[int, str], sound: int | None) -> None:
+        if sound is None and problems:
+            listed = "; ".join(f"step {bad}: {problem}" for bad, problem in problems.items())
+            raise InputError(
+                f"no checkpoint in {self.folder} is sound ({listed}). Nothing was changed. Put back a copy of one, or "
+                "start anew in another --workdir"
+            )
+        for bad, problem in problems.items():
+            aside = self.folder.with_name("damaged")
+            aside.mkdir(exist_ok=True)
+            place = aside / f"{bad}-{len(list(aside.iterdir()))}"
+            os.replace(self.folder / str(bad), place)
+            print(
+                f"WARNING: the checkpoint of step {bad} is damaged ({problem}) and was moved to {place}; "
+                f"going on from that of step {sound}",
+                file=sys.stderr,
+                flush=True,
+            )
+        if problems:
+            self._manager.reload()
 
     def _seal(self) -> None:
         """Runs in Orbax's thread when all is written, before the folder gets its final name."""
@@ -128,53 +187,6 @@ class LatestAndBest:
         return [info.step in newest or info.step == self.checkpoints.best for info in checkpoints]
 
 
-def sound_step(workdir: Path) -> int | None:
-    """Step of the newest sound checkpoint of a run, None where there is none yet; damaged newer ones are moved aside.
-
-    Raises:
-      InputError: there are checkpoints and none is sound; nothing is touched then.
-    """
-    if jax.process_count() == 1:
-        return _sound_step(workdir)
-    from jax.experimental import multihost_utils
-
-    told, problem = NONE, None
-    if jax.process_index() == 0:
-        try:
-            found = _sound_step(workdir)
-            told = NONE if found is None else found
-        except InputError as error:
-            told, problem = DAMAGED, error
-    step = int(multihost_utils.broadcast_one_to_all(np.int32(told)))
-    if step == DAMAGED:
-        raise problem or InputError(f"no checkpoint in {workdir} is sound; process 0 says more")
-    return None if step == NONE else step
-
-
-def _sound_step(workdir: Path) -> int | None:
-    folder = workdir / "checkpoints"
-    step, problems = newest_sound(folder)
-    if step is None and problems:
-        listed = "; ".join(f"step {bad}: {problem}" for bad, problem in problems.items())
-        raise InputError(
-            f"no checkpoint in {folder} is sound ({listed}). Nothing was changed. Put back a copy of one, or start "
-            "anew in another --workdir"
-        )
-    for bad, problem in problems.items():
-        aside = workdir / "damaged"
-        aside.mkdir(exist_ok=True)
-        number = len(list(aside.iterdir()))
-        place = aside / f"{bad}-{number}"
-        os.replace(folder / str(bad), place)
-        print(
-            f"WARNING: the checkpoint of step {bad} is damaged ({problem}) and was moved to {place}; "
-            f"going on from that of step {step}",
-            file=sys.stderr,
-            flush=True,
-        )
-    return step
-
-
 def read_checkpoint(workdir: Path, template: Any, step: int | None = None) -> tuple[Any, Record]:
     """A checkpoint's state like `template` and its record, the newest sound one where `step` is None.
 
@@ -184,27 +196,34 @@ def read_checkpoint(workdir: Path, template: Any, step: int | None = None) -> tu
       InputError: there is none, or it is damaged.
     """
     folder = (workdir / "checkpoints").resolve()
-    if step is None:
-        step, problems = newest_sound(folder)
-        if step is None:
-            listed = "".join(f"; that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
-            raise InputError(f"{workdir} holds no checkpoint{listed or '; the run ended before its first one'}")
-    elif problem := damage(folder / str(step)):
-        raise InputError(f"the checkpoint of step {step} in {workdir} is damaged: {problem}")
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
-    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers()) as manager:
-        return _read(manager, template, step)
+
+    def read(step: int) -> tuple[Any, Record, int]:
+        options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
+        with ocp.CheckpointManager(folder, options=options, item_handlers=handlers()) as manager:
+            return _read(manager, template, step)
+
+    found, problems = newest_sound(folder, read, None if step is None else [step])
+    if found is None and step is not None:
+        raise InputError(f"the checkpoint of step {step} in {workdir} is damaged: {problems[step]}")
+    if found is None:
+        listed = "".join(f"; that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
+        raise InputError(f"{workdir} holds no checkpoint{listed or '; the run ended before its first one'}")
+    return found[:2]
 
 
-def _read(manager: ocp.CheckpointManager, template: Any, step: int) -> tuple[Any, Record]:
+def _read(manager: ocp.CheckpointManager, template: Any, step: int) -> tuple[Any, Record, int]:
     record, index = read_record(manager, step)
     wanted = dict(zip(addresses(template), jax.tree.leaves(template), strict=True))
     whole = {name: tuple(shape) for rows in index.values() for name, shape in rows}
     for name, array in wanted.items():
         if whole.get(name, array.shape) != array.shape:
             raise InputError(f"{name} is {whole[name]} in the checkpoint of step {step}, not {array.shape}")
-    found = read_state(manager, step, index, {name: array for name, array in wanted.items() if name not in whole})
-    in_vectors = [name for name in wanted if name in whole]
-    found |= put({name: found[name] for name in in_vectors}, {name: wanted[name].sharding for name in in_vectors})
-    return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted]), record
+
+    def place(arrays: dict[str, Any]) -> dict[str, Any]:
+        names = [name for name in arrays if name in wanted]
+        return put({name: arrays[name] for name in names}, {name: wanted[name].sharding for name in names})
+
+    spread = {name: array for name, array in wanted.items() if name not in whole}
+    found = read_state(manager, step, index, spread, place)
+    return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted]), record, step

@@ -28,7 +28,7 @@ from resnet_jax.sharding import (
     state_sharding,
 )
 from resnet_jax.training.advance import make_advance
-from resnet_jax.training.checkpoints import Checkpoints, Record, sound_step
+from resnet_jax.training.checkpoints import Checkpoints, Record
 from resnet_jax.training.evaluation import Result, deciding, headline, make_evaluate, scalars
 from resnet_jax.training.html_report import make_report
 from resnet_jax.training.optimizers import make_schedule
@@ -49,8 +49,8 @@ from resnet_jax.training.state import TrainState
 from resnet_jax.training.workdir import (
     better,
     device_name,
+    ended,
     finish,
-    finished,
     locked,
     new_record,
     open_workdir,
@@ -94,13 +94,12 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     folder = open_workdir(workdir, config)
     say(f"run: {folder}")
     with locked(folder, config), stop_signals() as stop:
-        step = sound_step(folder)
-        if step is not None and (summary := finished(folder, step)):
+        if summary := ended(folder):
             say(f"the run is finished; see it with: resnet-jax evaluate {folder}")
             return summary
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
             run = Run(folder, config, plan, model, dataset, mesh, checkpoints, stop)
-            record, images_per_second = run_with_rollbacks(run, schedule, step)
+            record, images_per_second = run_with_rollbacks(run, schedule)
         speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
         summary = finish(folder, record, speed, device_name(mesh))
         if config.log.report and jax.process_count() == 1:
@@ -130,7 +129,7 @@ class Run:
     stop: Stop
 
 
-def run_with_rollbacks(run: Run, schedule: optax.Schedule, step: int | None) -> tuple[Record, float]:
+def run_with_rollbacks(run: Run, schedule: optax.Schedule) -> tuple[Record, float]:
     """Runs to the plan's end; where it diverges and the recipe says so, again from the last checkpoint, more slowly.
 
     Returns:
@@ -138,7 +137,7 @@ def run_with_rollbacks(run: Run, schedule: optax.Schedule, step: int | None) -> 
     """
     recipe, rollbacks = run.config.train, 0
     while True:
-        state, record = begin(run, step)
+        state, record = begin(run)
         rollbacks = record["rollbacks"] = max(rollbacks, record["rollbacks"])
         factor = 0.5**rollbacks
         try:
@@ -146,19 +145,20 @@ def run_with_rollbacks(run: Run, schedule: optax.Schedule, step: int | None) -> 
         except Diverged as error:
             if recipe.on_nonfinite != "rollback" or rollbacks >= recipe.nonfinite_limit:
                 raise
-            run.checkpoints.settle()
-            step, rollbacks = sound_step(run.folder), rollbacks + 1
-            say(f"WARNING: {error.what}; going back to step {step or 0} with {factor / 2:g} times the learning rate")
+            rollbacks += 1
+            last = run.checkpoints.latest() or 0
+            say(f"WARNING: {error.what}; going back to step {last} with {factor / 2:g} times the learning rate")
 
 
-def begin(run: Run, step: int | None) -> tuple[TrainState, Record]:
-    """A new state and record, or those of a step."""
+def begin(run: Run) -> tuple[TrainState, Record]:
+    """A new state and record, or those of the newest sound checkpoint."""
     config, mesh = run.config, run.mesh
     new_state = state_maker(config, run.model, lambda step: 0.0)
-    if step is None:
+    found = run.checkpoints.restore(lambda: sharded_shapes(new_state, mesh))
+    if found is None:
         state = put_state(in_form(with_weights(new_state(), config, run.model), config), mesh)
         return state, new_record(config, run.dataset)
-    state, record = run.checkpoints.restore(sharded_shapes(new_state, mesh), step)
+    state, record, step = found
     if config.model.scan:
         form = state_sharding(jax.eval_shape(lambda: in_form(new_state(), config)), mesh)
         state = jax.jit(stack_blocks, out_shardings=form)(state)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError
 from resnet_jax.data.sources import Dataset
-from resnet_jax.integrity import damage, steps_in, write_whole
+from resnet_jax.integrity import damage, none, steps_in, write_whole
 from resnet_jax.recipes import differences, from_dict, to_dict
 from resnet_jax.training.checkpoints import Record
 from resnet_jax.training.trackers import draw_curves, read_lines
@@ -156,6 +156,13 @@ def finished(folder: Path, step: int) -> dict[str, Any] | None:
     return summary if summary["steps"] == step else None
 
 
+def ended(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that has ended and whose last checkpoint is sound; None where it goes on."""
+    last = max(steps_in(folder / "checkpoints"), default=0)
+    summary = finished(folder, last)
+    return summary if summary and damage(folder / "checkpoints" / str(last)) is None else None
+
+
 def finish(folder: Path, record: Record, speed: dict[str, float], device: str) -> dict[str, Any]:
     """Writes `summary.json` and `curves.png` and says what came out."""
     skipped = {"count": len(record["skipped"]), "names": record["skipped"][:1000]}
@@ -204,7 +211,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
         config = from_dict(json.loads((folder / "config.json").read_text()))
         row |= {"model": config.model.name, "data": config.data.dataset}
         there = steps_in(folder / "checkpoints")
-        steps = [step for step in there if damage(folder / "checkpoints" / str(step), contents=False) is None]
+        steps = [step for step in there if damage(folder / "checkpoints" / str(step), none) is None]
         ended = finished(folder, max(steps, default=0))
     except (OSError, ValueError):
         return row | {"state": "running" if running else "damaged"}

@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from resnet_jax.config import Config, InputError, sides
-from resnet_jax.integrity import damage, newest_sound
+from resnet_jax.integrity import newest_sound
 from resnet_jax.models.registry import MODELS, create_model, model_fields
 from resnet_jax.recipes import from_dict
 from resnet_jax.weights.convert import to_torch
@@ -157,22 +157,27 @@ def _from_run(folder: Path) -> Weights:
     from resnet_jax.vectors import handlers, read_record, read_state
 
     place = (folder / "checkpoints").resolve()
-    step, problems = newest_sound(place)
-    if step is None:
-        damaged = "".join(f"; that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
-        raise InputError(f"{folder} holds no checkpoint{damaged or '; the run ended before its first one'}")
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with ocp.CheckpointManager(place, options=options, item_handlers=handlers()) as manager:
-        record, index = read_record(manager, step)
-        config: Config = from_dict(record["recipe"])
-        if config.train.patience is not None and record["best"] and not damage(place / str(record["best"]["step"])):
-            step = record["best"]["step"]
-            index = read_record(manager, step)[1]
-        known = manager.item_metadata(step)["state"].tree["spread"]
-        spread = {name: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here) for name, m in known.items()}
-        state = unflatten_dict(read_state(manager, step, index, spread), sep=".")
+
+    def read(step: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        with ocp.CheckpointManager(place, options=options, item_handlers=handlers()) as manager:
+            record, index = read_record(manager, step)
+            known = manager.item_metadata(step)["state"].tree["spread"]
+            spread = {name: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here) for name, m in known.items()}
+            return step, record, read_state(manager, step, index, spread, lambda arrays: arrays)
+
+    last, problems = newest_sound(place, read)
+    if last is None:
+        damaged = "".join(f"; that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
+        raise InputError(f"{folder} holds no checkpoint{damaged or '; the run ended before its first one'}")
+    step, record, arrays = last
+    config: Config = from_dict(record["recipe"])
+    if config.train.patience is not None and record["best"]:
+        best, _ = newest_sound(place, read, [record["best"]["step"]])
+        step, _, arrays = best or last
+    state = unflatten_dict(arrays, sep=".")
     found = state.get("ema", state)
     variables = {name: found[name] for name in ("params", "batch_stats") if name in found}
     fields: dict[str, Any] = {"num_classes": variables["params"]["head"]["bias"].shape[0]}

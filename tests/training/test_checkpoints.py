@@ -7,7 +7,7 @@ import pytest
 
 from resnet_jax.config import InputError
 from resnet_jax.integrity import SEAL, damage, steps_in
-from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint, sound_step
+from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
 
 STATE = {"params": jnp.arange(600.0)}
 
@@ -47,8 +47,15 @@ def test_a_state_comes_back_with_its_record(tmp_path):
     assert read_checkpoint(tmp_path, STATE)[1] == {"step": 2}
 
 
+def restored_step(folder):
+    """What a run that goes on in a folder begins with."""
+    with Checkpoints(folder, 9) as checkpoints:
+        found = checkpoints.restore(lambda: STATE)
+    return found and found[2]
+
+
 def test_no_checkpoint_is_said(tmp_path):
-    assert sound_step(tmp_path) is None
+    assert restored_step(tmp_path) is None
     with pytest.raises(InputError, match="holds no checkpoint; the run ended before its first one"):
         read_checkpoint(tmp_path, STATE)
 
@@ -85,11 +92,11 @@ def test_any_damage_is_found_and_the_newest_sound_one_is_taken(tmp_path, harm, c
         assert damage(newest) is None
         harm(newest, np.random.default_rng(seed))
         assert damage(newest) is not None
-    with pytest.raises(InputError, match=r"checkpoint of step 2 .* is damaged"):
-        read_checkpoint(tmp_path, STATE, 2)
+        with pytest.raises(InputError, match=r"checkpoint of step 2 .* is damaged"):
+            read_checkpoint(tmp_path, STATE, 2)
     assert read_checkpoint(tmp_path, STATE)[1] == {"step": 1}
     assert steps_in(tmp_path / "checkpoints") == [2, 1]  # reading touches nothing
-    assert sound_step(tmp_path) == 1
+    assert restored_step(tmp_path) == 1
     assert steps_in(tmp_path / "checkpoints") == [1] and (tmp_path / "damaged" / "2-0").is_dir()
     assert "the checkpoint of step 2 is damaged" in capfd.readouterr().err
 
@@ -100,5 +107,5 @@ def test_where_none_is_sound_nothing_is_touched(tmp_path):
         truncate(tmp_path / "checkpoints" / str(step), np.random.default_rng(step))
     before = {path: path.read_bytes() for path in files_of(tmp_path)}
     with pytest.raises(InputError, match=r"no checkpoint in .* is sound .*Nothing was changed"):
-        sound_step(tmp_path)
+        restored_step(tmp_path)
     assert {path: path.read_bytes() for path in files_of(tmp_path)} == before
