@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError
 from resnet_jax.data.sources import labels_of, load_dataset
@@ -36,6 +38,17 @@ def test_digits_are_split_once_and_for_all():
     again = load_dataset(DataConfig(), seed=9).train[0]
     np.testing.assert_array_equal(image, again[0])
     assert label == again[1]
+
+
+def test_digits_are_those_of_scikit_learn():
+    digits = load_digits()
+    order = np.arange(len(digits.target))
+    splits = train_test_split(order, test_size=0.2, random_state=0, stratify=digits.target)
+    ours = load_dataset(DataConfig(), seed=0)
+    for split, places in zip((ours.train, ours.test), splits, strict=True):
+        np.testing.assert_array_equal(split.labels, digits.target[places])
+        grey = np.round(digits.images[places, ..., None] * (255 / 16))
+        np.testing.assert_array_equal(split.images, np.broadcast_to(grey, split.images.shape))
 
 
 @pytest.mark.parametrize("test_name", ["test", "val", "validation"])
