@@ -106,7 +106,13 @@ class Checkpoints:
             self._set_aside(problems, found and found[2])
             return found
         step = self._agreed_step()
-        return None if step is None else _read(self._manager, template(), step)
+        try:
+            return None if step is None else _read(self._manager, template(), step)
+        except Damaged as error:
+            raise InputError(
+                f"process {jax.process_index()} does not find what process 0 finds in {self.folder} ({error}): it must "
+                "be one folder for all of them"
+            ) from error
 
     def _agreed_step(self) -> int | None:
         """Step of the newest checkpoint that is sound to process 0, which reads all of it."""
