@@ -156,25 +156,27 @@ def state_sharding(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-@cache
-def compiler_options() -> dict[str, str]:
+def compiler_options() -> dict[str, str | bool]:
     """Options for `jax.jit` that are worth setting on the default platform.
 
     On a CPU: Eigen's convolutions in place of YNNPACK's, which were slower wherever we measured
     (`benchmarks/train_step.py`); and the barriers of rematerialisation stay, without which XLA finds the second
     computation equal to the first and keeps that. Empty where this version of XLA does not know the options.
     """
-    options = {
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-        "xla_disable_hlo_passes": "cse_barrier_expander",
-    }
+    ynnpack = ("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE")
+    return known_on_cpu(ynnpack, ("xla_disable_hlo_passes", "cse_barrier_expander"))
+
+
+@cache
+def known_on_cpu(*options: tuple[str, str | bool]) -> dict[str, str | bool]:
+    """Options for `jax.jit` if the default platform is a CPU and this version of XLA knows all of them, or none."""
     if jax.default_backend() != "cpu":
         return {}
     try:
-        jax.jit(lambda: jax.numpy.zeros(()), compiler_options=options)()
+        jax.jit(lambda: jax.numpy.zeros(()), compiler_options=dict(options))()
     except (jax.errors.JaxRuntimeError, ValueError):
         return {}
-    return options
+    return dict(options)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
