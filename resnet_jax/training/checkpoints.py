@@ -103,7 +103,9 @@ class Checkpoints:
         """
         if jax.process_count() == 1:
             found, problems = newest_sound(self.folder, lambda step: _read(self._manager, template(), step))
-            self._set_aside(problems, found and found[2])
+            if problems:
+                self._set_aside(problems, found and found[2])
+                self._manager.reload()
             return found
         step = self._agreed_step()
         try:
@@ -127,7 +129,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 found, problems = newest_sound(self.folder, whole)
-                self._set_aside(problems, found)
+                if problems:
+                    self._set_aside(problems, found)
                 told = NONE if found is None else found
             except InputError as error:
                 told, problem = DAMAGED, error
@@ -138,7 +141,7 @@ class Checkpoints:
         return None if step == NONE else step
 
     def _set_aside(self, problems: dict[int, str], sound: int | None) -> None:
-        if sound is None and problems:
+        if sound is None:
             listed = "; ".join(f"step {bad}: {problem}" for bad, problem in problems.items())
             raise InputError(
                 f"no checkpoint in {self.folder} is sound ({listed}). Nothing was changed. Put back a copy of one, or "
@@ -155,8 +158,6 @@ class Checkpoints:
                 file=sys.stderr,
                 flush=True,
             )
-        if problems:
-            self._manager.reload()
 
     def _seal(self) -> None:
         """Runs in Orbax's thread when all is written, before the folder gets its final name."""

@@ -109,3 +109,15 @@ def test_where_none_is_sound_nothing_is_touched(tmp_path):
     with pytest.raises(InputError, match=r"no checkpoint in .* is sound .*Nothing was changed"):
         restored_step(tmp_path)
     assert {path: path.read_bytes() for path in files_of(tmp_path)} == before
+
+
+def test_a_step_that_was_damaged_is_saved_again(tmp_path):
+    """By the run that goes on from the one before it."""
+    save_all(tmp_path, {1: None, 2: None})
+    truncate(tmp_path / "checkpoints" / "2", np.random.default_rng(0))
+    with Checkpoints(tmp_path, 9) as checkpoints:
+        state, record, step = checkpoints.restore(lambda: STATE)
+        assert (record, step) == ({"step": 1}, 1)
+        checkpoints.save(2, state, {"again": True})
+    assert steps_in(tmp_path / "checkpoints") == [2, 1] and damage(tmp_path / "checkpoints" / "2") is None
+    assert read_checkpoint(tmp_path, STATE)[1] == {"again": True}
