@@ -75,21 +75,21 @@ def evaluate(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     threads: arrays of equal shape share the compiled draw, and XLA compiles those of different shapes at the same time,
     on a CPU with an option that halves its work on them and gives equal bits.
     """
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     given = jax.tree.leaves(arguments)
+    if any(isinstance(x, jax.core.Tracer) for x in given):
+        return function(*arguments)
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     of_shape: dict[tuple[int, ...], list[int]] = {}
     for place, variable in enumerate(closed.jaxpr.outvars):
         of_shape.setdefault(variable.aval.shape, []).append(place)
 
     def values(places: list[int]) -> dict[int, jax.Array]:
         found = jaxpr_as_fun(only(closed, places))(*given)
-        return {place: copies(x) if isinstance(x, np.ndarray) else x for place, x in zip(places, found, strict=True)}
+        new = (x if isinstance(x, jax.Array) else copies(np.asarray(x)) for x in found)
+        return dict(zip(places, new, strict=True))
 
-    if any(isinstance(x, jax.core.Tracer) for x in given):  # a trace belongs to its thread
-        groups = [values(places) for places in of_shape.values()]
-    else:
-        with ThreadPoolExecutor() as pool:
-            groups = list(pool.map(values, of_shape.values()))
+    with ThreadPoolExecutor() as pool:
+        groups = list(pool.map(values, of_shape.values()))
     leaves = {place: value for group in groups for place, value in group.items()}
     return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[place] for place in sorted(leaves)])
 
