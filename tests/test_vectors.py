@@ -103,7 +103,7 @@ def test_a_file_that_shrinks_under_the_reader_is_named(saved, monkeypatch):
     monkeypatch.setattr(type(saved), "stat", lambda path, **more: longer if "whole." in path.name else stat(path))
     with pytest.raises(OSError, match=r"whole\..*-0 became shorter while it was read"):
         read_pages(saved / "3" / name_of("float32-0"))
-    with pytest.raises(Damaged, match=r"whole\..*-0 is missing or cannot be read"):
+    with pytest.raises(Damaged, match=r"whole\..* is missing or cannot be read"):  # whichever comes first
         read(saved)
 
 
