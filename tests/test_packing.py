@@ -64,6 +64,12 @@ def test_a_vector_ends_where_it_would_be_too_large(monkeypatch):
     chex.assert_trees_all_equal(unpack_all(packed, index), arrays)
 
 
+def test_arrays_of_odd_sizes_come_last():
+    """So that the others begin where JAX on a CPU takes them over."""
+    _, index = pack({"a": jnp.ones(16), "bias": jnp.ones(1000), "c": jnp.ones(32)})
+    assert [name for name, _ in index["float32-0"]] == ["a", "c", "bias"]
+
+
 def test_vectors_are_copies():
     """What a step does to a state that it was given must not reach the checkpoint."""
     state = {"one": jnp.zeros(2**12), "more": jnp.zeros(2**23)}

@@ -212,7 +212,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
         row |= {"model": config.model.name, "data": config.data.dataset}
         there = steps_in(folder / "checkpoints")
         steps = [step for step in there if damage(folder / "checkpoints" / str(step), none) is None]
-        ended = finished(folder, max(steps, default=0))
+        summary = finished(folder, max(steps, default=0))
     except (OSError, ValueError):
         return row | {"state": "running" if running else "damaged"}
     row |= {"step": max(steps, default=0), "metric": config.train.metric, "best": best_of(folder)[1]}
@@ -220,7 +220,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
         return row | {"state": "running"}
     if there and not steps:
         return row | {"state": "damaged"}
-    return row | {"state": "finished" if ended else "stopped"}
+    return row | {"state": "finished" if summary else "stopped"}
 
 
 def best_of(folder: Path) -> tuple[int | None, float | None]:
