@@ -5,7 +5,9 @@ network with the same recipe: SGD with Nesterov momentum, one cycle, pad-and-cro
 """
 
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,51 +18,44 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 BATCH, RATE, DECAY = 128, 0.2, 5e-4
 
 
-def arrays(folder: str) -> tuple[Any, Any]:
-    """Training and test split of a folder of 32x32 pictures in memory."""
+def decode(folder: str, into: Path) -> int:
+    """Writes the arrays of both splits of a folder of 32x32 pictures for `arrays`; returns the training images."""
     from resnet_jax.config import Config, DataConfig
     from resnet_jax.data.loader import BadImages, whole_split
     from resnet_jax.data.sources import load_dataset
 
     config, bad = Config(data=DataConfig(dataset=f"folder:{folder}", image_size=32)), BadImages("error")
     dataset = load_dataset(config.data, seed=0)
-    return whole_split(dataset.train, config, bad), whole_split(dataset.test, config, bad)
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        np.savez(into / name, **whole_split(split, config, bad))
+    return len(dataset.train)
 
 
-def ours(name: str, folder: str, epochs: int, seed: int) -> Any:
-    """Each call trains from scratch for so many epochs; the time is that of the epochs alone, compiled before."""
+def arrays(folder: str) -> list[dict[str, Any]]:
+    """Training and test split in memory."""
+    return [dict(np.load(Path(folder) / f"{name}.npz")) for name in ("train", "test")]
+
+
+def ours(name: str, folder: str, epochs: int, seeds: int) -> Any:
+    """Each call trains from scratch with the next seed; the time is that of the epochs alone, compiled before."""
     import jax
     import jax.numpy as jnp
 
-    from resnet_jax import config as c
-    from resnet_jax.sharding import batch_sharding, compiler_options, make_mesh, replicated
+    from resnet_jax.sharding import compiler_options
     from resnet_jax.training.metrics import add, means
-    from resnet_jax.training.optimizers import make_optimizer, make_schedule
-    from resnet_jax.training.recipe import build_model, state_maker
-    from resnet_jax.training.step import make_device_step, make_eval_step, make_train_step
+    from resnet_jax.training.step import make_eval_step
 
     train, test = arrays(folder)
     several = 50 if has_gpu() else 5
     steps = max(several, round(epochs * len(train["label"]) / BATCH) // several * several)
-    config = c.Config(
-        model=c.ModelConfig(name=name, zero_init_last=False),
-        data=c.DataConfig(image_size=32, mean=MEAN, std=STD),
-        augment=c.AugmentConfig(pad=4, flip="random"),
-        optimizer=c.OptimizerConfig(learning_rate=RATE, weight_decay=DECAY, decay_rules=((".*", 1.0),)),
-        schedule=c.ScheduleConfig(name="one_cycle"),
-        train=c.TrainConfig(batch_size=BATCH, seed=seed, ema_decay=None),
-    )
-    mesh = make_mesh(1)
-    model, schedule = build_model(config, 10), make_schedule(config, steps, steps / epochs)
-    train_step = make_train_step(model, make_optimizer(config.optimizer, schedule), config)
-    device_step = make_device_step(train_step, config, several, batch_sharding(mesh))
-    data = jax.device_put(train, replicated(mesh))
-    new_state = state_maker(config, model, schedule)
-    run = jax.jit(device_step, donate_argnums=0, compiler_options=compiler_options())
+    data = jax.device_put(train)
+    prepared = [prepare(name, data, seed, epochs, steps, several) for seed in range(seeds)]
+    model, config = prepared[0][2:]
     evaluate = jax.jit(make_eval_step(model, config), compiler_options=compiler_options())
-    run = run.lower(new_state(), data, several).compile()
+    left = iter(prepared)
 
     def call() -> dict[str, float]:
+        new_state, run, *_ = next(left)
         state = jax.block_until_ready(new_state())
         began = time.perf_counter()
         for _ in range(steps // several):
@@ -77,7 +72,33 @@ def ours(name: str, folder: str, epochs: int, seed: int) -> Any:
     return call
 
 
-def torch_epochs(name: str, folder: str, epochs: int, seed: int) -> Any:
+def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, several: int) -> tuple[Any, Any, Any, Any]:
+    """What makes the first state of a seed, the compiled steps, the model and the recipe."""
+    import jax
+
+    from resnet_jax import config as c
+    from resnet_jax.sharding import batch_sharding, compiler_options, make_mesh
+    from resnet_jax.training.optimizers import make_optimizer, make_schedule
+    from resnet_jax.training.recipe import build_model, state_maker
+    from resnet_jax.training.step import make_device_step, make_train_step
+
+    config = c.Config(
+        model=c.ModelConfig(name=name, zero_init_last=False),
+        data=c.DataConfig(image_size=32, mean=MEAN, std=STD),
+        augment=c.AugmentConfig(pad=4, flip="random"),
+        optimizer=c.OptimizerConfig(learning_rate=RATE, weight_decay=DECAY, decay_rules=((".*", 1.0),)),
+        schedule=c.ScheduleConfig(name="one_cycle"),
+        train=c.TrainConfig(batch_size=BATCH, seed=seed, ema_decay=None),
+    )
+    model, schedule = build_model(config, 10), make_schedule(config, steps, steps / epochs)
+    train_step = make_train_step(model, make_optimizer(config.optimizer, schedule), config)
+    device_step = make_device_step(train_step, config, several, batch_sharding(make_mesh(1)))
+    new_state = state_maker(config, model, schedule)
+    run = jax.jit(device_step, donate_argnums=0, compiler_options=compiler_options())
+    return new_state, run.lower(new_state(), data, several).compile(), model, config
+
+
+def torch_epochs(name: str, folder: str, epochs: int, seeds: int) -> Any:
     """The same in torch eager, data on the device, channels_last."""
     import torch
 
@@ -95,6 +116,7 @@ def torch_epochs(name: str, folder: str, epochs: int, seed: int) -> Any:
     (images, labels), (test_images, test_labels) = tensors(train), tensors(test)
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
     steps = round(epochs * len(labels) / BATCH)
+    left = iter(range(seeds))
 
     def batch_of(index: Any) -> Any:
         corner = torch.randint(0, 9, (2, len(index)), device=device)
@@ -106,7 +128,7 @@ def torch_epochs(name: str, folder: str, epochs: int, seed: int) -> Any:
         return ((cut.permute(0, 3, 1, 2).float() - mean) / std).to(memory_format=torch.channels_last)
 
     def call() -> dict[str, float]:
-        torch.manual_seed(seed)
+        torch.manual_seed(next(left))
         model = torch_model(name, 10).to(device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, nesterov=True, weight_decay=DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -141,32 +163,29 @@ def main() -> None:
     if not flags.folder:
         raise SystemExit("give --folder with train/<class>/* and test/<class>/*")
     rows: list[dict[str, Any]] = []
-    for name in flags.models.split(","):
-        contenders = []
-        for kind, build in (("resnet_jax", ours), ("torch eager", torch_epochs)):
-            for seed in range(flags.seeds):
-                arguments = {"name": name, "folder": flags.folder, "epochs": flags.epochs, "seed": seed}
-                contenders.append(Contender(f"{kind}/{seed}", build, arguments, LARGE_PAGES))
-        results: dict[str, Any] = {}
-        for pair in zip(contenders[: flags.seeds], contenders[flags.seeds :], strict=True):
-            results |= alternate(list(pair), rounds=1, warmup=0)
-        case = f"{flags.epochs} epochs {name}"
-        found = [merged(case, kind, results, flags) for kind in ("resnet_jax", "torch eager")]
-        rows += with_ratios(found)
+    with tempfile.TemporaryDirectory() as folder:
+        images = decode(flags.folder, Path(folder))
+        for name in flags.models.split(","):
+            given = {"name": name, "folder": folder, "epochs": flags.epochs, "seeds": flags.seeds}
+            contenders = [
+                Contender("resnet_jax", ours, given, LARGE_PAGES, ("jax", "flax.linen", "optax")),
+                Contender("torch eager", torch_epochs, given, LARGE_PAGES, ("torch",)),
+            ]
+            results = alternate(contenders, rounds=flags.seeds, warmup=0)
+            case = f"{flags.epochs} epochs {name}"
+            rows += with_ratios([with_accuracy(case, kind, result, flags) for kind, result in results.items()])
+            write("epoch", rows, folder_images=images)
     print_table(rows)
     for r in rows:
         print(f"{r['case']} {r['contender']}: accuracy {r['accuracy_mean']:.2%} +- {r['accuracy_deviation']:.2%}")
-    write("epoch", rows, folder_images=len(arrays(flags.folder)[0]["label"]))
 
 
-def merged(case: str, kind: str, results: dict[str, Any], flags: Any) -> dict[str, Any]:
+def with_accuracy(case: str, kind: str, result: dict[str, Any], flags: Any) -> dict[str, Any]:
     """One row from the runs of all seeds."""
-    runs = [result for name, result in results.items() if name.startswith(kind)]
-    accuracies = [run["kept"][0]["accuracy"] for run in runs]
-    whole = {"seconds": [run["seconds"][0] for run in runs], "setup": runs[0]["setup"]}
+    accuracies = [kept["accuracy"] for kept in result["kept"]]
     deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     more = {"accuracies": accuracies, "accuracy_mean": statistics.mean(accuracies), "accuracy_deviation": deviation}
-    return row(case, kind, whole, flags.epochs, "epochs", **more)
+    return row(case, kind, result, flags.epochs, "epochs", **more)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # contenders share a GPU's memory
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the commands set it
 RESULTS = Path(os.environ.get("OUT", Path(__file__).with_name("results")))
 
@@ -25,13 +26,14 @@ class Contender:
     """Something to time. `build(**arguments)` runs in a process of its own and returns what is called each round.
 
     A call does one unit of work and waits until it is done. It may return `{"seconds": ..., ...}`: those seconds count
-    in place of its time, and the rest is kept.
+    in place of its time, and the rest is kept. `imports` are modules that all contenders load at the same time.
     """
 
     name: str
     build: Callable[..., Callable[[], Any]]
     arguments: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    imports: tuple[str, ...] = ()
 
 
 def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict[str, dict[str, Any]]:
@@ -44,25 +46,22 @@ def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict
       name -> `seconds` and `kept` of each call and `setup` (seconds of build and warm-up), or `error` where a
       contender cannot run here.
     """
-    context = multiprocessing.get_context("spawn")
+    started = {contender.name: _start(contender, warmup) for contender in contenders}
     workers: dict[str, tuple[Any, Any]] = {}
     results: dict[str, dict[str, Any]] = {}
-    for contender in contenders:
-        ours, theirs = context.Pipe()
-        before = dict(os.environ)
-        os.environ.update(contender.environment)
-        process = context.Process(target=_work, args=(theirs, contender, warmup))
-        process.start()
-        os.environ.clear()
-        os.environ.update(before)
-        theirs.close()
-        kind, value = _receive(ours)
+    for pipe, _ in started.values():
+        pipe.poll(None)
+    for name, (pipe, process) in started.items():
+        kind, value = _receive(pipe)
+        if kind == "loaded":
+            pipe.send("build")
+            kind, value = _receive(pipe)
         if kind == "ready":
-            workers[contender.name] = (ours, process)
-            results[contender.name] = {"seconds": [], "kept": [], "setup": value}
+            workers[name] = (pipe, process)
+            results[name] = {"seconds": [], "kept": [], "setup": value}
             os.killpg(process.pid, signal.SIGSTOP)
         else:
-            results[contender.name] = {"error": value}
+            results[name] = {"error": value}
     for _ in range(rounds):
         for name, (pipe, process) in workers.items():
             os.killpg(process.pid, signal.SIGCONT)
@@ -81,6 +80,20 @@ def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict
     return results
 
 
+def _start(contender: Contender, warmup: int) -> tuple[Any, Any]:
+    """The pipe to a contender, and its process, which loads its modules."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    before = dict(os.environ)
+    os.environ.update(contender.environment)
+    process = context.Process(target=_work, args=(theirs, contender, warmup))
+    process.start()
+    os.environ.clear()
+    os.environ.update(before)
+    theirs.close()
+    return ours, process
+
+
 def _receive(pipe: Any) -> tuple[str, Any]:
     try:
         return pipe.recv()
@@ -91,6 +104,10 @@ def _receive(pipe: Any) -> tuple[str, Any]:
 def _work(pipe: Any, contender: Contender, warmup: int) -> None:
     os.setsid()
     try:
+        for module in contender.imports:
+            import_module(module)
+        pipe.send(("loaded", None))
+        pipe.recv()
         began = time.perf_counter()
         call = contender.build(**contender.arguments)
         for _ in range(warmup):

@@ -1,5 +1,6 @@
 """The opponents in PyTorch: torchvision's networks, and plain ones for CIFAR."""
 
+import time
 from typing import Any
 
 import torch
@@ -77,8 +78,8 @@ class CifarResNet(nn.Module):
         return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-def torch_train_step(name: str, batch: int, size: int, classes: int, dtype: str, compiled: bool) -> Any:
-    """One training step a call: forward, backward, SGD with momentum, on random images; channels_last."""
+def torch_train_step(name: str, batch: int, size: int, classes: int, dtype: str, compiled: bool, steps: int = 1) -> Any:
+    """Training steps: forward, backward, SGD with momentum, on random images; channels_last; waited for at the end."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
@@ -89,15 +90,18 @@ def torch_train_step(name: str, batch: int, size: int, classes: int, dtype: str,
     labels = torch.randint(0, classes, (batch,), device=device)
     forward = torch.compile(model) if compiled else model
 
-    def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = nn.functional.cross_entropy(forward(images), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    def call() -> dict[str, float]:
+        began = time.perf_counter()
+        for _ in range(steps):
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = nn.functional.cross_entropy(forward(images), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
         synchronize(device)
+        return {"seconds": (time.perf_counter() - began) / steps}
 
-    return step
+    return call
 
 
 def synchronize(device: str) -> None:

@@ -6,19 +6,31 @@ from typing import Any
 from benchmarks.limits import forward_flops, measure_limits
 from benchmarks.measure import LARGE_PAGES, Contender, alternate, has_gpu, network_rows, options, write
 
+STEPS = 10
+"""So many steps a GPU is given before it is waited for."""
+OURS, THEIRS = ("jax", "flax.linen", "optax"), ("torch",)
+
 ON_CPU = (("resnet50", 224, 16, "float32", 5), ("cifar_resnet20", 32, 128, "float32", 15),
           ("cifar_resnet18", 32, 128, "float32", 5))  # fmt: skip
-ON_GPU = (("resnet50", 224, 256, "bfloat16", 20), ("resnet50", 224, 128, "float32", 10),
-          ("cifar_resnet20", 32, 128, "float32", 50), ("cifar_resnet20", 32, 512, "bfloat16", 50),
-          ("cifar_resnet18", 32, 512, "bfloat16", 30))  # fmt: skip
+ON_GPU = (("resnet50", 224, 256, "bfloat16", 15), ("resnet50", 224, 128, "float32", 10),
+          ("cifar_resnet20", 32, 128, "float32", 10), ("cifar_resnet18", 32, 512, "bfloat16", 10))  # fmt: skip
 
 
 def jax_train_step(
-    name: str, batch: int, size: int, classes: int, dtype: str, example: bool, options: bool, several: int = 1
+    name: str,
+    batch: int,
+    size: int,
+    classes: int,
+    dtype: str,
+    example: bool,
+    options: bool,
+    several: int = 1,
+    calls: int = 1,
 ) -> Any:
     """Training steps with ours, or with the same step around Flax's example network.
 
-    `options`: with the compiler options that our loop sets; `several`: steps in one call, on data on the device.
+    `options`: with the compiler options that our loop sets; `several`: steps in one call, on data on the device;
+    `calls`: until it is waited for.
     """
     import jax
     import jax.numpy as jnp
@@ -60,9 +72,10 @@ def jax_train_step(
     def step() -> dict[str, float]:
         nonlocal state
         began = time.perf_counter()
-        state, sums = step_function(state, *given)
+        for _ in range(calls):
+            state, sums = step_function(state, *given)
         jax.block_until_ready((state, sums))
-        return {"seconds": (time.perf_counter() - began) / several}
+        return {"seconds": (time.perf_counter() - began) / several / calls}
 
     return step
 
@@ -89,25 +102,32 @@ def main() -> None:
             continue
         classes = 1000 if size == 224 else 10
         common = {"name": name, "batch": batch, "size": size, "classes": classes, "dtype": dtype}
-        one = common | {"example": False, "options": True}
-        ours = one | {"several": 5 if size == 32 else 1}  # as the loop does with data on the device
-        contenders = [
-            Contender("resnet_jax", jax_train_step, ours, LARGE_PAGES),
-            Contender("torch eager", torch_step, common | {"compiled": False}),
-            Contender("torch.compile", torch_step, common | {"compiled": True}),
-            Contender("Flax's example", jax_train_step, common | {"example": True, "options": False}),
-        ]
-        if not has_gpu():  # what each of our two settings for CPUs is worth
-            contenders += [
-                Contender("small pages", jax_train_step, ours),
-                Contender("no options", jax_train_step, ours | {"options": False}, LARGE_PAGES),
-            ]
-        if size == 32:
-            contenders.append(Contender("one step a call", jax_train_step, one, LARGE_PAGES))
-        times = alternate(contenders, flags.rounds or rounds, warmup=3)
+        times = alternate(contenders(common), flags.rounds or rounds, warmup=3)
         flops = 3 * forward_flops(create_model(name, num_classes=classes), size)
         rows += network_rows(f"train {name} {dtype} batch {batch}", times, batch, flops, limits[dtype]["flops"])
-    write("train_step", rows, limits=limits)
+        write("train_step", rows, limits=limits)
+
+
+def contenders(common: dict[str, Any]) -> list[Contender]:
+    """All that take part in one case."""
+    small, gpu = common["size"] == 32, has_gpu()
+    several = (50 if gpu else 5) if small else 1  # as the loop does with data on the device
+    steps = several if small and gpu else STEPS if gpu else 1
+    one = common | {"example": False, "options": True, "calls": steps}
+    ours = one | {"several": several, "calls": steps // several if gpu else 1}
+    theirs = common | {"steps": steps}
+    found = [
+        Contender("resnet_jax", jax_train_step, ours, LARGE_PAGES, OURS),
+        Contender("torch eager", torch_step, theirs | {"compiled": False}, imports=THEIRS),
+        Contender("torch.compile", torch_step, theirs | {"compiled": True}, imports=THEIRS),
+        Contender("Flax's example", jax_train_step, one | {"example": True, "options": False}, imports=OURS),
+        Contender("no options", jax_train_step, ours | {"options": False}, LARGE_PAGES, OURS),
+    ]
+    if not gpu:  # what each of our two settings for CPUs is worth
+        found.append(Contender("small pages", jax_train_step, ours, imports=OURS))
+    if small:
+        found.append(Contender("one step a call", jax_train_step, one, LARGE_PAGES, OURS))
+    return found
 
 
 if __name__ == "__main__":

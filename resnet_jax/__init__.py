@@ -3,7 +3,7 @@
 A name of the public face is imported when it is first asked for: what needs no JAX starts at once.
 """
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from resnet_jax.weights.convert import from_torch, to_torch
     from resnet_jax.weights.load import load_pretrained
 
-__version__ = metadata.version("resnet_jax")
+__version__ = "0.1.0"
 __all__ = [
     "Config",
     "InputError",

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -20,6 +21,13 @@ def test_the_package_the_models_and_the_step_need_jax_flax_and_optax_alone():
     baseline = "import jax, flax.linen, optax, sys\n" + LIGHT.splitlines()[-2] + "\n" + LIGHT.splitlines()[-1]
     theirs = subprocess.run([sys.executable, "-c", baseline], capture_output=True, text=True, check=True)
     assert result.stdout == theirs.stdout
+
+
+def test_a_checkout_on_the_path_needs_no_installation():
+    """Machines with a GPU are often given a copy of the files alone."""
+    code = "from importlib import metadata as m; m.distribution = None; import resnet_jax as rj; print(rj.__version__)"
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert printed == metadata.version("resnet_jax") + "\n"
 
 
 def test_every_name_is_there_when_asked_for():

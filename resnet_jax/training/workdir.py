@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from resnet_jax import __version__
 from resnet_jax.config import Config, InputError
 from resnet_jax.data.sources import Dataset
 from resnet_jax.integrity import damage, none, steps_in, write_whole
@@ -185,8 +186,9 @@ def device_name(mesh: Mesh) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of what computes."""
-    packages = ("resnet_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    ours = {"python": platform.python_version(), "resnet_jax": __version__}
+    return ours | {name: metadata.version(name) for name in packages}
 
 
 def runs_under(folder: Path) -> list[dict[str, Any]]:
