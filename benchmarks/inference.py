@@ -80,8 +80,8 @@ def main() -> None:
             Contender("torch.compile", torch_forward, common | {"compiled": True}),
             Contender("Flax's example", jax_forward, common | {"example": True}),
         ]
-        times = alternate(contenders, flags.rounds or rounds, warmup=3)
         flops = forward_flops(create_model(name, num_classes=classes), size)
+        times = alternate(contenders, flags.rounds or rounds, warmup=3)
         rows += network_rows(f"infer {name} {dtype} batch {batch}", times, batch, flops, limits[dtype]["flops"])
     write("inference", rows, limits=limits)
 

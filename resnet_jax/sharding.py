@@ -156,32 +156,21 @@ def state_sharding(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-ON_CPU: tuple[tuple[str, str | bool], ...] = (
-    ("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"),
-    ("xla_disable_hlo_passes", "cse_barrier_expander"),
-)
-"""Eigen's convolutions in place of YNNPACK's, which were slower wherever we measured; and the barriers of
-rematerialisation stay, without which XLA finds the second computation equal to the first and keeps that.
-"""
-
-ON_GPU: tuple[tuple[str, str | bool], ...] = (
-    ("xla_gpu_enable_command_buffer", "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONVOLUTION,CONDITIONAL,WHILE"),
-)
-"""A whole step, or several in a loop, is one launch; by default every convolution begins a new one."""
-
-
 def compiler_options() -> dict[str, str | bool]:
-    """Options for `jax.jit` that are worth setting on the default platform (`benchmarks/train_step.py`).
+    """Options for `jax.jit` that are worth setting on the default platform.
 
-    Empty where this version of XLA does not know them.
+    On a CPU: Eigen's convolutions in place of YNNPACK's, which were slower wherever we measured
+    (`benchmarks/train_step.py`); and the barriers of rematerialisation stay, without which XLA finds the second
+    computation equal to the first and keeps that. Empty where this version of XLA does not know the options.
     """
-    return known("cpu", *ON_CPU) | known("gpu", *ON_GPU)
+    ynnpack = ("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE")
+    return known_on_cpu(ynnpack, ("xla_disable_hlo_passes", "cse_barrier_expander"))
 
 
 @cache
-def known(platform: str, *options: tuple[str, str | bool]) -> dict[str, str | bool]:
-    """Options for `jax.jit` if that is the default platform and this version of XLA knows all of them, or none."""
-    if jax.default_backend() != platform:
+def known_on_cpu(*options: tuple[str, str | bool]) -> dict[str, str | bool]:
+    """Options for `jax.jit` if the default platform is a CPU and this version of XLA knows all of them, or none."""
+    if jax.default_backend() != "cpu":
         return {}
     try:
         jax.jit(lambda: jax.numpy.zeros(()), compiler_options=dict(options))()

@@ -40,12 +40,9 @@ def plain_operations() -> Iterator[None]:
         _own_ways.reset(token)
 
 
-def by_platform(x: Array, default: Callable[[Array], Array], **ways: Callable[[Array], Array]) -> Array:
-    """What `cpu` or `cuda` (an NVIDIA GPU) makes of x where it is lowered for that, `default(x)` elsewhere.
-
-    One program serves all.
-    """
-    return lax.platform_dependent(x, default=default, **ways) if _own_ways.get() else default(x)
+def by_platform(x: Array, own: Callable[[Array], Array], default: Callable[[Array], Array]) -> Array:
+    """`own(x)` where it is lowered for a CPU or an NVIDIA GPU, `default(x)` elsewhere; one program serves all."""
+    return lax.platform_dependent(x, cpu=own, cuda=own, default=default) if _own_ways.get() else default(x)
 
 
 def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:

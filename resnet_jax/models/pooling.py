@@ -32,8 +32,7 @@ def max_pool(x: Array, window: int = 3, strides: int = 2, zero_border: bool = Fa
 
     if (window, strides) != (3, 2):
         return pool(x)
-    ways = {"cpu": partial(_by_comparisons, border=border), "cuda": partial(_by_places, border=border)}
-    return by_platform(x, pool, **ways)
+    return by_platform(x, own=partial(_by_comparisons, border=border), default=pool)
 
 
 def _by_comparisons(x: Array, border: float) -> Array:
@@ -50,43 +49,6 @@ def _by_comparisons(x: Array, border: float) -> Array:
         before = lax.slice_in_dim(_pad(odd, 1, 0, axis, border), 0, half, axis=axis)
         x = larger(larger(before, even), odd)
     return x
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _by_places(x: Array, border: float) -> Array:
-    """Maximum over windows of 3 with stride 2; the derivative needs no more than the place of each in its window."""
-    return _first_largest(x, border)[0]
-
-
-@_by_places.defjvp
-def _by_places_jvp(border: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    best, place = _first_largest(*primals, border)
-    first, *others = [jnp.where(place == i, dot, 0) for i, dot in enumerate(_taps(*tangents, 0.0))]
-    return best, sum(others, start=first)
-
-
-def _first_largest(x: Array, border: float) -> tuple[Array, Array]:
-    """The largest value of each window and its place there, 0 to 8; NaN wins, as in XLA's own. Both are stored."""
-    best, *others = _taps(x, border)
-    place = jnp.zeros(best.shape, jnp.uint8)
-    for i, tap in enumerate(others, start=1):
-        larger = ~((best >= tap) | (best != best))
-        best, place = jnp.where(larger, tap, best), jnp.where(larger, jnp.uint8(i), place)
-    return lax.optimization_barrier((best, place))
-
-
-def _taps(x: Array, border: float) -> list[Array]:
-    """What stands at each of the nine places of the windows, row by row."""
-    x = _pad(_pad(x, 0, x.shape[1] % 2, 1, border), 0, x.shape[2] % 2, 2, border)
-    pairs = x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, x.shape[3])
-
-    def at(row: int, column: int) -> Array:
-        tap = pairs[:, :, int(row != 1), :, int(column != 1)]
-        for axis in [axis for axis, place in ((1, row), (2, column)) if place == 0]:
-            tap = lax.slice_in_dim(_pad(tap, 1, 0, axis, border), 0, tap.shape[axis], axis=axis)
-        return tap
-
-    return [at(row, column) for row in range(3) for column in range(3)]
 
 
 def _pad(x: Array, before: int, after: int, axis: int, value: float) -> Array:

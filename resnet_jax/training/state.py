@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from resnet_jax.sharding import known
+from resnet_jax.sharding import known_on_cpu
 
 PyTree = Any
 
@@ -98,7 +98,7 @@ def only(closed: ClosedJaxpr, places: list[int]) -> ClosedJaxpr:
     """A jaxpr cut down to the results at some places and to the equations that these need; filled arrays are constants
     of it, and functions inside are compiled with `OPTION`.
     """
-    option = tuple(known("cpu", OPTION).items())
+    option = tuple(known_on_cpu(OPTION).items())
     wanted = [closed.jaxpr.outvars[place] for place in places]
     needed = {variable for variable in wanted if not isinstance(variable, Literal)}
     kept, names, filled = [], list(closed.jaxpr.constvars), list(closed.consts)
