@@ -6,6 +6,8 @@ import time
 import pytest
 
 from benchmarks import measure
+from benchmarks.limits import forward_flops
+from resnet_jax.models.registry import create_model
 
 from .conftest import ROOT
 
@@ -64,6 +66,12 @@ def test_rows_are_medians_and_ratios_of_the_same_case():
     assert rows[0]["quartiles"] == [2.0, 8.0]
     assert rows[1]["ours_over_this"] == 2.0
     assert "ours_over_this" not in rows[2]
+
+
+@pytest.mark.parametrize(("name", "gmacs"), [("resnet50", 4.089), ("resnext50_32x4d", 4.230), ("resnet18", 1.814)])
+def test_operations_are_those_that_torchvision_gives(name, gmacs):
+    """Its weights' `_ops`: giga multiply-adds of one image of 224 pixels."""
+    assert forward_flops(create_model(name), 224) / 2e9 == pytest.approx(gmacs, abs=5e-4)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)

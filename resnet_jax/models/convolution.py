@@ -25,7 +25,7 @@ WIDTH = 16
 """Channels of a group below which a CPU convolves several groups as one, zeros between them, in less time."""
 
 FEW = 4
-"""Channels of pictures, up to which a GPU and a TPU convolve faster when four pixels are one."""
+"""Channels of pictures, up to which a GPU convolves faster when four pixels are one."""
 
 _own_ways = ContextVar("own_ways", default=True)
 
@@ -51,7 +51,7 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
     `'SAME'` would pad a strided convolution on one side only, and imported weights would give other logits. Where it is
     lowered for a CPU, a 1x1 convolution is one matrix product, what goes in and comes out of any other is stored, and
     it and its derivatives are computed as in `_on_cpu`; elsewhere it is XLA's own convolution, but for the first one of
-    large pictures (`_of_quarters`). Derivatives of all kinds and orders work.
+    a network on an NVIDIA GPU (`of_quarters`). Derivatives of all kinds and orders work.
 
     Args:
       x: [batch, height, width, in].
@@ -82,11 +82,12 @@ def _conv2d(x: Array, kernel: Array, strides: int, dilation: int, groups: int, a
         convolve = _narrow_groups if groups > 1 and kernel.shape[2] < WIDTH else _on_cpu
         return lax.optimization_barrier(convolve(lax.optimization_barrier(x), kernel, strides, dilation, groups, alone))
 
-    halved = x.shape[1] % 2 == x.shape[2] % 2 == 0 and (kernel.shape[0], strides, dilation) == (7, 2, 1)
-    if halved and x.shape[-1] <= FEW:
-        return lax.platform_dependent(x, kernel, cpu=on_cpu, default=_of_quarters)
     default = partial(_convolve, strides=strides, dilation=dilation, groups=groups)
-    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
+    ways: dict[str, Callable[..., Array]] = {"cpu": on_cpu}
+    first = (kernel.shape[0], strides, dilation) == (7, 2, 1) and x.shape[-1] <= FEW
+    if first and x.shape[1] % 2 == x.shape[2] % 2 == 0:
+        ways["cuda"] = of_quarters
+    return lax.platform_dependent(x, kernel, **ways, default=default)
 
 
 def stored(x: Array) -> Array:
@@ -133,7 +134,7 @@ def _window(kernel: Array, strides: int, dilation: int) -> dict[str, Any]:
     return {"window_strides": (strides,) * 2, "padding": ((pad, pad),) * 2, "rhs_dilation": (dilation,) * 2}
 
 
-def _of_quarters(x: Array, kernel: Array) -> Array:
+def of_quarters(x: Array, kernel: Array) -> Array:
     """A 7x7 convolution with stride 2 as a 4x4 one without, of images of half the size with four times the channels.
 
     Matrix units take channels in eights, and would mostly compute with zeros for three of them.

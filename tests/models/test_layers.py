@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from resnet_jax.models import winograd
-from resnet_jax.models.convolution import conv2d, plain_operations, stored, stored_relu
+from resnet_jax.models.convolution import conv2d, of_quarters, plain_operations, stored, stored_relu
 from resnet_jax.models.layers import BatchNorm, GroupNorm
 from resnet_jax.models.pooling import average_pool, max_pool
 from resnet_jax.models.registry import create_model
@@ -172,6 +172,34 @@ def test_one_program_serves_all_platforms():
     text = exported.mlir_module()
     assert "stablehlo.dot_general" in text and "stablehlo.convolution" in text
     np.testing.assert_allclose(exported.call(X), X.sum(-1, keepdims=True).repeat(8, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(1, 32), (3, 30), (4, 8)])
+def test_the_first_convolution_of_quarters_is_the_same(channels, side):
+    x = jax.random.normal(jax.random.key(0), (2, side, side, channels))
+    kernel = jax.random.normal(jax.random.key(1), (7, 7, channels, 5))
+
+    def value_and_gradients(convolve):
+        return jax.value_and_grad(lambda x, k: jnp.sin(convolve(x, k)).mean(), (0, 1))(x, kernel)
+
+    with plain_operations():
+        expected = value_and_gradients(lambda x, k: conv2d(x, k, 2))
+    for a, b in zip(*(jax.tree.leaves(v) for v in (value_and_gradients(of_quarters), expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_a_gpu_and_a_tpu_get_programs_of_their_own():
+    """What a GPU computes is compared with a CPU on a GPU alone; here it is looked at."""
+
+    def start(x, kernel):
+        return max_pool(stored_relu(conv2d(x, kernel, 2))).sum()
+
+    traced = jax.jit(jax.grad(start, 1)).trace(jnp.ones((2, 32, 32, 3)), jnp.ones((7, 7, 3, 8)))
+    gpu, tpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "tpu"))
+    quarters = "tensor<4x4x16x8xf32>"  # twelve channels, and four of zeros
+    assert quarters in gpu and quarters not in tpu
+    assert "optimization_barrier" in gpu and "select_and_scatter" not in gpu
+    assert "optimization_barrier" not in tpu and "select_and_scatter" in tpu
 
 
 def lowered():
