@@ -4,10 +4,12 @@ import time
 from typing import Any
 
 from benchmarks.limits import forward_flops, measure_limits
-from benchmarks.measure import LARGE_PAGES, Contender, alternate, has_gpu, network_rows, options, write
+from benchmarks.measure import LARGE_PAGES, Contender, alternate, hardware, has_gpu, network_rows, options, write
 
 STEPS = 10
 """So many steps a GPU is given before it is waited for."""
+PUBLISHED = 8000
+"""Images a second of resnet50 on one H200 in MLPerf Training 4.0: MXNet with kernels fused by hand, eight GPUs."""
 OURS, THEIRS = ("jax", "flax.linen", "optax"), ("torch",)
 
 ON_CPU = (("resnet50", 224, 16, "float32", 5), ("cifar_resnet20", 32, 128, "float32", 15),
@@ -104,7 +106,11 @@ def main() -> None:
         common = {"name": name, "batch": batch, "size": size, "classes": classes, "dtype": dtype}
         flops = 3 * forward_flops(create_model(name, num_classes=classes), size)
         times = alternate(contenders(common), flags.rounds or rounds, warmup=3)
-        rows += network_rows(f"train {name} {dtype} batch {batch}", times, batch, flops, limits[dtype]["flops"])
+        found = network_rows(f"train {name} {dtype} batch {batch}", times, batch, flops, limits[dtype]["flops"])
+        if (name, dtype, hardware()["gpu"]) == ("resnet50", "bfloat16", "NVIDIA H200"):
+            found = [r | {"of_published": r["median"] / PUBLISHED} if "median" in r else r for r in found]
+            print(f"ours is {found[0].get('of_published', 0):.2f} of the published {PUBLISHED} images/s")
+        rows += found
         write("train_step", rows, limits=limits)
 
 

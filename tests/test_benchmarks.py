@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from benchmarks import measure
+from benchmarks import inference, measure, train_step
 from benchmarks.limits import forward_flops
 from resnet_jax.models.registry import create_model
 
@@ -72,6 +72,31 @@ def test_rows_are_medians_and_ratios_of_the_same_case():
 def test_operations_are_those_that_torchvision_gives(name, gmacs):
     """Its weights' `_ops`: giga multiply-adds of one image of 224 pixels."""
     assert forward_flops(create_model(name), 224) / 2e9 == pytest.approx(gmacs, abs=5e-4)
+
+
+@pytest.mark.parametrize("script", [train_step, inference])
+@pytest.mark.parametrize("gpu", [None, "NVIDIA H200"])
+def test_every_case_ends_in_a_record(script, gpu, tmp_path, monkeypatch):
+    """On a GPU too, where a run costs most; nothing is timed."""
+
+    def timed(contenders, rounds, warmup):
+        return {c.name: {"seconds": [1.0] * rounds, "kept": [{}] * rounds, "setup": 1.0} for c in contenders}
+
+    found = measure.hardware() | {"gpu": gpu, "short": "it"}
+    for module in (script, measure):
+        monkeypatch.setattr(module, "hardware", lambda: found, raising=False)
+        monkeypatch.setattr(module, "has_gpu", lambda: gpu is not None)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(script, "alternate", timed)
+    monkeypatch.setattr(script, "measure_limits", lambda dtype: {"flops": 1e12, "bytes": 1e11})
+    monkeypatch.setattr("sys.argv", ["benchmark"])
+    script.main()
+    (file,) = tmp_path.iterdir()
+    rows = json.loads(file.read_text())["rows"]
+    assert len({row["case"] for row in rows}) == len(script.ON_GPU if gpu else script.ON_CPU)
+    assert all(row["roofline"] > 0 for row in rows)
+    ours = [row for row in rows if row["contender"] == "resnet_jax" and "of_published" in row]
+    assert [row["of_published"] for row in ours] == ([256 / 8000] if gpu and script is train_step else [])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
