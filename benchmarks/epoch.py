@@ -176,12 +176,14 @@ def main() -> None:
             rows += with_ratios([with_accuracy(case, kind, result, flags) for kind, result in results.items()])
             write("epoch", rows, folder_images=images)
     print_table(rows)
-    for r in rows:
+    for r in (r for r in rows if "error" not in r):
         print(f"{r['case']} {r['contender']}: accuracy {r['accuracy_mean']:.2%} +- {r['accuracy_deviation']:.2%}")
 
 
 def with_accuracy(case: str, kind: str, result: dict[str, Any], flags: Any) -> dict[str, Any]:
     """One row from the runs of all seeds."""
+    if "error" in result:
+        return row(case, kind, result, flags.epochs, "epochs")
     accuracies = [kept["accuracy"] for kept in result["kept"]]
     deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     more = {"accuracies": accuracies, "accuracy_mean": statistics.mean(accuracies), "accuracy_deviation": deviation}
