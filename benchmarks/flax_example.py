@@ -6,6 +6,15 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from resnet_jax.models.registry import create_model
+
+
+def network(name: str, classes: int, dtype: str, example: bool) -> Any:
+    """The network of this name as the example would build it, or ours."""
+    if example:
+        return ExampleResNet(name, classes, jnp.dtype(dtype))
+    return create_model(name, num_classes=classes, dtype=jnp.dtype(dtype))
+
 
 class ExampleBlock(nn.Module):
     """Basic or bottleneck, with a projection where the shape changes."""

@@ -15,18 +15,12 @@ ON_GPU = (("resnet50", 224, 1, "bfloat16", 50), ("resnet50", 224, 256, "bfloat16
 def jax_forward(name: str, batch: int, size: int, classes: int, dtype: str, example: bool) -> Any:
     """Logits of a batch a call, with ours folded, or with Flax's example network as it is."""
     import jax
-    import jax.numpy as jnp
 
+    from benchmarks.flax_example import network
     from resnet_jax.inference import make_forward
-    from resnet_jax.models.registry import create_model
 
     images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
-    if example:
-        from benchmarks.flax_example import ExampleResNet
-
-        model: Any = ExampleResNet(name, classes, jnp.dtype(dtype))
-    else:
-        model = create_model(name, num_classes=classes, dtype=jnp.dtype(dtype))
+    model = network(name, classes, dtype, example)
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     forward = partial(jax.jit(model.apply), variables) if example else make_forward(model, variables)
 

@@ -35,11 +35,10 @@ def jax_train_step(
     `calls`: until it is waited for.
     """
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
+    from benchmarks.flax_example import network
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-    from resnet_jax.models.registry import create_model
     from resnet_jax.sharding import batch_sharding, compiler_options, make_mesh
     from resnet_jax.training.optimizers import make_optimizer
     from resnet_jax.training.state import create_state
@@ -52,12 +51,7 @@ def jax_train_step(
         optimizer=OptimizerConfig(weight_decay=1e-4),
         train=TrainConfig(batch_size=batch, ema_decay=None),
     )
-    if example:
-        from benchmarks.flax_example import ExampleResNet
-
-        model = ExampleResNet(name, classes, jnp.dtype(dtype))
-    else:
-        model = create_model(name, num_classes=classes, dtype=jnp.dtype(dtype))
+    model = network(name, classes, dtype, example)
     optimizer = make_optimizer(config.optimizer, lambda step: 0.01)
     state = jax.jit(lambda: create_state(model, optimizer, jax.random.key(0), (size, size, 3), ema=False))()
     chosen = compiler_options() if options else {}
@@ -118,9 +112,9 @@ def contenders(common: dict[str, Any]) -> list[Contender]:
     """All that take part in one case."""
     small, gpu = common["size"] == 32, has_gpu()
     several = (50 if gpu else 5) if small else 1  # as the loop does with data on the device
-    steps = several if small and gpu else STEPS if gpu else 1
+    steps = (several if small else STEPS) if gpu else 1
     one = common | {"example": False, "options": True, "calls": steps}
-    ours = one | {"several": several, "calls": steps // several if gpu else 1}
+    ours = one | {"several": several, "calls": max(1, steps // several)}
     theirs = common | {"steps": steps}
     found = [
         Contender("resnet_jax", jax_train_step, ours, LARGE_PAGES, OURS),
