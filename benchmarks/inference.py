@@ -75,7 +75,7 @@ def main() -> None:
             Contender("Flax's example", jax_forward, common | {"example": True}),
         ]
         flops = forward_flops(create_model(name, num_classes=classes), size)
-        times = alternate(contenders, flags.rounds or rounds, warmup=3)
+        times = alternate(contenders, flags.rounds or rounds, warmup=3, settle=1)
         rows += network_rows(f"infer {name} {dtype} batch {batch}", times, batch, flops, limits[dtype]["flops"])
     write("inference", rows, limits=limits)
 

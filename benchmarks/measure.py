@@ -36,11 +36,12 @@ class Contender:
     imports: tuple[str, ...] = ()
 
 
-def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict[str, dict[str, Any]]:
+def alternate(contenders: list[Contender], rounds: int, warmup: int = 1, settle: int = 0) -> dict[str, dict[str, Any]]:
     """Times contenders in the order A B C A B C ..., `rounds` times each after `warmup` calls.
 
     Only one of the processes works at a time; the others are stopped, their children too, since a loader that fills
-    its buffers again would take the time of the next one.
+    its buffers again would take the time of the next one. `settle` calls of each turn are not timed: the memory that a
+    process gives back after a call, and asks for again in the next, has gone to others while it was stopped.
 
     Returns:
       name -> `seconds` and `kept` of each call and `setup` (seconds of build and warm-up), or `error` where a
@@ -65,11 +66,12 @@ def alternate(contenders: list[Contender], rounds: int, warmup: int = 1) -> dict
     for _ in range(rounds):
         for name, (pipe, process) in workers.items():
             os.killpg(process.pid, signal.SIGCONT)
-            pipe.send("go")
-            kind, value = _receive(pipe)
+            for _ in range(settle + 1):
+                pipe.send("go")
+                kind, value = _receive(pipe)
+                if kind == "error":
+                    raise RuntimeError(f"{name}: {value}")
             os.killpg(process.pid, signal.SIGSTOP)
-            if kind == "error":
-                raise RuntimeError(f"{name}: {value}")
             results[name]["seconds"].append(value.pop("seconds"))
             results[name]["kept"].append(value)
     for pipe, process in workers.values():

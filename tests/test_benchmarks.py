@@ -42,9 +42,10 @@ def test_contenders_take_turns_and_failures_are_kept(tmp_path):
         measure.Contender("own clock", reporter),
         measure.Contender("setting", setting, environment={"A_SETTING": "4"}),
     ]
-    results = measure.alternate(contenders, rounds=3)
+    results = measure.alternate(contenders, rounds=3, settle=1)
     turns = (tmp_path / "log").read_text().split()
-    assert turns[2:] == ["0.05", "0.01"] * 3
+    assert turns[2:] == ["0.05", "0.05", "0.01", "0.01"] * 3
+    assert len(results["slow"]["seconds"]) == 3
     assert results["broken"] == {"error": "RuntimeError: no such device"}
     assert all(seconds >= 0.05 for seconds in results["slow"]["seconds"])
     assert results["own clock"]["kept"] == [{"accuracy": 0.5}] * 3
@@ -79,7 +80,7 @@ def test_operations_are_those_that_torchvision_gives(name, gmacs):
 def test_every_case_ends_in_a_record(script, gpu, tmp_path, monkeypatch):
     """On a GPU too, where a run costs most; nothing is timed."""
 
-    def timed(contenders, rounds, warmup):
+    def timed(contenders, rounds, **more):
         return {c.name: {"seconds": [1.0] * rounds, "kept": [{}] * rounds, "setup": 1.0} for c in contenders}
 
     found = measure.hardware() | {"gpu": gpu, "short": "it"}

@@ -23,7 +23,7 @@ KERNEL: Matrix = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 OUTPUTS: Matrix = ((1, 1, 1, 0), (0, 1, -1, -1))
 """The paper's B^T, G and A^T."""
 
-WIDTH = 64
+WIDTH = 128
 """Least channels, in and out. With fewer, products are too thin for what the additions cost."""
 IMAGE = 2**13
 """Least numbers in an image. With fewer, what is saved is not worth the time to compile."""
