@@ -194,7 +194,8 @@ def hardware() -> dict[str, Any]:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
-        return found | {"gpu": None, "short": f"cpu{os.cpu_count()}"}
+        wide = "-avx512" if vectors == "avx512f" else ""
+        return found | {"gpu": None, "short": f"cpu{os.cpu_count()}{wide}"}
     return found | {"gpu": gpu, "short": gpu.lower().replace(" ", "-")}
 
 
