@@ -41,7 +41,7 @@ def draw(path: Path) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.margins(y=0.01)
-    axes.set_title(f"times as fast as the opponent, on {short}; right of the line ours is faster", loc="left")
+    figure.suptitle(f"times as fast as the opponent, on {short}; right of the line ours is faster", x=0.01, ha="left")
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
