@@ -24,6 +24,9 @@ TURNED = ("NHWC", "HWOI", "NHWC")
 WIDTH = 16
 """Channels of a group below which a CPU convolves several groups as one, zeros between them, in less time."""
 
+FINE = 16
+"""Channels, in and out, up to which a CPU computes two neighbouring pixels of a 3x3 convolution as one."""
+
 MANY = 16
 """So many times as many pixels as channels, and the weight gradient of a 1x1 convolution is faster in two halves."""
 
@@ -221,6 +224,10 @@ def _on_cpu(x: Array, kernel: Array, strides: int, dilation: int, groups: int, a
     """
     if _by_winograd(x, kernel, strides, dilation, groups, alone):
         return winograd.convolve(x, kernel)
+    if _in_pairs(x, kernel, strides, dilation, groups):
+        pads = ((1, 1), (1, 1))
+        y = lax.conv_general_dilated(x, _kernel_of_pairs(kernel), (1, 2), pads, dimension_numbers=ORDER)
+        return y.reshape(*x.shape[:3], -1)
     return _convolve(x, kernel, strides, dilation, groups)
 
 
@@ -234,6 +241,8 @@ def _on_cpu_jvp(
     even = x.shape[1] % 2 == x.shape[2] % 2 == 0
     if _by_winograd(x, kernel, strides, dilation, groups, alone):
         along_x = jax.checkpoint(winograd.spread)(x_dot, kernel)  # or the kernel's sums would be kept for the gradient
+    elif _in_pairs(x, kernel, strides, dilation, groups):
+        along_x = _from_pairs(x_dot, turned)
     elif kernel.shape[0] == 3 and strides == 2 and dilation == 1 and even:
         along_x = _halving(x_dot, turned, groups)
     else:
@@ -257,6 +266,33 @@ def _on_cpu_jvp(
     chunk = _chunk(x) if alone else 0
     parts = [along_kernel(x[i : i + chunk]) for i in range(0, x.shape[0], chunk)] if chunk else [along_kernel(x)]
     return _on_cpu(x, kernel, strides, dilation, groups, alone), along_x + jnp.concatenate(parts)
+
+
+def _in_pairs(x: Array, kernel: Array, strides: int, dilation: int, groups: int) -> bool:
+    fine = kernel.shape[0] == 3 and max(kernel.shape[2:]) <= FINE and x.shape[2] % 2 == 0
+    return fine and strides == dilation == groups == 1
+
+
+def _kernel_of_pairs(kernel: Array) -> Array:
+    """The kernel [3, 4, in, 2 * out] that computes two neighbouring pixels from four columns, a quarter of it zeros.
+
+    That is more arithmetic, but the pixels that a window reads are gathered for two windows at once.
+    """
+    both = [jnp.pad(kernel, ((0, 0), (i, 1 - i), (0, 0), (0, 0))) for i in (0, 1)]
+    return jnp.stack(both, axis=3).reshape(3, 4, kernel.shape[2], -1)
+
+
+def _from_pairs(x: Array, turned: Array) -> Array:
+    """A 3x3 convolution whose transpose along the images goes in pairs, as `_kernel_of_pairs` does."""
+    batch, height, width, _ = x.shape
+    return lax.conv_general_dilated(
+        x.reshape(batch, height, width // 2, -1),
+        _kernel_of_pairs(turned[::-1, ::-1])[::-1, ::-1],
+        window_strides=(1, 1),
+        padding=((1, 1), (2, 2)),
+        lhs_dilation=(1, 2),
+        dimension_numbers=TURNED,
+    )
 
 
 def _halving(x: Array, turned: Array, groups: int) -> Array:
