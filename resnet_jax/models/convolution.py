@@ -162,10 +162,10 @@ def of_quarters(x: Array, kernel: Array) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _pointwise(x: Array, kernel: Array, strides: int, alone: bool) -> Array:
-    """A 1x1 convolution as a matrix product. The derivative along the kernel has a transpose that is fast.
+    """A 1x1 convolution as a matrix product, with derivatives whose transposes are fast.
 
-    That is the weight gradient, a product of two matrices along all pixels: the narrower of the two is the one that is
-    turned, and many pixels go in two halves.
+    The gradient of the images is a product with the kernel, which is turned before. The weight gradient is one of two
+    matrices along all pixels: the narrower of the two is the one that is turned, and many pixels go in two halves.
     """
     x = x[:, ::strides, ::strides]
     return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
@@ -186,7 +186,9 @@ def _pointwise_jvp(
         along_kernel = jnp.einsum("pic,poc->pio", halves, lax.optimization_barrier(each.swapaxes(1, 2)))
     else:
         along_kernel = halves @ each
-    return y, _pointwise(x_dot, kernel, strides, alone) + along_kernel.reshape(y.shape)
+    turned = lax.optimization_barrier(kernel[0, 0].T)
+    along_x = jnp.einsum("bhwi,oi->bhwo", x_dot[:, ::strides, ::strides], turned)
+    return y, along_x + along_kernel.reshape(y.shape)
 
 
 def _narrow_groups(x: Array, kernel: Array, strides: int, dilation: int, groups: int, alone: bool) -> Array:
