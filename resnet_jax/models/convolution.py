@@ -214,7 +214,7 @@ def _by_winograd(x: Array, kernel: Array, strides: int, dilation: int, groups: i
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
 def _on_cpu(x: Array, kernel: Array, strides: int, dilation: int, groups: int, alone: bool) -> Array:
-    """`_convolve`, by Winograd's algorithm where that pays, with derivatives whose transposes have the fast `ORDER`.
+    """`_convolve`, where it pays by Winograd's algorithm or `_in_pairs`; derivatives transpose into the fast `ORDER`.
 
     XLA for CPUs computes any other order some twenty times slower where it does not turn the operands by itself: in
     loops, in functions, with groups. JAX transposes a convolution by changing its order; so the derivatives here have
@@ -271,6 +271,7 @@ def _on_cpu_jvp(
 
 
 def _in_pairs(x: Array, kernel: Array, strides: int, dilation: int, groups: int) -> bool:
+    """Whether a CPU computes two neighbouring pixels as one."""
     fine = kernel.shape[0] == 3 and max(kernel.shape[2:]) <= FINE and x.shape[2] % 2 == 0
     return fine and strides == dilation == groups == 1
 
