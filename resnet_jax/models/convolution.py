@@ -26,6 +26,8 @@ WIDTH = 16
 
 FINE = 16
 """Channels, in and out, up to which a CPU computes two neighbouring pixels of a 3x3 convolution as one."""
+PIXELS = 2**17
+"""Of all images together: with fewer, that is not worth the making of its kernel."""
 
 MANY = 16
 """So many times as many pixels as channels, and the weight gradient of a 1x1 convolution is faster in two halves."""
@@ -272,8 +274,8 @@ def _on_cpu_jvp(
 
 def _in_pairs(x: Array, kernel: Array, strides: int, dilation: int, groups: int) -> bool:
     """Whether a CPU computes two neighbouring pixels as one."""
-    fine = kernel.shape[0] == 3 and max(kernel.shape[2:]) <= FINE and x.shape[2] % 2 == 0
-    return fine and strides == dilation == groups == 1
+    fine = kernel.shape[0] == 3 and max(kernel.shape[2:]) <= FINE and strides == dilation == groups == 1
+    return fine and isinstance(x.shape[0], int) and x.shape[2] % 2 == 0 and math.prod(x.shape[:3]) >= PIXELS
 
 
 def _kernel_of_pairs(kernel: Array) -> Array:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.models import winograd
+from resnet_jax.models import convolution, winograd
 from resnet_jax.models.convolution import conv2d, of_quarters, plain_operations, stored, stored_relu
 from resnet_jax.models.layers import BatchNorm, GroupNorm
 from resnet_jax.models.pooling import average_pool, max_pool
@@ -74,6 +74,24 @@ def test_derivatives_are_those_of_the_plain_convolution(layer, convolutions, mon
     assert program.count(fast) == convolutions, "in a loop XLA would compute the others twenty times slower"
 
     same_derivatives(own, plain, x, kernel)
+
+
+def test_few_channels_go_in_pairs_where_pixels_are_many(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    x = jax.random.normal(jax.random.key(0), (3, 7, 10, 5))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 4))
+
+    def program():
+        jax.clear_caches()
+        return jax.jit(jax.grad(lambda x: jnp.square(conv2d(x, kernel)).sum())).lower(x).as_text()
+
+    both_ways = ("tensor<3x4x5x8xf32>", "tensor<3x4x4x10xf32>")
+    assert not any(shape in program() for shape in both_ways)
+    monkeypatch.setattr(convolution, "PIXELS", 3 * 7 * 10)
+    assert all(shape in program() for shape in both_ways)
+    expected = direct_convolution(np.asarray(x), np.asarray(kernel), 1, 1)
+    np.testing.assert_allclose(jax.jit(conv2d)(x, kernel), expected, atol=1e-5 * np.abs(expected).max())
+    same_derivatives(conv2d, lambda x, k: convolution._convolve(x, k, 1, 1, 1), x, kernel)
 
 
 @pytest.mark.parametrize(("batch", "wide", "out", "halves"), [(4, 12, 20, 2), (4, 20, 12, 2), (3, 20, 12, 1)])
