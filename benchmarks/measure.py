@@ -40,8 +40,8 @@ def alternate(contenders: list[Contender], rounds: int, warmup: int = 1, settle:
     """Times contenders in the order A B C A B C ..., `rounds` times each after `warmup` calls.
 
     Only one of the processes works at a time; the others are stopped, their children too, since a loader that fills
-    its buffers again would take the time of the next one. `settle` calls of each turn are not timed: the memory that a
-    process gives back after a call, and asks for again in the next, has gone to others while it was stopped.
+    its buffers again would take the time of the next one. `settle` calls of each turn are not timed: memory that a
+    process gives back after a call, and asks for again in the next, may have gone elsewhere while it was stopped.
 
     Returns:
       name -> `seconds` and `kept` of each call and `setup` (seconds of build and warm-up), or `error` where a

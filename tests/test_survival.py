@@ -214,8 +214,7 @@ def test_a_worker_that_dies_ends_the_run(tmp_path):
 
 
 def test_nothing_grows_while_a_run_goes_on(tmp_path):
-    more = ["--train.steps", "2000", "--train.eval_every_epochs", "5", "--checkpoint.every_steps", "90"]
-    process = start(tmp_path, *PLACES["device"], *more)
+    process = start(tmp_path, *PLACES["device"], "--train.steps", "2000", "--checkpoint.every_steps", "90")
 
     def taken():
         status = dict(x.split(":", 1) for x in Path(f"/proc/{process.pid}/status").read_text().splitlines())
