@@ -107,10 +107,6 @@ def check(config: Config) -> None:
         (config.train.nonfinite_limit < 1, "train.nonfinite_limit must be at least 1"),
         (config.data.timeout <= 0, "data.timeout must be above 0"),
         (several < 1, "train.steps_per_call must be at least 1"),
-        (
-            several > 1 and not config.data.on_device,
-            "train.steps_per_call above 1 needs the data on the device: add --data.on_device",
-        ),
         (not 0 < config.data.validation_fraction < 1, "data.validation_fraction must lie between 0 and 1"),
         (not 0 <= config.train.label_smoothing < 1, "train.label_smoothing must lie in [0, 1)"),
         (

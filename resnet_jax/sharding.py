@@ -4,11 +4,14 @@ import hashlib
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -113,6 +116,29 @@ def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
     if len(chosen) % fsdp:
         raise InputError(f"parallel.fsdp {fsdp}: {len(chosen)} devices do not divide by it")
     return Mesh(chosen.reshape(-1, fsdp), ("data", "fsdp")) if fsdp > 1 else Mesh(chosen, ("data",))
+
+
+def cached_where_sound(mesh: Mesh) -> AbstractContextManager[None]:
+    """`uncached` for a state that is spread over a CPU's devices, else nothing.
+
+    From the cache such a program comes without the order of its collectives (jaxlib 0.10.2): devices wait for each
+    other in different ones until XLA ends the process.
+    """
+    spread = "fsdp" in mesh.axis_names and mesh.devices.flat[0].platform == "cpu"
+    return uncached() if spread else nullcontext()
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Programs are compiled anew, and not kept in JAX's compilation cache."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once whether there is one
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def check_batch(batch_size: int, mesh: Mesh, parts: int = 1) -> None:

@@ -45,11 +45,6 @@ def test_impossible_fields_are_refused(section, fields, message):
         check(dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)}))
 
 
-def test_steps_per_call_needs_data_on_the_device():
-    with pytest.raises(InputError, match=r"add --data\.on_device"):
-        check(Config(data=DataConfig(on_device=False), train=TrainConfig(steps_per_call=2)))
-
-
 @pytest.mark.parametrize("text", [None, "recipe = 3", "config = 3"])
 def test_a_file_without_a_recipe_is_named(tmp_path, text):
     path = tmp_path / "recipe.py"

@@ -1,19 +1,16 @@
 """What a step keeps, against depth: all activations, blocks computed twice, or groups (Chen et al. 2016), and loops."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from resnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
-from resnet_jax.sharding import compiler_options
+from resnet_jax.sharding import compiler_options, uncached
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.recipe import build_model, in_form, state_maker
 from resnet_jax.training.step import make_train_step
@@ -76,19 +73,6 @@ def step_of(config: Config, size: int) -> tuple[Any, Any, Any]:
     batch["turn"] = jnp.zeros(BATCH, bool)
     step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0, compiler_options=compiler_options())
     return step.lower(state, batch), state, batch
-
-
-@contextmanager
-def uncached() -> Iterator[None]:
-    """Programs are compiled anew, so that their time can be taken."""
-    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX asks once whether there is one
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
 
 
 def draw(found: Rows) -> Any:

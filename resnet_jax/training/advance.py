@@ -25,13 +25,16 @@ from resnet_jax.training.probe import head_of, whole_features
 from resnet_jax.training.recipe import in_form, state_maker
 from resnet_jax.training.report import Advance
 from resnet_jax.training.state import TrainState
-from resnet_jax.training.step import draw, make_device_step, make_pmap_step, make_train_step
+from resnet_jax.training.step import draw, make_device_step, make_pmap_step, make_streamed_step, make_train_step
 
 Program: TypeAlias = Callable[..., tuple[TrainState, Sums]]
-"""Of (state, batch), or with data on the device of (state, data, number of steps)."""
+"""Of (state, data on the device or a sequence of batches, number of steps)."""
 
 STEPS_PER_CALL = 5
-"""Of a recipe that does not say: few enough to end soon after a signal; they share what a dispatch costs and memory."""
+"""With data on the device, where a recipe does not say: few enough to end soon after a signal; they share what a
+dispatch costs and memory."""
+STREAMED_PER_CALL = {"cpu": 2}
+"""The same by platform with data from the host, elsewhere 1: a CPU finds a step's memory anew for each call."""
 
 
 def make_advance(
@@ -47,7 +50,7 @@ def make_advance(
 ) -> Advance:
     """`advance(state, step) -> (state, sums, n, waited)` dispatches the next n steps and does not wait for them.
 
-    `waited` is the time in seconds that it took to get the batch; each of the sums has n entries or more, or none for
+    `waited` is the time in seconds that it took to get the batches; each of the sums has n entries or more, or none for
     one step.
 
     Args:
@@ -55,16 +58,24 @@ def make_advance(
       features: those of `make_features` for the state's variables; the head alone is trained on what they give.
     """
     table = sampling_table(dataset, config.data.sampling)
-    several = 0 if features is None and not config.data.on_device else steps_per_call(config)
-    program = make_programs(config, model, schedule, dataset, mesh, several, features is not None)
-    if several == 0:
+    drawn = config.data.on_device or features is not None
+    several = steps_per_call(config, drawn)
+    program = make_programs(config, model, schedule, dataset, mesh, several, drawn, features is not None)
+    numbers = put_everywhere({n: np.int32(n) for n in range(1, several + 1)}, mesh)
+
+    def steps_from(step: int, until: float) -> int:
+        return int(min(several, steps.stop - step, until - step, *(every - step % every for every in ends)))
+
+    if not drawn:
         rank, hosts = jax.process_index(), jax.process_count()
         batches = train_batches(dataset.train, config, mesh, bad, steps, rank, hosts, table)
 
         def advance_host(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
-            asked = time.perf_counter()
-            batch = next(batches)
-            return *program(step)[0](state, batch), 1, time.perf_counter() - asked
+            run, until = program(step)
+            n, asked = steps_from(step, until), time.perf_counter()
+            given = [next(batches) for _ in range(n)]
+            waited = time.perf_counter() - asked
+            return *run(state, given + given[-1:] * (several - n), numbers[n]), n, waited
 
         return advance_host
 
@@ -72,32 +83,41 @@ def make_advance(
         data = put_everywhere(whole_split(dataset.train, config, bad, table), mesh)
     else:
         data = put_everywhere(whole_features(dataset.train, config, mesh, bad, features, table), mesh)
-    numbers = put_everywhere({n: np.int32(n) for n in range(1, several + 1)}, mesh)
 
     def advance_device(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
         run, until = program(step)
-        n = int(min(several, steps.stop - step, until - step, *(every - step % every for every in ends)))
+        n = steps_from(step, until)
         return *run(state, data, numbers[n]), n, 0.0
 
     return advance_device
 
 
-def steps_per_call(config: Config) -> int:
-    """Most steps in one call on data that lies on the device."""
+def steps_per_call(config: Config, drawn: bool) -> int:
+    """Most steps in one call, on batches `drawn` from data that lies on the device, or from the host."""
     if config.train.steps_per_call is not None:
         return config.train.steps_per_call
-    return 1 if config.parallel.strategy == "pmap" or config.log.profile else STEPS_PER_CALL
+    if config.parallel.strategy == "pmap" or config.log.profile:
+        return 1
+    return STEPS_PER_CALL if drawn else STREAMED_PER_CALL.get(jax.default_backend(), 1)
 
 
 def make_programs(
-    config: Config, model: nn.Module, schedule: optax.Schedule, dataset: Dataset, mesh: Mesh, most: int, probe: bool
+    config: Config,
+    model: nn.Module,
+    schedule: optax.Schedule,
+    dataset: Dataset,
+    mesh: Mesh,
+    most: int,
+    drawn: bool,
+    probe: bool,
 ) -> Callable[[int], tuple[Program, float]]:
     """`program(step)`: what runs steps from `step` on, and up to which step.
 
     It is compiled when it is first called, anew for each phase of a fine-tuning.
 
     Args:
-      most: steps in a call, on data that lies on the device; 0 for one step on a batch.
+      most: steps in a call.
+      drawn: from data that lies on the device; otherwise a call is given `most` batches.
       probe: batches hold features, and the model's head alone is trained.
     """
     new_state = state_maker(config, model, schedule)
@@ -116,11 +136,11 @@ def make_programs(
         options: dict[str, Any] = {"class_weights": weights}
         options["frozen"] = (lambda path: rates(path) == 0.0) if freezes else None
         if config.parallel.strategy == "pmap":
-            drawn = partial(draw, config=config, batch_sharding=on_batch) if most else None
-            step = make_pmap_step(net, optimizer, config, mesh, drawn, **options)
-            return lambda state, data, n=1: step(state, data)
+            own_draw = partial(draw, config=config, batch_sharding=on_batch) if drawn else None
+            step = make_pmap_step(net, optimizer, config, mesh, own_draw, **options)
+            return lambda state, data, n: step(state, data if drawn else data[0])
         step = make_train_step(net, optimizer, config, mesh, **options)
-        function = make_device_step(step, config, most, on_batch) if most else step
+        function = (make_device_step if drawn else make_streamed_step)(step, config, most, on_batch)
         return jax.jit(function, donate_argnums=0, out_shardings=out, compiler_options=compiler_options())
 
     def program(step: int) -> tuple[Program, float]:

@@ -20,6 +20,7 @@ from resnet_jax.data.sources import Dataset, load_dataset
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.recipes import check, result_fields
 from resnet_jax.sharding import (
+    cached_where_sound,
     check_batch,
     check_same,
     make_mesh,
@@ -93,7 +94,7 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     schedule = make_schedule(config, plan.total, plan.per_epoch)
     folder = open_workdir(workdir, config)
     say(f"run: {folder}")
-    with locked(folder, config), stop_signals() as stop:
+    with locked(folder, config), cached_where_sound(mesh), stop_signals() as stop:
         if summary := ended(folder):
             say(f"the run is finished; see it with: resnet-jax evaluate {folder}")
             return summary

@@ -1,6 +1,6 @@
 """The training and the evaluation step as pure functions. The only file that takes a gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -260,23 +260,53 @@ def make_device_step(
     array [most], of which the first n are filled. Where `most` is 1, n is not looked at.
     """
 
-    def one(state: TrainState, data: Batch) -> tuple[TrainState, Sums]:
-        return train_step(state, draw(state.step, data, config, batch_sharding))
+    def drawn(data: Batch, i: jax.Array | int, step: jax.Array) -> Batch:
+        return draw(step, data, config, batch_sharding)
 
-    def device_step(state: TrainState, data: Batch, n: jax.Array) -> tuple[TrainState, Sums]:
+    return _several_steps(train_step, config, most, drawn)
+
+
+def make_streamed_step(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
+    config: Config,
+    most: int,
+    batch_sharding: jax.sharding.Sharding,
+) -> Callable[[TrainState, Sequence[Batch], jax.Array], tuple[TrainState, Sums]]:
+    """`streamed_step(state, batches, n) -> (state, sums)`: steps on the first n of `most` batches; sums as above."""
+
+    def one_of(stacked: Batch, i: jax.Array | int, step: jax.Array) -> Batch:
+        return jax.lax.with_sharding_constraint({name: x[i] for name, x in stacked.items()}, batch_sharding)
+
+    several_steps = _several_steps(train_step, config, most, one_of)
+
+    def streamed_step(state: TrainState, batches: Sequence[Batch], n: jax.Array) -> tuple[TrainState, Sums]:
+        return several_steps(state, {name: jnp.stack([b[name] for b in batches]) for name in batches[0]}, n)
+
+    return streamed_step
+
+
+def _several_steps(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
+    config: Config,
+    most: int,
+    batch_of: Callable[[Batch, jax.Array | int, jax.Array], Batch],
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Sums]]:
+    """n steps, the i-th of them, counted from 0, on `batch_of(data, i, state.step)`."""
+
+    def several_steps(state: TrainState, data: Batch, n: jax.Array) -> tuple[TrainState, Sums]:
         if most == 1:
-            state, sums = one(state, data)
+            state, sums = train_step(state, batch_of(data, 0, state.step))
             return state, {name: x[None] for name, x in sums.items()}
 
         def next_one(i: jax.Array, carried: tuple[TrainState, Sums]) -> tuple[TrainState, Sums]:
             state, filled = carried
-            state, sums = one(state, data)
+            state, sums = train_step(state, batch_of(data, i, state.step))
             return state, {name: filled[name].at[i].set(x) for name, x in sums.items()}
 
         names = TRAIN_SUMS + (("skipped",) if config.train.on_nonfinite == "skip" else ())
         return jax.lax.fori_loop(0, n, next_one, (state, {name: jnp.zeros(most) for name in names}))
 
-    return device_step
+    return several_steps
 
 
 def draw(step: jax.Array, data: Batch, config: Config, batch_sharding: jax.sharding.Sharding) -> Batch:

@@ -82,7 +82,7 @@ def test_stages_thaw_from_the_head_down_with_their_statistics():
     model = build_model(config, 10)
     schedule = optax.constant_schedule(0.1)
     per_epoch = len(dataset.train) / 16
-    programs = advance.make_programs(config, model, schedule, dataset, mesh, 1, probe=False)
+    programs = advance.make_programs(config, model, schedule, dataset, mesh, 1, drawn=True, probe=False)
     data = {"image": dataset.train.images[:64], "label": dataset.train.labels[:64]}
     state, parts, step = state_maker(config, model, schedule)(), set(), 0
     for part in ("head", "stage3", "stage2", "stage1", "stem"):

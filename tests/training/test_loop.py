@@ -10,6 +10,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, ParallelConfig, TrainConfig
 from resnet_jax.recipes import from_dict, to_dict
@@ -79,6 +80,22 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_any_number(eight, devices, f
     loop.train(dataclasses.replace(config, parallel=ParallelConfig(devices=devices, fsdp=fsdp)), tmp_path / "run")
     chex.assert_trees_all_close(final_state(tmp_path / "run", config)[0], whole[0], rtol=2e-3, atol=2e-4)
     assert lines_of(tmp_path / "run")[-1]["step"] == 8
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_the_step_of_a_spread_state_is_not_cached_on_a_cpu(fsdp, tmp_path):
+    """XLA ends a process that trains by such a step from the cache: its devices wait for each other without end."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+    compilation_cache.reset_cache()
+    try:
+        config = dataclasses.replace(recipe(steps=8), parallel=ParallelConfig(devices=2, fsdp=fsdp))
+        loop.train(config, tmp_path / "run")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+    kept = [path.name for path in (tmp_path / "cache").glob("*device_step*")]
+    assert bool(kept) == (fsdp == 1)
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ import optax
 import pytest
 
 from resnet_jax.config import AugmentConfig, Config, ModelConfig, TrainConfig
+from resnet_jax.data.on_device import draw_batch
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.sharding import batch_sharding, make_mesh, put_batch, replicated
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
 from resnet_jax.training.state import create_state
-from resnet_jax.training.step import make_device_step, make_eval_step, make_train_step
+from resnet_jax.training.step import make_device_step, make_eval_step, make_streamed_step, make_train_step
 
 RNG = np.random.default_rng(0)
 DATA = {"image": RNG.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), "label": RNG.integers(0, 7, 40, dtype=np.int32)}
@@ -84,19 +85,24 @@ def test_ema_starts_fast_and_ends_at_its_decay():
     chex.assert_trees_all_close(after.ema["batch_stats"], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("devices", [1, 8])
-def test_several_steps_in_one_call_are_the_steps_one_by_one(devices):
+def test_several_steps_in_one_call_are_the_steps_one_by_one(devices, streamed):
     mesh, model = make_mesh(devices), net()
     optimizer = make_optimizer(CONFIG.optimizer, optax.constant_schedule(0.1))
     train_step = make_train_step(model, optimizer, CONFIG)
     data = jax.device_put(DATA, replicated(mesh))
+    drawn = [draw_batch(DATA, np.int32(i), CONFIG.train.batch_size, CONFIG.train.seed) for i in range(4)]
+    batches = jax.device_put(drawn, batch_sharding(mesh))
+    make = make_streamed_step if streamed else make_device_step
     results = []
     for most, calls in ((1, (1, 1, 1, 1)), (3, (3, 1)), (5, (2, 2))):
         state = jax.jit(lambda: new_state(model, optimizer), out_shardings=replicated(mesh))()
-        step = jax.jit(make_device_step(train_step, CONFIG, most, batch_sharding(mesh)), donate_argnums=0)
-        losses = []
+        step = jax.jit(make(train_step, CONFIG, most, batch_sharding(mesh)), donate_argnums=0)
+        losses: list[float] = []
         for n in calls:
-            state, sums = step(state, data, n)
+            given = batches[len(losses) : len(losses) + n]
+            state, sums = step(state, given + given[-1:] * (most - n) if streamed else data, n)
             assert sums["loss"].shape == (most,) and not sums["count"][n:].any()
             losses.extend(np.asarray(sums["loss"][:n]))
         results.append((jax.device_get(state), np.asarray(losses)))

@@ -16,7 +16,7 @@ from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.recipes import check
-from resnet_jax.sharding import make_mesh, put_state, state_sharding
+from resnet_jax.sharding import cached_where_sound, make_mesh, put_state, state_sharding
 from resnet_jax.training.advance import make_advance, steps_per_call
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.recipe import state_maker
@@ -97,7 +97,8 @@ def test_a_state_spread_over_devices_trains_the_same():
     wide = MODEL.clone(widths=(32, 64), stem_width=32)
     expected = run(1, model=wide)
     for devices, fsdp in ((8, 8), (8, 2), (4, 4)):
-        same(run(devices, fsdp=fsdp, model=wide), expected)
+        with cached_where_sound(make_mesh(devices, fsdp)):
+            same(run(devices, fsdp=fsdp, model=wide), expected)
 
 
 @pytest.mark.parametrize(("name", "parts"), [("resnet152", 8), ("resnet152", 2), ("resnetv2_152x4_bit", 8)])
@@ -161,8 +162,11 @@ def test_what_is_computed_twice_comes_to_the_same(remat, alone):
     same(run(1, model=MODEL.clone(remat=remat)), alone[True])
 
 
-def test_a_call_ends_where_something_is_due():
-    config = Config(data=DataConfig(image_size=8), train=TrainConfig(batch_size=16, steps_per_call=3))
+@pytest.mark.parametrize("on_device", [True, False])
+def test_a_call_ends_where_something_is_due(on_device):
+    config = Config(
+        data=DataConfig(image_size=8, on_device=on_device), train=TrainConfig(batch_size=16, steps_per_call=3)
+    )
     mesh, schedule = make_mesh(1), optax.constant_schedule(0.05)
     state = put_state(state_maker(config, MODEL, schedule)(), mesh)
     advance = make_advance(config, MODEL, schedule, DATA, mesh, BadImages("error"), range(1, 13), ends=(4, 6))
@@ -175,10 +179,11 @@ def test_a_call_ends_where_something_is_due():
 
 
 def test_a_recipe_that_does_not_say_how_many_steps_a_call_has():
-    assert steps_per_call(Config()) > 1
-    assert steps_per_call(Config(train=TrainConfig(steps_per_call=7))) == 7
-    assert steps_per_call(Config(parallel=ParallelConfig(strategy="pmap"))) == 1
-    assert steps_per_call(Config(log=LogConfig(profile="3:5"))) == 1
+    assert steps_per_call(Config(), True) > steps_per_call(Config(), False) > 1
+    for drawn in (True, False):
+        assert steps_per_call(Config(train=TrainConfig(steps_per_call=7)), drawn) == 7
+        assert steps_per_call(Config(parallel=ParallelConfig(strategy="pmap")), drawn) == 1
+        assert steps_per_call(Config(log=LogConfig(profile="3:5")), drawn) == 1
 
 
 @pytest.mark.parametrize("on_device", [True, False])
