@@ -94,7 +94,7 @@ def test_the_step_of_a_spread_state_is_not_cached_on_a_cpu(fsdp, tmp_path):
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()
-    kept = [path.name for path in (tmp_path / "cache").glob("*device_step*")]
+    kept = [path.name for path in (tmp_path / "cache").glob("*several_steps*")]
     assert bool(kept) == (fsdp == 1)
 
 
