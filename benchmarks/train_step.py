@@ -114,10 +114,10 @@ def main() -> None:
 def contenders(common: dict[str, Any]) -> list[Contender]:
     """All that take part in one case."""
     small, gpu = common["size"] == 32, has_gpu()
-    steps = STEPS["gpu" if gpu else "cpu"]
-    several = (50 if gpu else 5) if small else (1 if gpu else steps)  # as the loop does
-    if small:
-        steps = several if gpu else 1
+    if small:  # steps in a call of ours, as the loop has them, and steps until a wait
+        several, steps = (50, 50) if gpu else (5, 1)
+    else:
+        several, steps = (1, STEPS["gpu"]) if gpu else (STEPS["cpu"], STEPS["cpu"])
     one = common | {"example": False, "options": True, "calls": steps}
     ours = one | {"several": several, "calls": max(1, steps // several)}
     theirs = common | {"steps": steps}

@@ -121,8 +121,8 @@ def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
 def cached_where_sound(mesh: Mesh) -> AbstractContextManager[None]:
     """`uncached` for a state that is spread over a CPU's devices, else nothing.
 
-    From the cache such a program comes without the order of its collectives (jaxlib 0.10.2): devices wait for each
-    other in different ones until XLA ends the process.
+    From the cache such a program hangs (jaxlib 0.10.2): devices wait for each other in different collectives until XLA
+    ends the process. It may be that their order is not kept.
     """
     spread = "fsdp" in mesh.axis_names and mesh.devices.flat[0].platform == "cpu"
     return uncached() if spread else nullcontext()

@@ -62,7 +62,7 @@ from resnet_jax.training.workdir import (
 def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     """Trains as the recipe says and leaves everything in `workdir`; a folder that holds a run resumes it.
 
-    SIGTERM and Ctrl-C end it after the call that runs and the one ahead of it, with a checkpoint.
+    SIGTERM and Ctrl-C end it after the steps that the device was given, with a checkpoint.
 
     Args:
       config: the recipe.

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: the run ends after its step, with a checkpoint; in several processes all end after the same."""
+"""SIGTERM and Ctrl-C: the run ends after the steps that the device was given, with a checkpoint.
+
+Several processes end after the same step.
+"""
 
 import contextlib
 import os
