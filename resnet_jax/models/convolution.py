@@ -86,7 +86,7 @@ def _conv2d(x: Array, kernel: Array, strides: int, dilation: int, groups: int, a
 
     def on_cpu(x: Array, kernel: Array) -> Array:
         if kernel.shape[0] == groups == 1:
-            return _pointwise(x, kernel, strides, alone)
+            return _pointwise(x[:, ::strides, ::strides], kernel, alone)
         convolve = _narrow_groups if groups > 1 and kernel.shape[2] < WIDTH else _on_cpu
         return lax.optimization_barrier(convolve(lax.optimization_barrier(x), kernel, strides, dilation, groups, alone))
 
@@ -162,35 +162,34 @@ def of_quarters(x: Array, kernel: Array) -> Array:
     )
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _pointwise(x: Array, kernel: Array, strides: int, alone: bool) -> Array:
-    """A 1x1 convolution as a matrix product, with derivatives whose transposes are fast.
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _pointwise(x: Array, kernel: Array, alone: bool) -> Array:
+    """A 1x1 convolution without stride as a matrix product, with derivatives whose transposes are fast.
 
     The gradient of the images is a product with the kernel, which is turned before. The weight gradient is one of two
-    matrices along all pixels: the narrower of the two is the one that is turned, and many pixels go in two halves.
+    matrices along all pixels: the narrower of the two is the one that is turned, and many pixels go in two halves. Both
+    matrices are stored: halves have another shape, for which XLA would compute cheap values anew.
     """
-    x = x[:, ::strides, ::strides]
     return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
 
 
 @_pointwise.defjvp
-def _pointwise_jvp(
-    strides: int, alone: bool, primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
+def _pointwise_jvp(alone: bool, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
-    y = _pointwise(x, kernel, strides, alone)
+    x = lax.optimization_barrier(x)
+    y = _pointwise(x, kernel, alone)
     wide, out = kernel.shape[2:]
     pixels = math.prod(y.shape[:3]) if isinstance(x.shape[0], int) else 0
     parts = 2 if alone and pixels % 2 == 0 and pixels > MANY * max(wide, out) else 1
-    halves = x[:, ::strides, ::strides].reshape(parts, -1, wide)
+    halves = x.reshape(parts, -1, wide)
     each = jnp.broadcast_to(kernel_dot[0, 0], (parts, wide, out))
     if wide > out:
         along_kernel = jnp.einsum("pic,poc->pio", halves, lax.optimization_barrier(each.swapaxes(1, 2)))
     else:
         along_kernel = halves @ each
-    turned = lax.optimization_barrier(kernel[0, 0].T)
-    along_x = jnp.einsum("bhwi,oi->bhwo", x_dot[:, ::strides, ::strides], turned)
-    return y, along_x + along_kernel.reshape(y.shape)
+    turned = lax.optimization_barrier(kernel[0, 0].T.ravel()).reshape(out, wide)  # with rows, it would be copied twice
+    along_x = jnp.einsum("bhwi,oi->bhwo", x_dot, turned)
+    return y, lax.optimization_barrier(along_x + along_kernel.reshape(y.shape))
 
 
 def _narrow_groups(x: Array, kernel: Array, strides: int, dilation: int, groups: int, alone: bool) -> Array:

@@ -9,6 +9,7 @@ from resnet_jax.models.convolution import conv2d, of_quarters, plain_operations,
 from resnet_jax.models.layers import BatchNorm, GroupNorm
 from resnet_jax.models.pooling import average_pool, max_pool
 from resnet_jax.models.registry import create_model
+from resnet_jax.sharding import compiler_options
 
 X = np.random.default_rng(0).normal(1.0, 2.0, size=(4, 9, 9, 32)).astype(np.float32)
 
@@ -102,6 +103,21 @@ def test_the_weight_gradient_of_a_1x1_has_few_rows_and_many_pixels_go_in_halves(
     program = jax.jit(jax.grad(lambda k: jnp.square(conv2d(x, k)).sum())).lower(kernel).as_text()
     assert f"-> tensor<{halves}x12x20xf32>" in program and "stablehlo.convolution" not in program
     same_derivatives(conv2d, lambda x, k: jnp.einsum("bhwi,io->bhwo", x, k[0, 0]), x, kernel)
+
+
+@pytest.mark.parametrize(("wide", "out"), [(12, 20), (20, 12)])
+def test_what_the_weight_gradient_of_a_1x1_reads_is_computed_once(wide, out, monkeypatch):
+    """Its halves have another shape than the rest, and XLA would compute cheap values anew for each shape."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    x = jax.random.normal(jax.random.key(0), (4, 12, 17, wide))
+    kernel = jax.random.normal(jax.random.key(1), (1, 1, wide, out))
+
+    def loss(x, kernel):
+        y = conv2d(jnp.ceil(x) + x, kernel)
+        return (jnp.floor(y) * y).sum()  # the gradient is floor(y)
+
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).compile(compiler_options()).as_text()
+    assert (program.count(" ceil("), program.count(" floor(")) == (1, 1)
 
 
 def same_derivatives(own, plain, x, kernel):
