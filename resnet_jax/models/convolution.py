@@ -187,7 +187,8 @@ def _pointwise_jvp(alone: bool, primals: tuple[Array, Array], tangents: tuple[Ar
         along_kernel = jnp.einsum("pic,poc->pio", halves, lax.optimization_barrier(each.swapaxes(1, 2)))
     else:
         along_kernel = halves @ each
-    turned = lax.optimization_barrier(kernel[0, 0].T.ravel()).reshape(out, wide)  # with rows, it would be copied twice
+    # As a vector, or XLA copies the kernel once to store it and once more to turn it.
+    turned = lax.optimization_barrier(kernel[0, 0].T.ravel()).reshape(out, wide)
     along_x = jnp.einsum("bhwi,oi->bhwo", x_dot, turned)
     return y, lax.optimization_barrier(along_x + along_kernel.reshape(y.shape))
 
