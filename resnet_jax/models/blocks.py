@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from resnet_jax.models.attention import attend
 from resnet_jax.models.convolution import stored, stored_relu
-from resnet_jax.models.layers import BatchNorm, Conv, DropPath
+from resnet_jax.models.layers import BatchNorm, Conv, DropPath, convolved_and_normed
 from resnet_jax.models.pooling import anti_alias, average_pool
 
 Array = jax.Array
@@ -45,11 +45,12 @@ class Shortcut(nn.Module):
             x = x[:, :: self.strides, :: self.strides]
             return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
         if self.kind == "D":
-            x = self.conv(self.features, 1, name="conv")(average_pool(x, self.strides, self.dilation))
+            x = average_pool(x, self.strides, self.dilation)
+            conv = self.conv(self.features, 1, name="conv")
         else:
             size = 1 if self.strides == self.dilation == 1 else self.kernel
-            x = self.conv(self.features, size, self.strides, max(1, self.dilation // 2), name="conv")(x)
-        return x if self.norm is None else self.norm(name="norm")(x, train)
+            conv = self.conv(self.features, size, self.strides, max(1, self.dilation // 2), name="conv")
+        return conv(x) if self.norm is None else convolved_and_normed(conv, self.norm(name="norm"), x, train)
 
 
 def projects(kind: str, in_features: int, features: int, strides: int) -> bool:
@@ -102,19 +103,18 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         check_shortcut(self.shortcut)
         y, last = x, len(self.kernels)
+        starts_zero = self.zero_init_last and self.shortcut != "none"
         for i, conv in enumerate(branch_layout(self), start=1):
             smooth = conv.strided and self.anti_alias != "none"
             smooth = smooth and (self.strides > 1 or self.first_dilation != self.dilation)
             strides = 1 if smooth else conv.strides
             layer = self.conv(conv.features, conv.kernel, strides, conv.dilation, conv.groups, name=f"conv{i}")
-            y = layer(y)
+            zero = {"scale_init": nn.initializers.zeros} if starts_zero and i == last else {}
+            y = convolved_and_normed(layer, self.norm(name=f"norm{i}", **zero), y, train)
             if i < last:
-                y = self.act(self.norm(name=f"norm{i}")(y, train))
+                y = self.act(y)
             if smooth:
                 y = anti_alias(y, self.anti_alias, self.strides)
-        starts_zero = self.zero_init_last and self.shortcut != "none"
-        last_scale = {"scale_init": nn.initializers.zeros} if starts_zero else {}
-        y = self.norm(name=f"norm{last}", **last_scale)(y, train)
         y = DropPath(self.drop_path)(attend(y, self.attention, self.attention_ratio), train)
         if self.shortcut != "none":
             y = y + shortcut_of(self, self.norm)(x, train)

@@ -48,6 +48,11 @@ def plain_operations() -> Iterator[None]:
         _own_ways.reset(token)
 
 
+def own_ways() -> bool:
+    """False in `plain_operations`."""
+    return _own_ways.get()
+
+
 def by_platform(x: Array, own: Callable[[Array], Array], default: Callable[[Array], Array]) -> Array:
     """`own(x)` where it is lowered for a CPU or an NVIDIA GPU, `default(x)` elsewhere; one program serves all."""
     return lax.platform_dependent(x, cpu=own, cuda=own, default=default) if _own_ways.get() else default(x)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resnet_jax.models.convolution import conv2d
+from resnet_jax.models.convolution import conv2d, own_ways
+from resnet_jax.models.covariance import WIDER, normalized_product
 
 Array = jax.Array
 Dtype = Any
@@ -42,12 +43,15 @@ class Conv(nn.Module):
     kernel_init: Initializer = he_normal_fan_out
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, apart: bool = False) -> Any:
+        """The convolution of x; or, `apart`, what it would convolve, x in `dtype` and the kernel in float32."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         if self.standardized:
             kernel = kernel - kernel.mean((0, 1, 2))
             kernel = kernel * lax.rsqrt(jnp.square(kernel).mean((0, 1, 2)) + 1e-8)
+        if apart:
+            return x.astype(self.dtype), kernel
         return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.dilation, self.groups)
 
 
@@ -79,8 +83,9 @@ class BatchNorm(nn.Module):
     scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
-        features = x.shape[-1:]
+    def __call__(self, x: Array, train: bool = False, kernel: Array | None = None) -> Array:
+        """Normalises x, or its convolution by a kernel [1, 1, in, out], when training as `_as_one` says."""
+        features = (x if kernel is None else kernel).shape[-1:]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
         scale = self.param("scale", self.scale_init, features, jnp.float32)
@@ -88,6 +93,10 @@ class BatchNorm(nn.Module):
         if self.frozen:
             scale, bias = lax.stop_gradient((scale, bias))
 
+        if kernel is not None:
+            y, mean, var = _normalized_convolution(x, kernel, scale, bias, self.epsilon)
+            self._move(running_mean, running_var, mean, var, x.size // x.shape[-1])
+            return y
         shape = x.shape
         if train and not self.frozen:
             axis_name = None if self.is_initializing() else self.axis_name
@@ -95,12 +104,32 @@ class BatchNorm(nn.Module):
             mean, var = batch_moments(x, axis_name)
             if not self.is_initializing():
                 count = x.size // mean.size * (1 if axis_name is None else lax.axis_size(axis_name))
-                correction = count / max(count - 1, 1) if self.unbiased_variance else 1.0
-                running_mean.value = moved(running_mean.value, mean, self.momentum)
-                running_var.value = moved(running_var.value, var, self.momentum, correction)
+                self._move(running_mean, running_var, mean, var, count)
         else:
             mean, var = running_mean.value, running_var.value
         return normalized(x, mean, var, scale, bias, self.epsilon, self.dtype).reshape(shape)
+
+    def _move(self, running_mean: Any, running_var: Any, mean: Array, var: Array, count: int) -> None:
+        correction = count / max(count - 1, 1) if self.unbiased_variance else 1.0
+        running_mean.value = moved(running_mean.value, mean, self.momentum)
+        running_var.value = moved(running_var.value, var, self.momentum, correction)
+
+
+def convolved_and_normed(conv: nn.Module, norm: nn.Module, x: Array, train: bool) -> Array:
+    """`norm(conv(x))`; in training an NVIDIA GPU computes it as `covariance` says, where that is faster."""
+    if train and own_ways() and _as_one(conv, norm, x):
+        x, kernel = conv(x, apart=True)
+        return norm(x, train, kernel)
+    return norm(conv(x), train)
+
+
+def _as_one(conv: nn.Module, norm: nn.Module, x: Array) -> bool:
+    """Whether a 1x1 in bfloat16 widens, and its statistics are those of all that is there."""
+    if not isinstance(conv, Conv) or not isinstance(norm, BatchNorm) or norm.is_initializing():
+        return False
+    plain = (conv.kernel_size, conv.strides, conv.groups) == (1, 1, 1) and conv.features >= WIDER * x.shape[-1]
+    whole = (norm.frozen, norm.ghost, norm.axis_name) == (False, None, None)
+    return plain and whole and jnp.dtype(conv.dtype) == jnp.dtype(norm.dtype) == jnp.bfloat16
 
 
 def in_groups(x: Array, ghost: int | None) -> Array:
@@ -145,6 +174,23 @@ def normalized(x: Array, mean: Array, var: Array, scale: Array, bias: Array, eps
     """x less the mean over the standard deviation, times scale plus bias; computed in float32, put out as `dtype`."""
     factor = scale * lax.rsqrt(var + epsilon)
     return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(dtype)
+
+
+@partial(jax.jit, static_argnames="epsilon")
+def _normalized_convolution(
+    x: Array, kernel: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[Array, Array, Array]:
+    """A normalised 1x1 convolution [batch, height, width, out] in x's dtype, its mean and its biased variance [out]."""
+
+    def on_gpu(x: Array, kernel: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+        return normalized_product(x, kernel[0, 0], scale, bias, epsilon)
+
+    def default(x: Array, kernel: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+        y = conv2d(x, kernel.astype(x.dtype))
+        mean, var = batch_moments(y)
+        return normalized(y, mean, var, scale, bias, epsilon, x.dtype), mean, var
+
+    return lax.platform_dependent(x, kernel, scale, bias, cuda=on_gpu, default=default)
 
 
 class GroupNorm(nn.Module):
