@@ -94,7 +94,7 @@ class BatchNorm(nn.Module):
             scale, bias = lax.stop_gradient((scale, bias))
 
         if kernel is not None:
-            y, mean, var = _normalized_convolution(x, kernel, scale, bias, self.epsilon)
+            y, mean, var = _normalized_convolution(x, kernel, scale, bias, self.epsilon, self.axis_name)
             self._move(running_mean, running_var, mean, var, x.size // x.shape[-1])
             return y
         shape = x.shape
@@ -103,13 +103,13 @@ class BatchNorm(nn.Module):
             x = in_groups(x, None if self.is_initializing() else self.ghost)
             mean, var = batch_moments(x, axis_name)
             if not self.is_initializing():
-                count = x.size // mean.size * (1 if axis_name is None else lax.axis_size(axis_name))
-                self._move(running_mean, running_var, mean, var, count)
+                self._move(running_mean, running_var, mean, var, x.size // mean.size)
         else:
             mean, var = running_mean.value, running_var.value
         return normalized(x, mean, var, scale, bias, self.epsilon, self.dtype).reshape(shape)
 
     def _move(self, running_mean: Any, running_var: Any, mean: Array, var: Array, count: int) -> None:
+        count *= 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         correction = count / max(count - 1, 1) if self.unbiased_variance else 1.0
         running_mean.value = moved(running_mean.value, mean, self.momentum)
         running_var.value = moved(running_var.value, var, self.momentum, correction)
@@ -124,12 +124,12 @@ def convolved_and_normed(conv: nn.Module, norm: nn.Module, x: Array, train: bool
 
 
 def _as_one(conv: nn.Module, norm: nn.Module, x: Array) -> bool:
-    """Whether a 1x1 in bfloat16 widens, and its statistics are those of all that is there."""
+    """Whether a 1x1 in bfloat16 widens, and its statistics are those of a whole batch."""
     if not isinstance(conv, Conv) or not isinstance(norm, BatchNorm) or norm.is_initializing():
         return False
-    plain = (conv.kernel_size, conv.strides, conv.groups) == (1, 1, 1) and conv.features >= WIDER * x.shape[-1]
-    whole = (norm.frozen, norm.ghost, norm.axis_name) == (False, None, None)
-    return plain and whole and jnp.dtype(conv.dtype) == jnp.dtype(norm.dtype) == jnp.bfloat16
+    widens = (conv.kernel_size, conv.strides, conv.groups) == (1, 1, 1) and conv.features >= WIDER * x.shape[-1]
+    half = jnp.dtype(conv.dtype) == jnp.dtype(norm.dtype) == jnp.bfloat16
+    return widens and half and not norm.frozen and norm.ghost is None
 
 
 def in_groups(x: Array, ghost: int | None) -> Array:
@@ -176,18 +176,18 @@ def normalized(x: Array, mean: Array, var: Array, scale: Array, bias: Array, eps
     return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(dtype)
 
 
-@partial(jax.jit, static_argnames="epsilon")
+@partial(jax.jit, static_argnames=("epsilon", "axis_name"))
 def _normalized_convolution(
-    x: Array, kernel: Array, scale: Array, bias: Array, epsilon: float
+    x: Array, kernel: Array, scale: Array, bias: Array, epsilon: float, axis_name: str | None
 ) -> tuple[Array, Array, Array]:
     """A normalised 1x1 convolution [batch, height, width, out] in x's dtype, its mean and its biased variance [out]."""
 
     def on_gpu(x: Array, kernel: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
-        return normalized_product(x, kernel[0, 0], scale, bias, epsilon)
+        return normalized_product(x, kernel[0, 0], scale, bias, epsilon, axis_name)
 
     def default(x: Array, kernel: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
         y = conv2d(x, kernel.astype(x.dtype))
-        mean, var = batch_moments(y)
+        mean, var = batch_moments(y, axis_name)
         return normalized(y, mean, var, scale, bias, epsilon, x.dtype), mean, var
 
     return lax.platform_dependent(x, kernel, scale, bias, cuda=on_gpu, default=default)

@@ -1,12 +1,13 @@
 """The one product that an NVIDIA GPU makes of a widening 1x1 convolution and its norm, computed here on a CPU."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
+from jax import export, lax
 from jax.sharding import PartitionSpec
 
 from resnet_jax.models.covariance import normalized_product
@@ -101,6 +102,27 @@ def test_over_devices_sums_travel_and_no_images():
     assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
     here, there = step(X, KERNEL, SCALE, BIAS), step(spread, KERNEL, SCALE, BIAS)
     for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(here), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_over_a_mapped_axis_statistics_are_those_of_all_devices():
+    def gradients(x, weights, axis_name=None):
+        def loss(*given):
+            y, mean, var = normalized_product(*given, EPSILON, axis_name)
+            return (y * weights).sum(), (y, mean, var)
+
+        slopes, found = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(x, KERNEL, SCALE, BIAS)
+        return (*slopes, *found) if axis_name is None else (slopes[0], *lax.psum(slopes[1:], axis_name), *found)
+
+    cut, whole = PartitionSpec("data"), PartitionSpec()
+    mapped = jax.shard_map(
+        partial(gradients, axis_name="data"),
+        mesh=make_mesh(8),
+        in_specs=(cut, cut),
+        out_specs=(cut, whole, whole, whole, cut, whole, whole),
+        check_vma=False,
+    )
+    for a, b in zip(jax.jit(mapped)(X, WEIGHTS), jax.jit(gradients)(X, WEIGHTS), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
