@@ -55,7 +55,7 @@ def own_ways() -> bool:
 
 def by_platform(x: Array, own: Callable[[Array], Array], default: Callable[[Array], Array]) -> Array:
     """`own(x)` where it is lowered for a CPU or an NVIDIA GPU, `default(x)` elsewhere; one program serves all."""
-    return lax.platform_dependent(x, cpu=own, cuda=own, default=default) if _own_ways.get() else default(x)
+    return lax.platform_dependent(x, cpu=own, cuda=own, default=default) if own_ways() else default(x)
 
 
 def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
@@ -77,7 +77,7 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
       [batch, ceil(height / strides), ceil(width / strides), out] in x's dtype.
     """
     across = jax.device_count() > 1  # what mixes the batch with other dimensions would have to travel
-    if not _own_ways.get() or (groups > 1 and across):
+    if not own_ways() or (groups > 1 and across):
         return _convolve(x, kernel, strides, dilation, groups)
     return _conv2d(x, kernel, strides, dilation, groups, not across)
 
@@ -109,7 +109,7 @@ def stored(x: Array) -> Array:
     XLA would compute a cheap value anew for each of its readers, there also when that leads back through a whole chain
     of residual sums.
     """
-    return _stored(x) if _own_ways.get() else x
+    return _stored(x) if own_ways() else x
 
 
 @jax.jit
@@ -119,7 +119,7 @@ def _stored(x: Array) -> Array:
 
 def stored_relu(x: Array) -> Array:
     """relu(x), written to memory where it is lowered for a CPU or an NVIDIA GPU; the derivative reads that, not x."""
-    return _stored_relu(x) if _own_ways.get() else nn.relu(x)
+    return _stored_relu(x) if own_ways() else nn.relu(x)
 
 
 @jax.custom_jvp

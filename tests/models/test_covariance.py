@@ -148,7 +148,7 @@ def ways():
 
 
 def test_an_nvidia_gpu_gets_it_in_bfloat16(ways):
-    """No widening convolution is left there, nor its gradient; one after that is a projection to twice the channels."""
+    """No convolution that widens four times is left there, nor its gradient."""
     widening = re.compile(r"stablehlo\.convolution.*tensor<1x1x(16x64|32x128)xbf16>")
     counts = {name: len(widening.findall(way.mlir_module())) for name, way in ways[1].items()}
     assert counts["cuda"] == 0 < counts["tpu"]
