@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from resnet_jax.config import InputError
 from resnet_jax.data.on_device import normalize
@@ -25,6 +27,9 @@ from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, ta
 
 LARGE_PART, SMALL_PART = 8, 128
 """Images that a CPU takes at once: of 96 x 96 pixels or more, and smaller ones."""
+
+CONSTANT = 8 * 2**20
+"""Bytes up to which all parameters are constants of a CPU's program: what a call costs for each would tell there."""
 
 
 def make_forward(model: nn.Module, variables: Any) -> Callable[[jax.Array], jax.Array]:
@@ -42,19 +47,21 @@ def make_forward(model: nn.Module, variables: Any) -> Callable[[jax.Array], jax.
     """
     if isinstance(model, ResNet) and model.norm in ("batch", "frozen_batch"):
         model, variables = fold_batch_norm(model, variables)
-    program = jax.jit(model.apply, compiler_options=compiler_options())
+    on_cpu = jax.default_backend() == "cpu"
 
-    def forward(images: jax.Array) -> jax.Array:
+    def logits(variables: Any, images: jax.Array) -> Any:
         count = len(images)
         part = LARGE_PART if min(images.shape[1:3]) >= 96 else SMALL_PART
-        if jax.default_backend() != "cpu" or count <= part:
-            return program(variables, images)
-        missing = -count % part
-        padded = jnp.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else images
-        parts = [program(variables, padded[i : i + part]) for i in range(0, count, part)]
-        return jnp.concatenate(parts)[:count]
+        if not on_cpu or count <= part:
+            return model.apply(variables, images)
+        padded = jnp.pad(images, ((0, -count % part), (0, 0), (0, 0), (0, 0)))
+        parts = lax.map(partial(model.apply, variables), padded.reshape(-1, part, *images.shape[1:]))
+        return parts.reshape(-1, *parts.shape[2:])[:count]
 
-    return forward
+    compiled = partial(jax.jit, compiler_options=compiler_options())
+    if on_cpu and sum(leaf.nbytes for leaf in jax.tree.leaves(variables)) <= CONSTANT:
+        return compiled(partial(logits, jax.tree.map(np.asarray, variables)))
+    return partial(compiled(logits), variables)
 
 
 def to_probabilities(logits: jax.Array, several: bool, temperature: float = 1.0) -> jax.Array:
