@@ -29,7 +29,7 @@ LARGE_PART, SMALL_PART = 8, 128
 """Images that a CPU takes at once: of 96 x 96 pixels or more, and smaller ones."""
 
 CONSTANT = 8 * 2**20
-"""Bytes up to which all parameters are constants of a CPU's program: what a call costs for each would tell there."""
+"""Bytes of all parameters up to which they are constants of a CPU's program; a call pays for each array it is given."""
 
 
 def make_forward(model: nn.Module, variables: Any) -> Callable[[jax.Array], jax.Array]:
