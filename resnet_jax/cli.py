@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def fail(message: str, status: int = 2) -> int:
 def parse_recipe(arguments: Sequence[str]) -> tuple[Config, str | None]:
     """The recipe and the workdir of a command line: `--config` first, then the other flags over it.
 
+    A length in epochs that a flag gives takes the place of one in steps that the file gives.
+
     Raises:
       InputError: the recipe file is not as it must be. A wrong flag ends the program with status 2.
     """
@@ -85,6 +88,9 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Config, str | None]:
     ours.add_argument("--workdir")
     known, flags = ours.parse_known_args(list(arguments))
     default = load_config(known.config) if known.config else Config()
+    named = {word.partition("=")[0] for word in flags}
+    if "--train.epochs" in named and "--train.steps" not in named:
+        default = replace(default, train=replace(default.train, steps=None))
     description = (
         "Trains as a recipe says. --config FILE loads a recipe (configs/ has some), --workdir DIR names the run's "
         "folder and resumes what it holds; the flags below change single fields."

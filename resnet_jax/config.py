@@ -201,7 +201,7 @@ class TrainConfig:
     epochs: float = 40.0
     """Passes over the training data."""
     steps: int | None = None
-    """Length in steps, in place of epochs."""
+    """Length in steps, in place of epochs; a recipe's steps give way to epochs on the command line."""
     batch_size: int = 96
     """Images a step, over all devices."""
     seed: int = 0

@@ -28,6 +28,15 @@ def test_flags_override_the_file(tmp_path):
     assert not config.data.on_device and config.model.compute_dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("flags", [["--train.epochs", "3"], ["--train.epochs=3"]])
+def test_epochs_of_a_flag_take_the_place_of_steps_in_the_file(flags):
+    file = ["--config", str(ROOT / "configs" / "cifar10_resnet20.py")]
+    config, _ = parse_recipe([*file, *flags])
+    assert (config.train.epochs, config.train.steps) == (3.0, None)
+    both, _ = parse_recipe([*file, *flags, "--train.steps", "50"])
+    assert both.train.steps == 50
+
+
 def test_booleans_may_have_a_value():
     assert spelt_out(["--data.on_device", "False", "--log.tensorboard", "True", "--train.seed", "3"]) == [
         "--data.no_on_device",
