@@ -14,7 +14,7 @@ from typing import Any
 
 from resnet_jax.cli_sources import export_command, models_command, predict_command
 from resnet_jax.config import Config, InputError
-from resnet_jax.recipes import load_config
+from resnet_jax.recipes import starting_recipe
 
 USAGE = """usage: resnet-jax COMMAND ...
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return fail(str(error))
     except KeyboardInterrupt:
-        return fail("interrupted; the same command with --workdir goes on from the last checkpoint", status=130)
+        return fail("interrupted; resnet-jax train --workdir FOLDER goes on from the last checkpoint", status=130)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
@@ -74,12 +74,12 @@ def fail(message: str, status: int = 2) -> int:
 
 
 def parse_recipe(arguments: Sequence[str]) -> tuple[Config, str | None]:
-    """The recipe and the workdir of a command line: `--config` first, then the other flags over it.
+    """The recipe and the workdir of a command line: `starting_recipe` first, then the other flags over it.
 
-    A length in epochs that a flag gives takes the place of one in steps that the file gives.
+    A length in epochs that a flag gives takes the place of one in steps that the recipe gives.
 
     Raises:
-      InputError: the recipe file is not as it must be. A wrong flag ends the program with status 2.
+      InputError: the recipe is not as it must be. A wrong flag ends the program with status 2.
     """
     import tyro
 
@@ -87,13 +87,14 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Config, str | None]:
     ours.add_argument("--config")
     ours.add_argument("--workdir")
     known, flags = ours.parse_known_args(list(arguments))
-    default = load_config(known.config) if known.config else Config()
+    default = starting_recipe(known.config, known.workdir)
     named = {word.partition("=")[0] for word in flags}
     if "--train.epochs" in named and "--train.steps" not in named:
         default = replace(default, train=replace(default.train, steps=None))
     description = (
         "Trains as a recipe says. --config FILE loads a recipe (configs/ has some), --workdir DIR names the run's "
-        "folder and resumes what it holds; the flags below change single fields."
+        "folder and resumes what it holds, by its own recipe where no FILE is given; the flags below change single "
+        "fields."
     )
     config = tyro.cli(
         Config,
@@ -143,7 +144,7 @@ def train_command(arguments: Sequence[str]) -> int:
             worker.kill()
         os._exit(1)  # the threads that hang would be waited for
     except Stopped as stopped:
-        print(f"{stopped}; the same command with --workdir goes on from there", flush=True)
+        print(stopped, flush=True)
         return 130 if stopped.signal == signal.SIGINT else int(not stopped.saved)
     return 0
 

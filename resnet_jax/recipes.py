@@ -1,6 +1,7 @@
 """Recipes as JSON and as Python files, what differs between two of them, and what is impossible."""
 
 import dataclasses
+import json
 import re
 import runpy
 import typing
@@ -93,6 +94,36 @@ def load_config(path: str | Path) -> Config:
     if not isinstance(config, Config):
         raise InputError(f"--config {path}: the file must define `config = Config(...)`")
     return config
+
+
+def recorded(workdir: str | Path | None) -> Config | None:
+    """The recipe of the run that a folder holds, if it holds one.
+
+    Raises:
+      InputError: its `config.json` is not as runs write it.
+    """
+    file = Path(workdir or "").expanduser() / "config.json"
+    if workdir is None or not file.is_file():
+        return None
+    try:
+        return from_dict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise InputError(f"{file} is no recipe of a run: {error}; give another --workdir") from error
+
+
+def starting_recipe(file: str | None, workdir: str | None) -> Config:
+    """What flags change: the recipe of the file, else that of the run in the folder, else the digits.
+
+    Whether a process is one of several, and which, belongs to a start and is not taken from the folder.
+
+    Raises:
+      InputError: the file or the folder's recipe is not as it must be.
+    """
+    if file:
+        return load_config(file)
+    config = recorded(workdir) or Config()
+    alone = dataclasses.replace(config.parallel, distributed="off", coordinator=None, processes=None, process_id=None)
+    return dataclasses.replace(config, parallel=alone)
 
 
 def check(config: Config) -> None:

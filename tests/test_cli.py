@@ -2,10 +2,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from resnet_jax.cli import main, parse_recipe, spelt_out
+from resnet_jax.config import Config, ParallelConfig
+from resnet_jax.recipes import load_config, to_dict
 
 from .conftest import ROOT
 
@@ -35,6 +38,26 @@ def test_epochs_of_a_flag_take_the_place_of_steps_in_the_file(flags):
     assert (config.train.epochs, config.train.steps) == (3.0, None)
     both, _ = parse_recipe([*file, *flags, "--train.steps", "50"])
     assert both.train.steps == 50
+
+
+def test_the_recipe_of_a_run_is_what_flags_change(tmp_path):
+    folder, file = ["--workdir", str(tmp_path)], ["--config", str(ROOT / "configs" / "cifar10_resnet20.py")]
+    among = ["--parallel.distributed", "auto", "--parallel.coordinator", "host:1", "--parallel.processes", "2"]
+    among += ["--parallel.process_id", "1", "--parallel.strategy", "shard_map"]
+    theirs, _ = parse_recipe([*file, *among, "--optimizer.learning_rate", "0.7"])
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(theirs)))
+    alone = replace(theirs, parallel=ParallelConfig(strategy="shard_map"))
+    assert parse_recipe(folder)[0] == alone
+    assert parse_recipe([*folder, "--train.epochs", "3"])[0].train == replace(theirs.train, epochs=3.0, steps=None)
+    assert parse_recipe([*file, *folder])[0] == load_config(file[1])
+    assert parse_recipe(["--workdir", str(tmp_path / "new")])[0] == Config()
+
+
+@pytest.mark.parametrize("text", ["{", '{"model": {"depth": 20}}'])
+def test_a_folder_whose_recipe_cannot_be_read_is_named(text, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    status, _, err = run(["train", "--workdir", str(tmp_path)], capsys)
+    assert status == 2 and f"{tmp_path / 'config.json'} is no recipe of a run" in err
 
 
 def test_booleans_may_have_a_value():

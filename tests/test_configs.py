@@ -8,13 +8,6 @@ from resnet_jax.training import loop
 
 from .conftest import ROOT
 
-SMALLER = {
-    "resnet50": "resnet10t",
-    "cifar_resnet18": "cifar_resnet20",
-    "cifar_resnet56": "cifar_resnet20",
-    "cifar_resnet110": "cifar_resnet20",
-    "cifar_wrn_28_10": "cifar_resnet20",
-}
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 
 
@@ -32,9 +25,7 @@ def test_recipe_loads_and_runs_a_step_when_shrunk(path, tmp_path):
         data=dataclasses.replace(
             config.data, dataset="synthetic", synthetic_size=16, image_size=size, eval_image_size=None, workers=0
         ),
-        model=dataclasses.replace(
-            config.model, name=SMALLER.get(config.model.name, config.model.name), pretrained=None
-        ),
+        model=dataclasses.replace(config.model, name="cifar_resnet8", pretrained=None),
         train=dataclasses.replace(config.train, steps=1, batch_size=8),
         schedule=dataclasses.replace(config.schedule, warmup_epochs=0.0),
         parallel=dataclasses.replace(config.parallel, devices=1),

@@ -31,9 +31,9 @@ ALONE = os.environ | {"XLA_FLAGS": "", "GLIBC_TUNABLES": "", "JAX_PERSISTENT_CAC
 PLACES = {"device": ["--train.steps_per_call", "3"], "host": ["--data.no_on_device"]}
 
 
-def start(workdir, *flags, **options):
+def start(workdir, *flags, recipe=FLAGS, **options):
     """A training process, the large pages' second start apart so that its number stays."""
-    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(workdir), *FLAGS, *flags]
+    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(workdir), *recipe, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     return subprocess.Popen(command, env=ALONE, **pipes)
 
@@ -117,8 +117,9 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(undisturbed, tmp_path):
         step = max(steps_in(tmp_path / "checkpoints"))
         name = signal.Signals(number).name
         assert step > before and f"stopped by {name} after step {step}, which is saved" in out and name in err
+        assert f"; resnet-jax train --workdir {tmp_path} goes on from there" in out
         assert not (tmp_path / "lock").exists()
-    finish(start(tmp_path, *PLACES["device"]))
+    finish(start(tmp_path, recipe=[]))
     same_run(tmp_path, undisturbed("device"))
 
 

@@ -18,7 +18,7 @@ from resnet_jax.config import Config, InputError
 from resnet_jax.data.loader import BadImages
 from resnet_jax.data.sources import Dataset, load_dataset
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
-from resnet_jax.recipes import check, result_fields
+from resnet_jax.recipes import check, recorded, result_fields
 from resnet_jax.sharding import (
     cached_where_sound,
     check_batch,
@@ -55,7 +55,6 @@ from resnet_jax.training.workdir import (
     locked,
     new_record,
     open_workdir,
-    recorded,
 )
 
 
@@ -230,7 +229,7 @@ def run_steps(
             if due(plan.save_every) or stopping:
                 run.checkpoints.save(step, unstack_blocks(state), record)
             if stopping:
-                raise Stopped(step, run.stop.signal or 0, run.checkpoints.has(step))
+                raise Stopped(run.folder, step, run.stop.signal or 0, run.checkpoints.has(step))
             if record["owed"]:
                 assess(run, state, step, record, evaluate, report, bad)
     record["step"] = step
@@ -258,7 +257,7 @@ def assess(
     if result is None:
         if not run.checkpoints.has(step):
             run.checkpoints.save(step, unstack_blocks(state), record)
-        raise Stopped(step, run.stop.signal or 0, run.checkpoints.has(step))
+        raise Stopped(run.folder, step, run.stop.signal or 0, run.checkpoints.has(step))
     report.evaluation(step, result)
     metric = deciding(run.config, run.dataset.several)
     value, before = headline(result, metric), record["best"]

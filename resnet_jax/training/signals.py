@@ -5,22 +5,27 @@ Several processes end after the same step.
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import jax
 
 
 class Stopped(RuntimeError):
-    """The run was told to stop by `signal`; if the disk took the step, it is `saved`, and the same command goes on."""
+    """The run in `folder` was told to stop by `signal`; `saved` says whether the disk took the step."""
 
-    def __init__(self, step: int, number: int, saved: bool) -> None:
+    def __init__(self, folder: Path, step: int, number: int, saved: bool) -> None:
         self.step, self.signal, self.saved = step, number, saved
         which = "which is saved" if saved else "which could NOT be saved: what counts is the last checkpoint"
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, {which}")
+        command = f"resnet-jax train --workdir {shlex.quote(str(folder))}"
+        how = command if jax.process_count() == 1 else "the same command in all processes"
+        said = f"stopped by {signal.Signals(number).name} after step {step}, {which}"
+        super().__init__(f"{said}; {how} goes on from there")
 
 
 class Stop:

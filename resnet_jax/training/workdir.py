@@ -20,18 +20,12 @@ from resnet_jax import __version__
 from resnet_jax.config import Config, InputError
 from resnet_jax.data.sources import Dataset
 from resnet_jax.integrity import damage, none, steps_in, write_whole
-from resnet_jax.recipes import differences, from_dict, to_dict
+from resnet_jax.recipes import differences, from_dict, recorded, to_dict
 from resnet_jax.training.checkpoints import Record
 from resnet_jax.training.trackers import draw_curves, read_lines
 
 TOUCHED_EVERY, STALE_AFTER = 20.0, 120.0
 """Seconds: how often a run touches its lock, and when one of another host counts as left behind."""
-
-
-def recorded(workdir: str | Path | None) -> Config | None:
-    """The recipe of the run that a folder holds, if it holds one."""
-    recipe = Path(workdir or "").expanduser() / "config.json"
-    return from_dict(json.loads(recipe.read_text())) if workdir is not None and recipe.is_file() else None
 
 
 def open_workdir(workdir: str | Path | None, config: Config) -> Path:
