@@ -23,6 +23,7 @@ def compilation_cache(pytestconfig):
     """What one run has compiled the next one finds, in `.pytest_cache`, which `pytest --cache-clear` empties."""
     folder = pytestconfig.cache.mkdir("xla")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # of processes that tests start
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
