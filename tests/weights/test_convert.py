@@ -27,8 +27,9 @@ def small(name):
     if isinstance(model, ResNet):
         stages = len(model.stage_sizes)
         model = model.clone(stage_sizes=(2 if name in ("resnet50", "resnetv2_18") else 1,) * stages)
-        wide = model.widths[0] > 32
-        return model.clone(widths=(32, 64, 96, 128)[:stages], stem_width=64) if wide else model
+        if model.standardized:
+            model = model.clone(stem_width=64)
+        return model.clone(widths=(32, 64, 96, 128)[:stages]) if model.widths[0] > 32 else model
     if isinstance(model, DenseNet):
         return model.clone(stage_sizes=(2, 1, 1, 1))
     return model.clone(depth=2, width=192, heads=3, mlp=384) if isinstance(model, ViT) else model
