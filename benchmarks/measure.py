@@ -161,13 +161,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     """Prints rows as a table."""
     for r in rows:
         if "error" in r:
-            print(f"{r['case']:<42}{r['contender']:<16}cannot run here: {r['error']}")
+            print(f"{r['case']:<48}{r['contender']:<16}cannot run here: {r['error']}")
             continue
         low, high = r["quartiles"]
         ratio = f"   ours / this {r['ours_over_this']:.2f}" if "ours_over_this" in r else ""
         roof = f"   {r['roofline']:.0%} of the limit" if "roofline" in r else ""
         spread = f"{r['median']:>11.4g} [{low:.4g}, {high:.4g}] {r['unit']}, n = {r['n']}"
-        print(f"{r['case']:<42}{r['contender']:<16}{spread}{ratio}{roof}", flush=True)
+        print(f"{r['case']:<48}{r['contender']:<16}{spread}{ratio}{roof}", flush=True)
 
 
 def write(script: str, rows: list[dict[str, Any]], name: str = "", **more: Any) -> Path:

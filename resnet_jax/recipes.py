@@ -44,8 +44,10 @@ def from_dict(values: dict[str, Any], kind: Any = Config, where: str = "") -> An
     """The inverse of `to_dict`; lists become tuples, absent fields their defaults.
 
     Raises:
-      InputError: a field is unknown.
+      InputError: a field is unknown, or a section is no object.
     """
+    if not isinstance(values, dict):
+        raise InputError(f"{where.rstrip('.') or 'the recipe'} is {values!r}, and no object with fields")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:

@@ -53,10 +53,11 @@ def test_the_recipe_of_a_run_is_what_flags_change(tmp_path):
     assert parse_recipe(["--workdir", str(tmp_path / "new")])[0] == Config()
 
 
-@pytest.mark.parametrize("text", ["{", '{"model": {"depth": 20}}'])
-def test_a_folder_whose_recipe_cannot_be_read_is_named(text, capsys, tmp_path):
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": "resnet50"}', '{"model": {"depth": 20}}'])
+@pytest.mark.parametrize("command", [["train", "--workdir"], ["evaluate"]])
+def test_a_folder_whose_recipe_cannot_be_read_is_named(text, command, capsys, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    status, _, err = run(["train", "--workdir", str(tmp_path)], capsys)
+    status, _, err = run([*command, str(tmp_path)], capsys)
     assert status == 2 and f"{tmp_path / 'config.json'} is no recipe of a run" in err
 
 

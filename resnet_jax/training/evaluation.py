@@ -1,6 +1,5 @@
 """Exact evaluation: every test example counts once, on any number of devices."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from resnet_jax.config import Config, InputError
 from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.sources import Dataset, load_dataset
 from resnet_jax.models.stacking import block_by_block
-from resnet_jax.recipes import from_dict
+from resnet_jax.recipes import recorded
 from resnet_jax.sharding import check_batch, compiler_options, make_mesh, replicated
 from resnet_jax.training.checkpoints import read_checkpoint
 from resnet_jax.training.measures import mean_average_precision
@@ -181,10 +180,9 @@ def open_run(folder: Path, best: bool = False, keep: bool = False) -> FinishedRu
     Raises:
       InputError: the folder holds no run, or no checkpoint.
     """
-    recipe = folder / "config.json"
-    if not recipe.is_file():
-        raise InputError(f"{folder} holds no run: there is no {recipe}")
-    config = from_dict(json.loads(recipe.read_text()))
+    config = recorded(folder)
+    if config is None:
+        raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
     mesh = make_mesh()
     check_batch(config.train.batch_size, mesh)
     dataset = load_dataset(config.data, config.train.seed)

@@ -91,8 +91,8 @@ def _download(repository: str, name: str) -> Path:
 
 
 def _from_hub(repository: str) -> Weights:
-    config = json.loads(_download(repository, "config.json").read_text())
-    return _described(config, read_tensors(_download(repository, "model.safetensors")), repository)
+    file = _download(repository, "config.json")
+    return _described(file, read_tensors(_download(repository, "model.safetensors")), repository)
 
 
 def _from_folder(folder: Path) -> Weights:
@@ -102,12 +102,16 @@ def _from_folder(folder: Path) -> Weights:
     if not files or not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds neither a run nor a file of weights beside a config.json")
     chosen = min(files, key=lambda path: (FILES.index(path.suffix), path.name))
-    return _described(json.loads((folder / "config.json").read_text()), read_tensors(chosen), str(folder))
+    return _described(folder / "config.json", read_tensors(chosen), str(folder))
 
 
-def _described(config: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> Weights:
+def _described(file: Path, tensors: Mapping[str, Any], where: str) -> Weights:
     """Weights with a `config.json` as timm writes it."""
-    name = config.get("architecture")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{where}: config.json is no JSON ({error}); fetch it again") from error
+    name = config.get("architecture") if isinstance(config, dict) else None
     if name not in MODELS:
         raise InputError(f"{where}: config.json names the architecture {name!r}, which is not among our models")
     known = config.get("pretrained_cfg") or config

@@ -95,9 +95,10 @@ def test_several_steps_in_one_call_are_the_steps_one_by_one(devices, streamed):
     drawn = [draw_batch(DATA, np.int32(i), CONFIG.train.batch_size, CONFIG.train.seed) for i in range(4)]
     batches = jax.device_put(drawn, batch_sharding(mesh))
     make = make_streamed_step if streamed else make_device_step
+    start = jax.jit(lambda: new_state(model, optimizer), out_shardings=replicated(mesh))
     results = []
     for most, calls in ((1, (1, 1, 1, 1)), (3, (3, 1)), (5, (2, 2))):
-        state = jax.jit(lambda: new_state(model, optimizer), out_shardings=replicated(mesh))()
+        state = start()
         step = jax.jit(make(train_step, CONFIG, most, batch_sharding(mesh)), donate_argnums=0)
         losses: list[float] = []
         for n in calls:

@@ -158,9 +158,11 @@ def test_a_folder_as_timm_writes_it(tmp_path, file, tensors):
     same(model, variables, tensors)
     preprocessing = find_weights(str(folder)).preprocessing
     assert preprocessing.mean == (0.5, 0.4, 0.3) and preprocessing.eval_image_size == 160
-    (folder / "config.json").write_text(json.dumps(config | {"architecture": "vit_huge"}))
-    with pytest.raises(InputError, match="vit_huge"):
-        load_pretrained(str(folder))
+    others = {"vit_huge": json.dumps(config | {"architecture": "vit_huge"}), "None": "[]", "no JSON": "<html>"}
+    for says, text in others.items():
+        (folder / "config.json").write_text(text)
+        with pytest.raises(InputError, match=says):
+            load_pretrained(str(folder))
 
 
 def test_an_exported_file_says_itself_what_it_is(tmp_path, file, tensors):
