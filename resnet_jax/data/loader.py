@@ -162,8 +162,9 @@ def _batches(example: Any, start: int, stop: int, share: int, workers: int, time
     finally:
         if not stalled:  # what hangs could not be closed
             iterator.close()
-            del iterator, ds, rows
-            gc.collect()  # grain's workers leave shared memory in reference cycles
+            if workers:
+                del iterator, ds, rows
+                gc.collect()  # grain's workers leave shared memory in reference cycles
         shutil.rmtree(notes, ignore_errors=True)
 
 
