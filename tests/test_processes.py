@@ -27,7 +27,18 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def start(workdir, processes, devices, strategy="jit", more=lambda i: [], told="flags"):
+IMPATIENT = """
+import sys
+from resnet_jax import cli, sharding
+sharding.LOST_AFTER = 10
+sys.exit(cli.main(sys.argv[1:]))
+"""
+"""The command, but that a process counts as lost after 10 seconds, not 30."""
+
+
+def start(
+    workdir, processes, devices, strategy="jit", more=lambda i: [], told="flags", program=("-m", "resnet_jax.cli")
+):
     """So many processes with so many virtual devices each, told who they are by flags or by the environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -36,7 +47,7 @@ def start(workdir, processes, devices, strategy="jit", more=lambda i: [], told="
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
         "GLIBC_TUNABLES": "",
     }
-    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(workdir), *FLAGS]
+    command = [sys.executable, *program, "train", "--workdir", str(workdir), *FLAGS]
     command += ["--parallel.strategy", strategy]
     together = ["--parallel.distributed", "auto"] if processes > 1 else []
     names = ["--parallel.coordinator", "--parallel.processes", "--parallel.process_id"]
@@ -99,7 +110,7 @@ def test_two_processes_train_what_one_trains(strategy, told, tmp_path, alone):
 
 
 def test_when_one_process_dies_the_other_ends_and_one_alone_goes_on(tmp_path, alone):
-    running = start(tmp_path / "run", 2, 2)
+    running = start(tmp_path / "run", 2, 2, program=("-c", IMPATIENT))
     kill_after_a_checkpoint(running, tmp_path / "run", victim=1)
     began = time.monotonic()
     _, err = running[0].communicate(timeout=60)

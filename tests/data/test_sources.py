@@ -149,6 +149,7 @@ def test_training_on_tfds(stripes, tmp_path):
         train=dataclasses.replace(base.train, batch_size=16, steps=20, eval_every_epochs=100.0),
         schedule=dataclasses.replace(base.schedule, warmup_epochs=0.0),
         parallel=dataclasses.replace(base.parallel, devices=1),
+        log=dataclasses.replace(base.log, report=False),
     )
     summary = train(config, tmp_path / "run")
     assert summary["test"]["count"] == 11

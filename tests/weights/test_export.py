@@ -8,7 +8,7 @@ import pytest
 
 from resnet_jax import create_model, load_pretrained
 from resnet_jax.cli import main
-from resnet_jax.config import Config, DataConfig, FinetuneConfig, ModelConfig, ScheduleConfig, TrainConfig
+from resnet_jax.config import Config, DataConfig, FinetuneConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
 from resnet_jax.recipes import load_config
 from resnet_jax.training.loop import train
 from resnet_jax.weights.export import save_tensors
@@ -22,6 +22,7 @@ SMALL = Config(
     data=DataConfig(dataset="synthetic", synthetic_size=16, synthetic_classes=5, image_size=32),
     schedule=ScheduleConfig(warmup_epochs=0.0),
     train=TrainConfig(steps=2, batch_size=8),
+    log=LogConfig(report=False),
 )
 
 
@@ -86,6 +87,7 @@ def test_a_linear_probe_starts_from_pretrained_weights_and_trains_the_head_alone
         data=dataclasses.replace(SMALL.data, image_size=8, synthetic_classes=3, on_device=False),
         schedule=SMALL.schedule,
         train=TrainConfig(steps=3, batch_size=8, ema_decay=None),
+        log=SMALL.log,
     )
     summary = train(config, tmp_path / "tuned")
     assert summary["steps"] == 3
