@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import LARGE_PAGES, Contender, alternate, has_gpu, options, print_table, row, write
+from benchmarks.measure import MEMORY, Contender, alternate, has_gpu, options, print_table, row, write
 
 ROWS = (
     "step",
@@ -42,11 +42,12 @@ def prepared(size: int, batch: int) -> tuple[Any, Any, Any]:
     import numpy as np
 
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
-    from resnet_jax.sharding import compiler_options
+    from resnet_jax.sharding import compiler_options, run_in_caller
     from resnet_jax.training.optimizers import make_optimizer
     from resnet_jax.training.recipe import build_model, state_maker
     from resnet_jax.training.step import make_train_step
 
+    run_in_caller()
     config = Config(
         ModelConfig("resnet50"),
         DataConfig(image_size=size, on_device=False),
@@ -138,7 +139,7 @@ def main() -> None:
     flags = options(__doc__ or "", size=224, batch=256 if has_gpu() else 16)
     folder = Path(tempfile.mkdtemp())
     ours = {"folder": folder, "size": flags.size, "batch": flags.batch}
-    contender = Contender("resnet_jax", rounds, ours, LARGE_PAGES)
+    contender = Contender("resnet_jax", rounds, ours, MEMORY)
     result = alternate([contender], flags.rounds or (3 if flags.quick else 7))["resnet_jax"]
     shutil.rmtree(folder)
     if "error" in result:

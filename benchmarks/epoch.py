@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import LARGE_PAGES, Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
+from benchmarks.measure import MEMORY, Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 BATCH, RATE, DECAY = 128, 0.2, 5e-4
@@ -41,10 +41,11 @@ def ours(name: str, folder: str, epochs: int, seeds: int) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from resnet_jax.sharding import compiler_options
+    from resnet_jax.sharding import compiler_options, run_in_caller
     from resnet_jax.training.metrics import add, means
     from resnet_jax.training.step import make_eval_step
 
+    run_in_caller()
     train, test = arrays(folder)
     several = 50 if has_gpu() else 5
     steps = max(several, round(epochs * len(train["label"]) / BATCH) // several * several)
@@ -168,8 +169,8 @@ def main() -> None:
         for name in flags.models.split(","):
             given = {"name": name, "folder": folder, "epochs": flags.epochs, "seeds": flags.seeds}
             contenders = [
-                Contender("resnet_jax", ours, given, LARGE_PAGES, ("jax", "flax.linen", "optax")),
-                Contender("torch eager", torch_epochs, given, LARGE_PAGES, ("torch",)),
+                Contender("resnet_jax", ours, given, MEMORY, ("jax", "flax.linen", "optax")),
+                Contender("torch eager", torch_epochs, given, MEMORY, ("torch",)),
             ]
             results = alternate(contenders, rounds=flags.seeds, warmup=0)
             case = f"{flags.epochs} epochs {name}"

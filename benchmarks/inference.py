@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.limits import forward_flops, measure_limits
-from benchmarks.measure import LARGE_PAGES, Contender, alternate, has_gpu, network_rows, options, write
+from benchmarks.measure import MEMORY, Contender, alternate, has_gpu, network_rows, options, write
 
 ON_CPU = (("resnet50", 224, 1, "float32", 9), ("resnet50", 224, 64, "float32", 5),
           ("cifar_resnet20", 32, 1, "float32", 30), ("cifar_resnet20", 32, 256, "float32", 15))  # fmt: skip
@@ -18,7 +18,10 @@ def jax_forward(name: str, batch: int, size: int, classes: int, dtype: str, exam
 
     from benchmarks.flax_example import network
     from resnet_jax.inference import make_forward
+    from resnet_jax.sharding import run_in_caller
 
+    if not example:
+        run_in_caller()
     images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
     model = network(name, classes, dtype, example)
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
@@ -69,11 +72,13 @@ def main() -> None:
         classes = 1000 if size == 224 else 10
         common = {"name": name, "batch": batch, "size": size, "classes": classes, "dtype": dtype}
         contenders = [
-            Contender("resnet_jax", jax_forward, common | {"example": False}, LARGE_PAGES),
+            Contender("resnet_jax", jax_forward, common | {"example": False}, MEMORY),
             Contender("torch eager", torch_forward, common | {"compiled": False}),
             Contender("torch.compile", torch_forward, common | {"compiled": True}),
             Contender("Flax's example", jax_forward, common | {"example": True}),
         ]
+        if not has_gpu():
+            contenders.append(Contender("torch eager, our memory", torch_forward, common | {"compiled": False}, MEMORY))
         flops = forward_flops(create_model(name, num_classes=classes), size)
         times = alternate(contenders, flags.rounds or rounds, warmup=3, settle=1)
         rows += network_rows(f"infer {name} {dtype} batch {batch}", times, batch, flops, limits[dtype]["flops"])

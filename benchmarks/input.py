@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import LARGE_PAGES, Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
+from benchmarks.measure import MEMORY, Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
 
 SIZE = 224
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -194,8 +194,8 @@ def fed_steps(folder: str, rounds: int) -> list[dict[str, Any]]:
     batch, steps = (256, 20) if has_gpu() else (16, 3)
     given = {"folder": folder, "batch": batch, "steps": steps}
     pair = [
-        Contender("resnet_jax", training, given | {"real": True}, LARGE_PAGES | ONE_THREAD),
-        Contender("synthetic data", training, given | {"real": False}, LARGE_PAGES | ONE_THREAD),
+        Contender("resnet_jax", training, given | {"real": True}, MEMORY | ONE_THREAD),
+        Contender("synthetic data", training, given | {"real": False}, MEMORY | ONE_THREAD),
     ]
     rows = []
     for name, times in alternate(pair, rounds).items():

@@ -16,8 +16,10 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from resnet_jax import cli
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # contenders share a GPU's memory
-LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the commands set it
+MEMORY = {"GLIBC_TUNABLES": cli.MEMORY}  # as the commands set it
 RESULTS = Path(os.environ.get("OUT", Path(__file__).with_name("results")))
 
 

@@ -32,16 +32,20 @@ USAGE = """usage: resnet-jax COMMAND ...
 resnet-jax COMMAND --help tells more."""
 
 
-def run(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script: `main` in a process that asks for large pages of memory.
+MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
+"""glibc's settings in our processes: large pages of memory, and the main thread keeps what it frees."""
 
-    glibc reads that wish only when a process starts, so the process replaces itself once. A training step on a CPU
-    gained up to an eighth from it where we measured (`benchmarks/train_step.py`). Garbage is looked for less often than
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script: `main` in a process that has large pages of memory, and keeps them.
+
+    glibc reads `MEMORY` only when a process starts, so the process replaces itself once. What each half of it is worth
+    to a training step on a CPU is a row of its own in `benchmarks/train_step.py`. Garbage is looked for less often than
     Python's default: what imports and traces make lives on, and looking through it took a tenth of the way to the first
     step where we tried (n = 5).
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.environ["GLIBC_TUNABLES"] = MEMORY
         os.execv(sys.executable, sys.orig_argv)
     gc.set_threshold(50_000)
     sys.exit(main(arguments))
@@ -128,7 +132,7 @@ def spelt_out(flags: Sequence[str]) -> list[str]:
 def train_command(arguments: Sequence[str]) -> int:
     """`resnet-jax train`."""
     config, workdir = parse_recipe(arguments)
-    use_compilation_cache()
+    prepare_jax()
     from resnet_jax.data.watch import Stalled
     from resnet_jax.training.loop import train
     from resnet_jax.training.report import Diverged
@@ -161,7 +165,7 @@ def plan_command(arguments: Sequence[str]) -> int:
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.devices}"
     )
     config, _ = parse_recipe(flags)
-    use_compilation_cache()
+    prepare_jax()
     from resnet_jax.training.forecast import forecast, parse_memory
 
     needs = forecast(config, options.devices)
@@ -196,7 +200,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--per-class", action="store_true", help="accuracy of each class too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    use_compilation_cache()
+    prepare_jax()
     from resnet_jax.training.evaluation import evaluate_run
 
     result = evaluate_run(options.workdir, best=options.best, per_class=options.per_class)
@@ -228,7 +232,7 @@ def report_command(arguments: Sequence[str]) -> int:
     parser.add_argument("workdir", type=Path, help="the folder of a run")
     parser.add_argument("--best", action="store_true", help="of the best checkpoint, not the latest")
     options = parser.parse_args(arguments)
-    use_compilation_cache()
+    prepare_jax()
     from resnet_jax.training.html_report import make_report
 
     print(make_report(options.workdir, options.best))
@@ -288,7 +292,7 @@ def lab_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=numbers, help="such as 0,1,2")
     parser.add_argument("--quick", action="store_true", help="the smallest version that still shows the effect")
     options = parser.parse_args(arguments)
-    use_compilation_cache()
+    prepare_jax()
     from resnet_jax.lab.record import Options
     from resnet_jax.lab.run import EXPERIMENTS, run, write_page
 
@@ -304,10 +308,13 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(","))
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told another place."""
+def prepare_jax() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was told another place, and `run_in_caller`."""
     import jax
 
+    from resnet_jax.sharding import run_in_caller
+
+    run_in_caller()
     if jax.config.values.get("jax_compilation_cache_dir") is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "resnet_jax" / "xla"))

@@ -44,6 +44,15 @@ def start_processes(recipe: ParallelConfig) -> None:
         ) from error
 
 
+def run_in_caller() -> None:
+    """Has a CPU run programs in the thread that calls them: what the main thread frees, glibc can keep (`cli.MEMORY`).
+
+    JAX would run them in a thread of its own, whose large blocks glibc takes from the system anew each time. Call
+    before any other use of JAX; programs over several devices run as before.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def from_environment(name: str) -> int | None:
     """A whole number from the environment; None where it is not set.
 

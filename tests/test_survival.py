@@ -14,6 +14,7 @@ import chex
 import pytest
 from PIL import Image
 
+from resnet_jax.cli import MEMORY
 from resnet_jax.config import Config, InputError
 from resnet_jax.integrity import damage, steps_in
 from resnet_jax.training.trackers import read_lines
@@ -27,12 +28,12 @@ FLAGS = [
     "--log.no_report",
     "--train.eval_every_epochs", "0.5", "--checkpoint.every_steps", "9", "--log.every_steps", "7",
 ]  # fmt: skip
-ALONE = os.environ | {"XLA_FLAGS": "", "GLIBC_TUNABLES": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+ALONE = os.environ | {"XLA_FLAGS": "", "GLIBC_TUNABLES": MEMORY, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 PLACES = {"device": ["--train.steps_per_call", "3"], "host": ["--data.no_on_device"]}
 
 
 def start(workdir, *flags, recipe=FLAGS, **options):
-    """A training process, the large pages' second start apart so that its number stays."""
+    """A training process, with `MEMORY` from its start, so that it is not replaced and its number stays."""
     command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(workdir), *recipe, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     return subprocess.Popen(command, env=ALONE, **pipes)
