@@ -18,10 +18,7 @@ def jax_forward(name: str, batch: int, size: int, classes: int, dtype: str, exam
 
     from benchmarks.flax_example import network
     from resnet_jax.inference import make_forward
-    from resnet_jax.sharding import run_in_caller
 
-    if not example:
-        run_in_caller()
     images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
     model = network(name, classes, dtype, example)
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])

@@ -34,9 +34,7 @@ def predict_command(arguments: Sequence[str]) -> int:
 
     from resnet_jax.inference import Predictor, find_files, predict_files
     from resnet_jax.models.vit import ViT
-    from resnet_jax.sharding import run_in_caller
 
-    run_in_caller()
     paths = list(find_files(options.paths))
     predictor = Predictor.from_source(options.source, options.name, options.flip)
     if options.cam and isinstance(predictor.model, ViT):
