@@ -219,11 +219,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is measured, with a mark where files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit that is measured, with a mark where files other than results differ from it."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    status = ("status", "--porcelain", "-uno", "--", ":(top)", ":(top,exclude)benchmarks/results")
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+        changes = subprocess.run([*git, *status], capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.strip() + ("+changes" if changes.strip() else "")
