@@ -227,7 +227,7 @@ class TrainConfig:
     """Parts in which a batch goes through, to save memory; batch normalisation then sees one part at a time."""
     steps_per_call: int | None = None
     """Most steps in one dispatch; it always ends where something is logged, saved or evaluated. None: 5 with the data
-    on the device; else 2 on a CPU, which finds a step's memory anew for each dispatch, and 1 elsewhere."""
+    on the device; else 2 on a CPU, which may have to find a step's memory anew for each, and 1 elsewhere."""
     eval_every_epochs: float = 5.0
     """Evaluate this often, and at the end."""
     metric: Literal["auto", "accuracy", "loss", "macro_recall", "macro_f1", "map"] = "auto"
