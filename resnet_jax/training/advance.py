@@ -34,8 +34,8 @@ STEPS_PER_CALL = 5
 """With data on the device, where a recipe does not say: few enough to end soon after a signal; they share what a
 dispatch costs and memory."""
 STREAMED_PER_CALL = {"cpu": 2}
-"""The same by platform with data from the host, elsewhere 1: where `cli.MEMORY` does not keep a step's memory, a CPU finds
-it anew for each call."""
+"""The same by platform with data from the host, elsewhere 1: a CPU finds a step's memory anew for each call, where
+`cli.MEMORY` does not keep it."""
 
 
 def make_advance(
