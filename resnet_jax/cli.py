@@ -39,10 +39,10 @@ MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_thres
 def run(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script: `main` in a process that has large pages of memory, and keeps them.
 
-    glibc reads `MEMORY` only when a process starts, so the process replaces itself once. What each half of it is worth
-    to a training step on a CPU is a row of its own in `benchmarks/train_step.py`. Garbage is looked for less often than
-    Python's default: what imports and traces make lives on, and looking through it took a tenth of the way to the first
-    step where we tried (n = 5).
+    glibc reads `MEMORY` only when a process starts, so the process replaces itself once. What it is worth to a training
+    step on a CPU is a row of its own in `benchmarks/train_step.py`. Garbage is looked for less often than Python's
+    default: what imports and traces make lives on, and looking through it took a tenth of the way to the first step
+    where we tried (n = 5).
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = MEMORY
