@@ -66,7 +66,6 @@ def jax_train_step(
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     data = jax.device_put({"image": images, "label": rng.integers(0, classes, batch, dtype=np.int32)})
-
     batches = data if drawn else (data,) * several
     given = (batches, jax.device_put(np.int32(several))) if several > 1 else (data,)
 
