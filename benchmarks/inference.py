@@ -77,7 +77,7 @@ def main() -> None:
         if not has_gpu():
             contenders.append(Contender("torch eager, our memory", torch_forward, common | {"compiled": False}, MEMORY))
         flops = forward_flops(create_model(name, num_classes=classes), size)
-        times = alternate(contenders, flags.rounds or rounds, warmup=3, settle=1)
+        times = alternate(contenders, flags.rounds or rounds, warmup=3, settle=0.5)
         rows += network_rows(f"infer {name} {dtype} batch {batch}", times, batch, flops, limits[dtype]["flops"])
     write("inference", rows, limits=limits)
 

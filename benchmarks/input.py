@@ -232,10 +232,10 @@ def main() -> None:
     for workers in (1, 2):
         common = {"folder": folder, "workers": workers, "passes": passes}
         whole = [
-            Contender("resnet_jax", our_loader, common, ONE_THREAD),
+            Contender("resnet_jax", our_loader, common, MEMORY | ONE_THREAD),
             Contender("torch", torch_loader, common, ONE_THREAD),
         ]
-        times = alternate(whole, max(3, rounds // 3))
+        times = alternate(whole, max(3, rounds // 2))
         rows += [row(f"loader, {workers} workers", c, t, count * passes, "images") for c, t in times.items()]
     rows = with_ratios(rows + fed_steps(folder, max(3, rounds // 2)))
     print_table(rows)

@@ -38,12 +38,15 @@ class Contender:
     imports: tuple[str, ...] = ()
 
 
-def alternate(contenders: list[Contender], rounds: int, warmup: int = 1, settle: int = 0) -> dict[str, dict[str, Any]]:
+def alternate(
+    contenders: list[Contender], rounds: int, warmup: int = 1, settle: float = 0.0
+) -> dict[str, dict[str, Any]]:
     """Times contenders in the order A B C A B C ..., `rounds` times each after `warmup` calls.
 
     Only one of the processes works at a time; the others are stopped, their children too, since a loader that fills
-    its buffers again would take the time of the next one. `settle` calls of each turn are not timed: memory that a
-    process gives back after a call, and asks for again in the next, may have gone elsewhere while it was stopped.
+    its buffers again would take the time of the next one. With `settle`, the calls of a turn's first so many seconds,
+    one at least, are not timed: caches, threads that sleep, and memory that a process gives back after a call and asks
+    for again in the next, are otherwise those of the contender before.
 
     Returns:
       name -> `seconds` and `kept` of each call and `setup` (seconds of build and warm-up), or `error` where a
@@ -68,17 +71,16 @@ def alternate(contenders: list[Contender], rounds: int, warmup: int = 1, settle:
     for _ in range(rounds):
         for name, (pipe, process) in workers.items():
             os.killpg(process.pid, signal.SIGCONT)
-            for _ in range(settle + 1):
-                pipe.send("go")
-                kind, value = _receive(pipe)
-                if kind == "error":
-                    raise RuntimeError(f"{name}: {value}")
+            pipe.send(settle)
+            kind, value = _receive(pipe)
+            if kind == "error":
+                raise RuntimeError(f"{name}: {value}")
             os.killpg(process.pid, signal.SIGSTOP)
             results[name]["seconds"].append(value.pop("seconds"))
             results[name]["kept"].append(value)
     for pipe, process in workers.values():
         os.killpg(process.pid, signal.SIGCONT)
-        pipe.send("end")
+        pipe.send(None)
         process.join(5)
         process.terminate()
     return results
@@ -117,7 +119,10 @@ def _work(pipe: Any, contender: Contender, warmup: int) -> None:
         for _ in range(warmup):
             call()
         pipe.send(("ready", time.perf_counter() - began))
-        while pipe.recv() == "go":
+        while (settle := pipe.recv()) is not None:
+            asked = time.perf_counter()
+            while time.perf_counter() - asked < settle:
+                call()
             began = time.perf_counter()
             own = call()
             pipe.send(("done", own or {"seconds": time.perf_counter() - began}))

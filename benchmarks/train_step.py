@@ -103,7 +103,7 @@ def main() -> None:
         classes = 1000 if size == 224 else 10
         common = {"name": name, "batch": batch, "size": size, "classes": classes, "dtype": dtype}
         flops = 3 * forward_flops(create_model(name, num_classes=classes), size)
-        times = alternate(contenders(common), flags.rounds or rounds, warmup=3, settle=1)
+        times = alternate(contenders(common), flags.rounds or rounds, warmup=3, settle=0.5)
         found = network_rows(f"train {name} {dtype} batch {batch}", times, batch, flops, limits[dtype]["flops"])
         if (name, dtype, hardware()["gpu"]) == ("resnet50", "bfloat16", "NVIDIA H200"):
             found = [r | {"of_published": r["median"] / PUBLISHED} if "median" in r else r for r in found]

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import time
+from itertools import groupby
 
 import pytest
 
@@ -42,9 +43,11 @@ def test_contenders_take_turns_and_failures_are_kept(tmp_path):
         measure.Contender("own clock", reporter),
         measure.Contender("setting", setting, environment={"A_SETTING": "4"}),
     ]
-    results = measure.alternate(contenders, rounds=3, settle=1)
-    turns = (tmp_path / "log").read_text().split()
-    assert turns[2:] == ["0.05", "0.05", "0.01", "0.01"] * 3
+    results = measure.alternate(contenders, rounds=3, settle=0.03)
+    turns = [(call, len(list(calls))) for call, calls in groupby((tmp_path / "log").read_text().split())][-6:]
+    assert turns[::2] == [("0.05", 2)] * 3
+    assert [call for call, _ in turns[1::2]] == ["0.01"] * 3
+    assert all(1 < count < 5 for _, count in turns[1::2])
     assert len(results["slow"]["seconds"]) == 3
     assert results["broken"] == {"error": "RuntimeError: no such device"}
     assert all(seconds >= 0.05 for seconds in results["slow"]["seconds"])
