@@ -25,7 +25,7 @@ from resnet_jax.weights.load import fit_weights, model_of
 from resnet_jax.weights.sources import find_weights
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, tags_of
 
-LARGE_PART, SMALL_PART = 8, 128
+LARGE_PART, SMALL_PART = 8, 64
 """Images that a CPU takes at once: of 96 x 96 pixels or more, and smaller ones."""
 
 CONSTANT = 8 * 2**20

@@ -26,7 +26,7 @@ WIDTH = 16
 
 FINE = 16
 """Channels, in and out, up to which a CPU computes two neighbouring pixels of a 3x3 convolution as one."""
-PIXELS = 2**17
+PIXELS = 2**10
 """Of all images together: with fewer, that is not worth the making of its kernel."""
 
 MANY = 16
