@@ -1,12 +1,13 @@
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
-from resnet_jax.cli import main, parse_recipe, spelt_out
+from resnet_jax.cli import MEMORY, main, parse_recipe, spelt_out
 from resnet_jax.config import Config, ParallelConfig
 from resnet_jax.recipes import load_config, to_dict
 
@@ -21,6 +22,30 @@ def run(arguments, capsys):
         status = end.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+COMMAND = """
+import os
+import sys
+
+from resnet_jax import cli
+
+print(os.getpid())
+cli.main = lambda arguments: print(os.getpid(), sys.argv[1:], os.environ["GLIBC_TUNABLES"])
+cli.run()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
+@pytest.mark.parametrize("given", [{}, {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}])
+def test_a_command_starts_anew_once_with_kept_memory_unless_settings_are_given(given, tmp_path):
+    (tmp_path / "command.py").write_text(COMMAND)
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | given
+    command = [sys.executable, "-u", str(tmp_path / "command.py"), "plan"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    *starts, last = done.stdout.splitlines()
+    assert starts == [last.split()[0]] * (1 if given else 2)
+    assert last.endswith(f"['plan'] {given.get('GLIBC_TUNABLES', MEMORY)}")
 
 
 def test_flags_override_the_file(tmp_path):
