@@ -207,8 +207,12 @@ def known_on_cpu(*options: tuple[str, str | bool]) -> dict[str, str | bool]:
     """Options for `jax.jit` if the default platform is a CPU and this version of XLA knows all of them, or none."""
     if jax.default_backend() != "cpu":
         return {}
+
+    def trial() -> jax.Array:
+        return jax.numpy.zeros(())
+
     try:
-        jax.jit(lambda: jax.numpy.zeros(()), compiler_options=dict(options))()
+        jax.jit(trial, compiler_options=dict(options))()
     except (jax.errors.JaxRuntimeError, ValueError):
         return {}
     return dict(options)
