@@ -3,20 +3,18 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 from benchmarks.measure import RESULTS, hardware, options
 
 SCRIPTS = ("train_step", "inference", "startup", "overhead", "weights")
 
 
-def draw(path: Path) -> None:
-    """A bar for each opponent in each case: how many times as fast ours is."""
+def draw(short: str) -> None:
+    """A bar for each opponent in each case on that hardware: how many times as fast ours is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    short = hardware()["short"]
     bars = []
     for file in sorted(RESULTS.glob(f"*-{short}.json")):
         for r in json.loads(file.read_text())["rows"]:
@@ -44,6 +42,7 @@ def draw(path: Path) -> None:
     figure.suptitle(f"times as fast as the opponent, on {short}; right of the line ours is faster", x=0.01, ha="left")
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+    path = RESULTS / f"ratios-{short}.png"
     figure.savefig(path, dpi=110)
     print(f"drawn: {path}")
 
@@ -55,7 +54,7 @@ def main() -> None:
         command = [sys.executable, "-m", f"benchmarks.{script}", *(["--quick"] if flags.quick else [])]
         print(" ".join(command[1:]), flush=True)
         subprocess.run(command, check=True)
-    draw(RESULTS / f"ratios-{hardware()['short']}.png")
+    draw(hardware()["short"])
 
 
 if __name__ == "__main__":

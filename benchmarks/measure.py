@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -201,8 +202,9 @@ def hardware() -> dict[str, Any]:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
-        wide = "-avx512" if vectors == "avx512f" else ""
-        return found | {"gpu": None, "short": f"cpu{os.cpu_count()}{wide}"}
+        maker = re.match("[a-z]*", model.lower()).group()
+        named = [f"cpu{os.cpu_count()}", maker, (vectors or "").removesuffix("f")]
+        return found | {"gpu": None, "short": "-".join(part for part in named if part)}
     return found | {"gpu": gpu, "short": gpu.lower().replace(" ", "-")}
 
 
