@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import signal
 import statistics
 import subprocess
@@ -202,9 +201,9 @@ def hardware() -> dict[str, Any]:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
-        maker = re.match("[a-z]*", model.lower()).group()
-        named = [f"cpu{os.cpu_count()}", maker, (vectors or "").removesuffix("f")]
-        return found | {"gpu": None, "short": "-".join(part for part in named if part)}
+        maker = [name for name in ("amd", "intel") if name in model.lower()]
+        widest = [vectors.removesuffix("f")] if vectors else []
+        return found | {"gpu": None, "short": "-".join([f"cpu{os.cpu_count()}", *maker, *widest])}
     return found | {"gpu": gpu, "short": gpu.lower().replace(" ", "-")}
 
 
