@@ -275,11 +275,12 @@ def _on_cpu_jvp(
         return y.transpose(2, 0, 1, 3)
 
     # Not as a loop: those are put off until all of a step's activations are there, and rematerialisation saves little.
-    # What is sliced is stored before it is turned: as one, the two take half as long again.
     chunk = _chunk(x) if alone else 0
-    store = lax.optimization_barrier
-    slices = [store(x[i : i + chunk]) for i in range(0, x.shape[0], chunk)] if chunk else []
-    parts = [along_kernel(store(with_images_last(s))) for s in slices] or [along_kernel(with_images_last(x))]
+    if chunk:  # slices are stored before they are turned: as one, the two take half as long again
+        slices = [lax.optimization_barrier(x[i : i + chunk]) for i in range(0, x.shape[0], chunk)]
+        parts = [along_kernel(lax.optimization_barrier(with_images_last(images))) for images in slices]
+    else:
+        parts = [along_kernel(with_images_last(x))]
     return _on_cpu(x, kernel, strides, dilation, groups, alone), along_x + jnp.concatenate(parts)
 
 
