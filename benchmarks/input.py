@@ -1,10 +1,12 @@
 """Images a second that are decoded, cropped (random resized, 224) and flipped: one core alone, then whole loaders.
 
-The pictures are a folder of JPEGs: `--folder`, by default the 200 photographs beside a full checkout.
+The pictures are a folder of JPEGs: `--folder`, by default the 200 photographs beside a full checkout. Those of a
+camera's size are 64 of them beside each other, so that each part is as sharp as a photograph.
 """
 
 import dataclasses
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,26 @@ import numpy as np
 
 from benchmarks.measure import MEMORY, Contender, alternate, has_gpu, options, print_table, row, with_ratios, write
 
-SIZE = 224
+SIZE, LARGE = 224, 10
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def files_in(folder: str) -> list[str]:
     """The JPEGs of a folder."""
     return [str(path) for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
+
+
+def large_pictures(folder: str, into: str, count: int) -> None:
+    """Writes JPEGs of 12 million pixels, each of 64 pictures of the folder."""
+    from PIL import Image
+
+    files = files_in(folder)
+    for n in range(count):
+        whole = Image.new("RGB", (4000, 3000))
+        for i in range(64):
+            with Image.open(files[(64 * n + i) % len(files)]) as part:
+                whole.paste(part.convert("RGB"), (i % 8 * 500, i // 8 * 375))
+        whole.save(Path(into) / f"{n}.jpg", quality=90)
 
 
 MORE: dict[str, dict[str, Any]] = {
@@ -228,6 +243,11 @@ def main() -> None:
         ]
         times = alternate(pair, max(3, rounds // 2))
         rows += [row(f"one core, {more}", c, t, count, "images") for c, t in times.items()]
+    with tempfile.TemporaryDirectory() as large:
+        large_pictures(folder, large, LARGE)
+        pair = [Contender(c.name, c.build, {"folder": large}, ONE_THREAD) for c in one]
+        times = alternate(pair, max(3, rounds // 2))
+        rows += [row("one core, 12 megapixels", c, t, LARGE, "images") for c, t in times.items()]
     passes = 3
     for workers in (1, 2):
         common = {"folder": folder, "workers": workers, "passes": passes}

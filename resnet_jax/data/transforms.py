@@ -5,6 +5,8 @@ are not lost.
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,14 @@ Picture = Any
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
+SPARE = 3
+"""A photograph is decoded smaller than it is while so many pixels are left for one of the training image's, in each
+direction. With three the mean difference from the full decoding is 0.4 of 255, below 1 for each of 100 photographs;
+with two it is 0.7."""
+
+TURNS = {2: "x", 3: "xy", 4: "y", 5: "t", 6: "tx", 7: "txy", 8: "ty"}
+"""Orientations of EXIF: which directions of the upright picture run backwards in the file, t if they are exchanged."""
+
 
 class BadImage(ValueError):
     """An image cannot be decoded."""
@@ -42,14 +52,21 @@ def decode(raw: Raw, channels: int = 3) -> Picture:
     Raises:
       BadImage: with the decoder's reason; also for more pixels than Pillow takes for safe.
     """
+    with _opened(raw, channels) as found:
+        return _from_image(found, channels) if isinstance(found, Image.Image) else found
+
+
+@contextmanager
+def _opened(raw: Raw, channels: int) -> Iterator[Picture]:
+    """An image of which only the header is read as yet, or an array's picture; all errors inside are of the image."""
     try:
         if isinstance(raw, np.ndarray) or (isinstance(raw, str | Path) and Path(raw).suffix.lower() == ".npy"):
-            array = raw if isinstance(raw, np.ndarray) else np.load(raw, allow_pickle=False)
-            return _from_array(array, channels)
-        if isinstance(raw, Image.Image):
-            return _from_image(raw, channels)
-        with Image.open(raw if isinstance(raw, str | Path) else io.BytesIO(raw)) as image:
-            return _from_image(image, channels)
+            yield _from_array(raw if isinstance(raw, np.ndarray) else np.load(raw, allow_pickle=False), channels)
+        elif isinstance(raw, Image.Image):
+            yield raw
+        else:
+            with Image.open(raw if isinstance(raw, str | Path) else io.BytesIO(raw)) as image:
+                yield image
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise errors of many types
@@ -80,8 +97,13 @@ def _from_image(image: Image.Image, channels: int) -> Picture:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return ImageOps.exif_transpose(image) if turned else image  # Pillow copies what need not be turned
+    if _orientation(image) == 1:
+        return image  # Pillow would copy it
+    return ImageOps.exif_transpose(image)
+
+
+def _orientation(image: Image.Image) -> Any:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def unit(array: np.ndarray) -> np.ndarray:
@@ -169,25 +191,60 @@ def fit(raw: Raw, size: Size, crop: float = 1.0, interpolation: str = "bilinear"
 
 
 def random_resized_crop(
-    picture: Picture, rng: np.random.Generator, size: Size, area: tuple[float, float], interpolation: str = "bilinear"
+    raw: Raw,
+    rng: np.random.Generator,
+    size: Size,
+    area: tuple[float, float],
+    interpolation: str = "bilinear",
+    channels: int = 3,
 ) -> Picture:
     """A random part of a picture, resized (Szegedy et al. 2015).
 
-    The part covers a share of the picture drawn from `area` and has a ratio of sides between 3/4 and 4/3; after ten
-    draws that do not fit, it is the largest centred part of such a ratio.
+    A JPEG of which the part has at least 2, 4 or 8 times `SPARE` pixels for each one of `size`, in both directions, is
+    decoded at a half, a quarter or an eighth of its size, which its cosine transform allows: a photograph of twelve
+    million pixels takes less than half the time.
     """
-    height, width = height_width(picture)
+    height, width = sides(size)
+    with _opened(raw, channels) as found:
+        tall, wide = height_width(found)
+        if not isinstance(found, Image.Image):
+            return resize(found, (height, width), interpolation, random_part(tall, wide, rng, area))
+        turn = TURNS.get(_orientation(found), "")
+        if "t" in turn:
+            tall, wide = wide, tall
+        left, top, right, bottom = random_part(tall, wide, rng, area)
+        spare = min((right - left) / width, (bottom - top) / height) / SPARE
+        less = max((k for k in (2, 4, 8) if k <= spare), default=1)
+        smaller = less > 1 and found is not raw and found.draft(None, (found.width // less, found.height // less))
+        picture = _from_image(found, channels)
+    box: tuple[float, ...] = (left, top, right, bottom)
+    if smaller:  # its last column and row, in the file, can be of fewer pixels than the others
+        found_tall, found_wide = height_width(picture)
+        x = found_wide - wide / less if "x" in turn else 0
+        y = found_tall - tall / less if "y" in turn else 0
+        box = x + left / less, y + top / less, x + right / less, y + bottom / less
+    return resize(picture, (height, width), interpolation, box)
+
+
+def random_part(
+    height: int, width: int, rng: np.random.Generator, area: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random part of a picture.
+
+    It covers a share of the picture drawn from `area` and has a ratio of sides between 3/4 and 4/3; after ten draws
+    that do not fit, it is the largest centred part of such a ratio.
+    """
     for _ in range(10):
         pixels = width * height * rng.uniform(*area)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round(np.sqrt(pixels * ratio)), round(np.sqrt(pixels / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
             break
     else:
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
-    return resize(picture, sides(size), interpolation, (int(left), int(top), int(left + w), int(top + h)))
+    return left, top, left + w, top + h
 
 
 def pad_crop(image: np.ndarray, rng: np.random.Generator, pad: int) -> np.ndarray:
@@ -207,8 +264,7 @@ def augment(
       turn: mirrored if flips alternate.
     """
     if recipe.crop == "random_resized":
-        part = random_resized_crop(decode(raw, channels), rng, size, recipe.area, recipe.interpolation)
-        image = np.asarray(part)
+        image = np.asarray(random_resized_crop(raw, rng, size, recipe.area, recipe.interpolation, channels))
     else:
         image = fit(raw, size, interpolation=recipe.interpolation, channels=channels)
         if recipe.crop == "pad":

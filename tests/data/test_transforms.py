@@ -158,6 +158,45 @@ def test_random_resized_crop_covers_the_area_asked_for():
         assert 0.1 < width * height < 0.35
 
 
+@pytest.fixture(scope="module")
+def mosaic(pictures):
+    """48 photographs beside each other, each at its own sharpness: 3000 x 3000 pixels and a few more."""
+    whole = Image.new("RGB", (3001, 3003))
+    paths = sorted((pictures / "imagenet_samples").glob("*.JPEG"))
+    fitting = [image for image in map(transforms.decode, paths) if image.width >= 500 and image.height >= 375]
+    for i, image in enumerate(fitting[:48]):
+        whole.paste(image, (i % 6 * 500, i // 6 * 375))
+    return whole
+
+
+def cropped(raw, seed, size, area):
+    return np.asarray(transforms.random_resized_crop(raw, np.random.default_rng(seed), size, area), int)
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(1, 40), (1, 230), *((turn, 100) for turn in range(1, 9))])
+def test_a_large_photograph_is_decoded_smaller_with_the_pixels_of_all_of_it(mosaic, tmp_path, orientation, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    mosaic.save(tmp_path / "a.jpg", quality=92, exif=exif)
+    upright, kernel = transforms.decode(tmp_path / "a.jpg"), Image.Resampling.BILINEAR
+    for seed in range(3):
+        box = transforms.random_part(*upright.size[::-1], np.random.default_rng(seed), (0.3, 1.0))
+        expected = np.asarray(upright.resize((size, size), kernel, box=box), int)
+        from_image, from_file = (cropped(raw, seed, size, (0.3, 1.0)) for raw in (upright, tmp_path / "a.jpg"))
+        assert np.abs(from_image - expected).max() <= 1
+        assert 0 < np.abs(from_file - from_image).mean() < 1
+    with Image.open(tmp_path / "a.jpg") as image:
+        cropped(image, 0, size, (0.3, 1.0))
+        assert image.size == (3001, 3003), "an image that is given keeps its size"
+
+
+def test_a_photograph_is_decoded_in_full_where_its_pixels_are_needed(pictures):
+    for path in sorted((pictures / "imagenet_samples").glob("*.JPEG"))[:5]:
+        raw = path.read_bytes()
+        from_image, from_file = (cropped(source, 1, 160, (0.08, 1.0)) for source in (transforms.decode(raw), raw))
+        np.testing.assert_array_equal(from_file, from_image)
+
+
 def test_pad_crop_and_flip_stay_windows_of_the_image():
     image = picture(8, 8)
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
