@@ -7,7 +7,7 @@ from html import escape
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 420, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 34
+LEFT, RIGHT, TOP, BOTTOM = 60, 12, 14, 34
 
 
 def line_chart(title: str, series: dict[str, Points], x_name: str, log: bool = False) -> str:
@@ -24,10 +24,7 @@ def line_chart(title: str, series: dict[str, Points], x_name: str, log: bool = F
     xs = [x for points in drawn.values() for x, _ in points]
     ys = [math.log10(y) if log else y for points in drawn.values() for _, y in points]
     x_range, y_range = _range(xs), _range(ys)
-    marks = [
-        f'<polyline class="line s{i}" points="{_path(points, x_range, y_range, log)}"/>'
-        for i, points in enumerate(drawn.values())
-    ]
+    marks = [_line(f"line s{i}", points, x_range, y_range, log) for i, points in enumerate(drawn.values())]
     legend = "".join(f'<span class="key s{i}">{escape(name)}</span>' for i, name in enumerate(drawn))
     axes = _axes(x_range, y_range, log, x_name)
     return _figure(title, axes + "".join(marks), legend)
@@ -54,7 +51,8 @@ def _figure(title: str, marks: str, legend: str) -> str:
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    around = 0 if high > low else abs(low) / 2 or 0.5
+    return low - around, high + around
 
 
 def _x(x: float, x_range: tuple[float, float]) -> float:
@@ -65,8 +63,11 @@ def _y(y: float, y_range: tuple[float, float]) -> float:
     return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - y_range[0]) / (y_range[1] - y_range[0])
 
 
-def _path(points: Points, x_range: tuple[float, float], y_range: tuple[float, float], log: bool) -> str:
-    return " ".join(f"{_x(x, x_range):.1f},{_y(math.log10(y) if log else y, y_range):.1f}" for x, y in points)
+def _line(kind: str, points: Points, x_range: tuple[float, float], y_range: tuple[float, float], log: bool) -> str:
+    places = [(_x(x, x_range), _y(math.log10(y) if log else y, y_range)) for x, y in points]
+    if len(places) == 1:
+        return f'<circle class="{kind}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3"/>'
+    return f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
 
 
 def _tick(y: float, y_range: tuple[float, float], log: bool) -> str:
