@@ -201,10 +201,14 @@ def hardware() -> dict[str, Any]:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
-        maker = [name for name in ("amd", "intel") if name in model.lower()]
-        widest = [vectors.removesuffix("f")] if vectors else []
-        return found | {"gpu": None, "short": "-".join([f"cpu{os.cpu_count()}", *maker, *widest])}
+        return found | {"gpu": None, "short": short_name(model, vectors, os.cpu_count() or 1)}
     return found | {"gpu": gpu, "short": gpu.lower().replace(" ", "-")}
+
+
+def short_name(processor: str, vectors: str | None, cores: int) -> str:
+    """What tells processors apart whose ratios differ: cores, maker and vectors, as in `cpu2-amd-avx512`."""
+    maker = [name for name in ("amd", "intel") if name in processor.lower()]
+    return "-".join([f"cpu{cores}", *maker, *([vectors.removesuffix("f")] if vectors else [])])
 
 
 def has_gpu() -> bool:

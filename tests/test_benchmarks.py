@@ -103,11 +103,25 @@ def test_every_case_ends_in_a_record(script, gpu, tmp_path, monkeypatch):
     assert [row["of_published"] for row in ours] == ([256 / 8000] if gpu and script is train_step else [])
 
 
+@pytest.mark.parametrize(
+    ("processor", "vectors", "short"),
+    [
+        ("AMD EPYC 9R14", "avx512f", "cpu8-amd-avx512"),
+        ("Intel(R) Xeon(R) Processor", "avx2", "cpu8-intel-avx2"),
+        ("Neoverse-N1", None, "cpu8"),
+    ],
+)
+def test_a_record_of_one_processor_does_not_overwrite_that_of_another(processor, vectors, short):
+    assert measure.short_name(processor, vectors, 8) == short
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
 def test_results_say_where_they_come_from(path):
     record = json.loads(path.read_text())
     assert record["command"].startswith("python -m benchmarks.")
     assert re.fullmatch(r"[0-9a-f]{7,}(\+changes)?", record["commit"])
-    assert {"processor", "cores", "gpu"} <= set(record["hardware"])
+    on = record["hardware"]
+    short = on["gpu"] and on["gpu"].lower().replace(" ", "-")
+    assert path.stem.endswith("-" + (short or measure.short_name(on["processor"], on.get("vectors"), on["cores"])))
     assert {"jax", "jaxlib", "python"} <= set(record["versions"])
     assert all("error" in row or {"median", "quartiles", "n", "unit"} <= set(row) for row in record["rows"])
