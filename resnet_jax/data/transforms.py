@@ -204,26 +204,35 @@ def random_resized_crop(
     decoded at a half, a quarter or an eighth of its size, which its cosine transform allows: photographs of twelve
     million pixels take two thirds of the time.
     """
-    height, width = sides(size)
     with _opened(raw, channels) as found:
-        tall, wide = height_width(found)
-        if not isinstance(found, Image.Image):
-            return resize(found, (height, width), interpolation, random_part(tall, wide, rng, area))
-        turn = TURNS.get(_orientation(found), "")
-        if "t" in turn:
-            tall, wide = wide, tall
-        left, top, right, bottom = random_part(tall, wide, rng, area)
-        spare = min((right - left) / width, (bottom - top) / height) / SPARE
-        less = max((k for k in (2, 4, 8) if k <= spare), default=1)
-        smaller = less > 1 and found is not raw and found.draft(None, (found.width // less, found.height // less))
-        picture = _from_image(found, channels)
-    box: tuple[float, ...] = (left, top, right, bottom)
-    if smaller:  # its last column and row, in the file, can be of fewer pixels than the others
-        found_tall, found_wide = height_width(picture)
-        x = found_wide - wide / less if "x" in turn else 0
-        y = found_tall - tall / less if "y" in turn else 0
-        box = x + left / less, y + top / less, x + right / less, y + bottom / less
-    return resize(picture, (height, width), interpolation, box)
+        if isinstance(found, Image.Image):
+            picture, box = _part_of_image(found, rng, sides(size), area, channels, whole=found is raw)
+        else:
+            picture, box = found, random_part(found.shape[0], found.shape[1], rng, area)
+    return resize(picture, sides(size), interpolation, box)
+
+
+def _part_of_image(
+    image: Image.Image,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    area: tuple[float, float],
+    channels: int,
+    whole: bool,
+) -> tuple[Picture, tuple[float, float, float, float]]:
+    """An image, decoded smaller where that is enough and it need not be `whole`, and a random part of it."""
+    turn = TURNS.get(_orientation(image), "")
+    wide, tall = image.size[::-1] if "t" in turn else image.size
+    left, top, right, bottom = random_part(tall, wide, rng, area)
+    spare = min((right - left) / size[1], (bottom - top) / size[0]) / SPARE
+    less = 1 if whole else max((k for k in (2, 4, 8) if k <= spare), default=1)
+    if less == 1 or not image.draft(None, (image.width // less, image.height // less)):
+        return _from_image(image, channels), (left, top, right, bottom)
+    picture = _from_image(image, channels)
+    found_tall, found_wide = height_width(picture)
+    x = found_wide - wide / less if "x" in turn else 0  # the last column and row of the file can be of fewer pixels
+    y = found_tall - tall / less if "y" in turn else 0
+    return picture, (x + left / less, y + top / less, x + right / less, y + bottom / less)
 
 
 def random_part(
