@@ -190,6 +190,12 @@ def test_a_large_photograph_is_decoded_smaller_with_the_pixels_of_all_of_it(mosa
         assert image.size == (3001, 3003), "an image that is given keeps its size"
 
 
+def test_a_large_photograph_that_is_cut_off_is_a_bad_image(mosaic):
+    raw = saved(mosaic, "JPEG")
+    with pytest.raises(transforms.BadImage, match="truncated"):
+        cropped(raw[: len(raw) * 9 // 10], 0, 40, (0.3, 0.5))
+
+
 def test_a_photograph_is_decoded_in_full_where_its_pixels_are_needed(pictures):
     for path in sorted((pictures / "imagenet_samples").glob("*.JPEG"))[:5]:
         raw = path.read_bytes()
