@@ -121,6 +121,7 @@ def test_results_say_where_they_come_from(path):
     assert record["command"].startswith("python -m benchmarks.")
     assert re.fullmatch(r"[0-9a-f]{7,}(\+changes)?", record["commit"])
     on = record["hardware"]
+    assert {"processor", "cores", "gpu"} <= set(on)
     short = on["gpu"] and on["gpu"].lower().replace(" ", "-")
     assert path.stem.endswith("-" + (short or measure.short_name(on["processor"], on.get("vectors"), on["cores"])))
     assert {"jax", "jaxlib", "python"} <= set(record["versions"])
