@@ -3,10 +3,11 @@ import os
 import re
 import time
 from itertools import groupby
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import inference, measure, train_step
+from benchmarks import epoch, inference, measure, train_step
 from benchmarks.limits import forward_flops
 from resnet_jax.models.registry import create_model
 
@@ -70,6 +71,35 @@ def test_rows_are_medians_and_ratios_of_the_same_case():
     assert rows[0]["quartiles"] == [2.0, 8.0]
     assert rows[1]["ours_over_this"] == 2.0
     assert "ours_over_this" not in rows[2]
+
+
+def test_epochs_are_timed_without_their_evaluations(monkeypatch):
+    now, given = [0.0], []
+
+    def advance(count):
+        given.append(count)
+        now[0] += count
+
+    def accuracy():
+        now[0] += 1000.0
+        return sum(given) / 250
+
+    monkeypatch.setattr(epoch.time, "perf_counter", lambda: now[0])
+    result = epoch.timed(250, advance, accuracy)
+    assert given == [100, 100, 50]
+    assert result == {"seconds": 250.0, "accuracy": 1.0, "curve": [(100.0, 0.4), (200.0, 0.8), (250.0, 1.0)]}
+    assert [epoch.time_to(target, result["curve"]) for target in (0.3, 0.8, 1.1)] == [100.0, 200.0, None]
+
+
+def test_the_time_to_an_accuracy_that_a_seed_misses_is_no_figure():
+    def result(*curves):
+        return {"seconds": [9.0] * len(curves), "kept": [{"curve": curve} for curve in curves], "setup": 1.0}
+
+    flags = SimpleNamespace(target=0.7, epochs=2)
+    came = epoch.to_target("net", "torch", result([(4.0, 0.7)], [(4.0, 0.6), (8.0, 0.8)]), flags)
+    assert came["quartiles"] == [1 / 8, 1 / 4]
+    assert "1 of 2 seeds" in epoch.to_target("net", "torch", result([(4.0, 0.7)], [(4.0, 0.6)]), flags)["error"]
+    assert epoch.to_target("net", "torch", {"error": "no such device"}, flags)["error"] == "no such device"
 
 
 @pytest.mark.parametrize(("name", "gmacs"), [("resnet50", 4.089), ("resnext50_32x4d", 4.230), ("resnet18", 1.814)])
