@@ -169,7 +169,8 @@ def torch_epochs(name: str, folder: str, epochs: int, seeds: int) -> Any:
     def call() -> dict[str, Any]:
         torch.manual_seed(next(left))
         model = torch_model(name, 10).to(device, memory_format=torch.channels_last).train()
-        optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, nesterov=True, weight_decay=DECAY)
+        sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": DECAY, "fused": True}
+        optimizer = torch.optim.SGD(model.parameters(), RATE, **sgd)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, RATE, total_steps=steps + 1, cycle_momentum=False, final_div_factor=1e4
         )

@@ -87,7 +87,8 @@ def torch_train_step(name: str, batch: int, size: int, classes: int, dtype: str,
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     model = torch_model(name, classes).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "fused": True}
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, **sgd)
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, classes, (batch,), device=device)
     forward = torch.compile(model) if compiled else model

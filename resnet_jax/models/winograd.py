@@ -23,9 +23,9 @@ KERNEL: Matrix = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 OUTPUTS: Matrix = ((1, 1, 1, 0), (0, 1, -1, -1))
 """The paper's B^T, G and A^T."""
 
-WIDTH = 128
+WIDTH = 64
 """Least channels, in and out. With fewer, products are too thin for what the additions cost."""
-IMAGE = 2**13
+IMAGE = 2**12
 """Least numbers in an image. With fewer, what is saved is not worth the time to compile."""
 WORK = 2**15
 """Least tiles times channels of a part, without which the kernel's way into tiles costs more than is saved."""
@@ -97,15 +97,19 @@ def _scattered(x: Array, kernels: Grid) -> Array:
         return lax.pad(y, jnp.zeros((), y.dtype), ((0, 0, 0), (i, 3 - i, 1), (j, 3 - j, 1), (0, 0, 0)))
 
     whole = reduce(operator.add, [placed(y, i, j) for i, row in enumerate(outputs) for j, y in enumerate(row)])
-    return whole[:, 1 : height + 1, 1 : width + 1]
+    # For the transpose: its tiles would be read, number by number, out of the images of all parts.
+    return lax.optimization_barrier(whole)[:, 1 : height + 1, 1 : width + 1]
 
 
 def _products(tiles: Grid, kernels: Grid) -> Grid:
-    """A matrix product for each place, between barriers: XLA would make the sums anew for each of its readers."""
+    """A matrix product for each place, between barriers: XLA would make the sums anew for each of its readers.
+
+    They hold tiles, not matrices, in whose rows XLA would look for each number's place; both ways, for the transpose.
+    """
     size, stored = tiles[0][0].shape[:3], lax.optimization_barrier
 
     def product(x: Array, kernel: Array) -> Array:
-        return stored(stored(x).reshape(-1, x.shape[-1]) @ kernel).reshape(*size, -1)
+        return stored((stored(x).reshape(-1, x.shape[-1]) @ kernel).reshape(*size, -1))
 
     return [[product(*pair) for pair in zip(*rows, strict=True)] for rows in zip(tiles, kernels, strict=True)]
 
