@@ -141,7 +141,7 @@ def torch_epochs(name: str, folder: str, epochs: int, seeds: int) -> Any:
     """The same in torch eager, data on the device, channels_last."""
     import torch
 
-    from benchmarks.torch_models import synchronize, torch_model
+    from benchmarks.torch_models import sgd, synchronize, torch_model
 
     train, test = arrays(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,8 +169,7 @@ def torch_epochs(name: str, folder: str, epochs: int, seeds: int) -> Any:
     def call() -> dict[str, Any]:
         torch.manual_seed(next(left))
         model = torch_model(name, 10).to(device, memory_format=torch.channels_last).train()
-        sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": DECAY, "fused": True}
-        optimizer = torch.optim.SGD(model.parameters(), RATE, **sgd)
+        optimizer = sgd(model, RATE, DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, RATE, total_steps=steps + 1, cycle_momentum=False, final_div_factor=1e4
         )
@@ -187,15 +186,15 @@ def torch_epochs(name: str, folder: str, epochs: int, seeds: int) -> Any:
                 schedule.step()
             synchronize(device)
 
+        def right(images: Any, labels: Any) -> int:
+            return (model((images.float() - mean) / std).argmax(1) == labels).sum().item()
+
         def accuracy() -> float:
             model.eval()
             with torch.inference_mode():
-                right = [
-                    (model((x.float() - mean) / std).argmax(1) == y).sum().item()
-                    for x, y in zip(test_images.split(1000), test_labels.split(1000), strict=True)
-                ]
+                found = sum(map(right, test_images.split(1000), test_labels.split(1000)))
             model.train()
-            return sum(right) / len(test_labels)
+            return found / len(test_labels)
 
         return timed(steps, advance, accuracy)
 
