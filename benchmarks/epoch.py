@@ -154,8 +154,7 @@ def torch_epochs(name: str, folder: str, epochs: int, seeds: int) -> Any:
 
     (images, labels), (test_images, test_labels) = tensors(train), tensors(test)
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
-    steps = steps_in(epochs, len(labels))
-    left = iter(range(seeds))
+    steps, left = steps_in(epochs, len(labels)), iter(range(seeds))
 
     def batch_of(index: Any) -> Any:
         corner = torch.randint(0, 9, (2, len(index)), device=device)
@@ -170,11 +169,10 @@ def torch_epochs(name: str, folder: str, epochs: int, seeds: int) -> Any:
         torch.manual_seed(next(left))
         model = torch_model(name, 10).to(device, memory_format=torch.channels_last).train()
         optimizer = sgd(model, RATE, DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, RATE, total_steps=steps + 1, cycle_momentum=False, final_div_factor=1e4
-        )
-        order = torch.cat([torch.randperm(len(labels), device=device) for _ in range(epochs + 1)])
-        batches = iter(order.split(BATCH))
+        cycle = {"cycle_momentum": False, "final_div_factor": 1e4}
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, **cycle)
+        order = [torch.randperm(len(labels), device=device) for _ in range(epochs + 1)]
+        batches = iter(torch.cat(order).split(BATCH))
         synchronize(device)
 
         def advance(count: int) -> None:
