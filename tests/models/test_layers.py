@@ -197,6 +197,22 @@ def test_winograd_is_left_where_it_does_not_pay(shape, kernel, dtype):
     assert winograd.parts(jnp.zeros(shape, dtype), jnp.zeros(kernel, dtype)) == 0
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        ((128, 16, 16, 64), (3, 3, 64, 64)),
+        ((16, 56, 56, 64), (3, 3, 64, 64)),
+        ((1, 56, 56, 64), (3, 3, 64, 64)),
+        ((16, 7, 7, 512), (3, 3, 512, 512)),
+    ],
+)
+def test_winograd_is_taken_where_it_pays(shape, kernel, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    x, kernel = jnp.zeros(shape), jnp.zeros(kernel)
+    program = jax.jit(conv2d).lower(x, kernel).as_text()
+    assert winograd.parts(x, kernel) > 0 and "stablehlo.convolution" not in program
+
+
 @pytest.mark.parametrize(("side", "strides", "dilation", "groups"), [(15, 2, 1, 2), (15, 2, 1, 8), (16, 2, 2, 4)])
 def test_gradients_with_groups_at_odd_sizes_and_dilated(side, strides, dilation, groups, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
