@@ -30,14 +30,15 @@ class Console:
             self._live.start()
 
     def update(self, step: int, numbers: dict[str, float]) -> None:
-        """Shows the newest numbers of a step."""
+        """Shows the newest numbers of a step; of the last one those of its evaluation, too, always."""
         self._numbers |= numbers
+        ended = step == self._total and any(name.startswith("eval/") for name in numbers)
         if not self._began:  # the first numbers come after compilation
             self._start, self._began = step, time.perf_counter()
         if self._live is not None:
             self._bar.update(self._task, completed=step)
             self._text.plain = self._line(step)
-        elif time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES or step == self._total:
+        elif ended or (time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES and step < self._total):
             self._last_line = time.perf_counter()
             done = step - self._start
             left = f"  {(self._total - step) * (self._last_line - self._began) / done:.0f} s left" if done else ""
