@@ -30,7 +30,7 @@ class Console:
             self._live.start()
 
     def update(self, step: int, numbers: dict[str, float]) -> None:
-        """Shows the newest numbers of a step; of the last one those of its evaluation, too, always."""
+        """Shows the newest numbers of a step; without a terminal, the last step once, with its evaluation."""
         self._numbers |= numbers
         ended = step == self._total and any(name.startswith("eval/") for name in numbers)
         if not self._began:  # the first numbers come after compilation
