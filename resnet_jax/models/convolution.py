@@ -227,9 +227,9 @@ def _on_cpu(x: Array, kernel: Array, strides: int, dilation: int, groups: int, a
     loops, in functions, with groups. JAX transposes a convolution by changing its order; so the derivatives here have
     the order that it changes into `ORDER`, and turn their operands to fit.
 
-    The derivative along the kernel, and so the weight gradient, goes by `_chunk` images, 0 for all at once. That along
-    the images of a 3x3 with stride 2, and so their gradient, goes through four convolutions without stride; XLA's own
-    spreads the gradient among zeros.
+    The derivative along the kernel, and so the weight gradient, goes by Winograd's algorithm, too, where channels are
+    many, else by `_chunk` images, 0 for all at once. That along the images of a 3x3 with stride 2, and so their
+    gradient, goes through four convolutions without stride; XLA's own spreads the gradient among zeros.
     """
     if _by_winograd(x, kernel, strides, dilation, groups, alone):
         return winograd.convolve(x, kernel)
@@ -248,7 +248,8 @@ def _on_cpu_jvp(
     window = _window(kernel, strides, dilation)
     turned = kernel.transpose(0, 1, 3, 2)
     even = x.shape[1] % 2 == x.shape[2] % 2 == 0
-    if _by_winograd(x, kernel, strides, dilation, groups, alone):
+    by_winograd = _by_winograd(x, kernel, strides, dilation, groups, alone)
+    if by_winograd:
         along_x = jax.checkpoint(winograd.spread)(x_dot, kernel)  # or the kernel's sums would be kept for the gradient
     elif _in_pairs(x, kernel, strides, dilation, groups):
         along_x = _from_pairs(x_dot, turned)
@@ -276,7 +277,9 @@ def _on_cpu_jvp(
 
     # Not as a loop: those are put off until all of a step's activations are there, and rematerialisation saves little.
     chunk = _chunk(x) if alone else 0
-    if chunk:  # slices are stored before they are turned: as one, the two take half as long again
+    if by_winograd and min(kernel.shape[2:]) >= winograd.GRADIENT:
+        parts = [jax.checkpoint(winograd.along_kernel)(x, kernel_dot)]  # or the images' tiles would be kept
+    elif chunk:  # slices are stored before they are turned: as one, the two take half as long again
         slices = [lax.optimization_barrier(x[i : i + chunk]) for i in range(0, x.shape[0], chunk)]
         parts = [along_kernel(lax.optimization_barrier(with_images_last(images))) for images in slices]
     else:

@@ -25,6 +25,8 @@ OUTPUTS: Matrix = ((1, 1, 1, 0), (0, 1, -1, -1))
 
 WIDTH = 64
 """Least channels, in and out. With fewer, products are too thin for what the additions cost."""
+GRADIENT = 128
+"""The same for the weight gradient, which takes tiles of two arrays for one product."""
 IMAGE = 2**12
 """Least numbers in an image. With fewer, what is saved is not worth the time to compile."""
 WORK = 2**15
@@ -60,6 +62,11 @@ def spread(x: Array, kernel: Array) -> Array:
     """The same, so written that JAX's transpose along the images, their gradient, has the form of `convolve`."""
     kernels = _both_ways(KERNEL, kernel[::-1, ::-1])
     return _in_parts(lambda x: _scattered(x, kernels), x, parts(x, kernel))
+
+
+def along_kernel(x: Array, kernel: Array) -> Array:
+    """The same of all images at once, for JAX's transpose along the kernel, the weight gradient: no sum of parts."""
+    return _gathered(x, _both_ways(KERNEL, kernel))
 
 
 def _in_parts(function: Callable[[Array], Array], x: Array, count: int) -> Array:
