@@ -72,11 +72,25 @@ def nearest(word: str, words: Any) -> str:
 
 @lru_cache(maxsize=256)
 def variable_shapes(model: Any) -> Any:
-    """Shapes and types of a model's variables; nothing is allocated."""
+    """Shapes and types of a model's variables; nothing is allocated, and of equal blocks of a ResNet one is traced."""
+    traced = shortened(model)
     size = getattr(model, "image_size", 64)
     images = jax.ShapeDtypeStruct((1, size, size, model.in_channels), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    return {name: values for name, values in shapes.items() if name in ("params", "batch_stats")}
+    shapes = jax.eval_shape(traced.init, jax.random.key(0), images)
+    shapes = {name: values for name, values in shapes.items() if name in ("params", "batch_stats")}
+    if traced is not model:
+        for values in shapes.values():
+            for stage, blocks in enumerate(model.stage_sizes, 1):
+                later = {f"block{i}": values[f"stage{stage}"]["block2"] for i in range(3, blocks + 1)}
+                values[f"stage{stage}"] |= later
+    return shapes
+
+
+def shortened(model: Any) -> Any:
+    """A ResNet with two blocks a stage at most, as which the later ones are made; other models, and loops, whole."""
+    if type(model) is not ResNet or model.scan:
+        return model
+    return model.clone(stage_sizes=tuple(min(blocks, 2) for blocks in model.stage_sizes))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -133,12 +147,11 @@ def cost(model: Any, size: Size) -> Cost:
     group normalisation, and a standardised weight 4. Of equal blocks of a ResNet one is traced.
     """
     model = block_by_block(model)
-    short = model.clone(stage_sizes=tuple(min(n, 2) for n in model.stage_sizes)) if isinstance(model, ResNet) else model
-    macs = 0
+    traced, macs = shortened(model), 0
 
     def repeats(path: Any) -> int:
         """How often the module at a path stands in the whole model: the second block of a stage for all later ones."""
-        equal = isinstance(model, ResNet) and path[0].startswith("stage") and "block2" in path[1:2]
+        equal = traced is not model and path[0].startswith("stage") and "block2" in path[1:2]
         return model.stage_sizes[int(path[0][-1]) - 1] - 1 if equal else 1
 
     def count(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -161,6 +174,6 @@ def cost(model: Any, size: Size) -> Cost:
 
     with nn.intercept_methods(count):
         images = jax.ShapeDtypeStruct((1, *sides(size), model.in_channels), jnp.float32)
-        params = jax.eval_shape(short.init, jax.random.key(0), images)["params"]
+        params = jax.eval_shape(traced.init, jax.random.key(0), images)["params"]
     leaves = flatten_dict(params).items()
     return Cost(sum(math.prod(leaf.shape) * repeats(path) for path, leaf in leaves), macs)

@@ -39,6 +39,23 @@ def test_parameters_and_tensors_are_those_of_timm(name):
     assert (count_parameters(model), tensors) == TIMM[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("resnet34", {}),
+        ("seresnextaa101d_32x8d", {"stage_sizes": (1, 2, 5, 3)}),
+        ("resnetv2_50x1_bit", {"in_channels": 4}),
+        ("cifar_plain20", {}),
+        ("cifar_resnet32", {"scan": True}),
+        ("densenet121", {}),
+    ],
+)
+def test_shapes_of_blocks_that_are_not_traced_are_those_of_the_whole_model(name, fields):
+    model = create_model(name, **fields)
+    images = jax.ShapeDtypeStruct((1, 64, 64, model.in_channels), "float32")
+    assert variable_shapes(model) == jax.eval_shape(model.init, jax.random.key(0), images)
+
+
 OTHERS = {
     "googlenet": 6_624_904,  # torchvision's
     "vit_b_16": 86_567_656,  # torchvision's
