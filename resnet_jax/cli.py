@@ -20,8 +20,8 @@ USAGE = """usage: resnet-jax COMMAND ...
 
   train     [--config FILE] [--workdir DIR] [--SECTION.FIELD VALUE ...]   train as a recipe says
   plan      [--devices N] [--memory 80GiB] [--json] [flags of train]      what a run will need, before it starts
-  evaluate  WORKDIR [--best] [--per-class] [--json]                       test a run's checkpoint
-  report    WORKDIR [--best]                                              a page on what a run came to
+  evaluate  WORKDIR [--split validation|test] [--checkpoint best|latest|STEP]   measure a run's checkpoint
+  report    WORKDIR [--checkpoint best|latest|STEP]                       a page on what a run came to
   runs      [DIR] [--json]                                                the runs under a folder and their state
   show-batch FILE [flags of train]                                        a picture of what the network sees
   predict   SOURCE PATH... [--top K] [--format table|json|csv] [--cam DIR] classes of pictures
@@ -192,35 +192,42 @@ def format_plan(needs: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+CHECKPOINT_HELP = "best, latest or a step; by default the best one where the run selected one"
+
+
 def evaluate_command(arguments: Sequence[str]) -> int:
     """`resnet-jax evaluate`."""
-    parser = argparse.ArgumentParser(prog="resnet-jax evaluate", description="Tests a run's checkpoint on its data.")
+    parser = argparse.ArgumentParser(prog="resnet-jax evaluate", description="Evaluates a run's checkpoint.")
     parser.add_argument("workdir", type=Path, help="the folder of a run")
-    parser.add_argument("--best", action="store_true", help="the best checkpoint, not the latest")
+    parser.add_argument("--split", choices=("validation", "test"), help="by default test, where the data has it")
+    parser.add_argument("--checkpoint", help=CHECKPOINT_HELP)
+    parser.add_argument("--data.dataset", dest="dataset", help="where the run's data lies now")
+    parser.add_argument("--data.accept_changes", dest="accept", action="store_true", help="also where it has changed")
     parser.add_argument("--per-class", action="store_true", help="accuracy of each class too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     prepare_jax()
     from resnet_jax.training.evaluation import evaluate_run
 
-    result = evaluate_run(options.workdir, best=options.best, per_class=options.per_class)
+    result = evaluate_run(
+        options.workdir, options.checkpoint, options.split, options.per_class, options.dataset, options.accept
+    )
     print(json.dumps(result, indent=2) if options.json else format_result(result))
     return 0
 
 
 def format_result(result: dict[str, Any]) -> str:
     """The table that `resnet-jax evaluate` prints."""
-    test = result["test"]
-    rows = [f"step {result['step']}, {test['count']} images"]
-    for kind in ("test", "ema"):
+    split = result["split"]
+    rows = [f"step {result['step']}, {split} split, {result[split]['count']} images"]
+    for kind, label in ((split, "parameters"), (f"ema/{split}", "their moving average")):
         if kind in result:
             values = result[kind]
             top5 = f"   top-5 {values['top5']:.2%}" if "top5" in values else ""
-            label = "parameters" if kind == "test" else "their moving average"
             rows.append(f"{label:<21} loss {values['loss']:.4f}   top-1 {values['accuracy']:.2%}{top5}")
     if result["skipped_images"]:
         rows.append(f"not counted, since they cannot be decoded: {', '.join(result['skipped_images'])}")
-    for name, values in test.get("classes", {}).items():
+    for name, values in result[split].get("classes", {}).items():
         accuracy = "no images" if values["accuracy"] is None else f"{values['accuracy']:7.2%} of {values['count']}"
         rows.append(f"  {name:<24} {accuracy}")
     return "\n".join(rows)
@@ -230,12 +237,13 @@ def report_command(arguments: Sequence[str]) -> int:
     """`resnet-jax report`."""
     parser = argparse.ArgumentParser(prog="resnet-jax report", description="Writes report.html into a run's folder.")
     parser.add_argument("workdir", type=Path, help="the folder of a run")
-    parser.add_argument("--best", action="store_true", help="of the best checkpoint, not the latest")
+    parser.add_argument("--checkpoint", help=CHECKPOINT_HELP)
+    parser.add_argument("--data.dataset", dest="dataset", help="where the run's data lies now")
     options = parser.parse_args(arguments)
     prepare_jax()
     from resnet_jax.training.html_report import make_report
 
-    print(make_report(options.workdir, options.best))
+    print(make_report(options.workdir, options.checkpoint, options.dataset))
     return 0
 
 
@@ -267,7 +275,7 @@ def runs_command(arguments: Sequence[str]) -> int:
     elif not rows:
         print(f"there are no runs under {options.folder}")
     for row in [] if options.json else rows:
-        form = ".4f" if row["metric"] == "loss" else ".2%"
+        form = ".4f" if str(row["metric"]).endswith("loss") else ".2%"
         best = "" if row["best"] is None else format(row["best"], form)
         known = f"{row['model'] or '?':<20} {row['data'] or '?':<20} step {row['step'] or 0:<8} best {best:<8}"
         print(f"{row['folder']:<36} {row['state']:<9} {known}")

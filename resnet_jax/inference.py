@@ -208,12 +208,12 @@ def find_files(words: Sequence[str]) -> Iterator[Path]:
     Raises:
       InputError: one of them names nothing.
     """
-    from resnet_jax.data.sources import IMAGE_SUFFIXES
+    from resnet_jax.data.files import Left, pictures_under
 
     for word in words:
         path = Path(word).expanduser()
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            found = [Path(picture) for picture in pictures_under(path, Left())]
         elif path.exists():
             found = [path]
         else:

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
 
+from resnet_jax.config import InputError
 from resnet_jax.pages import read_pages
 
 SEAL = "checksums.json"
@@ -98,6 +99,45 @@ def damage(folder: Path, read: Callable[[str], bool] = every) -> str | None:
 def steps_in(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, sound or not, the newest first."""
     return sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
+
+
+BEST = "best.json"
+"""Names the best checkpoint of a run's folder: `step`, `metric` and `value`."""
+
+
+def best_of(folder: Path) -> dict[str, Any] | None:
+    """What `best.json` of a run's folder says: `step`, `metric` and `value`; None where nothing was selected."""
+    try:
+        found = json.loads((folder / BEST).read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    kinds = {"step": int, "metric": str, "value": float}
+    sound = isinstance(found, dict) and all(type(found.get(name)) is kind for name, kind in kinds.items())
+    return found if sound else None
+
+
+def best_step(folder: Path) -> int | None:
+    """Step of the best checkpoint of a run's folder; None where nothing was selected."""
+    found = best_of(folder)
+    return None if found is None else found["step"]
+
+
+def checkpoint_step(folder: Path, wanted: str | None) -> int | None:
+    """Step that `best`, `latest` or a number means in a run's folder; None for the newest sound one.
+
+    Raises:
+      InputError: it is something else, or the run has no such checkpoint.
+    """
+    if wanted in (None, "latest"):
+        return None
+    there = steps_in(folder / "checkpoints")
+    step = best_step(folder) if wanted == "best" else int(wanted) if wanted and wanted.isdigit() else -1
+    if step is None:
+        raise InputError(f"the run in {folder} has selected no best checkpoint: take --checkpoint latest")
+    if step not in there:
+        kept = ", ".join(map(str, there)) or "none"
+        raise InputError(f"--checkpoint {wanted}: give best, latest or the step of one that is kept, which are {kept}")
+    return step
 
 
 def read_sound(folder: Path, name: str, checksum: str) -> np.ndarray:

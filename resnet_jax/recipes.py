@@ -14,6 +14,8 @@ FREE_FIELDS = frozenset(
     {
         "model.remat",
         "model.scan",
+        "data.dataset",
+        "data.accept_changes",
         "data.data_dir",
         "data.workers",
         "data.timeout",
@@ -140,7 +142,11 @@ def check(config: Config) -> None:
         (config.train.nonfinite_limit < 1, "train.nonfinite_limit must be at least 1"),
         (config.data.timeout <= 0, "data.timeout must be above 0"),
         (several < 1, "train.steps_per_call must be at least 1"),
-        (not 0 < config.data.validation_fraction < 1, "data.validation_fraction must lie between 0 and 1"),
+        (not 0 <= config.data.validation_fraction < 1, "data.validation_fraction must lie in [0, 1)"),
+        (
+            config.train.metric == "none" and config.train.patience is not None,
+            "train.patience needs a metric to wait for: leave train.metric none out",
+        ),
         (not 0 <= config.train.label_smoothing < 1, "train.label_smoothing must lie in [0, 1)"),
         (
             config.train.ema_decay is not None and not 0 < config.train.ema_decay < 1,

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax.config import AugmentConfig, Config, InputError, Size, sides
+from resnet_jax.data.dataset import Dataset, Source, labels_of
 from resnet_jax.data.order import alternately, balanced_table, example_index
-from resnet_jax.data.sources import Dataset, Source, labels_of
 from resnet_jax.data.transforms import BadImage, augment, decode, fit
 from resnet_jax.data.watch import Noted, Stalled, awaited, under_way
 from resnet_jax.sharding import put_batch

@@ -14,8 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError
+from resnet_jax.data.dataset import Dataset, labels_of
 from resnet_jax.data.loader import BadImages, sampling_table, train_batches, whole_split
-from resnet_jax.data.sources import Dataset, labels_of
 from resnet_jax.sharding import batch_sharding, compiler_options, put_everywhere, replicated, state_sharding
 from resnet_jax.training.finetune import make_phases
 from resnet_jax.training.losses import class_weights

@@ -89,6 +89,17 @@ class Checkpoints:
         self.settle()
         return step in steps_in(self.folder)
 
+    def read(self, step: int, template: Any) -> Any:
+        """Reads the state of a step, like `template`.
+
+        Raises:
+          InputError: the checkpoint is damaged.
+        """
+        self.settle()
+        if problem := damage(self.folder / str(step)):
+            raise InputError(f"the checkpoint of step {step} is damaged: {problem}")
+        return _read(self._manager, template, step)[0]
+
     def restore(self, template: Callable[[], Any]) -> tuple[Any, Record, int] | None:
         """State, record and step of the newest sound checkpoint; damaged newer ones are moved aside.
 

@@ -11,8 +11,8 @@ SECONDS_BETWEEN_LINES = 5.0
 class Console:
     """Progress on the terminal: a bar, or a line every few seconds where the output is not a terminal."""
 
-    def __init__(self, start: int, total: int, steps_per_epoch: float) -> None:
-        self._total, self._steps_per_epoch = total, steps_per_epoch
+    def __init__(self, start: int, total: int, steps_per_epoch: float, evaluates: bool = True) -> None:
+        self._total, self._steps_per_epoch, self._evaluates = total, steps_per_epoch, evaluates
         self._start, self._began, self._last_line = start, 0.0, -math.inf
         self._live: Any = None
         self._numbers: dict[str, float] = {}
@@ -30,9 +30,13 @@ class Console:
             self._live.start()
 
     def update(self, step: int, numbers: dict[str, float]) -> None:
-        """Shows the newest numbers of a step; without a terminal, the last step once, with its evaluation."""
+        """Shows the newest numbers of a step; without a terminal, the last step once, with its evaluation. Figures of
+        the test split are for the end of the run.
+        """
+        if "test/accuracy" in numbers:
+            return
         self._numbers |= numbers
-        ended = step == self._total and any(name.startswith("eval/") for name in numbers)
+        ended = step == self._total and (not self._evaluates or "validation/accuracy" in numbers)
         if not self._began:  # the first numbers come after compilation
             self._start, self._began = step, time.perf_counter()
         if self._live is not None:
@@ -50,8 +54,11 @@ class Console:
             ("train/loss", "loss {:.4f}"),
             ("images_per_second", "{:.0f} images/s"),
             ("data_wait", "data wait {:.0%}"),
-            ("eval/accuracy", "test accuracy {:.2%}"),
+            ("ema/validation/accuracy", "validation accuracy {:.2%} (moving average)"),
+            ("validation/accuracy", "validation accuracy {:.2%}"),
         ):
+            if name == "validation/accuracy" and "ema/validation/accuracy" in self._numbers:
+                continue
             if name in self._numbers:
                 shown.append(form.format(self._numbers[name]))
         return "  ".join(shown)

@@ -11,12 +11,18 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError
+from resnet_jax.data.dataset import Dataset
+from resnet_jax.data.fingerprint import changes, described, fingerprint
+from resnet_jax.data.fingerprint import load as load_fingerprint
+from resnet_jax.data.fingerprint import save as save_fingerprint
 from resnet_jax.data.loader import BadImages
-from resnet_jax.data.sources import Dataset, load_dataset
+from resnet_jax.data.sources import load_dataset
+from resnet_jax.integrity import BEST, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.recipes import check, recorded, result_fields
 from resnet_jax.sharding import (
@@ -30,7 +36,14 @@ from resnet_jax.sharding import (
 )
 from resnet_jax.training.advance import make_advance
 from resnet_jax.training.checkpoints import Checkpoints, Record
-from resnet_jax.training.evaluation import Result, deciding, headline, make_evaluate, scalars
+from resnet_jax.training.evaluation import (
+    Result,
+    class_names_of,
+    make_evaluate,
+    scalars,
+    selecting_metric,
+    served,
+)
 from resnet_jax.training.html_report import make_report
 from resnet_jax.training.optimizers import make_schedule
 from resnet_jax.training.probe import computes_features_once, make_features
@@ -68,7 +81,8 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
       workdir: the run's folder; None makes a new one under `runs/`.
 
     Returns:
-      What `summary.json` holds: `test` (loss, accuracy, count), `ema`, `best`, `steps`, `seconds`, ...
+      What `summary.json` holds: `validation` and `test` (loss, accuracy, count, ...), the same of the moving average
+      as `ema/validation` and `ema/test`, all of the step `selected`; `best`, `steps`, `seconds`, ...
 
     Raises:
       InputError: the recipe, the data or the folder is not as it must be.
@@ -83,12 +97,15 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     check_same(json.dumps(result_fields(config)))
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
-    dataset = load_dataset(config.data, config.train.seed)
+    dataset = load_dataset(config.data, config.train.seed, hold_out=config.train.metric != "none")
+    for note in dataset.notes:
+        say(note)
     if dataset.several and config.train.loss != "binary":
         raise InputError(f"{config.data.dataset} gives images several labels: add --train.loss binary")
     if config.train.metric == "map" and not dataset.several:
         raise InputError("train.metric map needs images with several labels; take accuracy, loss or macro_recall")
-    plan = make_plan(config, len(dataset.train))
+    metric = selecting_metric(config, dataset)
+    plan = make_plan(config, len(dataset.train), dataset.validation is not None)
     model = build_model(config, len(dataset.class_names))
     schedule = make_schedule(config, plan.total, plan.per_epoch)
     folder = open_workdir(workdir, config)
@@ -97,14 +114,35 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         if summary := ended(folder):
             say(f"the run is finished; see it with: resnet-jax evaluate {folder}")
             return summary
+        check_pictures(folder, config, dataset)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
-            run = Run(folder, config, plan, model, dataset, mesh, checkpoints, stop)
+            run = Run(folder, config, plan, model, dataset, metric, mesh, checkpoints, stop)
             record, images_per_second = run_with_rollbacks(run, schedule)
         speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
         summary = finish(folder, record, speed, device_name(mesh))
         if config.log.report and jax.process_count() == 1:
             report_on(folder)
         return summary
+
+
+def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
+    """Compares the pictures with those that the run in the folder was given, and notes the new ones.
+
+    Raises:
+      InputError: others are to be trained on than before, and the recipe does not accept it.
+    """
+    before, now = load_fingerprint(folder), fingerprint(dataset)
+    if before is not None and (changed := changes(before, now)):
+        note = f"{config.data.dataset} is not as the run in {folder} was given it ({described(changed)})"
+        if "train" in changed and not config.data.accept_changes:
+            raise InputError(
+                f"{note}: what is trained on would change. Give the data as it was, go on all the same with "
+                "--data.accept_changes, or start anew in another --workdir"
+            )
+        say(f"WARNING: {note}")
+        now["train"] = np.unique(np.concatenate([now["train"], before["train"]]), axis=0)
+    if jax.process_index() == 0:
+        save_fingerprint(now, folder)
 
 
 def report_on(folder: Path) -> None:
@@ -117,13 +155,14 @@ def report_on(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """What does not change while a run goes on."""
+    """What does not change while a run goes on; `metric` selects on the validation split, None where nothing does."""
 
     folder: Path
     config: Config
     plan: Plan
     model: nn.Module
     dataset: Dataset
+    metric: str | None
     mesh: Mesh
     checkpoints: Checkpoints
     stop: Stop
@@ -157,14 +196,20 @@ def begin(run: Run) -> tuple[TrainState, Record]:
     found = run.checkpoints.restore(lambda: sharded_shapes(new_state, mesh))
     if found is None:
         state = put_state(in_form(with_weights(new_state(), config, run.model), config), mesh)
-        return state, new_record(config, run.dataset)
+        return state, new_record(config, run.dataset, class_names_of(run.dataset, run.model))
     state, record, step = found
-    if config.model.scan:
-        form = state_sharding(jax.eval_shape(lambda: in_form(new_state(), config)), mesh)
-        state = jax.jit(stack_blocks, out_shardings=form)(state)
     run.checkpoints.best = record["best"] and record["best"]["step"]
+    note_best(run.folder, record["best"])
     say(f"resuming at step {step} of {run.plan.total}")
-    return state, record
+    return stacked(state, run), record
+
+
+def stacked(state: TrainState, run: Run) -> TrainState:
+    """A state as checkpoints hold it in the form that the recipe's model takes."""
+    if not run.config.model.scan:
+        return state
+    form = state_sharding(jax.eval_shape(lambda: stack_blocks(state)), run.mesh)
+    return jax.jit(stack_blocks, out_shardings=form)(state)
 
 
 def go_on(run: Run, state: TrainState, record: Record, schedule: optax.Schedule) -> tuple[Record, float]:
@@ -176,10 +221,18 @@ def go_on(run: Run, state: TrainState, record: Record, schedule: optax.Schedule)
     ends = (plan.log_every, plan.eval_every, plan.save_every)
     steps = range(start, plan.total)
     advance = make_advance(config, run.model, schedule, run.dataset, run.mesh, bad, steps, ends, frozen)
-    evaluate = make_evaluate(config, run.model, run.dataset, run.mesh, bad, run.stop, features)
+    measured = {
+        split: make_evaluate(config, run.model, run.dataset, split, run.mesh, bad, run.stop, features)
+        for split in run.dataset.splits()
+        if split != "train"
+    }
     with Report(run.folder, config, plan, schedule, start, record, run.checkpoints.latest) as report:
         try:
-            run_steps(run, state, record, traced(advance, config, run.folder), evaluate, report, bad)
+            program = traced(advance, config, run.folder)
+            state = run_steps(run, state, record, program, measured.get("validation"), report, bad)
+            record["selected"] = record["best"]["step"] if record["best"] else record["step"]
+            if "test" in measured:
+                look_at_test(run, state, record, measured["test"], report)
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() > 1:
                 end_with_lost_process(error)
@@ -192,12 +245,15 @@ def run_steps(
     state: TrainState,
     record: Record,
     advance: Advance,
-    evaluate: Callable[[TrainState], Result | None],
+    evaluate: Callable[[TrainState], Result | None] | None,
     report: Report,
     bad: BadImages,
-) -> None:
+) -> TrainState:
     """The loop: step, write metrics, save, evaluate, until the plan's end, or until `train.patience` is at its end.
-    `record` is brought up to date in place.
+    Returns the last state; `record` is brought up to date in place.
+
+    Args:
+      evaluate: on the validation split; None where there is none.
 
     Everything is written and found finite before a checkpoint replaces another one. A checkpoint is begun before the
     evaluation of its step, which it owes until then, so that the two run beside each other. The device is given one
@@ -205,7 +261,7 @@ def run_steps(
     """
     plan, step = run.plan, int(state.step)
     under_way: Any = ()
-    if record["owed"]:
+    if record["owed"] and evaluate is not None:
         assess(run, state, step, record, evaluate, report, bad)
     patience = run.config.train.patience or math.inf
     while step < plan.total and record["no_better"] < patience:
@@ -221,22 +277,50 @@ def run_steps(
         if due(plan.log_every):
             report.flush()
         stopping = run.stop.due()
-        if not due(plan.eval_every) and not due(plan.save_every) and not stopping:
+        evaluates = evaluate is not None and due(plan.eval_every)
+        if not evaluates and not due(plan.save_every) and not stopping:
             continue
         record["sums"] = report.settle(state)
-        record |= {"skipped_updates": dict(report.skipped), "skipped": sorted(bad.names), "owed": due(plan.eval_every)}
+        record |= {"skipped_updates": dict(report.skipped), "skipped": sorted(bad.names), "owed": evaluates}
         with report.paused():
             if due(plan.save_every) or stopping:
                 run.checkpoints.save(step, unstack_blocks(state), record)
             if stopping:
                 raise Stopped(run.folder, step, run.stop.signal or 0, run.checkpoints.has(step))
-            if record["owed"]:
+            if record["owed"] and evaluate is not None:
                 assess(run, state, step, record, evaluate, report, bad)
     record["step"] = step
     if step < plan.total:
-        say(f"no better for {record['no_better']} evaluations: the run ends, and is its best checkpoint")
+        say(f"no better for {record['no_better']} evaluations: the run ends")
     if not run.checkpoints.has(step):
         run.checkpoints.save(step, unstack_blocks(state), record)
+    return state
+
+
+def look_at_test(
+    run: Run,
+    state: TrainState,
+    record: Record,
+    evaluate: Callable[[TrainState], Result | None],
+    report: Report,
+) -> None:
+    """Evaluates what was selected on the test split, at the end of the run, and adds it to the record's result.
+
+    Raises:
+      Stopped: a signal came meanwhile; the last step is saved, and the same command does it then.
+    """
+    if record["selected"] != record["step"]:
+        shapes = sharded_shapes(state_maker(run.config, run.model, lambda step: 0.0), run.mesh)
+        try:
+            state = stacked(run.checkpoints.read(record["selected"], shapes), run)
+        except InputError as error:
+            say(f"WARNING: {error}; the last step counts in its place", error=True)
+            record["selected"] = record["step"]
+    result = evaluate(state)
+    if result is None:
+        raise Stopped(run.folder, record["step"], run.stop.signal or 0, run.checkpoints.has(record["step"]))
+    report.evaluation(record["selected"], result)
+    record["result"] = (record["result"] or {}) | scalars(result)
 
 
 def assess(
@@ -248,7 +332,7 @@ def assess(
     report: Report,
     bad: BadImages,
 ) -> None:
-    """Evaluates a step, and keeps its checkpoint if it is the best so far.
+    """Evaluates a step on the validation split, and keeps its checkpoint if it is the best so far.
 
     Raises:
       Stopped: a signal came meanwhile; the step is saved, and owes its evaluation.
@@ -259,16 +343,27 @@ def assess(
             run.checkpoints.save(step, unstack_blocks(state), record)
         raise Stopped(run.folder, step, run.stop.signal or 0, run.checkpoints.has(step))
     report.evaluation(step, result)
-    metric = deciding(run.config, run.dataset.several)
-    value, before = headline(result, metric), record["best"]
-    record |= {"owed": False, "skipped": sorted(bad.names), "no_better": record["no_better"] + 1}
-    if run.config.train.patience is None or before is None or better(metric, value, before[metric]):
+    record |= {"owed": False, "skipped": sorted(bad.names)}
+    if run.metric is None:
         record["result"] = scalars(result)
-    if before is None or better(metric, value, before[metric]):
-        best = {"step": step, metric: value}
-        record["no_better"] = 0
+        return
+    name, means = served(result, "validation")
+    value, before = float(means[run.metric]), record["best"]
+    record["no_better"] += before is not None
+    if before is None:
+        record["result"] = scalars(result)
+    if not math.isnan(value) and (before is None or better(run.metric, value, before["value"])):
+        best = {"step": step, "metric": f"{name}/{run.metric}", "value": value}
+        record |= {"result": scalars(result), "no_better": 0}
         if not run.checkpoints.has(step):
             run.checkpoints.save(step, unstack_blocks(state), record | {"best": best})
         if run.checkpoints.has(step):
             record["best"] = best
             run.checkpoints.best = step
+            note_best(run.folder, best)
+
+
+def note_best(folder: Path, best: dict[str, Any] | None) -> None:
+    """Names the best checkpoint in the run's folder, for those who read it."""
+    if best is not None and jax.process_index() == 0:
+        write_whole(folder / BEST, json.dumps(best) + "\n")

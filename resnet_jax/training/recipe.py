@@ -24,16 +24,17 @@ from resnet_jax.weights.sources import Weights, find_weights
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens at which step; all in steps."""
+    """What happens at which step; all in steps, but for `evaluates`: whether there is a validation split."""
 
     total: int
     per_epoch: float
     eval_every: int
     save_every: int
     log_every: int
+    evaluates: bool = True
 
 
-def make_plan(config: Config, examples: int) -> Plan:
+def make_plan(config: Config, examples: int, evaluates: bool = True) -> Plan:
     """The plan of a run over so many training examples. An epoch need not be a whole number of steps."""
     per_epoch = examples / config.train.batch_size
     total = config.train.steps or max(1, math.ceil(config.train.epochs * per_epoch))
@@ -41,7 +42,7 @@ def make_plan(config: Config, examples: int) -> Plan:
     save_every = config.checkpoint.every_steps or eval_every
     if total * config.train.batch_size >= 2**32:
         raise InputError("the run draws 2**32 images or more, further than the order of the data counts: shorten it")
-    return Plan(total, per_epoch, eval_every, save_every, config.log.every_steps)
+    return Plan(total, per_epoch, eval_every, save_every, config.log.every_steps, evaluates)
 
 
 def complete(config: Config, recorded: Config | None) -> Config:

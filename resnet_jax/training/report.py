@@ -1,5 +1,6 @@
 """What a run says while it runs: sums of steps are gathered late, so that the loop never waits for a number."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,7 +63,7 @@ class Report:
     ) -> None:
         first = jax.process_index() == 0
         self._tracker = Tracker(folder, step, config.log.tensorboard, record["owed"]) if first else None
-        self._console = Console(step, plan.total, plan.per_epoch) if first else None
+        self._console = Console(step, plan.total, plan.per_epoch, plan.evaluates) if first else None
         self._batch_size, self._per_epoch, self._schedule = config.train.batch_size, plan.per_epoch, schedule
         self._last_checkpoint = last_checkpoint
         self._thread = ThreadPoolExecutor(1)
@@ -104,10 +105,9 @@ class Report:
         return None if self._carried is None else {name: float(value) for name, value in self._carried.items()}
 
     def evaluation(self, step: int, result: dict[str, dict[str, Any]]) -> None:
-        """Writes means over the test set."""
-        names = {"test": "eval", "ema": "ema"}
+        """Writes the means of an evaluation, each under its split's name."""
         line = {
-            f"{names[kind]}/{name}": value
+            f"{kind}/{name}": value
             for kind, values in result.items()
             for name, value in values.items()
             if name in ("loss", "accuracy", "top5", "macro_recall", "macro_f1", "map")
@@ -208,10 +208,10 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
-def say(text: str) -> None:
-    """Prints in the first process alone."""
+def say(text: str, error: bool = False) -> None:
+    """Prints in the first process alone, on standard error where it is an error."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 Advance = Callable[[TrainState, int], tuple[TrainState, Sums, int, float]]

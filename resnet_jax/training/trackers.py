@@ -18,14 +18,18 @@ FLUSHED_EVERY = 5.0
 class Tracker:
     """Writes numbers of a step to `metrics.jsonl`, one object a line, and to TensorBoard.
 
-    Opening it on a run that resumes at `step` drops the lines beyond that step, and with `owed` the evaluation of that
-    step, so that each is there once. Lines for which the disk has no room wait until it has.
+    Opening it on a run that resumes at `step` drops the lines beyond that step, with `owed` the evaluation of that
+    step, and that of the test split, so that each is there once. Lines that the disk has no room for wait.
     """
 
     def __init__(self, workdir: Path, step: int, tensorboard: bool, owed: bool = False) -> None:
         path = workdir / "metrics.jsonl"
         last = step - 1 if owed else step
-        kept = [x for x in read_lines(path) if x["step"] <= last or (x["step"] == step and "eval/loss" not in x)]
+        kept = [
+            x
+            for x in read_lines(path)
+            if (x["step"] <= last or (x["step"] == step and "validation/loss" not in x)) and "test/loss" not in x
+        ]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._waiting: list[bytes] = []
@@ -124,12 +128,19 @@ def draw_curves(workdir: Path) -> Path:
     lines = read_lines(workdir / "metrics.jsonl")
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    styles = (("train", "training", "#888888"), ("eval", "test", "#0b62a4"), ("ema", "test, averaged", "#d1495b"))
+    styles = (
+        ("train", "train", "#888888"),
+        ("validation", "validation", "#0b62a4"),
+        ("ema/validation", "validation, moving average", "#d1495b"),
+        ("test", "test, at the end", "#0b62a4"),
+        ("ema/test", "test, moving average", "#d1495b"),
+    )
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for prefix, label, color in styles:
             points = [(line["step"], line[f"{prefix}/{quantity}"]) for line in lines if f"{prefix}/{quantity}" in line]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.5)
+                form = {"marker": "D", "linestyle": ""} if prefix.endswith("test") else {"linewidth": 1.5}
+                axes.plot(*zip(*points, strict=True), label=label, color=color, **form)
         axes.set_xlabel("step")
         axes.set_title(quantity, loc="left")
         axes.grid(alpha=0.3)

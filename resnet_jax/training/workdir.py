@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import socket
 import threading
 import time
@@ -18,11 +19,11 @@ from jax.sharding import Mesh
 
 from resnet_jax import __version__
 from resnet_jax.config import Config, InputError
-from resnet_jax.data.sources import Dataset
-from resnet_jax.integrity import damage, none, steps_in, write_whole
+from resnet_jax.data.dataset import Dataset
+from resnet_jax.integrity import best_of, damage, none, steps_in, write_whole
 from resnet_jax.recipes import differences, from_dict, recorded, to_dict
 from resnet_jax.training.checkpoints import Record
-from resnet_jax.training.trackers import draw_curves, read_lines
+from resnet_jax.training.trackers import draw_curves
 
 TOUCHED_EVERY, STALE_AFTER = 20.0, 120.0
 """Seconds: how often a run touches its lock, and when one of another host counts as left behind."""
@@ -125,11 +126,11 @@ def start_of(pid: int) -> str | None:
     return "alive"
 
 
-def new_record(config: Config, dataset: Dataset) -> Record:
+def new_record(config: Config, dataset: Dataset, class_names: tuple[str, ...]) -> Record:
     """What a checkpoint holds beside the state, for a run that begins."""
     return {
         "recipe": to_dict(config),
-        "class_names": list(dataset.class_names),
+        "class_names": list(class_names),
         "several": dataset.several,
         "best": None,
         "result": None,
@@ -161,16 +162,34 @@ def ended(folder: Path) -> dict[str, Any] | None:
 def finish(folder: Path, record: Record, speed: dict[str, float], device: str) -> dict[str, Any]:
     """Writes `summary.json` and `curves.png` and says what came out."""
     skipped = {"count": len(record["skipped"]), "names": record["skipped"][:1000]}
-    summary = record["result"] | {"best": record["best"], "steps": record["step"]} | speed
+    summary = (record["result"] or {}) | {"best": record["best"], "selected": record["selected"]}
+    summary |= {"steps": record["step"]} | speed
     summary |= {"skipped_images": skipped, "skipped_updates": record["skipped_updates"]["total"]}
     summary |= {"device": device, "versions": versions()}
     if jax.process_index() == 0:
-        draw_curves(folder)
         write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        test = summary["test"]
-        print(f"test accuracy {test['accuracy']:.2%} on {test['count']} images, loss {test['loss']:.4f}")
-        print(f"the run lies in {folder}; see it with: resnet-jax evaluate {folder} --per-class")
+        draw_curves(folder)
+        for line in outcome(summary):
+            print(line)
+        print(f"the run lies in {folder}; see it with: resnet-jax evaluate {shlex.quote(str(folder))} --per-class")
     return summary
+
+
+def outcome(summary: dict[str, Any]) -> list[str]:
+    """Lines that say what came out of a run: each figure with its split, and how its step was chosen."""
+    step, best, lines = summary["selected"], summary["best"], []
+    for split in ("validation", "test"):
+        kind = next((kind for kind in (f"ema/{split}", split) if kind in summary), None)
+        if kind is None:
+            continue
+        values = summary[kind]
+        of = f"the moving average of step {step}" if kind.startswith("ema/") else f"step {step}"
+        chosen = f", which this split chose by {best['metric'].rpartition('/')[2]}" if best and split != "test" else ""
+        lines.append(
+            f"{split} accuracy {values['accuracy']:.2%} on {values['count']} images, loss {values['loss']:.4f} "
+            f"({of}{chosen})"
+        )
+    return lines or [f"step {step}: there is no validation or test split to measure on"]
 
 
 def device_name(mesh: Mesh) -> str:
@@ -211,25 +230,13 @@ def describe_run(folder: Path) -> dict[str, Any]:
         summary = finished(folder, max(steps, default=0))
     except (OSError, ValueError):
         return row | {"state": "running" if running else "damaged"}
-    row |= {"step": max(steps, default=0), "metric": config.train.metric, "best": best_of(folder)[1]}
+    best = best_of(folder) or {"metric": None, "value": None}
+    row |= {"step": max(steps, default=0), "metric": best["metric"], "best": best["value"]}
     if running:
         return row | {"state": "running"}
     if there and not steps:
         return row | {"state": "damaged"}
     return row | {"state": "finished" if summary else "stopped"}
-
-
-def best_of(folder: Path) -> tuple[int | None, float | None]:
-    """Step and metric of the best evaluation whose checkpoint is there, the first of equals; by `metrics.jsonl`."""
-    metric = from_dict(json.loads((folder / "config.json").read_text())).train.metric
-    found: tuple[int | None, float | None] = (None, None)
-    there = set(steps_in(folder / "checkpoints"))
-    for line in read_lines(folder / "metrics.jsonl"):
-        name = ("map" if "eval/map" in line else "accuracy") if metric == "auto" else metric
-        value = line.get(f"ema/{name}", line.get(f"eval/{name}"))
-        if value is not None and line["step"] in there and (found[1] is None or better(name, value, found[1])):
-            found = (line["step"], value)
-    return found
 
 
 def better(metric: str, new: float, old: float) -> bool:

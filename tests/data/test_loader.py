@@ -9,6 +9,7 @@ from PIL import Image
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, TrainConfig
 from resnet_jax.data import on_device
+from resnet_jax.data.dataset import ArraySource, Dataset, FileSource
 from resnet_jax.data.loader import (
     BadImages,
     TrainExample,
@@ -18,7 +19,6 @@ from resnet_jax.data.loader import (
     whole_split,
 )
 from resnet_jax.data.on_device import draw_batch
-from resnet_jax.data.sources import ArraySource, Dataset, FileSource
 from resnet_jax.sharding import make_mesh
 
 SIZE = 37
@@ -111,7 +111,7 @@ KEPT = """
 import dataclasses
 from resnet_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
 from resnet_jax.data.loader import BadImages, train_batches
-from resnet_jax.data.sources import ArraySource
+from resnet_jax.data.dataset import ArraySource
 from resnet_jax.sharding import make_mesh
 import numpy as np
 
@@ -182,7 +182,7 @@ def test_balanced_classes_are_drawn_equally_often_and_copies_follow_each_other(h
     source = ArraySource(images, labels)
     config = recipe(8, augment=AugmentConfig(crop="none", repeats=2))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sampling="balanced"))
-    table = sampling_table(Dataset(source, source, ("a", "b", "c", "d")), "balanced")
+    table = sampling_table(Dataset(source, None, source, ("a", "b", "c", "d")), "balanced")
     ranks = [
         list(train_batches(source, config, make_mesh(1), BadImages("error"), range(30), rank, hosts, table))
         for rank in range(hosts)
@@ -197,7 +197,7 @@ def test_balanced_classes_are_drawn_equally_often_and_copies_follow_each_other(h
 
 
 def test_a_class_that_cannot_be_drawn_is_named():
-    dataset = Dataset(SOURCE, SOURCE, tuple("abcdef"))
+    dataset = Dataset(SOURCE, None, SOURCE, tuple("abcdef"))
     with pytest.raises(InputError, match="f has no training image"):
         sampling_table(dataset, "balanced")
     with pytest.raises(InputError, match="needs one label an image"):
