@@ -155,11 +155,8 @@ def test_a_class_that_is_called_like_a_split_is_said(tmp_path):
     [
         ({}, "has no classes"),
         ({"train/cat": 2, "train/dog": 0}, "train/dog: the class has no images"),
-        ({"train/cat": 2, "test/cat": 1, "test/bee": 1}, "lacks: bee"),
-        (
-            {"cat": 1, "dog": 2},
-            "none of the 3 training pictures is held out for validation|are held out for validation",
-        ),
+        ({"train/cat": 2, "train/dog": 2, "test/cat": 1, "test/bee": 1}, "its test split has classes .* lacks: bee"),
+        ({"cat": 1, "dog": 2}, "held out for validation, which goes by their names"),
     ],
 )
 def test_a_wrong_folder_is_named(tmp_path, layout, message):

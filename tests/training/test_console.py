@@ -12,4 +12,4 @@ def test_the_last_step_is_one_line_with_its_own_evaluation(capsys):
         console.update(step, numbers)
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("step 10/20  epoch 1.0  loss 0.5000")
-    assert last.startswith("step 20/20  epoch 2.0  loss 0.1250  test accuracy 75.00%")
+    assert last.startswith("step 20/20  epoch 2.0  loss 0.1250  validation accuracy 75.00%")

@@ -11,7 +11,7 @@ import pytest
 from resnet_jax.config import Config, InputError
 from resnet_jax.recipes import to_dict
 from resnet_jax.training.trackers import Tracker, read_lines
-from resnet_jax.training.workdir import best_of, live_holder, locked, open_workdir, runs_under, start_of
+from resnet_jax.training.workdir import live_holder, locked, open_workdir, runs_under, start_of
 
 HERE = {"host": socket.gethostname(), "pid": os.getpid(), "start": start_of(os.getpid())}
 
@@ -68,19 +68,14 @@ print(torch.ones(2).sum().item())
     assert told == f"{bool(first)}\n2.0\n"
 
 
-def test_the_best_evaluation_is_the_first_of_equals_that_has_a_checkpoint(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config())))
-    tracker = Tracker(tmp_path, 0, tensorboard=False)
-    for step, accuracy in ((1, 0.9), (2, 0.8), (3, 0.8), (4, 0.7)):
-        tracker.write(step, {"eval/accuracy": 0.1, "ema/accuracy": accuracy})
-    tracker.close()
-    for step in (2, 3, 4):
-        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
-    assert best_of(tmp_path) == (2, 0.8)
-
-
 def test_lines_beyond_a_checkpoint_go_and_a_torn_one_too(tmp_path):
-    lines = [{"step": 5, "train/loss": 1.0}, {"step": 7, "train/loss": 2.0}, {"step": 7, "eval/loss": 3.0}, {"step": 9}]
+    lines = [
+        {"step": 5, "train/loss": 1.0},
+        {"step": 7, "train/loss": 2.0},
+        {"step": 7, "validation/loss": 3.0},
+        {"step": 9},
+        {"step": 5, "test/loss": 3.0},
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1'
     for owed, kept in ((False, lines[:3]), (True, lines[:2])):
         (tmp_path / "metrics.jsonl").write_text(text)
