@@ -211,6 +211,31 @@ def with_validation(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     return dataclasses.replace(dataset, train=train, validation=validation, notes=notes)
 
 
+def with_outputs(dataset: Dataset, outputs: int) -> Dataset:
+    """Widens the labels of images with several of them to the outputs of a model, which may be more than the classes.
+
+    Raises:
+      InputError: the model has fewer outputs than the data has classes.
+    """
+    more = outputs - len(dataset.class_names)
+    if more < 0:
+        raise InputError(
+            f"model.num_classes {outputs} is below the {len(dataset.class_names)} classes of the data: give as many or "
+            "more, or leave it out"
+        )
+    if not dataset.several or not more:
+        return dataset
+
+    def widened(source: Source | None) -> Source | None:
+        if not isinstance(source, FileSource):
+            return source
+        labels: Any = tuple((*label, *(0,) * more) for label in source.labels)  # type: ignore[misc]
+        return dataclasses.replace(source, labels=labels)
+
+    splits = {name: widened(source) for name, source in dataset.splits().items()}
+    return dataclasses.replace(dataset, **splits)  # type: ignore[arg-type]
+
+
 def listed(names: Sequence[str], most: int = 5) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -104,7 +104,7 @@ def steps_per_call(config: Config, drawn: bool) -> int:
 
 def make_programs(
     config: Config,
-    model: nn.Module,
+    model: Any,
     schedule: optax.Schedule,
     dataset: Dataset,
     mesh: Mesh,
@@ -126,7 +126,7 @@ def make_programs(
     out, on_batch = (state_sharding(shapes, mesh), replicated(mesh)), batch_sharding(mesh)
     phases = make_phases(config, shapes.params, len(dataset.train) / config.train.batch_size)
     starts = [phase.start for phase in phases]
-    weights = weights_of_classes(config, dataset)
+    weights = weights_of_classes(config, dataset, model.num_classes)
     net = head_of(model) if probe else model
 
     @lru_cache
@@ -151,8 +151,8 @@ def make_programs(
     return program
 
 
-def weights_of_classes(config: Config, dataset: Dataset) -> np.ndarray | None:
-    """Weights of the classes in the loss, as the recipe has them; None for none.
+def weights_of_classes(config: Config, dataset: Dataset, outputs: int) -> np.ndarray | None:
+    """Weights of a model's outputs in the loss, as the recipe has them, 1 for those without a class; None for none.
 
     Raises:
       InputError: a class has no training image.
@@ -160,7 +160,8 @@ def weights_of_classes(config: Config, dataset: Dataset) -> np.ndarray | None:
     if config.train.class_weights == "none":
         return None
     labels, classes = labels_of(dataset.train), len(dataset.class_names)
-    counts = labels.sum(0) if dataset.several else np.bincount(labels, minlength=classes)
+    counts = labels.sum(0)[:classes] if dataset.several else np.bincount(labels, minlength=classes)
     if missing := [name for name, n in zip(dataset.class_names, counts, strict=True) if n == 0]:
         raise InputError(f"train.class_weights: the classes {', '.join(missing)} have no training image")
-    return class_weights(config.train.class_weights, counts)
+    weights = class_weights(config.train.class_weights, counts)
+    return None if weights is None else np.pad(weights, (0, outputs - classes), constant_values=1.0)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError
-from resnet_jax.data.dataset import Dataset, default_split, listed
+from resnet_jax.data.dataset import Dataset, default_split, listed, with_outputs
 from resnet_jax.data.fingerprint import changes, described, fingerprint
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import trained_on as count_trained_on
@@ -267,6 +267,7 @@ def open_run(
             raise InputError(f"{note}; give the same data, or take this with --data.accept_changes")
         print(f"WARNING: {note}", file=sys.stderr, flush=True)
     model: Any = block_by_block(build_model(config, len(found.class_names)))
+    found = with_outputs(found, model.num_classes)
     template = sharded_shapes(state_maker(config, model, lambda step: 0.0), mesh)
     state, record = read_chosen_checkpoint(folder, template, checkpoint)
     names = class_names_of(found, model)

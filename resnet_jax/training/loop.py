@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError
-from resnet_jax.data.dataset import Dataset
+from resnet_jax.data.dataset import Dataset, with_outputs
 from resnet_jax.data.fingerprint import changes, described, fingerprint
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import save as save_fingerprint
@@ -106,7 +106,8 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         raise InputError("train.metric map needs images with several labels; take accuracy, loss or macro_recall")
     metric = selecting_metric(config, dataset)
     plan = make_plan(config, len(dataset.train), dataset.validation is not None)
-    model = build_model(config, len(dataset.class_names))
+    model: Any = build_model(config, len(dataset.class_names))
+    dataset = with_outputs(dataset, model.num_classes)
     schedule = make_schedule(config, plan.total, plan.per_epoch)
     folder = open_workdir(workdir, config)
     say(f"run: {folder}")
