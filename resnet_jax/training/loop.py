@@ -365,6 +365,10 @@ def assess(
 
 
 def note_best(folder: Path, best: dict[str, Any] | None) -> None:
-    """Names the best checkpoint in the run's folder, for those who read it."""
-    if best is not None and jax.process_index() == 0:
+    """Names the best checkpoint in the run's folder, for those who read it, or takes the name away."""
+    if jax.process_index() != 0:
+        return
+    if best is None:
+        (folder / BEST).unlink(missing_ok=True)
+    else:
         write_whole(folder / BEST, json.dumps(best) + "\n")
