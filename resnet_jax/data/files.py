@@ -37,20 +37,25 @@ def picture_suffixes() -> frozenset[str]:
 
 @dataclass
 class Left:
-    """Files and folders that are not taken for pictures, as (path, reason), in the order in which they were met."""
+    """Files and folders that are not taken for pictures: path -> reason, in the order in which they were met."""
 
-    found: list[tuple[str, str]] = field(default_factory=list)
+    found: dict[str, str] = field(default_factory=dict)
 
     def add(self, path: str, reason: str) -> None:
         """Takes one more."""
-        self.found.append((path, reason))
+        self.found[path] = reason
 
     def notes(self, root: Path) -> tuple[str, ...]:
         """A line that counts them and names the first few; none where nothing was left out."""
         if not self.found:
             return ()
-        shown = [f"{os.path.relpath(path, root)} ({reason})" for path, reason in self.found]
-        return (f"left out: {len(shown):,} files or folders: {listed(shown)}",)
+        shown = [f"{os.path.relpath(path, root)} ({reason})" for path, reason in self.found.items()]
+        return (f"left out: {len(shown):,} files or folders: {printable(listed(shown))}",)
+
+
+def printable(text: str) -> str:
+    """Returns a text in which bytes of file names that are not UTF-8 are replacement characters."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def is_litter(name: str) -> bool:
@@ -166,7 +171,7 @@ def _class_files(place: Path, root: Path, left: Left) -> list[Picture]:
         before = len(left.found)
         own = [Picture(path, path[start:].replace(os.sep, "/"), (name,)) for path in pictures_under(folder, left)]
         if not own:
-            why = [f"{os.path.relpath(path, place)} ({reason})" for path, reason in left.found[before:]]
+            why = [f"{os.path.relpath(path, place)} ({reason})" for path, reason in [*left.found.items()][before:]]
             raise InputError(
                 f"{folder}: the class has no images; remove the folder, or give it some"
                 + (f"; left out: {listed(why)}" if why else "")

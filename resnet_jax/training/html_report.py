@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.data.dataset import default_split
+from resnet_jax.data.files import printable
 from resnet_jax.data.on_device import normalize
 from resnet_jax.data.show import as_shown, overlay
 from resnet_jax.data.transforms import fit
@@ -74,7 +75,7 @@ def make_report(folder: Path, checkpoint: str | None = None, dataset: str | None
         _details(run, folder),
     ]
     page = PAGE.replace("{title}", escape(f"{run.config.model.name} on {run.config.data.dataset}"))
-    write_whole(folder / "report.html", page.replace("{body}", "\n".join(sections)))
+    write_whole(folder / "report.html", printable(page.replace("{body}", "\n".join(sections))))
     return folder / "report.html"
 
 
