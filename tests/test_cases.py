@@ -78,7 +78,7 @@ def test_04_what_systems_and_editors_leave_is_left_out_and_counted(tmp_path):
     dataset = load(root)
     assert dataset.class_names == ("cat", "dog") and len(dataset.train) + len(dataset.validation) == 20
     (note,) = [note for note in dataset.notes if note.startswith("left out: ")]
-    assert note.startswith("left out: 9 files or folders: .DS_Store (hidden), .git (hidden)")
+    assert note.startswith("left out: 10 files or folders: .DS_Store (hidden), .git (hidden)")
     assert len(list(find_files([str(root)]))) == 20
 
 

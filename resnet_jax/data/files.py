@@ -97,7 +97,8 @@ def pictures_under(folder: Path, left: Left) -> Iterator[str]:
             else:
                 yield entry.path
 
-    return walk(str(folder), frozenset())
+    above = [os.stat(parent) for parent in folder.absolute().parents]
+    return walk(str(folder), frozenset((status.st_dev, status.st_ino) for status in above))
 
 
 def _folders(root: Path, left: Left) -> dict[str, Path]:
