@@ -234,6 +234,7 @@ def go_on(run: Run, state: TrainState, record: Record, schedule: optax.Schedule)
             record["selected"] = record["best"]["step"] if record["best"] else record["step"]
             if "test" in measured:
                 look_at_test(run, state, record, measured["test"], report)
+            record["skipped"] = sorted(bad.names)
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() > 1:
                 end_with_lost_process(error)
