@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -176,23 +177,22 @@ def grown(tmp_path_factory):
 
 
 def test_a_folder_that_grows_is_named_and_what_was_held_out_stays_so(grown, tmp_path, capsys):
-    config = recipe(f"folder:{grown / 'data'}", steps=20)
-    before = evaluate_run(grown / "run")
+    config, run = recipe(f"folder:{grown / 'data'}", steps=20), tmp_path / "run"
+    shutil.copytree(grown / "run", run)
+    before = evaluate_run(run)
     new = [grown / "data" / "dark" / name for name in ("00a.png", "zz.png", "later.png")]
     for i, path in enumerate(new):
         picture(path, 40, 100 + i)
     try:
         capsys.readouterr()
-        after = evaluate_run(grown / "run")
+        after = evaluate_run(run)
         assert "is not as the run in" in capsys.readouterr().err
         added = after["validation"]["count"] - before["validation"]["count"]
         assert 0 <= added < 3  # those of the new ones that are held out; none of the old ones moved
-        longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=20))
-        (grown / "run" / "summary.json").rename(tmp_path / "summary.json")
+        (run / "summary.json").unlink()
         with pytest.raises(InputError, match=rf"train: {3 - added} added.*--data.accept_changes"):
-            loop.train(longer, grown / "run")
-        accepting = dataclasses.replace(longer, data=dataclasses.replace(longer.data, accept_changes=True))
-        loop.train(accepting, grown / "run")
+            loop.train(config, run)
+        loop.train(dataclasses.replace(config, data=dataclasses.replace(config.data, accept_changes=True)), run)
         assert "WARNING" in capsys.readouterr().out
     finally:
         for path in new:
