@@ -78,7 +78,7 @@ def moved(config, programs, step, state, data):
 
 def test_stages_thaw_from_the_head_down_with_their_statistics():
     config = tuned("gradual", thaw_every_epochs=0.1)
-    dataset, mesh = load_dataset(config.data, 0), make_mesh(1)
+    dataset, mesh = load_dataset(config.data, 0, hold_out=False), make_mesh(1)
     model = build_model(config, 10)
     schedule = optax.constant_schedule(0.1)
     per_epoch = len(dataset.train) / 16
@@ -163,7 +163,7 @@ def test_sharpness_aware_steps_take_the_gradient_of_the_worst_point_near_by():
 
 def test_classes_count_what_the_recipe_says(tmp_path):
     config = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, class_weights="balanced"))
-    dataset = load_dataset(config.data, 0)
+    dataset = load_dataset(config.data, 0, hold_out=False)
     weights = advance.weights_of_classes(config, dataset, 10)
     counts = np.bincount(dataset.train.labels)
     np.testing.assert_allclose(weights * counts, len(dataset.train) / 10, rtol=1e-6)
