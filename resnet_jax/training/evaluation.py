@@ -188,8 +188,8 @@ def open_run(folder: Path, best: bool = False, keep: bool = False) -> FinishedRu
     dataset = load_dataset(config.data, config.train.seed)
     model = block_by_block(build_model(config, len(dataset.class_names)))
     template = sharded_shapes(state_maker(config, model, lambda step: 0.0), mesh)
-    step = best_of(folder)[0] if best or config.train.patience is not None else None
-    state, record = read_checkpoint(folder, template, step)
+    chosen = (lambda: best_of(folder)[0]) if best or config.train.patience is not None else None
+    state, record = read_checkpoint(folder, template, chosen)
     if record["class_names"] != list(dataset.class_names):
         raise InputError(f"{config.data.dataset} has other classes than the run: {', '.join(dataset.class_names)}")
     bad = BadImages("skip", channels=config.data.channels)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax import output as outputs
 from resnet_jax.config import Config
 from resnet_jax.training.console import Console
 from resnet_jax.training.metrics import Sums, add, means
@@ -208,10 +209,10 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
-def say(text: str) -> None:
-    """Prints in the first process alone."""
+def say(text: str, error: bool = False) -> None:
+    """Prints in the first process alone, as `output.say` does."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        outputs.say(text, error)
 
 
 Advance = Callable[[TrainState, int], tuple[TrainState, Sums, int, float]]
