@@ -14,6 +14,8 @@ from typing import Any
 
 from resnet_jax.cli_sources import export_command, models_command, predict_command
 from resnet_jax.config import Config, InputError
+from resnet_jax.integrity import to_json
+from resnet_jax.output import say
 from resnet_jax.recipes import starting_recipe
 
 USAGE = """usage: resnet-jax COMMAND ...
@@ -44,15 +46,28 @@ def run(arguments: Sequence[str] | None = None) -> None:
     default: what imports and traces make lives on, and looking through it took a tenth of the way to the first step
     where we tried (n = 5).
     """
+    for number in (0, 1, 2):  # else a file of ours would get the number of a closed output, and what is printed to it
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = MEMORY
         os.execv(sys.executable, sys.orig_argv)
     gc.set_threshold(50_000)
-    sys.exit(main(arguments))
+    status = main(arguments)
+    for output in (sys.stdout, sys.stderr):
+        try:
+            output.flush()
+        except (OSError, ValueError):  # it takes nothing, and Python would end with a status of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns its exit status: 0, 1 (the run diverged), 2 (wrong input), 130 (Ctrl-C)."""
+    """Runs a command line; returns its exit status: 0, 1 (the run ended before its end, such as by diverging), 2
+    (wrong input), 3 (the disk did not take the end of a run), 130 (Ctrl-C).
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -73,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def fail(message: str, status: int = 2) -> int:
     """Prints an error and returns the status to end with."""
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", error=True)
     return status
 
 
@@ -134,21 +149,23 @@ def train_command(arguments: Sequence[str]) -> int:
     config, workdir = parse_recipe(arguments)
     prepare_jax()
     from resnet_jax.data.watch import Stalled
-    from resnet_jax.training.loop import train
+    from resnet_jax.training.loop import NotSaved, train
     from resnet_jax.training.report import Diverged
-    from resnet_jax.training.signals import Stopped
+    from resnet_jax.training.signals import FolderLost, Stopped
 
     try:
         train(config, workdir)
-    except Diverged as error:
+    except (Diverged, FolderLost) as error:
         return fail(str(error), status=1)
+    except NotSaved as error:
+        return fail(str(error), status=3)
     except Stalled as error:
         fail(str(error))
         for worker in multiprocessing.active_children():
             worker.kill()
         os._exit(1)  # the threads that hang would be waited for
     except Stopped as stopped:
-        print(stopped, flush=True)
+        say(str(stopped))
         return 130 if stopped.signal == signal.SIGINT else int(not stopped.saved)
     return 0
 
@@ -271,7 +288,7 @@ def runs_command(arguments: Sequence[str]) -> int:
 
     rows = runs_under(options.folder)
     if options.json:
-        print(json.dumps(rows, indent=2))
+        print(to_json(rows, indent=2))
     elif not rows:
         print(f"there are no runs under {options.folder}")
     for row in [] if options.json else rows:
@@ -279,6 +296,8 @@ def runs_command(arguments: Sequence[str]) -> int:
         best = "" if row["best"] is None else format(row["best"], form)
         known = f"{row['model'] or '?':<20} {row['data'] or '?':<20} step {row['step'] or 0:<8} best {best:<8}"
         print(f"{row['folder']:<36} {row['state']:<9} {known}")
+        if row["problem"]:
+            print(f"    {row['problem']}")
     return 0
 
 

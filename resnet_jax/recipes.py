@@ -1,14 +1,14 @@
 """Recipes as JSON and as Python files, what differs between two of them, and what is impossible."""
 
 import dataclasses
-import json
 import re
 import runpy
-import typing
 from pathlib import Path
 from typing import Any
 
 from resnet_jax.config import Config, InputError
+from resnet_jax.integrity import read_json
+from resnet_jax.typed import typed
 
 FREE_FIELDS = frozenset(
     {
@@ -42,29 +42,13 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: dict[str, Any], kind: Any = Config, where: str = "") -> Any:
+def from_dict(values: Any) -> Config:
     """The inverse of `to_dict`; lists become tuples, absent fields their defaults.
 
     Raises:
-      InputError: a field is unknown, or a section is no object.
+      InputError: a field is unknown or of another type, or a section is no object; the message names it.
     """
-    if not isinstance(values, dict):
-        raise InputError(f"{where.rstrip('.') or 'the recipe'} is {values!r}, and no object with fields")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise InputError(f"the recipe has unknown fields: {', '.join(where + name for name in unknown)}")
-    parsed = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            parsed[name] = from_dict(value, hints[name], f"{where}{name}.")
-        else:
-            parsed[name] = _tuples(value)
-    return kind(**parsed)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+    return typed(values, Config, "the recipe")
 
 
 def result_fields(config: Config) -> dict[str, Any]:
@@ -106,13 +90,20 @@ def recorded(workdir: str | Path | None) -> Config | None:
     Raises:
       InputError: its `config.json` is not as runs write it.
     """
-    file = Path(workdir or "").expanduser() / "config.json"
-    if workdir is None or not file.is_file():
+    if workdir is None:
         return None
+    file = Path(workdir).expanduser() / "config.json"
     try:
-        return from_dict(json.loads(file.read_text()))
-    except ValueError as error:
-        raise InputError(f"{file} is no recipe of a run: {error}; give another --workdir") from error
+        config = read_json(file, Config, "the recipe")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except InputError as error:
+        raise InputError(f"{error}; put back the one that the run wrote, or give another --workdir") from error
+    try:
+        check(config)
+    except InputError as error:
+        raise InputError(f"{file} is no recipe that can run: {error}") from error
+    return config
 
 
 def starting_recipe(file: str | None, workdir: str | None) -> Config:

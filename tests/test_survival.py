@@ -17,8 +17,9 @@ from PIL import Image
 from resnet_jax.cli import MEMORY
 from resnet_jax.config import Config, InputError
 from resnet_jax.integrity import damage, steps_in
+from resnet_jax.training.lock import live_holder
 from resnet_jax.training.trackers import read_lines
-from resnet_jax.training.workdir import describe_run, live_holder, locked, runs_under
+from resnet_jax.training.workdir import describe_run, locked, runs_under
 
 from .training.test_loop import final_state, lines_of
 

@@ -1,6 +1,7 @@
 """Which pictures a run was given, split by split, so that it can be told later what was added, lost or moved."""
 
 import hashlib
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from resnet_jax.config import InputError
 from resnet_jax.data.dataset import Dataset, FileSource, Source, known_labels
+from resnet_jax.integrity import write_whole
 
 FILE = "pictures.npz"
 """Its name in a run's folder."""
@@ -54,10 +56,9 @@ def digest(found: Fingerprint) -> str:
 
 def save(found: Fingerprint, folder: Path) -> None:
     """Writes a fingerprint into a run's folder, at once or not at all."""
-    new = folder / f"{FILE}.{os.getpid()}.new"
-    with new.open("xb") as file:
-        np.savez(file, **found)  # type: ignore[arg-type]
-    new.replace(folder / FILE)
+    content = io.BytesIO()
+    np.savez(content, **found)  # type: ignore[arg-type]
+    write_whole(folder / FILE, content.getvalue())
 
 
 def load(folder: Path) -> Fingerprint | None:

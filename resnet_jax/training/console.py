@@ -1,11 +1,37 @@
 """Progress on the terminal."""
 
+import contextlib
+import io
 import math
 import sys
 import time
 from typing import Any
 
+from resnet_jax.output import say
+
 SECONDS_BETWEEN_LINES = 5.0
+
+
+class Terminal(io.TextIOBase):
+    """Standard output for what draws on it; it may go away meanwhile."""
+
+    def __init__(self) -> None:
+        self._output = sys.stdout
+
+    def write(self, text: str) -> int:
+        """Writes what the terminal takes."""
+        with contextlib.suppress(OSError, ValueError):
+            self._output.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Shows what was written."""
+        with contextlib.suppress(OSError, ValueError):
+            self._output.flush()
+
+    def isatty(self) -> bool:
+        """It is one."""
+        return True
 
 
 class Console:
@@ -16,17 +42,19 @@ class Console:
         self._start, self._began, self._last_line = start, 0.0, -math.inf
         self._live: Any = None
         self._numbers: dict[str, float] = {}
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
+            from rich.console import Console as Rich
             from rich.console import Group
             from rich.live import Live
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
             from rich.text import Text
 
             steps = TextColumn("step {task.completed}/{task.total}")
-            self._bar = Progress(steps, BarColumn(30), TimeRemainingColumn())
+            rich = Rich(file=Terminal())  # type: ignore[arg-type]
+            self._bar = Progress(steps, BarColumn(30), TimeRemainingColumn(), console=rich)
             self._task = self._bar.add_task("", total=total, completed=start)
             self._text = Text("compiling")
-            self._live = Live(Group(self._bar, self._text), refresh_per_second=4)
+            self._live = Live(Group(self._bar, self._text), console=rich, refresh_per_second=4)
             self._live.start()
 
     def update(self, step: int, numbers: dict[str, float]) -> None:
@@ -46,7 +74,7 @@ class Console:
             self._last_line = time.perf_counter()
             done = step - self._start
             left = f"  {(self._total - step) * (self._last_line - self._began) / done:.0f} s left" if done else ""
-            print(f"step {step}/{self._total}  {self._line(step)}{left}", flush=True)
+            say(f"step {step}/{self._total}  {self._line(step)}{left}")
 
     def _line(self, step: int) -> str:
         shown = [f"epoch {step / self._steps_per_epoch:.1f}"]

@@ -1,6 +1,5 @@
 """Exact evaluation: every example of a split counts once, on any number of devices."""
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +18,9 @@ from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import trained_on as count_trained_on
 from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.sources import load_dataset
-from resnet_jax.integrity import best_step, checkpoint_step
+from resnet_jax.integrity import best_of, checkpoint_step
 from resnet_jax.models.stacking import block_by_block
+from resnet_jax.output import say
 from resnet_jax.recipes import recorded
 from resnet_jax.sharding import check_batch, compiler_options, make_mesh, replicated
 from resnet_jax.training.checkpoints import Record, read_checkpoint
@@ -265,7 +265,7 @@ def open_run(
         note = f"{config.data.dataset} is not as the run in {folder} was given it ({described(changed)})"
         if dataset is not None and not accept_changes:
             raise InputError(f"{note}; give the same data, or take this with --data.accept_changes")
-        print(f"WARNING: {note}", file=sys.stderr, flush=True)
+        say(f"WARNING: {note}", error=True)
     model: Any = block_by_block(build_model(config, len(found.class_names)))
     found = with_outputs(found, model.num_classes)
     template = sharded_shapes(state_maker(config, model, lambda step: 0.0), mesh)
@@ -286,11 +286,10 @@ def read_chosen_checkpoint(folder: Path, template: Any, checkpoint: str | None) 
     Raises:
       InputError: there is no such checkpoint, or the one that was asked for is damaged.
     """
-    best = best_step(folder)
-    if checkpoint is None and best is not None:
+    if checkpoint is None:
         try:
-            return read_checkpoint(folder, template, best)
+            if best_of(folder) is not None:
+                return read_checkpoint(folder, template, lambda: checkpoint_step(folder, "best"))
         except InputError as error:
-            print(f"WARNING: {error}; the newest sound checkpoint is taken instead", file=sys.stderr, flush=True)
-            return read_checkpoint(folder, template)
-    return read_checkpoint(folder, template, checkpoint_step(folder, checkpoint))
+            say(f"WARNING: {error}; the newest sound checkpoint is taken instead of the best", error=True)
+    return read_checkpoint(folder, template, lambda: checkpoint_step(folder, checkpoint))

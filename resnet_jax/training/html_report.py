@@ -12,19 +12,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax.config import InputError
 from resnet_jax.data.dataset import default_split
 from resnet_jax.data.files import printable
 from resnet_jax.data.on_device import normalize
 from resnet_jax.data.show import as_shown, overlay
 from resnet_jax.data.transforms import fit
-from resnet_jax.integrity import best_of, write_whole
+from resnet_jax.integrity import best_of, to_json, write_whole
 from resnet_jax.models.gradcam import grad_cam
 from resnet_jax.models.vit import ViT
+from resnet_jax.output import say
 from resnet_jax.recipes import to_dict
 from resnet_jax.training.charts import line_chart, reliability_chart
 from resnet_jax.training.evaluation import FinishedRun, Predictions, open_run, served
 from resnet_jax.training.measures import fit_calibration, measure, probabilities
-from resnet_jax.training.trackers import read_lines
+from resnet_jax.training.trackers import points, read_lines
+from resnet_jax.training.workdir import read_summary
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration
 
 MISTAKES, THUMBNAIL = 12, 112
@@ -57,11 +60,11 @@ def make_report(folder: Path, checkpoint: str | None = None, dataset: str | None
     plain = measure(said.logits, said.labels, names)
     found = measure(said.logits, said.labels, names, calibration)
     step = int(run.state.step)
-    write_whole(folder / "calibration.json", json.dumps({"step": step} | dataclasses.asdict(calibration)) + "\n")
+    write_whole(folder / "calibration.json", to_json({"step": step} | dataclasses.asdict(calibration)) + "\n")
     loss = means["loss"]
     kept = {"step": step, "split": split, "loss": loss} | plain
     kept |= {"calibrated": found, "temperature": calibration.temperature, "calibrated_on": fitted_on}
-    write_whole(folder / "measures.json", json.dumps(kept, indent=1) + "\n")
+    write_whole(folder / "measures.json", to_json(kept, indent=1) + "\n")
     lines = read_lines(folder / "metrics.jsonl")
     sections = [
         _heading(run, folder, step, split),
@@ -74,8 +77,9 @@ def make_report(folder: Path, checkpoint: str | None = None, dataset: str | None
         _speed(lines, folder),
         _details(run, folder),
     ]
-    page = PAGE.replace("{title}", escape(f"{run.config.model.name} on {run.config.data.dataset}"))
-    write_whole(folder / "report.html", printable(page.replace("{body}", "\n".join(sections))))
+    title = escape(f"{run.config.model.name} on {run.config.data.dataset}")
+    head, tail = PAGE.replace("{title}", title, 1).rsplit("{body}", 1)
+    write_whole(folder / "report.html", printable("\n".join([head, *sections, tail])))
     return folder / "report.html"
 
 
@@ -125,13 +129,10 @@ def _tiles(plain: dict[str, Any], found: dict[str, Any], loss: float, calibratio
 def _curves(lines: list[dict[str, Any]]) -> str:
     kinds = {"train": "train", "validation": "validation", "validation, moving average": "ema/validation"}
 
-    def points(name: str) -> list[tuple[float, float]]:
-        return [(line["step"], line[name]) for line in lines if name in line]
-
     charts = [
-        line_chart("Loss", {label: points(f"{kind}/loss") for label, kind in kinds.items()}, "step", log=True),
-        line_chart("Accuracy", {label: points(f"{kind}/accuracy") for label, kind in kinds.items()}, "step"),
-        line_chart("Learning rate", {"learning rate": points("learning_rate")}, "step"),
+        line_chart("Loss", {label: points(lines, f"{kind}/loss") for label, kind in kinds.items()}, "step", log=True),
+        line_chart("Accuracy", {label: points(lines, f"{kind}/accuracy") for label, kind in kinds.items()}, "step"),
+        line_chart("Learning rate", {"learning rate": points(lines, "learning_rate")}, "step"),
     ]
     return f'<h2>Curves</h2><section class="charts">{"".join(charts)}</section>'
 
@@ -233,13 +234,17 @@ def _speed(lines: list[dict[str, Any]], folder: Path) -> str:
         ("images_per_second", "images a second"),
         ("data_wait", "waiting for data, share of the time"),
     ):
-        if values := [line[name] for line in lines if name in line]:
+        if values := [value for _, value in points(lines, name)]:
             rows.append(f"<tr><th>{label}, median</th><td>{statistics.median(values):.4g}</td></tr>")
-    if (folder / "summary.json").exists():
-        summary = json.loads((folder / "summary.json").read_text())
+    try:
+        summary = read_summary(folder)
+    except InputError as error:
+        say(f"WARNING: {error}; the report leaves it out", error=True)
+        summary = None
+    if summary:
         rows += [f"<tr><th>{name}</th><td>{escape(str(summary[name]))}</td></tr>" for name in ("device", "steps")]
         rows.append(f"<tr><th>seconds of the last start</th><td>{summary['seconds']:.1f}</td></tr>")
-        rows += [f"<tr><th>{n}</th><td>{escape(v)}</td></tr>" for n, v in summary["versions"].items()]
+        rows += [f"<tr><th>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in summary["versions"].items()]
     return f'<h2>Run</h2><div class="wide"><table id="run">{"".join(rows)}</table></div>'
 
 

@@ -1,13 +1,15 @@
 """A whole run, from a recipe to a folder with its results. Read `train` from top to bottom."""
 
+import contextlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import flax.linen as nn
 import jax
@@ -22,7 +24,7 @@ from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import save as save_fingerprint
 from resnet_jax.data.loader import BadImages
 from resnet_jax.data.sources import load_dataset
-from resnet_jax.integrity import BEST, write_whole
+from resnet_jax.integrity import BEST, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.recipes import check, recorded, result_fields
 from resnet_jax.sharding import (
@@ -45,6 +47,7 @@ from resnet_jax.training.evaluation import (
     served,
 )
 from resnet_jax.training.html_report import make_report
+from resnet_jax.training.lock import Lock
 from resnet_jax.training.optimizers import make_schedule
 from resnet_jax.training.probe import computes_features_once, make_features
 from resnet_jax.training.recipe import (
@@ -58,8 +61,9 @@ from resnet_jax.training.recipe import (
     with_weights,
 )
 from resnet_jax.training.report import Advance, Diverged, Report, say, traced
-from resnet_jax.training.signals import Stop, Stopped, end_with_lost_process, stop_signals
+from resnet_jax.training.signals import FolderLost, Stop, Stopped, end_with_lost_process, stop_signals
 from resnet_jax.training.state import TrainState
+from resnet_jax.training.trackers import draw_curves
 from resnet_jax.training.workdir import (
     better,
     device_name,
@@ -74,7 +78,7 @@ from resnet_jax.training.workdir import (
 def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     """Trains as the recipe says and leaves everything in `workdir`; a folder that holds a run resumes it.
 
-    SIGTERM and Ctrl-C end it after the steps that the device was given, with a checkpoint.
+    SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end it after the steps that the device was given, with a checkpoint.
 
     Args:
       config: the recipe.
@@ -88,6 +92,8 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
       InputError: the recipe, the data or the folder is not as it must be.
       Diverged: the loss became infinite or not a number, more often than the recipe allows.
       Stopped: a signal asked for it; the state is saved.
+      FolderLost: the folder is gone, or another run's; the state is saved elsewhere if it can be.
+      NotSaved: the run came to its end, and the disk did not take its last checkpoint or summary.
       Stalled: the data gave nothing for `data.timeout` seconds.
     """
     began = time.perf_counter()
@@ -111,18 +117,24 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     schedule = make_schedule(config, plan.total, plan.per_epoch)
     folder = open_workdir(workdir, config)
     say(f"run: {folder}")
-    with locked(folder, config), cached_where_sound(mesh), stop_signals() as stop:
+    with locked(folder, config) as lock, cached_where_sound(mesh), stop_signals() as stop:
         if summary := ended(folder):
             say(f"the run is finished; see it with: resnet-jax evaluate {folder}")
+            show(folder, config)
             return summary
         check_pictures(folder, config, dataset)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
-            run = Run(folder, config, plan, model, dataset, metric, mesh, checkpoints, stop)
+            run = Run(folder, config, plan, model, dataset, metric, mesh, checkpoints, stop, lock)
             record, images_per_second = run_with_rollbacks(run, schedule)
+            saved = checkpoints.has(record["step"])
         speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
-        summary = finish(folder, record, speed, device_name(mesh))
-        if config.log.report and jax.process_count() == 1:
-            report_on(folder)
+        try:
+            summary = finish(folder, record, speed, device_name(mesh))
+        except OSError as error:
+            raise NotSaved(f"{folder / 'summary.json'} could not be written: {error}", folder) from error
+        if not saved:
+            raise NotSaved(f"the checkpoint of the last step, {record['step']}, could not be written", folder)
+        show(folder, config)
         return summary
 
 
@@ -140,23 +152,54 @@ def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
                 f"{note}: what is trained on would change. Give the data as it was, go on all the same with "
                 "--data.accept_changes, or start anew in another --workdir"
             )
-        say(f"WARNING: {note}")
+        say(f"WARNING: {note}", error=True)
         now["train"] = np.unique(np.concatenate([now["train"], before["train"]]), axis=0)
     if jax.process_index() == 0:
         save_fingerprint(now, folder)
 
 
-def report_on(folder: Path) -> None:
-    """Makes the page on a run that has ended; what goes wrong with it is said, since the run itself is safe."""
-    try:
-        say(f"the report: {make_report(folder)}")
-    except Exception as error:
-        say(f"WARNING: there is no report ({type(error).__name__}: {error}); try resnet-jax report {folder}")
+class NotSaved(RuntimeError):
+    """A run came to its end, but the disk did not take all of it."""
+
+    def __init__(self, what: str, folder: Path) -> None:
+        super().__init__(
+            f"{what}. Make room on the disk; resnet-jax train --workdir {shlex.quote(str(folder))} goes on from the "
+            "last checkpoint"
+        )
+
+
+def show(folder: Path, config: Config) -> None:
+    """Draws the curves of a run that has ended and makes the page on it, where a start before this one did not. What
+    goes wrong with them is said, since the run itself is safe.
+    """
+    if jax.process_index() != 0:
+        return
+    makers: dict[str, Callable[[Path], Path]] = {"curves.png": draw_curves}
+    if config.log.report and jax.process_count() == 1:
+        makers["report.html"] = make_report
+    for name, make in makers.items():
+        try:
+            if not newer(folder / name, folder / "summary.json"):
+                made = make(folder)
+                if name == "report.html":
+                    say(f"the report: {made}")
+        except Exception as error:
+            say(f"WARNING: there is no {name} ({type(error).__name__}: {error}); try resnet-jax report {folder}", True)
+
+
+def newer(path: Path, other: Path) -> bool:
+    """Whether a file is there and was written no earlier than another one."""
+    return path.is_file() and path.stat().st_mtime_ns >= other.stat().st_mtime_ns
 
 
 @dataclass(frozen=True)
 class Run:
-    """What does not change while a run goes on; `metric` selects on the validation split, None where nothing does."""
+    """What does not change while a run goes on.
+
+    Attributes:
+      metric: selects on the validation split; None where nothing does.
+      lock: the first process's alone.
+    """
 
     folder: Path
     config: Config
@@ -167,6 +210,7 @@ class Run:
     mesh: Mesh
     checkpoints: Checkpoints
     stop: Stop
+    lock: Lock | None
 
 
 def run_with_rollbacks(run: Run, schedule: optax.Schedule) -> tuple[Record, float]:
@@ -278,6 +322,8 @@ def run_steps(
         report.steps(step, n, sums, waited)
         if due(plan.log_every):
             report.flush()
+        if run.lock is not None and run.lock.lost():
+            run.stop.ask()
         stopping = run.stop.due()
         evaluates = evaluate is not None and due(plan.eval_every)
         if not evaluates and not due(plan.save_every) and not stopping:
@@ -285,17 +331,20 @@ def run_steps(
         record["sums"] = report.settle(state)
         record |= {"skipped_updates": dict(report.skipped), "skipped": sorted(bad.names), "owed": evaluates}
         with report.paused():
-            if due(plan.save_every) or stopping:
-                run.checkpoints.save(step, unstack_blocks(state), record)
             if stopping:
-                raise Stopped(run.folder, step, run.stop.signal or 0, run.checkpoints.has(step))
+                end_early(run, state, step, record)
+            if due(plan.save_every):
+                run.checkpoints.save(step, unstack_blocks(state), record)
             if record["owed"] and evaluate is not None:
                 assess(run, state, step, record, evaluate, report, bad)
     record["step"] = step
     if step < plan.total:
         say(f"no better for {record['no_better']} evaluations: the run ends")
-    if not run.checkpoints.has(step):
+    if not run.checkpoints.has(step) and not lost(run):
         run.checkpoints.save(step, unstack_blocks(state), record)
+    run.checkpoints.settle()
+    if lost(run):
+        end_early(run, state, step, record)
     return state
 
 
@@ -311,18 +360,61 @@ def look_at_test(
     Raises:
       Stopped: a signal came meanwhile; the last step is saved, and the same command does it then.
     """
+    chosen = state
     if record["selected"] != record["step"]:
         shapes = sharded_shapes(state_maker(run.config, run.model, lambda step: 0.0), run.mesh)
         try:
-            state = stacked(run.checkpoints.read(record["selected"], shapes), run)
+            chosen = stacked(run.checkpoints.read(record["selected"], shapes), run)
         except InputError as error:
             say(f"WARNING: {error}; the last step counts in its place", error=True)
             record["selected"] = record["step"]
-    result = evaluate(state)
+    result = evaluate(chosen)
     if result is None:
-        raise Stopped(run.folder, record["step"], run.stop.signal or 0, run.checkpoints.has(record["step"]))
+        end_early(run, state, record["step"], record)
     report.evaluation(record["selected"], result)
     record["result"] = (record["result"] or {}) | scalars(result)
+
+
+def lost(run: Run) -> bool:
+    """Whether the run has lost its folder, as the first process sees it; all processes ask together."""
+    return bool(told(run.lock is not None and run.lock.lost(now=True)))
+
+
+def told(number: int) -> int:
+    """The number that the first process gives, to all of them."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def end_early(run: Run, state: TrainState, step: int, record: Record) -> NoReturn:
+    """Saves a state before the plan's end; where the run has lost its folder, in another one.
+
+    Raises:
+      Stopped: always, or
+      FolderLost: the run has lost its folder.
+    """
+    if not lost(run):
+        if not run.checkpoints.has(step):
+            run.checkpoints.save(step, unstack_blocks(state), record)
+        raise Stopped(run.folder, step, run.stop.signal or 0, run.checkpoints.has(step))
+    place = run.lock.moved_to() if run.lock is not None and jax.process_count() == 1 else None
+    held: Any = contextlib.nullcontext()  # its lock moved with it
+    if place is None:
+        folder = run.folder.absolute()
+        place = folder.with_name(f"{folder.name}-saved-{told(int(time.time()))}")
+        held = locked(place, run.config)
+    saved: Path | None = None
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with held, Checkpoints(place, run.config.checkpoint.keep) as checkpoints:
+            checkpoints.save(step, unstack_blocks(state), record)
+            saved = place if checkpoints.has(step) else None
+    except (OSError, InputError) as error:
+        say(f"WARNING: {place} cannot take the state: {error}", error=True)
+    raise FolderLost(run.folder, step, saved)
 
 
 def assess(
@@ -341,9 +433,7 @@ def assess(
     """
     result = evaluate(state)
     if result is None:
-        if not run.checkpoints.has(step):
-            run.checkpoints.save(step, unstack_blocks(state), record)
-        raise Stopped(run.folder, step, run.stop.signal or 0, run.checkpoints.has(step))
+        end_early(run, state, step, record)
     report.evaluation(step, result)
     record |= {"owed": False, "skipped": sorted(bad.names)}
     if run.metric is None:
@@ -354,7 +444,7 @@ def assess(
     record["no_better"] += before is not None
     if before is None:
         record["result"] = scalars(result)
-    if not math.isnan(value) and (before is None or better(run.metric, value, before["value"])):
+    if better(run.metric, value, before and before["value"]):
         best = {"step": step, "metric": f"{name}/{run.metric}", "value": value}
         record |= {"result": scalars(result), "no_better": 0}
         if not run.checkpoints.has(step):
@@ -372,4 +462,4 @@ def note_best(folder: Path, best: dict[str, Any] | None) -> None:
     if best is None:
         (folder / BEST).unlink(missing_ok=True)
     else:
-        write_whole(folder / BEST, json.dumps(best) + "\n")
+        write_whole(folder / BEST, to_json(best) + "\n")

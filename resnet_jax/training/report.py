@@ -1,6 +1,5 @@
 """What a run says while it runs: sums of steps are gathered late, so that the loop never waits for a number."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax import output as outputs
 from resnet_jax.config import Config
 from resnet_jax.training.console import Console
 from resnet_jax.training.metrics import Sums, add, means
@@ -209,9 +209,9 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def say(text: str, error: bool = False) -> None:
-    """Prints in the first process alone, on standard error where it is an error."""
+    """Prints in the first process alone, as `output.say` does."""
     if jax.process_index() == 0:
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+        outputs.say(text, error)
 
 
 Advance = Callable[[TrainState, int], tuple[TrainState, Sums, int, float]]

@@ -7,16 +7,17 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from resnet_jax.config import Config, InputError, sides
-from resnet_jax.integrity import newest_sound
+from resnet_jax.config import InputError, sides
+from resnet_jax.integrity import Damaged, checkpoints_of, damage, newest_sound, read_json, steps_in
 from resnet_jax.models.registry import MODELS, create_model, model_fields
+from resnet_jax.output import say
 from resnet_jax.recipes import from_dict
 from resnet_jax.weights.convert import to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag
@@ -156,31 +157,50 @@ def _from_run(folder: Path) -> Weights:
     """The moving average of a run's latest checkpoint, with `train.patience` of its best; or its parameters where there
     is no average.
     """
-    import orbax.checkpoint as ocp
+    from resnet_jax.vectors import read_record, read_state, reader
 
-    from resnet_jax.vectors import handlers, read_record, read_state
-
-    place = (folder / "checkpoints").resolve()
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
+    place = checkpoints_of(folder)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def read(step: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        with ocp.CheckpointManager(place, options=options, item_handlers=handlers()) as manager:
+        with reader(place) as manager:
             record, index = read_record(manager, step)
             known = manager.item_metadata(step)["state"].tree["spread"]
             spread = {name: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here) for name, m in known.items()}
             return step, record, read_state(manager, step, index, spread, lambda arrays: arrays)
 
-    last, problems = newest_sound(place, read)
+    def substituted(what: str, bad: int, problem: str, step: int) -> None:
+        say(
+            f"WARNING: the {what} of step {bad} in {folder} is damaged ({problem}); taking that of step {step} in its "
+            "place",
+            error=True,
+        )
+
+    def read_chosen(step: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """The checkpoint of a step; with `train.patience` the best one that its record names."""
+        before, last = steps_in(place), read(step)
+        best = (last[1]["best"] or {}).get("step")
+        if last[1]["recipe"]["train"]["patience"] is None or best in (None, step):
+            return last
+        if problem := damage(place / str(best)):
+            if steps_in(place) != before:
+                raise Damaged("the run goes on and has deleted it")
+            substituted("best checkpoint", best, problem, step)
+            return last
+        return read(best)
+
+    last, problems = newest_sound(place, read_chosen)
     if last is None:
         damaged = "".join(f"; that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
         raise InputError(f"{folder} holds no checkpoint{damaged or '; the run ended before its first one'}")
     step, record, arrays = last
-    config: Config = from_dict(record["recipe"])
-    if config.train.patience is not None and record["best"]:
-        best, _ = newest_sound(place, read, [record["best"]["step"]])
-        step, _, arrays = best or last
+    for bad, problem in problems.items():
+        say(
+            f"WARNING: the checkpoint of step {bad} in {folder} is damaged ({problem}); taking that of step {step}",
+            True,
+        )
+    config = from_dict(record["recipe"])
     state = unflatten_dict(arrays, sep=".")
     found = state.get("ema", state)
     variables = {name: found[name] for name in ("params", "batch_stats") if name in found}
@@ -194,18 +214,35 @@ def _from_run(folder: Path) -> Weights:
     size = data.eval_image_size or data.image_size
     preprocessing = Preprocessing(data.mean, data.std, data.image_size, size, augment.eval_crop, augment.interpolation)
     names = tuple(record["class_names"])
-    return Weights(
-        tensors, config.model.name, fields, preprocessing, names, record["several"], read_calibration(folder, step)
-    )
+    calibration = read_calibration(folder, step, fields["num_classes"])
+    return Weights(tensors, config.model.name, fields, preprocessing, names, record["several"], calibration)
 
 
-def read_calibration(folder: Path, step: int) -> Calibration:
-    """What the report of a run found for a step, in `calibration.json`, if it found anything."""
+class CalibrationFile(TypedDict):
+    """What `calibration.json` holds."""
+
+    step: int
+    temperature: float
+    thresholds: tuple[float, ...] | None
+
+
+def read_calibration(folder: Path, step: int, classes: int) -> Calibration:
+    """What the report of a run found for a step, in `calibration.json`, if it found anything. A file that is damaged is
+    named on standard error.
+    """
+    file = folder / "calibration.json"
     try:
-        said = json.loads((folder / "calibration.json").read_text())
-    except (OSError, ValueError):
+        found: CalibrationFile = read_json(file, CalibrationFile)
+        if found["step"] != step:
+            return UNCALIBRATED
+        if found["temperature"] <= 0 or len(found["thresholds"] or (0,) * classes) != classes:
+            raise InputError(f"{file} is damaged: temperature must be above 0, and thresholds be null or {classes}")
+        return Calibration(found["temperature"], found["thresholds"])
+    except FileNotFoundError:
         return UNCALIBRATED
-    return Calibration(**_tuples(said)) if said.pop("step") == step else UNCALIBRATED
+    except InputError as error:
+        say(f"WARNING: {error}; it is not used. Make it anew with: resnet-jax report {folder}", error=True)
+        return UNCALIBRATED
 
 
 class SafeTensors(Mapping[str, np.ndarray]):

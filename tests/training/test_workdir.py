@@ -1,55 +1,14 @@
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
-from resnet_jax.config import Config, InputError
+from resnet_jax.config import Config
 from resnet_jax.recipes import to_dict
 from resnet_jax.training.trackers import Tracker, read_lines
-from resnet_jax.training.workdir import live_holder, locked, open_workdir, runs_under, start_of
-
-HERE = {"host": socket.gethostname(), "pid": os.getpid(), "start": start_of(os.getpid())}
-
-
-@pytest.mark.parametrize(
-    ("said", "age", "held"),
-    [
-        (HERE, 0, True),
-        (HERE, 9999, True),  # this host knows better than the clock
-        (HERE | {"start": "1"}, 0, False),  # another process had our number before
-        (HERE | {"pid": 2**22 + 1}, 0, False),
-        (HERE | {"host": "elsewhere"}, 30, True),
-        (HERE | {"host": "elsewhere"}, 300, False),  # a run touches its lock every 20 seconds
-    ],
-)
-def test_a_lock_that_was_left_behind_is_recognised(tmp_path, said, age, held):
-    lock = tmp_path / "lock"
-    lock.write_text(json.dumps(said))
-    os.utime(lock, (time.time() - age,) * 2)
-    assert (live_holder(lock) is not None) == held
-    if held:
-        with (
-            pytest.raises(InputError, match=f"in use by process {said['pid']} on {said['host']}"),
-            locked(tmp_path, Config()),
-        ):
-            pass
-        assert json.loads(lock.read_text()) == said
-    else:
-        threads = threading.active_count()
-        with locked(tmp_path, Config()):
-            assert threading.active_count() == threads + 1
-            assert json.loads(lock.read_text()) == HERE
-        assert not lock.exists() and threading.active_count() == threads
-
-
-def test_half_a_lock_holds_nothing(tmp_path):
-    (tmp_path / "lock").write_text('{"host": ')
-    assert live_holder(tmp_path / "lock") is None
+from resnet_jax.training.workdir import open_workdir, runs_under
 
 
 @pytest.mark.parametrize("first", ["", "import torch"])
