@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.cli_sources import export_command, models_command, predict_command
+from resnet_jax.cli_sources import CHECKPOINT_HELP, export_command, models_command, predict_command
 from resnet_jax.config import Config, InputError
 from resnet_jax.integrity import to_json
 from resnet_jax.output import say
@@ -207,9 +207,6 @@ def format_plan(needs: dict[str, Any]) -> str:
     if "fits" in needs:
         rows.append(f"{'fits into' if needs['fits'] else 'does NOT fit into'} {needs['memory'] / 2**30:,.1f} GiB")
     return "\n".join(rows)
-
-
-CHECKPOINT_HELP = "best, latest or a step; by default the best one where the run selected one"
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:

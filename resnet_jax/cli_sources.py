@@ -10,6 +10,8 @@ from typing import Any
 
 from resnet_jax.config import InputError
 
+CHECKPOINT_HELP = "of a run: best, latest or a step; by default the best one where the run selected one"
+
 Row = tuple[Path, list[tuple[str, float]]]
 
 
@@ -26,6 +28,7 @@ def predict_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--cam", type=Path, help="a folder for pictures of where the network looked (Grad-CAM)")
     parser.add_argument("--batch", type=int, default=32, help="pictures that go through the network at once")
     parser.add_argument("--name", help="the model, where the source does not say")
+    parser.add_argument("--checkpoint", help=CHECKPOINT_HELP)
     options = parser.parse_args(arguments)
     if (options.top or 1) < 1 or options.batch < 1:
         raise InputError("--top and --batch must be at least 1")
@@ -36,7 +39,7 @@ def predict_command(arguments: Sequence[str]) -> int:
     from resnet_jax.models.vit import ViT
 
     paths = list(find_files(options.paths))
-    predictor = Predictor.from_source(options.source, options.name, options.flip)
+    predictor = Predictor.from_source(options.source, options.name, options.flip, options.checkpoint)
     if options.cam and isinstance(predictor.model, ViT):
         raise InputError("--cam needs a network with maps, and a transformer has none")
     if options.cam:
@@ -108,6 +111,7 @@ def export_command(arguments: Sequence[str]) -> int:
     parser.add_argument("file", type=Path, help="the file to write, such as out.safetensors or out.stablehlo")
     parser.add_argument("--format", choices=FORMS, help="by default what the file's name says")
     parser.add_argument("--name", help="the model, where the source does not say")
+    parser.add_argument("--checkpoint", help=CHECKPOINT_HELP)
     options = parser.parse_args(arguments)
     form = options.format or options.file.suffix.removeprefix(".")
     if form not in FORMS:
@@ -115,13 +119,13 @@ def export_command(arguments: Sequence[str]) -> int:
     if form in ("stablehlo", "onnx"):
         from resnet_jax.serving import export_program
 
-        said = export_program(options.source, options.file, form, options.name)
+        said = export_program(options.source, options.file, form, options.name, options.checkpoint)
         taken = f"{said['dtype']} pixels {said['input']}"
         print(f"{options.file}: takes {taken}, gives {len(said['class_names'])} probabilities; checked on 100 pictures")
         return 0
     from resnet_jax.weights.export import export
 
-    name, count = export(options.source, options.file, form, options.name)
+    name, count = export(options.source, options.file, form, options.name, options.checkpoint)
     print(f"{options.file}: {name}, {count} tensors under the names of PyTorch")
     return 0
 

@@ -21,12 +21,14 @@ from resnet_jax.models.fold import fold_batch_norm
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.sharding import compiler_options
-from resnet_jax.weights.load import fit_weights, model_of
-from resnet_jax.weights.sources import find_weights
-from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, tags_of
+from resnet_jax.weights.load import fit_weights, model_of, names_of_outputs, preprocessing_of
+from resnet_jax.weights.sources import find_weights, local_path
+from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing
 
 LARGE_PART, SMALL_PART = 8, 64
 """Images that a CPU takes at once: of 96 x 96 pixels or more, and smaller ones."""
+
+NOT_FINITE = "the network gives probabilities that are not finite"
 
 CONSTANT = 8 * 2**20
 """Bytes of all parameters up to which they are constants of a CPU's program; a call pays for each array it is given."""
@@ -65,8 +67,12 @@ def make_forward(model: nn.Module, variables: Any) -> Callable[[jax.Array], jax.
 
 
 def to_probabilities(logits: jax.Array, several: bool, temperature: float = 1.0) -> jax.Array:
-    """float32 [batch, classes]: softmax of logits / temperature, or with `several` labels the sigmoid of each."""
-    return (jax.nn.sigmoid if several else jax.nn.softmax)(logits / temperature)
+    """float32 [batch, classes]: softmax of logits / temperature, or with `several` labels the sigmoid of each.
+
+    One logit means a sigmoid, as in `torch.sigmoid(model(x))` after training with `BCEWithLogitsLoss`: [batch, 1], the
+    probability of the label 1.
+    """
+    return (jax.nn.sigmoid if several or logits.shape[-1] == 1 else jax.nn.softmax)(logits / temperature)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ class Predictor:
     Attributes:
       model, variables: as `load_pretrained` gives them.
       preprocessing: how pictures are resized, cut and normalised, as in the evaluation of the run.
-      class_names: of the columns.
+      class_names: of the columns, as `names_of_outputs` says. A network with one logit has one column, the probability
+        of the label 1.
       forward: normalised images -> logits.
       several: each class has a probability of its own, since a picture may show several.
       calibration: temperature and thresholds that the run's report fitted.
@@ -93,29 +100,33 @@ class Predictor:
     flip: bool = False
 
     @classmethod
-    def from_source(cls, source: str | Path, name: str | None = None, flip: bool = False) -> Self:
+    def from_source(
+        cls, source: str | Path, name: str | None = None, flip: bool = False, checkpoint: str | None = None
+    ) -> Self:
         """From anything that `load_pretrained` takes; `name` is the model's, where the source does not say.
+
+        Args:
+          checkpoint: of a run, as for `find_weights`.
 
         Raises:
           InputError: the source cannot be read, or nothing says how pictures are prepared for it.
         """
-        weights = find_weights(str(source))
-        name, fields = model_of(weights, str(source), name)
+        weights = find_weights(str(source), name, checkpoint)
+        name, fields = model_of(weights, str(source))
         model = create_model(name, **fields)
         if not model.num_classes:
             raise InputError(f"{source} has no classifier: there is nothing to predict")
-        tags = tags_of(name)
-        preprocessing = weights.preprocessing or (tags[0].preprocessing if tags else None)
+        preprocessing = preprocessing_of(weights, str(source))
         if preprocessing is None:
             raise InputError(f"{source} does not say how pictures are prepared; take the run, or what it exports")
         variables = fit_weights(model, weights.tensors, str(source))
-        names = weights.class_names or tuple(str(i) for i in range(model.num_classes))
+        names = names_of_outputs(model.num_classes, weights.class_names, str(source))
         forward = make_forward(model, variables)
         return cls(model, variables, preprocessing, names, forward, weights.several, weights.calibration, flip)
 
     @classmethod
     def from_run(cls, folder: str | Path) -> Self:
-        """From the folder of a run: its averages if it kept any, from the newest sound checkpoint."""
+        """From the folder of a run: its averages if it kept any, of the best checkpoint or the latest."""
         return cls.from_source(folder)
 
     def prepare(self, raw: Any) -> np.ndarray:
@@ -145,7 +156,8 @@ class Predictor:
     def said(self, row: np.ndarray) -> np.ndarray:
         """Of the probabilities of a picture, [classes]: numbers of the classes that it has, the most probable first.
 
-        That is one; where a picture may have several, those that reach their thresholds.
+        That is one, and of a network with one logit the only one, however improbable; where a picture may have several,
+        those that reach their thresholds.
         """
         ranked = row.argsort()[::-1]
         if not self.several:
@@ -159,16 +171,24 @@ class Predictor:
         Args:
           images: paths, bytes of files, arrays [height, width, channel], or Pillow images.
           batch: so many go through the network at once.
+
+        Raises:
+          BadImage: one cannot be decoded.
+          InputError: the network gives nan for one.
         """
         prepared = [self.prepare(raw) for raw in images]
         parts = [self.probabilities(prepared[i : i + batch]) for i in range(0, len(prepared), batch)]
-        return np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
+        found = np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
+        if len(bad := np.flatnonzero(~np.isfinite(found).all(1))):
+            raise InputError(f"{NOT_FINITE}: {len(bad)} of {len(found)} images, the first is number {bad[0]}")
+        return found
 
 
 def predict_files(
     predictor: Predictor, paths: Iterable[Path], batch: int = 32
 ) -> Iterator[tuple[Path, np.ndarray | None, str]]:
-    """(path, probabilities, "") of each file in its order, or (path, None, reason) of one that cannot be decoded.
+    """(path, probabilities, "") of each file in its order, or (path, None, reason) of one that cannot be decoded or for
+    which the probabilities are not finite.
 
     Files are read and decoded by threads, two batches ahead at most: memory does not grow with their number.
     """
@@ -186,7 +206,10 @@ def predict_files(
         padded = good + [np.zeros_like(good[0])] * (batch - len(good)) if good else []  # one shape, compiled once
         rows = iter(predictor.probabilities(padded)[: len(good)] if good else [])
         for path, image, reason in done:
-            yield path, None if image is None else next(rows), reason
+            row = None if image is None else next(rows)
+            if row is not None and not np.isfinite(row).all():
+                row, reason = None, NOT_FINITE
+            yield path, row, reason
 
     with ThreadPoolExecutor() as pool:
         ahead: deque[list[Any]] = deque()
@@ -206,18 +229,20 @@ def find_files(words: Sequence[str]) -> Iterator[Path]:
     """The files that paths, folders and patterns such as `a/*.jpg` name; of folders all pictures, by name.
 
     Raises:
-      InputError: one of them names nothing.
+      InputError: one of them names nothing, or a device or pipe.
     """
     from resnet_jax.data.files import Left, pictures_under
 
     for word in words:
-        path = Path(word).expanduser()
+        path = local_path(word)
         if path.is_dir():
             found = [Path(picture) for picture in pictures_under(path, Left())]
-        elif path.exists():
+        elif path.is_file():
             found = [path]
+        elif path.exists():
+            raise InputError(f"{word} is neither a file nor a folder")
         else:
-            found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+            found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
         if not found:
             raise InputError(f"{word}: there is no such file, and no picture of such a name")
         yield from found

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from resnet_jax.config import InputError
+from resnet_jax.output import say
 from resnet_jax.pages import read_pages
 from resnet_jax.typed import typed
 
@@ -229,21 +230,19 @@ def best_of(folder: Path) -> Best | None:
         return None
 
 
-def checkpoint_step(folder: Path, wanted: str | None) -> int | None:
-    """Step that `best`, `latest` or a number means in a run's folder; None for the newest sound one.
+def checkpoint_step(folder: Path, wanted: str) -> int:
+    """Step that `best` or a number means in a run's folder.
 
     Raises:
       InputError: it is something else, or the run has no such checkpoint.
     """
-    if wanted in (None, "latest"):
-        return None
     there = steps_in(checkpoints_of(folder))
     if wanted == "best":
         best = best_of(folder)
         if best is None:
             raise InputError(f"the run in {folder} has selected no best checkpoint: take --checkpoint latest")
         wanted = str(best["step"])
-    step = int(wanted) if wanted and wanted.isascii() and wanted.isdigit() else -1
+    step = int(wanted) if wanted.isascii() and wanted.isdigit() else -1
     if step not in there:
         kept = ", ".join(map(str, there)) or "none"
         raise InputError(f"--checkpoint {wanted}: give best, latest or the step of one that is kept, which are {kept}")
@@ -299,6 +298,41 @@ def newest_sound(
         f"the run in {folder.parent} saves and deletes checkpoints faster than one can be read; copy one, or save less "
         "often with --checkpoint.every_steps, or keep more with --checkpoint.keep"
     )
+
+
+def read_chosen(workdir: Path, read: Callable[[int], T], checkpoint: str | None = None) -> T:
+    """Returns what a function reads in a checkpoint of a run. Where a damaged one is replaced by another, that is said on
+    standard error.
+
+    Args:
+      read: as for `newest_sound`.
+      checkpoint: `best`, `latest` or a step; None takes the best one where the run selected one, else the latest.
+
+    Raises:
+      InputError: there is no such checkpoint, or the one that was asked for is damaged.
+    """
+    folder = checkpoints_of(workdir)
+    if checkpoint is None:
+        try:
+            if best_of(workdir) is not None:
+                return read_chosen(workdir, read, "best")
+        except InputError as error:
+            say(f"WARNING: {error}; the newest sound checkpoint is taken in place of the best one", error=True)
+        checkpoint = "latest"
+    named = None if checkpoint == "latest" else lambda: [checkpoint_step(workdir, checkpoint)]
+    found, problems = newest_sound(folder, lambda step: (step, read(step)), named)
+    if found is None:
+        listed = "; ".join(f"that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
+        if named is None:
+            raise InputError(f"{workdir} holds no checkpoint; {listed or 'the run ended before its first one'}")
+        raise InputError(f"--checkpoint {checkpoint} of {workdir}: {listed}")
+    for bad, problem in problems.items():
+        say(
+            f"WARNING: the checkpoint of step {bad} in {workdir} is damaged ({problem}); taking that of step "
+            f"{found[0]} in its place",
+            error=True,
+        )
+    return found[1]
 
 
 def _files(folder: Path) -> list[Path]:

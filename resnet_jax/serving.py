@@ -5,7 +5,6 @@ is made with jax2onnx and holds the same metadata among its properties.
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from resnet_jax.inference import Predictor, to_probabilities
 from resnet_jax.models.convolution import plain_operations
 from resnet_jax.models.fold import fold_batch_norm
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.export import written_beside
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 CHECKED, TOLERANCE = 100, 1e-4
@@ -28,16 +28,20 @@ CHECKED, TOLERANCE = 100, 1e-4
 of the largest."""
 
 
-def export_program(source: str, path: Path, form: str, name: str | None = None) -> dict[str, Any]:
-    """Writes a network with its preprocessing (but for resizing) and softmax as a program for any batch.
+def export_program(
+    source: str, path: Path, form: str, name: str | None = None, checkpoint: str | None = None
+) -> dict[str, Any]:
+    """Writes a network with its preprocessing (but for resizing) and `to_probabilities` as a program for any batch.
 
     The program takes pixels [batch, height, width, channel], uint8 for RGB and else float32, and gives probabilities,
-    float32 [batch, classes]. It is written only after it agreed with the network on 100 pictures.
+    float32 [batch, classes], [batch, 1] of a network with one logit. It is written only after it agreed with the
+    network on 100 pictures.
 
     Args:
       source: as for `load_pretrained`.
       form: `stablehlo` or `onnx`.
       name: of the model, where the source does not say.
+      checkpoint: of a run, as for `find_weights`.
 
     Returns:
       What its metadata say: `source`, `class_names`, `input`, `dtype`, `several`, `thresholds`, `eval_crop`,
@@ -46,7 +50,7 @@ def export_program(source: str, path: Path, form: str, name: str | None = None) 
     Raises:
       InputError: the source cannot be read, jax2onnx is missing, the program disagrees, or cannot be written.
     """
-    predictor = Predictor.from_source(source, name)
+    predictor = Predictor.from_source(source, name, checkpoint=checkpoint)
     look, channels = predictor.preprocessing, predictor.model.in_channels
     shape = (*sides(look.eval_image_size), channels)
     dtype = np.uint8 if channels == 3 else np.float32
@@ -61,16 +65,9 @@ def export_program(source: str, path: Path, form: str, name: str | None = None) 
         "interpolation": look.interpolation,
     }
     write = {"stablehlo": write_stablehlo, "onnx": write_onnx}[form]
-    beside = path.with_name(path.name + ".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as beside:
         call = write(serve(predictor), shape, dtype, said, beside)
         agree(call, predictor, shape, dtype)
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return said
 
 

@@ -13,7 +13,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from resnet_jax.config import InputError
-from resnet_jax.integrity import Damaged, checkpoints_of, damage, finite, newest_sound, none, seal, steps_in
+from resnet_jax.integrity import (
+    Damaged,
+    checkpoints_of,
+    damage,
+    finite,
+    newest_sound,
+    none,
+    read_chosen,
+    seal,
+    steps_in,
+)
 from resnet_jax.output import say
 from resnet_jax.packing import addresses, pack
 from resnet_jax.sharding import put
@@ -219,45 +229,19 @@ class LatestAndBest:
         return [info.step in newest or info.step == self.checkpoints.best for info in checkpoints]
 
 
-def read_checkpoint(
-    workdir: Path, template: Any, step: int | Callable[[], int | None] | None = None
-) -> tuple[Any, Record]:
-    """A checkpoint's state like `template` and its record, the newest sound one where `step` is None.
+def read_checkpoint(workdir: Path, template: Any, checkpoint: str | None = "latest") -> tuple[Any, Record]:
+    """A checkpoint's state like `template` and its record; arguments and errors as for `read_chosen`.
 
-    Nothing is touched, so the run may be under way. Damaged checkpoints that are newer are named on standard error.
-
-    Args:
-      step: or a function that gives it, which is asked anew where a run that goes on has deleted that checkpoint.
-
-    Raises:
-      InputError: there is none, or it is damaged.
+    Nothing is touched, so the run may be under way.
     """
     folder = checkpoints_of(workdir)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    chosen: int | None = None
 
-    def steps() -> list[int]:
-        nonlocal chosen
-        chosen = step() if callable(step) else step
-        return steps_in(folder) if chosen is None else [chosen]
-
-    def read(step: int) -> tuple[Any, Record, int]:
+    def read(step: int) -> tuple[Any, Record]:
         with reader(folder) as manager:
-            return _read(manager, template, step)
+            return _read(manager, template, step)[:2]
 
-    found, problems = newest_sound(folder, read, steps)
-    if found is None and chosen is not None:
-        raise InputError(f"the checkpoint of step {chosen} in {workdir} is damaged: {problems[chosen]}")
-    if found is None:
-        listed = "".join(f"; that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
-        raise InputError(f"{workdir} holds no checkpoint{listed or '; the run ended before its first one'}")
-    for bad, problem in problems.items():
-        say(
-            f"WARNING: the checkpoint of step {bad} in {workdir} is damaged ({problem}); taking that of step "
-            f"{found[2]} in its place",
-            error=True,
-        )
-    return found[:2]
+    return read_chosen(workdir, read, checkpoint)
 
 
 def _read(manager: ocp.CheckpointManager, template: Any, step: int) -> tuple[Any, Record, int]:

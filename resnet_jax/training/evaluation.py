@@ -18,12 +18,11 @@ from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import trained_on as count_trained_on
 from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.sources import load_dataset
-from resnet_jax.integrity import best_of, checkpoint_step
 from resnet_jax.models.stacking import block_by_block
 from resnet_jax.output import say
 from resnet_jax.recipes import recorded
 from resnet_jax.sharding import check_batch, compiler_options, make_mesh, replicated
-from resnet_jax.training.checkpoints import Record, read_checkpoint
+from resnet_jax.training.checkpoints import read_checkpoint
 from resnet_jax.training.measures import mean_average_precision
 from resnet_jax.training.metrics import Sums, add, means
 from resnet_jax.training.probe import Features, head_of
@@ -31,6 +30,7 @@ from resnet_jax.training.recipe import build_model, sharded_shapes, state_maker
 from resnet_jax.training.signals import Stop
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.step import make_eval_step
+from resnet_jax.weights.load import names_of_outputs
 
 Result = dict[str, dict[str, Any]]
 
@@ -163,12 +163,6 @@ def scalars(result: Result) -> Result:
     }
 
 
-def class_names_of(dataset: Dataset, model: Any) -> tuple[str, ...]:
-    """Returns a name for each output of a model: those of the data's classes first, then `class 10` and so on."""
-    names = dataset.class_names
-    return (*names, *(f"class {i}" for i in range(len(names), model.num_classes)))
-
-
 def evaluate_run(
     folder: Path,
     checkpoint: str | None = None,
@@ -269,27 +263,10 @@ def open_run(
     model: Any = block_by_block(build_model(config, len(found.class_names)))
     found = with_outputs(found, model.num_classes)
     template = sharded_shapes(state_maker(config, model, lambda step: 0.0), mesh)
-    state, record = read_chosen_checkpoint(folder, template, checkpoint)
-    names = class_names_of(found, model)
+    state, record = read_checkpoint(folder, template, checkpoint)
+    names = names_of_outputs(model.num_classes, found.class_names, config.data.dataset)
     if record["class_names"] != list(names):
         raise InputError(f"{config.data.dataset} has other classes than the run: {listed(found.class_names)}")
     bad = BadImages("skip", channels=config.data.channels)
     trained = {} if seen is None else {name: count_trained_on(seen, now, name) for name in now if name != "train"}
     return FinishedRun(config, found, model, mesh, names, state, bad, trained, keep)
-
-
-def read_chosen_checkpoint(folder: Path, template: Any, checkpoint: str | None) -> tuple[TrainState, Record]:
-    """Reads `best`, `latest` or a step; None takes the best one where the run selected one, else the latest.
-
-    Where nothing was asked for and the best one is damaged, the newest sound one is taken, and it is said.
-
-    Raises:
-      InputError: there is no such checkpoint, or the one that was asked for is damaged.
-    """
-    if checkpoint is None:
-        try:
-            if best_of(folder) is not None:
-                return read_checkpoint(folder, template, lambda: checkpoint_step(folder, "best"))
-        except InputError as error:
-            say(f"WARNING: {error}; the newest sound checkpoint is taken instead of the best", error=True)
-    return read_checkpoint(folder, template, lambda: checkpoint_step(folder, checkpoint))

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -40,7 +39,6 @@ from resnet_jax.training.advance import make_advance
 from resnet_jax.training.checkpoints import Checkpoints, Record
 from resnet_jax.training.evaluation import (
     Result,
-    class_names_of,
     make_evaluate,
     scalars,
     selecting_metric,
@@ -73,6 +71,7 @@ from resnet_jax.training.workdir import (
     new_record,
     open_workdir,
 )
+from resnet_jax.weights.load import names_of_outputs
 
 
 def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
@@ -204,7 +203,7 @@ class Run:
     folder: Path
     config: Config
     plan: Plan
-    model: nn.Module
+    model: Any
     dataset: Dataset
     metric: str | None
     mesh: Mesh
@@ -241,7 +240,8 @@ def begin(run: Run) -> tuple[TrainState, Record]:
     found = run.checkpoints.restore(lambda: sharded_shapes(new_state, mesh))
     if found is None:
         state = put_state(in_form(with_weights(new_state(), config, run.model), config), mesh)
-        return state, new_record(config, run.dataset, class_names_of(run.dataset, run.model))
+        names = names_of_outputs(run.model.num_classes, run.dataset.class_names, config.data.dataset)
+        return state, new_record(config, run.dataset, names)
     state, record, step = found
     run.checkpoints.best = record["best"] and record["best"]["step"]
     note_best(run.folder, record["best"])

@@ -18,7 +18,7 @@ from resnet_jax.models.stacking import block_by_block, stack_blocks
 from resnet_jax.sharding import state_sharding
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.state import TrainState, copies, create_state
-from resnet_jax.weights.load import fit_weights
+from resnet_jax.weights.load import fit_weights, preprocessing_of
 from resnet_jax.weights.sources import Weights, find_weights
 
 
@@ -57,7 +57,12 @@ def complete(config: Config, recorded: Config | None) -> Config:
     source = config.model.pretrained
     if source is None:
         return config
-    given = recorded if recorded and recorded.model.pretrained == source else recipe_of(find_weights(source))
+    if recorded and recorded.model.pretrained == source:
+        given = recorded
+    else:
+        weights = find_weights(source)
+        weights = dataclasses.replace(weights, name=weights.name or config.model.name)
+        given = recipe_of(dataclasses.replace(weights, preprocessing=preprocessing_of(weights, source)))
     sections = {}
     for section, names in FROM_WEIGHTS.items():
         ours, default, theirs = (getattr(c, section) for c in (config, Config(), given))
@@ -100,7 +105,12 @@ def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainSt
     source = config.model.pretrained
     if source is None:
         return state
-    variables = fit_weights(block_by_block(model), find_weights(source).tensors, source, state.params["head"])
+    weights = find_weights(source)
+    try:
+        variables = fit_weights(block_by_block(model), weights.tensors, source, state.params["head"])
+    except InputError as error:
+        its = f"the weights of {weights.name}" if weights.name else "weights of a model that it does not name"
+        raise InputError(f"{source} holds {its}, and model.name is {config.model.name}: {error}") from error
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     ema = state.ema and copies({"params": params, "batch_stats": batch_stats})
     return state.replace(params=params, batch_stats=batch_stats, ema=ema)

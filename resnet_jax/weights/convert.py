@@ -3,8 +3,8 @@
 import math
 import os
 import re
-from collections import ChainMap
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -48,39 +48,82 @@ def to_torch(model: Any, variables: Any) -> dict[str, np.ndarray]:
 
 
 def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
-    """Variables of a model from a PyTorch state dict with torchvision's or timm's names.
+    """Variables of a model from a PyTorch state dict with the names that `state_dict_names` understands.
 
     Args:
       model: a module of `create_model`; where it has no head, that of the tensors is left out.
-      tensors: name -> NumPy array or CPU tensor; floating-point types other than float32 are converted.
+      tensors: name -> NumPy array or tensor; floating-point types other than float32 are converted.
       head: `{"kernel", "bias"}` to take in place of the tensors' own.
 
     Returns:
       `{"params", "batch_stats"}` in float32; no `batch_stats` for a model that has none.
 
     Raises:
-      InputError: tensors are missing, left over or of another shape; all of them are listed.
+      InputError: tensors are missing, left over, of another shape, not floating-point or not finite; all of them are
+        listed. Or the head is not one linear layer.
     """
-    names = {name: key for key in tensors if (name := modern_name(model, key))}
-    wanted = entries(model)
+    tensors, wanted = state_dict_names(model, tensors), entries(model)
     if head is not None or not model.num_classes:
-        its = head_key(model) + "."
-        names = {name: key for name, key in names.items() if not name.startswith(its)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not in_head(name)}
         wanted = tuple(entry for entry in wanted if entry.path[1] != "head")
+    elif others := [name for name in tensors if in_head(name) and name.rpartition(".")[0] != head_key(model)]:
+        raise InputError(
+            f"the head is not one linear layer: {', '.join(others)}. Ask for another number of classes, which "
+            "gets a new head, or for num_classes=0, which has none; or leave these tensors out of the file"
+        )
     found, other = [], []
     for entry in wanted:
-        if entry.key in names:
-            tensor = np.asarray(tensors[names[entry.key]])
-            if _fits(tensor.shape, entry):
+        if entry.key in tensors:
+            tensor = as_array(entry.key, tensors[entry.key])
+            if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
+                other.append(f"type: {entry.key} is {tensor.dtype}, which is no floating-point type of 16 bits or more")
+            elif _fits(tensor.shape, entry):
                 found.append((entry, tensor))
             else:
                 shapes = f"{list(tensor.shape)}, the model has {list(entry.tensor_shape)}"
                 other.append(f"shape: {entry.key} is {shapes}")
-    check_tensors({entry.key for entry in wanted}, set(names), other)
+    check_tensors({entry.key for entry in wanted}, set(tensors), other)
     variables = unflatten_dict(_turned(found))
     if head is not None and model.num_classes:
         variables["params"]["head"] = head
     return stack_blocks(variables) if getattr(model, "scan", False) else variables
+
+
+def as_array(name: str, tensor: Any) -> np.ndarray:
+    """A NumPy array as it is, or a tensor of PyTorch as one; floating-point tensors become float32.
+
+    Raises:
+      InputError: the tensor has no plain numbers: it is quantised, sparse, nested, complex or on the meta device.
+    """
+    if not hasattr(tensor, "detach"):
+        return np.asarray(tensor)
+    kinds = {
+        "quantised": tensor.is_quantized,
+        "nested": tensor.is_nested,
+        "on the meta device, without values": tensor.is_meta,
+        "complex": tensor.is_complex(),
+        f"{tensor.layout}": not tensor.is_nested and str(tensor.layout) != "torch.strided",
+        f"{tensor.dtype}": tensor.is_floating_point() and tensor.element_size() < 2,
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise InputError(f"the tensor {name} is {kind}: save it as a dense floating-point tensor")
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def check_values(arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Raises InputError where named arrays hold nan or infinity, or a running variance is negative."""
+    wrong = []
+    for name, values in arrays:
+        bad = values.size - int(np.isfinite(values).sum())
+        if bad:
+            wrong.append(f"{name}: {bad} of {values.size} values are nan or infinite in float32")
+        elif name.endswith("running_var") and values.min(initial=0.0) < 0:
+            wrong.append(f"{name}: a variance is negative")
+    if wrong:
+        count = [f"... {len(wrong)} in all"] if len(wrong) > LISTED else []
+        raise InputError("the weights are damaged:\n  " + "\n  ".join(wrong[:LISTED] + count))
 
 
 def _turned(found: list[tuple[Entry, np.ndarray]]) -> dict[tuple[str, ...], jax.Array]:
@@ -91,8 +134,10 @@ def _turned(found: list[tuple[Entry, np.ndarray]]) -> dict[tuple[str, ...], jax.
     parts = min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(parts) as threads:
         list(threads.map(_turn, [arrays[i::parts] for i in range(parts)], [large[i::parts] for i in range(parts)]))
-    taken = jax.device_put(arrays + [_view(*pair).copy() for pair in small])
-    return dict(zip([entry.path for entry, _ in large + small], taken, strict=True))
+    arrays += [_view(*pair).copy() for pair in small]
+    found = large + small
+    check_values(zip([entry.key for entry, _ in found], arrays, strict=True))
+    return dict(zip([entry.path for entry, _ in found], jax.device_put(arrays), strict=True))
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:
@@ -105,7 +150,8 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 def _view(entry: Entry, tensor: np.ndarray) -> np.ndarray:
     """A tensor as float32, its axes in our order."""
-    tensor = tensor.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        tensor = tensor.astype(np.float32, copy=False)
     if entry.kept:
         return tensor
     return tensor.transpose(2, 3, 1, 0) if len(entry.shape) == 4 else tensor.reshape(entry.shape[::-1]).T
@@ -120,10 +166,12 @@ def _turn(arrays: list[np.ndarray], pairs: list[tuple[Entry, np.ndarray]]) -> No
 
     for array, (entry, tensor) in zip(arrays, pairs, strict=True):
         if entry.kept or array.ndim == 1:
-            array[...] = tensor
+            array[...] = _view(entry, tensor)
             continue
         inputs, outputs = array.shape[-2:]
-        rows, turned = np.ascontiguousarray(tensor, np.float32).reshape(outputs, -1), array.reshape(-1, inputs, outputs)
+        with np.errstate(over="ignore"):
+            rows = np.ascontiguousarray(tensor, np.float32).reshape(outputs, -1)
+        turned = array.reshape(-1, inputs, outputs)
         places = len(turned)
         if places == 1:
             cv2.transpose(rows, turned[0])
@@ -134,18 +182,75 @@ def _turn(arrays: list[np.ndarray], pairs: list[tuple[Entry, np.ndarray]]) -> No
             turned[:, first : first + step] = part.reshape(-1, places, outputs).transpose(1, 0, 2)
 
 
-def modern_name(model: Any, key: str) -> str:
-    """A tensor's name as today's state dicts have it; empty for what we have no use for.
+def state_dict_names(model: Any, tensors: Tensors) -> dict[str, Any]:
+    """The tensors under the names that today's state dicts of torchvision and timm have for this model.
 
-    DenseNet's published files say `norm.1` for `norm1`; wrappers put `module.` or `model.` in front.
+    - A prefix that all tensors of the network carry is removed: DDP, torch.compile, Lightning, averages and modules
+      around the network leave `module.`, `_orig_mod.`, `model.`, ... in any order. Other tensors keep their names.
+    - A head of one linear layer gets the model's name for it, whatever it is called (`HEADS`), also in a Sequential
+      (`fc.1.weight`); without a bias it gets one of zeros. Other heads keep their names.
+    - DenseNet's published files say `norm.1` for `norm1`.
+    - Counters (`num_batches_tracked`, `n_averaged`) and auxiliary heads that the model does not have are left out.
+
+    Raises:
+      InputError: there are several networks, under different prefixes.
     """
-    key = key.removeprefix("module.").removeprefix("model.")
+    modern = {key: _modern(key) for key in tensors}
+    backbone = {entry.key for entry in entries(model) if entry.path[1] != "head"}
+    found = Counter(key[:i] for key in modern.values() for i in _starts(key) if key[i:] in backbone)
+    networks = sorted(prefix for prefix, count in found.items() if count > len(backbone) / 2)
+    if len(networks) > 1:
+        raise InputError(
+            f"there are several networks, under {', '.join(map(repr, networks))}: save a file with the tensors of one"
+        )
+    prefix = max(found, key=lambda prefix: (found[prefix], -len(prefix)), default="")
+    outer = [prefix[:i] for i in _starts(prefix)[::-1]]
+    named, head = {}, {}
+    for key, name in modern.items():
+        counter = key.rpartition(".")[2] in ("num_batches_tracked", "n_averaged")
+        inner = name.removeprefix(prefix)
+        if counter or (isinstance(model, GoogLeNet) and not model.auxiliary and inner.startswith("aux")):
+            continue
+        within = next((name[len(start) :] for start in outer if name.startswith(start)), name)
+        if in_head(within):
+            head[within] = tensors[key]
+        else:
+            named[inner if name.startswith(prefix) else key] = tensors[key]
+    return named | _linear(head, head_key(model))
+
+
+HEADS = ("fc", "classifier", "head", "heads", "last_linear", "linear", "logits", "output")
+"""First words of the names that heads have in PyTorch."""
+
+
+def in_head(name: str) -> bool:
+    """Whether a tensor of that name, without prefixes, belongs to a head."""
+    return name.partition(".")[0] in HEADS
+
+
+def _modern(key: str) -> str:
     if "denselayer" in key:
-        key = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)
-    spare = isinstance(model, GoogLeNet) and not model.auxiliary and key.startswith("aux")
-    if key.endswith("num_batches_tracked") or spare:
-        return ""
+        return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)
     return key
+
+
+def _starts(key: str) -> list[int]:
+    """Where the parts of a dotted name begin, and its end if it ends with a dot."""
+    return [0, *(i + 1 for i, letter in enumerate(key) if letter == ".")]
+
+
+def _linear(head: dict[str, Any], name: str) -> dict[str, Any]:
+    """A head that is one linear layer under that name, with a bias; any other as it is."""
+    weights = [key for key in head if key.endswith(".weight")]
+    module = weights[0].removesuffix(".weight") if weights else ""
+    if not weights or not set(head) <= {f"{module}.weight", f"{module}.bias"}:
+        return head
+    weight = head[f"{module}.weight"]
+    shape = tuple(weight.shape)
+    if len(shape) != 2 and shape[2:] != (1, 1):
+        return head
+    bias = head[f"{module}.bias"] if f"{module}.bias" in head else np.zeros(shape[0], np.float32)
+    return {f"{name}.weight": weight, f"{name}.bias": bias}
 
 
 def check_tensors(wanted: set[str], present: set[str], other: list[str]) -> None:
@@ -175,29 +280,34 @@ def head_key(model: Any) -> str:
     return torch_module(model, "head")
 
 
+def classes_of(model: Any, tensors: Tensors) -> int:
+    """Outputs of the head in a state dict; 0 where it has no head."""
+    head = [tensor for name, tensor in state_dict_names(model, tensors).items() if in_head(name)]
+    return next((tensor.shape[0] for tensor in reversed(head) if len(tensor.shape)), 0)
+
+
 def adapt_stem(model: Any, tensors: Tensors) -> Tensors:
-    """Fits the first convolution, made for RGB, to the model's `in_channels`.
+    """Fits the first convolution, made for RGB, to the model's `in_channels`; names are as in `state_dict_names`.
 
     One channel sees the sum over red, green and blue, so that a grey image gives what it gave as RGB; n channels take
     the three in turn, scaled by 3 / n. Tensors that fit are left alone.
     """
-    key, n = _stem_key(model, tensors), model.in_channels
-    if key is None or n == 3 or tensors[key].shape[1] != 3:
+    tensors, key, n = state_dict_names(model, tensors), _stem_key(model), model.in_channels
+    if n == 3 or stem_channels(model, tensors) != 3:
         return tensors
-    rgb = np.asarray(tensors[key]).astype(np.float32)
+    rgb = as_array(key, tensors[key]).astype(np.float32)
     adapted = rgb.sum(1, keepdims=True) if n == 1 else rgb[:, np.arange(n) % 3] * np.float32(3 / n)
-    return ChainMap({key: adapted}, tensors)  # type: ignore[arg-type]  # it only reads
+    return tensors | {key: adapted}
 
 
 def stem_channels(model: Any, tensors: Tensors) -> int | None:
     """Channels of the images that tensors were made for; None where they lack the first convolution."""
-    key = _stem_key(model, tensors)
-    return None if key is None else tensors[key].shape[1]
+    kernel = state_dict_names(model, tensors).get(_stem_key(model))
+    return None if kernel is None or len(kernel.shape) != 4 else kernel.shape[1]
 
 
-def _stem_key(model: Any, tensors: Tensors) -> str | None:
-    first = next(entry for entry in entries(model) if entry.path[1].startswith("stem") and entry.path[-1] == "kernel")
-    return next((key for key in tensors if modern_name(model, key) == first.key), None)
+def _stem_key(model: Any) -> str:
+    return next(e.key for e in entries(model) if e.path[1].startswith("stem") and e.path[-1] == "kernel")
 
 
 def fresh_head(model: Any) -> Any:

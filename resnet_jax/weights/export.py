@@ -1,6 +1,10 @@
 """Weights back out: files that timm and torchvision load strictly."""
 
 import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,17 +13,20 @@ import numpy as np
 from resnet_jax.config import InputError
 from resnet_jax.models.registry import create_model
 from resnet_jax.weights.convert import from_torch, to_torch
-from resnet_jax.weights.load import model_of
+from resnet_jax.weights.load import model_of, names_of_outputs, preprocessing_of
 from resnet_jax.weights.sources import Weights, find_weights
 
 
-def export(source: str, path: Path, form: str, name: str | None = None) -> tuple[str, int]:
+def export(
+    source: str, path: Path, form: str, name: str | None = None, checkpoint: str | None = None
+) -> tuple[str, int]:
     """Writes the weights of a source to a file, under the names that timm and torchvision use.
 
     Args:
       source: as for `load_pretrained`; of a run the moving average, if it kept one.
       form: `safetensors`, which also carries model, preprocessing and class names in its header, or `pth`.
       name: of the model, where the source does not say.
+      checkpoint: of a run, as for `find_weights`.
 
     Returns:
       The model's name and the number of tensors.
@@ -27,16 +34,44 @@ def export(source: str, path: Path, form: str, name: str | None = None) -> tuple
     Raises:
       InputError: the source cannot be read, torch is missing for `pth`, or the file cannot be written.
     """
-    weights = find_weights(source)
-    name, fields = model_of(weights, source, name)
+    weights = find_weights(source, name, checkpoint)
+    name, fields = model_of(weights, source)
     model = create_model(name, **fields)
     tensors = to_torch(model, from_torch(model, weights.tensors))
+    names = weights.class_names and names_of_outputs(fields["num_classes"], weights.class_names, source)
+    look = preprocessing_of(weights, source)
+    with written_beside(path) as beside:
+        save_tensors(
+            beside, replace(weights, tensors=tensors, fields=fields, preprocessing=look, class_names=names), form
+        )
+    return name, len(tensors)
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Creates a file beside `path` to write into; it replaces `path` when the block ends, and is removed if that fails.
+
+    Raises:
+      InputError: `path` is a folder or a device, cannot be written, or the disk is full; what was there stays.
+    """
+    from safetensors import SafetensorError
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, replace(weights, tensors=tensors, name=name, fields=fields), form)
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            raise InputError(f"{path} is no ordinary file: give the name of a file to write")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
+        beside.open("xb").close()
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error}") from error
-    return name, len(tensors)
+    try:
+        yield beside
+        beside.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, weights: Weights, form: str) -> None:
@@ -44,6 +79,7 @@ def save_tensors(path: Path, weights: Weights, form: str) -> None:
 
     Raises:
       InputError: torch is missing for `pth`.
+      OSError, SafetensorError: the file cannot be written.
     """
     if form == "safetensors":
         from safetensors.numpy import save_file
@@ -62,4 +98,7 @@ def save_tensors(path: Path, weights: Weights, form: str) -> None:
         import torch
     except ImportError as error:
         raise InputError("--format pth needs torch; install it, or take --format safetensors") from error
-    torch.save({name: torch.from_numpy(np.array(value)) for name, value in weights.tensors.items()}, path)
+    try:
+        torch.save({name: torch.from_numpy(np.array(value)) for name, value in weights.tensors.items()}, path)
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from error

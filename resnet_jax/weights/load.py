@@ -1,14 +1,16 @@
 """`load_pretrained`: a model and its variables from a source of weights."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 
 from resnet_jax.config import InputError
 from resnet_jax.models.registry import create_model
-from resnet_jax.weights.convert import Tensors, adapt_stem, fresh_head, from_torch, head_key, modern_name, stem_channels
+from resnet_jax.weights.convert import Tensors, adapt_stem, classes_of, fresh_head, from_torch, stem_channels
 from resnet_jax.weights.sources import Weights, find_weights
+from resnet_jax.weights.tags import Preprocessing, tags_of
 
 logger = logging.getLogger("resnet_jax")
 
@@ -20,10 +22,11 @@ def load_pretrained(
 
     Args:
       source: a tag (`resnet50.tv2_in1k`; `resnet50` alone takes its default), which is fetched from the Hugging Face
-        hub and cached; `hf-hub:OWNER/NAME`; a `.safetensors`, `.pth` or `.pt` file; a folder with weights and
-        `config.json`; the folder of a run.
+        hub and cached; `hf-hub:OWNER/NAME`; a `.safetensors`, `.pth`, `.pt`, `.ckpt` or `.bin` file; a folder with
+        weights and `config.json`; the folder of a run.
       name: of the model; needed where the source is a file that does not say.
-      num_classes: None keeps the weights' head, another number makes the head anew, 0 leaves it out.
+      num_classes: None keeps the weights' head, another number makes the head anew, 0 leaves it out. A head without a
+        bias gets one of zeros.
       in_channels: of the images; the first convolution is adapted as `adapt_stem` says.
       **overrides: fields of the module, as for `create_model`.
 
@@ -33,8 +36,8 @@ def load_pretrained(
     Raises:
       InputError: the source cannot be found or read, or its tensors are not those of the model.
     """
-    weights = find_weights(source)
-    name, fields = model_of(weights, source, name)
+    weights = find_weights(source, name)
+    name, fields = model_of(weights, source)
     fields |= {"in_channels": in_channels} | overrides
     if num_classes is not None:
         fields["num_classes"] = num_classes or None
@@ -42,24 +45,48 @@ def load_pretrained(
     return model, fit_weights(model, weights.tensors, source)
 
 
-def model_of(weights: Weights, source: str, name: str | None) -> tuple[str, dict[str, Any]]:
+def model_of(weights: Weights, source: str) -> tuple[str, dict[str, Any]]:
     """Name and fields of the model that weights belong to, with as many classes as they have.
 
     Raises:
-      InputError: neither the weights nor `name` say which model it is.
+      InputError: nobody says which model it is.
     """
-    name = name or weights.name
-    if name is None:
+    if weights.name is None:
         raise InputError(f"{source} does not say which model it belongs to: give its name, such as resnet50")
-    classes = classes_of(create_model(name), weights.tensors)
-    return name, weights.fields | {"num_classes": classes or None}
+    classes = classes_of(create_model(weights.name), weights.tensors)
+    return weights.name, weights.fields | {"num_classes": classes or None}
 
 
-def classes_of(model: nn.Module, tensors: Tensors) -> int:
-    """Number of classes in a state dict; 0 where it has no head."""
-    name = f"{head_key(model)}.bias"
-    bias = next((key for key in tensors if modern_name(model, key) == name), None)
-    return 0 if bias is None else tensors[bias].shape[0]
+def preprocessing_of(weights: Weights, source: str) -> Preprocessing | None:
+    """How images are prepared for weights, in training, prediction and export: as their source says, else as for the
+    default tag of their model, which the log says; None where nobody published weights of that model.
+    """
+    if weights.preprocessing is not None or not weights.name:
+        return weights.preprocessing
+    tags = tags_of(weights.name)
+    if not tags:
+        return None
+    found = tags[0].preprocessing
+    logger.warning("%s does not say how images are prepared: taken as for %s, %s", source, tags[0].tag, found)
+    return found
+
+
+def names_of_outputs(outputs: int | None, given: Sequence[str] | None, source: str) -> tuple[str, ...]:
+    """A name for each output of a network.
+
+    Without names outputs are called by their numbers, and those behind the given ones `class 10`, ... One output is the
+    probability of the label 1: it is called `1`, and of two names it has the second.
+
+    Raises:
+      InputError: there are more names than outputs.
+    """
+    outputs, given = outputs or 0, tuple(given or ())
+    if outputs == 1 and len(given) in (0, 2):
+        return given[1:] or ("1",)
+    if len(given) > outputs:
+        raise InputError(f"{source} names {len(given)} classes, and its head has {outputs} outputs: leave names out")
+    first = given or tuple(map(str, range(outputs)))
+    return (*first, *(f"class {i}" for i in range(len(first), outputs)))
 
 
 def fit_weights(model: Any, tensors: Tensors, source: str, head: Any = None) -> Any:
@@ -67,7 +94,7 @@ def fit_weights(model: Any, tensors: Tensors, source: str, head: Any = None) -> 
 
     Args:
       source: for the log.
-      head: `{"kernel", "bias"}` for the case that the tensors' own does not fit; None draws one.
+      head: `{"kernel", "bias"}` for the case that the tensors' own has another number of classes; None draws one.
 
     Raises:
       InputError: as `from_torch`.

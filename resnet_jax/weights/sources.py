@@ -2,10 +2,13 @@
 
 import json
 import logging
+import math
 import pickle
 import re
+import typing
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,17 +17,35 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from resnet_jax.config import InputError, sides
-from resnet_jax.integrity import Damaged, checkpoints_of, damage, newest_sound, read_json, steps_in
-from resnet_jax.models.registry import MODELS, create_model, model_fields
+from resnet_jax.config import InputError, ModelConfig, sides
+from resnet_jax.integrity import checkpoints_of, read_chosen, read_json
+from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest
 from resnet_jax.output import say
 from resnet_jax.recipes import from_dict
-from resnet_jax.weights.convert import to_torch
-from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag
+from resnet_jax.weights.convert import as_array, to_torch
+from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag, tags_of
 
-FILES = (".safetensors", ".pth", ".pt", ".bin")
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I64": np.int64}
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+logger = logging.getLogger("resnet_jax")
+
+FILES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_,
+    "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2, "C64": np.complex64,
+    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
+}  # fmt: skip
+"""Types of safetensors."""
+
+WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights"),
+)
+"""Under which keys training scripts save a state dict; the first one counts, moving averages before the rest."""
+
+DEPTH = 4
+"""State dicts lie no deeper than this."""
+
+LARGEST = 2**14
+"""Pixels of a side beyond which a `config.json` cannot be right."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +71,47 @@ class Weights:
     calibration: Calibration = UNCALIBRATED
 
 
-def find_weights(source: str) -> Weights:
+def find_weights(source: str, name: str | None = None, checkpoint: str | None = None) -> Weights:
     """What a source names: a tag or model (`resnet50.tv2_in1k`, `resnet50`), `hf-hub:OWNER/NAME`, a `.safetensors`,
-    `.pth` or `.pt` file, a folder with weights and `config.json`, or the folder of a run.
+    `.pth`, `.pt`, `.ckpt` or `.bin` file, a folder with weights and `config.json`, or the folder of a run.
+
+    Args:
+      name: of the model, where the source does not say, or says otherwise.
+      checkpoint: of a run: `best`, `latest` or a step; None takes the best one where the run selected one.
 
     Raises:
       InputError: there is no such thing, or it cannot be read; the message says what would help.
     """
-    path = Path(source).expanduser()
+    weights = _found(source, checkpoint)
+    return replace(weights, name=name) if name else weights
+
+
+def local_path(text: str | Path) -> Path:
+    """A path that a user gave, with `~` as their home.
+
+    Raises:
+      InputError: it names no place: a user who does not exist, or a name that the system does not take.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{text}: there is no such place ({error})") from error
+    return path
+
+
+def _found(source: str, checkpoint: str | None) -> Weights:
+    path = local_path(source)
+    if (path / "checkpoints").is_dir():
+        return _from_run(path, checkpoint)
+    if checkpoint is not None:
+        raise InputError(f"--checkpoint {checkpoint}: {source} is no folder of a run, and nothing else has checkpoints")
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
         return _from_file(path)
+    if path.exists():
+        raise InputError(f"{source} is neither a file nor a folder")
     if path.suffix in FILES:
         raise InputError(f"{source}: there is no such file")
     if source.startswith("hf-hub:"):
@@ -73,17 +123,20 @@ def find_weights(source: str) -> Weights:
 
 def _download(repository: str, name: str) -> Path:
     import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or ".." in repository:
         raise InputError(f"{repository!r} is no name of a repository; it looks like OWNER/NAME")
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=True))
-    except huggingface_hub.errors.LocalEntryNotFoundError:
-        logging.getLogger("resnet_jax").info("fetching %s of %s", name, repository)
-    try:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            logger.info("fetching %s of %s", name, repository)
         return Path(huggingface_hub.hf_hub_download(repository, name))
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
+    except HFValidationError as error:
+        raise InputError(f"{repository!r} is no name of a repository: {error}") from error
+    except (HfHubHTTPError, OSError) as error:
         raise InputError(
             f"{name} of {repository} is neither in the cache of the Hugging Face hub nor can it be fetched "
             f"({type(error).__name__}). Without a network, fetch the file elsewhere and give its path, "
@@ -97,9 +150,10 @@ def _from_hub(repository: str) -> Weights:
 
 
 def _from_folder(folder: Path) -> Weights:
-    if (folder / "checkpoints").is_dir():
-        return _from_run(folder)
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in FILES]
+    try:
+        files = [path for path in sorted(folder.iterdir()) if path.suffix in FILES and path.is_file()]
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error}") from error
     if not files or not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds neither a run nor a file of weights beside a config.json")
     chosen = min(files, key=lambda path: (FILES.index(path.suffix), path.name))
@@ -108,55 +162,194 @@ def _from_folder(folder: Path) -> Weights:
 
 def _described(file: Path, tensors: Mapping[str, Any], where: str) -> Weights:
     """Weights with a `config.json` as timm writes it."""
+    where = f"{where}: config.json"
     try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{where}: config.json is no JSON ({error}); fetch it again") from error
-    name = config.get("architecture") if isinstance(config, dict) else None
-    if name not in MODELS:
-        raise InputError(f"{where}: config.json names the architecture {name!r}, which is not among our models")
-    known = config.get("pretrained_cfg") or config
-    labels = known.get("label_names") or config.get("label_names")
-    preprocessing = None
-    if "mean" in known and "input_size" in known:
-        size, tested = known["input_size"], known.get("test_input_size") or known["input_size"]
-        crop = known.get("test_crop_pct") or known.get("crop_pct", 0.875)
-        mean, std = tuple(known["mean"]), tuple(known["std"])
-        preprocessing = Preprocessing(mean, std, size[1], tested[1], crop, known.get("interpolation", "bilinear"))
-    classes = config.get("num_classes", known.get("num_classes", 1000))
-    return Weights(tensors, name, {"num_classes": classes}, preprocessing, tuple(labels) if labels else None)
+        config = _parsed(file.read_text(), where)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} cannot be read ({error}); fetch it again") from error
+    name = config.get("architecture")
+    if not isinstance(name, str) or name not in MODELS:
+        hint = f"; {nearest(name, MODELS)}" if isinstance(name, str) else ""
+        raise InputError(f"{where} names the architecture {name!r}, which is not among our models{hint}")
+    inner, made_with = config.get("pretrained_cfg") or {}, config.get("model_args") or {}
+    for key, value in (("pretrained_cfg", inner), ("model_args", made_with)):
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: {key} is {shortly(value)}, and no object with fields")
+    if others := set(made_with) - HARMLESS:
+        raise InputError(f"{where}: model_args has {', '.join(sorted(others))}, which we do not read")
+    known = {key: value for part in (config, inner) for key, value in part.items() if value is not None}
+    pool = made_with.get("global_pool") or config.get("global_pool")
+    fields = {"global_pool": pool} if pool in ("max", "avgmax", "catavgmax") else {}
+    labels = next((known[key] for key in ("label_names", "labels", "id2label") if key in known), None)
+    return Weights(tensors, name, fields, _preprocessing(known, name, where), _names(labels, where))
+
+
+HARMLESS = frozenset({"num_classes", "in_chans", "img_size", "global_pool", "drop_rate", "drop_path_rate"})
+"""Arguments of timm's models that the tensors show, that are read, or that matter in training alone."""
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is no JSON ({error}); fetch it again") from error
+    if not isinstance(parsed, dict):
+        raise InputError(f"{where} is {shortly(parsed)}, and no object with fields")
+    return parsed
+
+
+def shortly(value: Any) -> str:
+    """A value for a message, its first 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def _preprocessing(known: dict[str, Any], name: str, where: str) -> Preprocessing | None:
+    """What a configuration of timm says, else what the model's default tag has; None where it says nothing."""
+    size = known.get("input_size")
+    given = {
+        "mean": known.get("mean"),
+        "std": known.get("std"),
+        "image_size": _side(size, where),
+        "eval_image_size": _side(known.get("test_input_size", size), where),
+        "eval_crop": known.get("test_crop_pct", known.get("crop_pct")),
+        "interpolation": known.get("interpolation"),
+    }
+    if known.get("crop_mode", "center") != "center":
+        raise InputError(f"{where}: crop_mode is {shortly(known['crop_mode'])}, and we have 'center' alone")
+    given = {key: value for key, value in given.items() if value is not None}
+    tags = tags_of(name)
+    default = asdict(tags[0].preprocessing) if tags else {"eval_crop": 0.875, "interpolation": "bilinear"}
+    return checked_preprocessing(default | given, where) if given else None
+
+
+def _side(size: Any, where: str) -> Any:
+    """[channels, height, width] of timm as a `Size`."""
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 3:
+        raise InputError(f"{where}: input_size is {shortly(size)}, and not [channels, height, width]")
+    return size[1] if size[1] == size[2] else tuple(size[1:])
+
+
+def checked_preprocessing(values: Any, where: str) -> Preprocessing:
+    """Preprocessing out of a file.
+
+    Raises:
+      InputError: a field is missing, unknown or impossible; the message begins with `where`.
+    """
+    fields = Preprocessing.__dataclass_fields__
+    if not isinstance(values, dict) or set(values) != set(fields):
+        found = ", ".join(map(str, values)) if isinstance(values, dict) else shortly(values)
+        raise InputError(f"{where}: preprocessing has {found or 'nothing'}; it must have {', '.join(fields)}")
+    values = _tuples(values)
+    crop = values["eval_crop"]
+    for key, right, rule in (
+        ("mean", _numbers(values["mean"]), "finite numbers"),
+        ("std", _numbers(values["std"]) and min(values["std"]) > 0, "finite numbers above 0"),
+        ("image_size", _is_size(values["image_size"]), f"from 1 to {LARGEST} pixels"),
+        ("eval_image_size", _is_size(values["eval_image_size"]), f"from 1 to {LARGEST} pixels"),
+        ("eval_crop", _numbers((crop,)) and 0 < crop <= 1, "above 0 and at most 1"),
+        ("interpolation", values["interpolation"] in ("bilinear", "bicubic"), "bilinear or bicubic"),
+    ):
+        if not right:
+            raise InputError(f"{where}: {NAMES_IN_TIMM.get(key, key)} is {shortly(values[key])}, and must be {rule}")
+    return Preprocessing(**values)
+
+
+NAMES_IN_TIMM = {
+    "image_size": "input_size (image_size)",
+    "eval_image_size": "input_size or test_input_size (eval_image_size)",
+    "eval_crop": "crop_pct (eval_crop)",
+}
+
+
+def _is_size(size: Any) -> bool:
+    sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+    return all(type(side) is int and 0 < side <= LARGEST for side in sides)
+
+
+def _numbers(values: Any) -> bool:
+    """Whether it is a tuple of finite numbers, and not empty."""
+    return isinstance(values, tuple) and values != () and all(type(x) in (int, float) and abs(x) < 1e30 for x in values)
+
+
+def _names(labels: Any, where: str) -> tuple[str, ...] | None:
+    """Names of the outputs from a list, or from an object of number -> name, whose gaps are filled."""
+    if labels is None or labels == [] or labels == {}:
+        return None
+    if isinstance(labels, dict) and all(re.fullmatch(r"\d{1,6}", key) for key in labels):
+        numbered = {int(key): name for key, name in labels.items()}
+        labels = [numbered.get(i, f"class {i}") for i in range(max(numbered) + 1)]
+    if not isinstance(labels, list) or not all(isinstance(name, str | int) for name in labels):
+        raise InputError(
+            f"{where}: the names of the classes are {shortly(labels)}; they must be a list of words, or an object of "
+            "number: word"
+        )
+    return tuple(map(str, labels))
 
 
 def _from_file(path: Path) -> Weights:
-    if path.suffix != ".safetensors":
-        return Weights(read_tensors(path))
-    tensors = SafeTensors(path)
-    if "resnet_jax" not in tensors.metadata:
+    tensors = read_tensors(path)
+    if not isinstance(tensors, SafeTensors) or "resnet_jax" not in tensors.metadata:
         return Weights(tensors)
-    said = json.loads(tensors.metadata["resnet_jax"])
-    preprocessing = said["preprocessing"]
+    return _from_header(tensors, _parsed(tensors.metadata["resnet_jax"], f"{path}: resnet_jax in the header"), path)
+
+
+def _from_header(tensors: Mapping[str, Any], said: dict[str, Any], path: Path) -> Weights:
+    """Weights with what `save_tensors` writes into the header."""
+    where = f"{path}: resnet_jax in the header"
+    wanted = ("name", "fields", "preprocessing", "class_names", "several", "calibration")
+    if missing := [key for key in wanted if key not in said]:
+        raise InputError(f"{where} lacks {', '.join(missing)}; export the file again")
+    name, fields, preprocessing = said["name"], said["fields"], said["preprocessing"]
+    if name is not None and (not isinstance(name, str) or name not in MODELS):
+        raise InputError(f"{where} names the model {shortly(name)}, which is not among ours")
+    if not isinstance(fields, dict) or not all(_field_fits(key, value) for key, value in fields.items()):
+        raise InputError(f"{where}: fields of the model are {shortly(fields)}, which are not those of a model")
     if preprocessing is not None:
-        preprocessing = Preprocessing(**_tuples(preprocessing))
-    names = said["class_names"]
+        preprocessing = checked_preprocessing(preprocessing, where)
+    if not isinstance(said["several"], bool):
+        raise InputError(f"{where}: several is {shortly(said['several'])}, and neither true nor false")
+    names = _names(said["class_names"], where)
     return Weights(
-        tensors,
-        said["name"],
-        said["fields"],
-        preprocessing,
-        tuple(names) if names else None,
-        said["several"],
-        Calibration(**_tuples(said["calibration"])),
+        tensors, name, fields, preprocessing, names, said["several"], checked_calibration(said["calibration"], where)
     )
+
+
+def _field_fits(key: str, value: Any) -> bool:
+    """Whether `Weights.fields` can have that field with that value."""
+    if key in ("num_classes", "in_channels", "image_size"):
+        return (type(value) is int and 0 < value <= LARGEST * 4) or (key == "num_classes" and value is None)
+    hints = typing.get_type_hints(ModelConfig)
+    if key not in hints or key in ("name", "pretrained", "compute_dtype"):
+        return False
+    kinds = typing.get_args(hints[key]) or (hints[key],)
+    words = [word for kind in kinds for word in typing.get_args(kind) or (kind,)]
+    in_range = type(value) is not float or 0 <= value < 1
+    return in_range and any(type(value) is x if isinstance(x, type) else value == x for x in words)
+
+
+def checked_calibration(values: Any, where: str) -> Calibration:
+    """Calibration out of a file.
+
+    Raises:
+      InputError: a field is missing or impossible; the message begins with `where`.
+    """
+    if isinstance(values, dict) and set(values) == {"temperature", "thresholds"}:
+        values = _tuples(values)
+        temperature, thresholds = values["temperature"], values["thresholds"]
+        if _numbers((temperature,)) and temperature > 0 and (thresholds is None or _numbers(thresholds)):
+            return Calibration(temperature, thresholds)
+    raise InputError(f"{where}: the calibration is {shortly(values)}; it needs a temperature above 0, and thresholds")
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _from_run(folder: Path) -> Weights:
-    """The moving average of a run's latest checkpoint, with `train.patience` of its best; or its parameters where there
-    is no average.
-    """
+def _from_run(folder: Path, checkpoint: str | None) -> Weights:
+    """The moving average of a run's checkpoint, or its parameters where there is no average."""
     from resnet_jax.vectors import read_record, read_state, reader
 
     place = checkpoints_of(folder)
@@ -170,36 +363,7 @@ def _from_run(folder: Path) -> Weights:
             spread = {name: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here) for name, m in known.items()}
             return step, record, read_state(manager, step, index, spread, lambda arrays: arrays)
 
-    def substituted(what: str, bad: int, problem: str, step: int) -> None:
-        say(
-            f"WARNING: the {what} of step {bad} in {folder} is damaged ({problem}); taking that of step {step} in its "
-            "place",
-            error=True,
-        )
-
-    def read_chosen(step: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        """The checkpoint of a step; with `train.patience` the best one that its record names."""
-        before, last = steps_in(place), read(step)
-        best = (last[1]["best"] or {}).get("step")
-        if last[1]["recipe"]["train"]["patience"] is None or best in (None, step):
-            return last
-        if problem := damage(place / str(best)):
-            if steps_in(place) != before:
-                raise Damaged("the run goes on and has deleted it")
-            substituted("best checkpoint", best, problem, step)
-            return last
-        return read(best)
-
-    last, problems = newest_sound(place, read_chosen)
-    if last is None:
-        damaged = "".join(f"; that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
-        raise InputError(f"{folder} holds no checkpoint{damaged or '; the run ended before its first one'}")
-    step, record, arrays = last
-    for bad, problem in problems.items():
-        say(
-            f"WARNING: the checkpoint of step {bad} in {folder} is damaged ({problem}); taking that of step {step}",
-            True,
-        )
+    step, record, arrays = read_chosen(folder, read, checkpoint)
     config = from_dict(record["recipe"])
     state = unflatten_dict(arrays, sep=".")
     found = state.get("ema", state)
@@ -249,7 +413,7 @@ class SafeTensors(Mapping[str, np.ndarray]):
     """The tensors of a safetensors file as views of the mapped file: nothing is read before it is used.
 
     Raises:
-      InputError: the file is damaged or something else.
+      InputError: the file is damaged, empty or something else, or a tensor that is asked for has a type we do not read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -258,17 +422,21 @@ class SafeTensors(Mapping[str, np.ndarray]):
         try:
             with safe_open(path, framework="numpy") as checked:
                 self.metadata: dict[str, str] = checked.metadata() or {}
-        except (SafetensorError, OSError) as error:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self.entries: dict[str, Any] = json.loads(file.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            self.entries: dict[str, Any] = json.loads(file.read(length))
         self.entries.pop("__metadata__", None)
+        if not any(math.prod(entry["shape"]) for entry in self.entries.values()):
+            raise InputError(f"{path} holds no tensors")
         self.bytes = np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length))
 
     def __getitem__(self, key: str) -> np.ndarray:
         entry = self.entries[key]
         begin, end = entry["data_offsets"]
+        if entry["dtype"] not in DTYPES:
+            raise InputError(f"the tensor {key} is {entry['dtype']}: save it as F32, F16 or BF16")
         return self.bytes[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
     def __iter__(self) -> Iterator[str]:
@@ -279,10 +447,12 @@ class SafeTensors(Mapping[str, np.ndarray]):
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
-    """The tensors of a file; a `.pth` is read with torch and only if it holds nothing but tensors.
+    """The tensors of a file; one of PyTorch is read with torch and only if it holds nothing but data.
+
+    Of a training checkpoint that is the first state dict that `WRAPPERS` names, the moving average before the rest.
 
     Raises:
-      InputError: torch is missing, the file is damaged, or it holds code.
+      InputError: torch is missing, the file is damaged, holds code or no state dict, or a tensor has no plain numbers.
     """
     if path.suffix == ".safetensors":
         return SafeTensors(path)
@@ -292,20 +462,38 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
         raise InputError(
             f"{path} is a file of PyTorch: install torch to read it, or turn it into safetensors where torch is"
         ) from error
-    with path.open("rb") as file:
-        mapped = file.read(2) == b"PK"  # today's files are zip archives, which can be mapped; those before 2020 are not
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            mapped = file.read(2) == b"PK"  # zip archives can be mapped; files of before 2020 are none
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about types of tensors, which are looked at below
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # whatever torch raises where a file is foreign or damaged
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error):
+            raise InputError(
+                f"{path} holds more than tensors and was refused, since such a file can run code; "
+                "save its state_dict() alone"
+            ) from error
+        raise InputError(f"{path} cannot be read as a file of PyTorch ({reason[:200]}); fetch it again") from error
+    place = str(path)
+    for _ in range(DEPTH):
+        inner = [key for key in WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)]
+        if inner:
+            if len(inner) > 1:
+                logger.warning("%s: %s is taken, not %s", place, inner[0], ", ".join(inner[1:]))
+            loaded, place = loaded[inner[0]], f"{place}[{inner[0]!r}]"
+    if not isinstance(loaded, dict):
+        raise InputError(f"{place} is of type {type(loaded).__name__}, and no state dict: expected names with tensors")
+    others = [
+        f"{shortly(key)} ({type(value).__name__})"
+        for key, value in loaded.items()
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor)
+    ]
+    if others or not loaded:
+        listed = ", ".join(others[:20]) or "nothing"
         raise InputError(
-            f"{path} holds more than tensors and was refused, since such a file can run code; "
-            "save its state_dict() alone"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); fetch it again") from error
-    for wrapper in WRAPPERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise InputError(f"{path} holds no state dict: expected names with tensors")
-    return {name: (tensor.float() if tensor.is_floating_point() else tensor).numpy() for name, tensor in loaded.items()}
+            f"{place} is no state dict: expected names with tensors, and there is {listed}. Save the state_dict() of "
+            f"the network, alone or as one of {', '.join(WRAPPERS)}"
+        )
+    return {name: as_array(name, tensor) for name, tensor in loaded.items()}

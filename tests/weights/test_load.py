@@ -158,7 +158,12 @@ def test_a_folder_as_timm_writes_it(tmp_path, file, tensors):
     same(model, variables, tensors)
     preprocessing = find_weights(str(folder)).preprocessing
     assert preprocessing.mean == (0.5, 0.4, 0.3) and preprocessing.eval_image_size == 160
-    others = {"vit_huge": json.dumps(config | {"architecture": "vit_huge"}), "None": "[]", "no JSON": "<html>"}
+    others = {
+        "vit_huge": json.dumps(config | {"architecture": "vit_huge"}),
+        "no object": "[]",
+        "None": "{}",
+        "no JSON": "<html>",
+    }
     for says, text in others.items():
         (folder / "config.json").write_text(text)
         with pytest.raises(InputError, match=says):
