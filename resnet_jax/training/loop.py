@@ -18,14 +18,13 @@ from resnet_jax.config import Config, InputError
 from resnet_jax.data.loader import BadImages
 from resnet_jax.data.sources import Dataset, load_dataset
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
-from resnet_jax.recipes import check, recorded, result_fields
+from resnet_jax.processes import agree, check_one_folder, ending_together, facts_of, start_processes
+from resnet_jax.recipes import check, recorded
 from resnet_jax.sharding import (
     cached_where_sound,
     check_batch,
-    check_same,
     make_mesh,
     put_state,
-    start_processes,
     state_sharding,
 )
 from resnet_jax.training.advance import make_advance
@@ -45,7 +44,7 @@ from resnet_jax.training.recipe import (
     with_weights,
 )
 from resnet_jax.training.report import Advance, Diverged, Report, say, traced
-from resnet_jax.training.signals import Stop, Stopped, end_with_lost_process, stop_signals
+from resnet_jax.training.signals import Stop, Stopped, stop_signals
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.workdir import (
     better,
@@ -58,6 +57,7 @@ from resnet_jax.training.workdir import (
 )
 
 
+@ending_together(Stopped)
 def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     """Trains as the recipe says and leaves everything in `workdir`; a folder that holds a run resumes it.
 
@@ -77,10 +77,10 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
       Stalled: the data gave nothing for `data.timeout` seconds.
     """
     began = time.perf_counter()
+    start_processes(config.parallel)
     check(config)
     config = complete(config, recorded(workdir))
-    start_processes(config.parallel)
-    check_same(json.dumps(result_fields(config)))
+    agree(facts_of(config))
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     dataset = load_dataset(config.data, config.train.seed)
@@ -88,10 +88,13 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         raise InputError(f"{config.data.dataset} gives images several labels: add --train.loss binary")
     if config.train.metric == "map" and not dataset.several:
         raise InputError("train.metric map needs images with several labels; take accuracy, loss or macro_recall")
+    pictures = f"{len(dataset.train)} to train on, {len(dataset.test)} to test on"
+    agree({"number of pictures": pictures, "class names": json.dumps(dataset.class_names)})
     plan = make_plan(config, len(dataset.train))
     model = build_model(config, len(dataset.class_names))
     schedule = make_schedule(config, plan.total, plan.per_epoch)
     folder = open_workdir(workdir, config)
+    check_one_folder(folder)
     say(f"run: {folder}")
     with locked(folder, config), cached_where_sound(mesh), stop_signals() as stop:
         if summary := ended(folder):
@@ -178,12 +181,7 @@ def go_on(run: Run, state: TrainState, record: Record, schedule: optax.Schedule)
     advance = make_advance(config, run.model, schedule, run.dataset, run.mesh, bad, steps, ends, frozen)
     evaluate = make_evaluate(config, run.model, run.dataset, run.mesh, bad, run.stop, features)
     with Report(run.folder, config, plan, schedule, start, record, run.checkpoints.latest) as report:
-        try:
-            run_steps(run, state, record, traced(advance, config, run.folder), evaluate, report, bad)
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() > 1:
-                end_with_lost_process(error)
-            raise
+        run_steps(run, state, record, traced(advance, config, run.folder), evaluate, report, bad)
     return record, report.speed()
 
 
