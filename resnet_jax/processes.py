@@ -32,9 +32,6 @@ import numpy as np
 from resnet_jax.config import Config, InputError, ParallelConfig
 from resnet_jax.recipes import to_dict
 
-JOIN_WITHIN = 45.0
-"""Seconds for which a process waits until all have joined."""
-
 LOST_AFTER = 30.0
 """Seconds without a sign of life after which a process counts as lost and the others end."""
 
@@ -52,6 +49,7 @@ HOST_FIELDS = frozenset(
         "data.data_dir",
         "data.workers",
         "data.timeout",
+        "parallel.join_within",
         "parallel.coordinator",
         "parallel.processes",
         "parallel.process_id",
@@ -172,6 +170,8 @@ class Peers:
         name = "" if isinstance(error, InputError) else type(error).__name__
         words = ": ".join(word for word in (name, str(error)) if word)
         self.send(failed=words, status=2 if self.failed == 2 else 1)
+        with self._changed:
+            self._changed.wait_for(lambda: self.process in self._sent["failed"], GRACE)
 
     def leave(self) -> None:
         """Waits at the end of the process for the others, which may need it."""
@@ -181,10 +181,6 @@ class Peers:
                 self.gather("bye")
                 self.end()
                 return
-            with self._changed:
-                self._changed.wait_for(lambda: self.process in self._sent["failed"], 5)
-                if self.process == 0:  # the others hear of it through this process
-                    self._changed.wait_for(lambda: len(self._sent["lost"] | self._sent["failed"]) >= self.count, 10)
         except KeyboardInterrupt:
             self.failed = 130
         leave_at_once(self.failed)
@@ -257,7 +253,7 @@ class Hub:
         try:
             async for line in lines(reader):
                 self.tell(json.loads(line) | {"process": process})
-        except OSError as error:
+        except (OSError, ValueError) as error:
             del self._members[process]
             self.tell({"process": process, "lost": str(error)})
 
@@ -273,8 +269,8 @@ async def lines(reader: asyncio.StreamReader) -> Any:
             line = await asyncio.wait_for(reader.readline(), LOST_AFTER)
         except TimeoutError as error:
             raise OSError(f"it gave no sign of life for {LOST_AFTER:.0f} seconds") from error
-        except ValueError as error:
-            raise OSError(str(error)) from error
+        except (ConnectionError, ValueError):  # reset, or a line without an end
+            line = b""
         if not line.endswith(b"\n"):
             raise OSError("its connection was closed")
         if line != BEAT:
@@ -292,14 +288,16 @@ async def beat(writers: Any) -> None:
 async def relay(
     here: asyncio.StreamReader, back: asyncio.StreamWriter, address: tuple[str, int], first: bytes = b""
 ) -> None:
-    """Copies a connection to another address, after a first line, and back; it stays open when the other one closes."""
-    there, forth = await asyncio.open_connection(*address)
-    forth.write(first)
-    returning = asyncio.create_task(copy(there, back))
-    await copy(here, forth)
-    returning.cancel()
-    for writer in (back, forth):
-        writer.close()
+    """Copies a connection to another address, after a first line, and back; ends when `here` does, not before."""
+    with contextlib.suppress(OSError):
+        there, forth = await asyncio.open_connection(*address)
+        forth.write(first)
+        _returning = asyncio.create_task(copy(there, back))
+        await copy(here, forth)
+    with contextlib.suppress(OSError):
+        while await here.read(2**16):  # the address is gone, which JAX must not see
+            pass
+    back.close()
 
 
 async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -320,14 +318,14 @@ def start_processes(recipe: ParallelConfig) -> None:
     or else what JAX finds out from the cluster.
 
     Raises:
-      InputError: there is no cluster to join, or a process did not join within `JOIN_WITHIN` seconds.
+      InputError: there is no cluster to join, or a process did not join within `join_within` seconds.
     """
     global _peers
     if recipe.distributed == "off" or jax.distributed.is_initialized():
         return
     coordinator, count, process = identity(recipe)
     host, port = split_address(coordinator)
-    deadline = time.monotonic() + JOIN_WITHIN
+    deadline = time.monotonic() + recipe.join_within
     own = socket.create_server(("127.0.0.1", 0))
     hub, service = (listen_at(port), free_port()) if process == 0 else (None, 0)
     _peers = Peers(process, count)
@@ -338,8 +336,8 @@ def start_processes(recipe: ParallelConfig) -> None:
     _peers.end()
     if missing := [str(i) for i in range(count) if i not in joined]:
         raise InputError(
-            f"process {', '.join(missing)} of {count} did not join within {JOIN_WITHIN:.0f} seconds: is it running, "
-            f"and may it reach {coordinator}?"
+            f"process {', '.join(missing)} of {count} did not join within {recipe.join_within:g} seconds: is it "
+            f"running, and may it reach {coordinator}?"
         )
     exempt = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")  # noqa: SIM112
     os.environ["no_grpc_proxy"] = f"{exempt},127.0.0.1" if exempt else "127.0.0.1"  # noqa: SIM112
@@ -371,10 +369,12 @@ def identity(recipe: ParallelConfig) -> tuple[str, int, int]:
         "give --parallel.distributed off on one host, or "
         "--parallel.coordinator ADDRESS:PORT --parallel.processes N --parallel.process_id I"
     )
+    if not 0 < recipe.join_within < threading.TIMEOUT_MAX:
+        raise InputError(f"parallel.join_within {recipe.join_within}: give a number of seconds above 0")
     if coordinator is None or count is None or process is None:
         try:
             coordinator, count, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
-                coordinator, count, process, None, None, round(JOIN_WITHIN)
+                coordinator, count, process, None, None, round(recipe.join_within)
             )
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             raise InputError(f"parallel.distributed auto: {error}; {remedy}") from error
@@ -443,6 +443,7 @@ def reach(host: str, port: int, hello: dict[str, int], deadline: float) -> socke
     while True:
         try:
             connection = socket.create_connection((host, port), timeout=5)
+            connection.settimeout(LOST_AFTER)
             connection.sendall(json.dumps(hello).encode() + b"\n")
             if connection.recv(1) != BEAT:
                 connection.close()
@@ -451,7 +452,7 @@ def reach(host: str, port: int, hello: dict[str, int], deadline: float) -> socke
         except OSError as error:
             if time.monotonic() > deadline:
                 raise InputError(
-                    f"process 0 did not answer at parallel.coordinator {host}:{port} within {JOIN_WITHIN:.0f} seconds "
+                    f"process 0 did not answer at parallel.coordinator {host}:{port} in time "
                     f"({error}); is it running there, and may this host reach that port?"
                 ) from error
             time.sleep(0.2)
