@@ -2,7 +2,7 @@
 
 Process 0 listens at the coordinator's address. Every process, process 0 too, holds a connection to it on which lines of
 JSON travel: what one process sends reaches all of them, in one order, and those that join later. A process whose
-connection closes without `bye`, or is silent for `LOST_AFTER` seconds, is lost.
+connection closes before all said `bye`, or is silent for `LOST_AFTER` seconds, is lost.
 
 JAX's coordination service lies behind the same port. JAX aborts a process, with a stack of C++, as soon as its
 connection to that service closes; therefore its connections go through a relay in its own process, which stays open
@@ -121,7 +121,7 @@ class Peers:
     def _cause(self, process: int, message: dict[str, Any]) -> tuple[str, int] | None:
         if "refused" in message:
             return f"process {process} cannot join: {message['refused']}", 2
-        if process == self.process or process in self._sent["bye"]:
+        if process == self.process or len(self._sent["bye"]) == self.count:
             return None
         if "failed" in message:
             return f"process {process} failed: {message['failed']}", message["status"]
@@ -292,20 +292,21 @@ async def relay(
     with contextlib.suppress(OSError):
         there, forth = await asyncio.open_connection(*address)
         forth.write(first)
-        _returning = asyncio.create_task(copy(there, back))
-        await copy(here, forth)
+        await asyncio.gather(copy(there, back), copy(here, forth, close=True))
     with contextlib.suppress(OSError):
         while await here.read(2**16):  # the address is gone, which JAX must not see
             pass
     back.close()
 
 
-async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Copies bytes until there are no more."""
+async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, close: bool = False) -> None:
+    """Copies bytes until there are no more, or nobody takes them."""
     with contextlib.suppress(OSError):
         while data := await reader.read(2**16):
             writer.write(data)
             await writer.drain()
+    if close:
+        writer.close()
 
 
 _peers: Peers | None = None
@@ -349,6 +350,7 @@ def start_processes(recipe: ParallelConfig) -> None:
             process,
             coordinator_bind_address=f"127.0.0.1:{service}",
             heartbeat_timeout_seconds=round(4 * LOST_AFTER),  # words come before JAX's own end
+            shutdown_timeout_seconds=round(LOST_AFTER),
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(f"parallel.distributed auto: {error}") from error
