@@ -2,7 +2,7 @@
 
 Process 0 listens at the coordinator's address. Every process, process 0 too, holds a connection to it on which lines of
 JSON travel: what one process sends reaches all of them, in one order, and those that join later. A process whose
-connection closes before all said `bye`, or is silent for `LOST_AFTER` seconds, is lost.
+connection closes before it `left`, or is silent for `LOST_AFTER` seconds, is lost.
 
 JAX's coordination service lies behind the same port. JAX aborts a process, with a stack of C++, as soon as its
 connection to that service closes; therefore its connections go through a relay in its own process, which stays open
@@ -65,8 +65,8 @@ class Peers:
         self.process, self.count = process, count
         self.cause: tuple[str, int] | None = None
         """Why this process has to end, and the status to end with: another process failed or was lost."""
-        self.failed: int | None = None
-        """The status to end with after an error of this process."""
+        self.status: int | None = None
+        """The status of this process once it ends for reasons of its own."""
         self._sent: dict[str, dict[int, Any]] = defaultdict(dict)
         self._changed = threading.Condition()
         self._rounds = 0
@@ -121,7 +121,7 @@ class Peers:
     def _cause(self, process: int, message: dict[str, Any]) -> tuple[str, int] | None:
         if "refused" in message:
             return f"process {process} cannot join: {message['refused']}", 2
-        if process == self.process or len(self._sent["bye"]) == self.count:
+        if process == self.process or process in self._sent["left"]:
             return None
         if "failed" in message:
             return f"process {process} failed: {message['failed']}", message["status"]
@@ -164,30 +164,36 @@ class Peers:
             if self.cause:
                 self.end()
         if isinstance(error, SystemExit):
-            self.failed = error.code if isinstance(error.code, int) else 1
+            self.status = error.code if isinstance(error.code, int) else 1
         else:
-            self.failed = 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+            self.status = 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         name = "" if isinstance(error, InputError) else type(error).__name__
         words = ": ".join(word for word in (name, str(error)) if word)
-        self.send(failed=words, status=2 if self.failed == 2 else 1)
+        self.send(failed=words, status=2 if self.status == 2 else 1)
         with self._changed:
             self._changed.wait_for(lambda: self.process in self._sent["failed"], GRACE)
 
     def leave(self) -> None:
         """Waits at the end of the process for the others, which may need it."""
+        waited = set(range(self.count)) if self.process == 0 else {self.process}
         try:
-            if self.failed is None:
-                self.send(bye=True)
-                self.gather("bye")
+            if self.status is None:
+                self.send(done=True)
+                self.gather("done")
                 self.end()
+                jax.distributed.shutdown()  # waits for all of them
+                self.status = 0
+                self.send(left=True)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._sent["left"].keys() >= waited, GRACE)
                 return
         except KeyboardInterrupt:
-            self.failed = 130
-        leave_at_once(self.failed)
+            self.status = 130
+        leave_at_once(self.status)
 
     def end(self) -> None:
         """Ends the process with the words on another one, unless an error of its own ends it."""
-        if self.failed is None and self.cause:
+        if self.status is None and self.cause:
             words, status = self.cause
             with contextlib.suppress(OSError):
                 os.write(2, f"error: {words}\n".encode())
