@@ -264,6 +264,8 @@ class ParallelConfig:
     """How many processes there are; with coordinator."""
     process_id: int | None = None
     """Number of this process, from 0; with coordinator."""
+    join_within: float = 40.0
+    """Seconds for which a process waits until all have joined; then all end, naming those that are missing."""
 
 
 @dataclass(frozen=True)

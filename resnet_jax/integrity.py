@@ -301,8 +301,7 @@ def newest_sound(
 
 
 def read_chosen(workdir: Path, read: Callable[[int], T], checkpoint: str | None = None) -> T:
-    """Returns what a function reads in a checkpoint of a run. Where a damaged one is replaced by another, that is said on
-    standard error.
+    """Returns what a function reads in a checkpoint of a run; standard error says where a damaged one is replaced.
 
     Args:
       read: as for `newest_sound`.

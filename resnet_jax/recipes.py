@@ -26,6 +26,7 @@ FREE_FIELDS = frozenset(
         "parallel.coordinator",
         "parallel.processes",
         "parallel.process_id",
+        "parallel.join_within",
         "checkpoint.every_steps",
         "checkpoint.keep",
         "log.every_steps",

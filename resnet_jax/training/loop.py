@@ -18,21 +18,20 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError
 from resnet_jax.data.dataset import Dataset, with_outputs
-from resnet_jax.data.fingerprint import changes, described, fingerprint
+from resnet_jax.data.fingerprint import changes, described, digest, fingerprint
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import save as save_fingerprint
 from resnet_jax.data.loader import BadImages
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.integrity import BEST, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
-from resnet_jax.recipes import check, recorded, result_fields
+from resnet_jax.processes import agree, check_one_folder, ending_together, facts_of, start_processes
+from resnet_jax.recipes import check, recorded
 from resnet_jax.sharding import (
     cached_where_sound,
     check_batch,
-    check_same,
     make_mesh,
     put_state,
-    start_processes,
     state_sharding,
 )
 from resnet_jax.training.advance import make_advance
@@ -59,7 +58,7 @@ from resnet_jax.training.recipe import (
     with_weights,
 )
 from resnet_jax.training.report import Advance, Diverged, Report, say, traced
-from resnet_jax.training.signals import FolderLost, Stop, Stopped, end_with_lost_process, stop_signals
+from resnet_jax.training.signals import FolderLost, Stop, Stopped, stop_signals
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.trackers import draw_curves
 from resnet_jax.training.workdir import (
@@ -74,6 +73,7 @@ from resnet_jax.training.workdir import (
 from resnet_jax.weights.load import names_of_outputs
 
 
+@ending_together(Stopped)
 def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     """Trains as the recipe says and leaves everything in `workdir`; a folder that holds a run resumes it.
 
@@ -96,10 +96,10 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
       Stalled: the data gave nothing for `data.timeout` seconds.
     """
     began = time.perf_counter()
+    start_processes(config.parallel)
     check(config)
     config = complete(config, recorded(workdir))
-    start_processes(config.parallel)
-    check_same(json.dumps(result_fields(config)))
+    agree(facts_of(config))
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     dataset = load_dataset(config.data, config.train.seed, hold_out=config.train.metric != "none")
@@ -109,12 +109,15 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         raise InputError(f"{config.data.dataset} gives images several labels: add --train.loss binary")
     if config.train.metric == "map" and not dataset.several:
         raise InputError("train.metric map needs images with several labels; take accuracy, loss or macro_recall")
+    pictures = {f"{name} pictures": digest({name: rows}) for name, rows in fingerprint(dataset).items()}
+    agree(pictures | {"class names": json.dumps(dataset.class_names)})
     metric = selecting_metric(config, dataset)
     plan = make_plan(config, len(dataset.train), dataset.validation is not None)
     model: Any = build_model(config, len(dataset.class_names))
     dataset = with_outputs(dataset, model.num_classes)
     schedule = make_schedule(config, plan.total, plan.per_epoch)
     folder = open_workdir(workdir, config)
+    check_one_folder(folder)
     say(f"run: {folder}")
     with locked(folder, config) as lock, cached_where_sound(mesh), stop_signals() as stop:
         if summary := ended(folder):
@@ -272,17 +275,13 @@ def go_on(run: Run, state: TrainState, record: Record, schedule: optax.Schedule)
         if split != "train"
     }
     with Report(run.folder, config, plan, schedule, start, record, run.checkpoints.latest) as report:
-        try:
-            program = traced(advance, config, run.folder)
-            state = run_steps(run, state, record, program, measured.get("validation"), report, bad)
-            record["selected"] = record["best"]["step"] if record["best"] else record["step"]
-            if "test" in measured:
-                look_at_test(run, state, record, measured["test"], report)
-            record["skipped"] = sorted(bad.names)
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() > 1:
-                end_with_lost_process(error)
-            raise
+        state = run_steps(
+            run, state, record, traced(advance, config, run.folder), measured.get("validation"), report, bad
+        )
+        record["selected"] = record["best"]["step"] if record["best"] else record["step"]
+        if "test" in measured:
+            look_at_test(run, state, record, measured["test"], report)
+        record["skipped"] = sorted(bad.names)
     return record, report.speed()
 
 

@@ -11,11 +11,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import jax
-
-from resnet_jax.output import say
 
 
 class Stopped(RuntimeError):
@@ -130,14 +127,3 @@ def listen(pipe: int, stop: Stop, several: bool) -> None:
             os.write(2, f"\n{signal.Signals(number).name}: saving after this step{again}\n".encode())
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-def end_with_lost_process(error: Exception) -> NoReturn:
-    """Ends this process at once with status 1: with a process missing, everything that would tidy up waits for it."""
-    reason = str(error).splitlines()[0]
-    say(
-        f"error: process {jax.process_index()} lost touch with another process of the run ({reason}); "
-        "start the same command again in all processes to go on from the last checkpoint",
-        error=True,
-    )
-    os._exit(1)
