@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, local_path
 from resnet_jax.data.on_device import normalize
 from resnet_jax.models.fold import fold_batch_norm
 from resnet_jax.models.registry import create_model
@@ -211,10 +211,12 @@ def find_files(words: Sequence[str]) -> Iterator[Path]:
     from resnet_jax.data.sources import IMAGE_SUFFIXES
 
     for word in words:
-        path = Path(word).expanduser()
+        path = local_path(word, "PATH")
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         elif path.exists():
+            if not path.is_file():
+                raise InputError(f"{word} is no ordinary file: give pictures, folders or patterns")
             found = [path]
         else:
             found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]

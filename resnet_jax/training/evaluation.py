@@ -1,7 +1,7 @@
 """Exact evaluation: every test example counts once, on any number of devices."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError
+from resnet_jax.config import Config, InputError, local_path
 from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.sources import Dataset, load_dataset
 from resnet_jax.models.stacking import block_by_block
-from resnet_jax.recipes import recorded
+from resnet_jax.recipes import check, recorded
 from resnet_jax.sharding import check_batch, compiler_options, make_mesh, replicated
 from resnet_jax.training.checkpoints import read_checkpoint
 from resnet_jax.training.measures import mean_average_precision
@@ -180,14 +180,17 @@ def open_run(folder: Path, best: bool = False, keep: bool = False) -> FinishedRu
     Raises:
       InputError: the folder holds no run, or no checkpoint.
     """
+    folder = local_path(folder, "WORKDIR")
     config = recorded(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
+    check(config)
     mesh = make_mesh()
     check_batch(config.train.batch_size, mesh)
     dataset = load_dataset(config.data, config.train.seed)
     model = block_by_block(build_model(config, len(dataset.class_names)))
-    template = sharded_shapes(state_maker(config, model, lambda step: 0.0), mesh)
+    without_rules = replace(config.optimizer, decay_rules=((".*", 0.0),), rate_rules=())  # a stranger's are not run
+    template = sharded_shapes(state_maker(replace(config, optimizer=without_rules), model, lambda step: 0.0), mesh)
     step = best_of(folder)[0] if best or config.train.patience is not None else None
     state, record = read_checkpoint(folder, template, step)
     if record["class_names"] != list(dataset.class_names):

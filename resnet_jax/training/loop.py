@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError
+from resnet_jax.config import Config, InputError, local_path
 from resnet_jax.data.loader import BadImages
 from resnet_jax.data.sources import Dataset, load_dataset
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
@@ -38,8 +39,10 @@ from resnet_jax.training.recipe import (
     Plan,
     build_model,
     complete,
+    images_per_statistic,
     in_form,
     make_plan,
+    norms_of_one_value,
     sharded_shapes,
     state_maker,
     with_weights,
@@ -78,11 +81,13 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     """
     began = time.perf_counter()
     check(config)
+    workdir = None if workdir is None else local_path(workdir, "--workdir")
     config = complete(config, recorded(workdir))
     start_processes(config.parallel)
     check_same(json.dumps(result_fields(config)))
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
+    images_per_statistic(config, mesh.size)
     dataset = load_dataset(config.data, config.train.seed)
     if dataset.several and config.train.loss != "binary":
         raise InputError(f"{config.data.dataset} gives images several labels: add --train.loss binary")
@@ -90,12 +95,18 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
         raise InputError("train.metric map needs images with several labels; take accuracy, loss or macro_recall")
     plan = make_plan(config, len(dataset.train))
     model = build_model(config, len(dataset.class_names))
+    if single := norms_of_one_value(config, model, mesh.size):
+        say(
+            f"WARNING: {len(single)} batch norms, {single[0]} the first, see one value a channel in training and put "
+            "out their bias alone: take more images at a time (train.batch_size, train.accumulate_steps, "
+            "parallel.batch_norm), larger images, or --model.norm group or frozen_batch"
+        )
     schedule = make_schedule(config, plan.total, plan.per_epoch)
     folder = open_workdir(workdir, config)
     say(f"run: {folder}")
     with locked(folder, config), cached_where_sound(mesh), stop_signals() as stop:
         if summary := ended(folder):
-            say(f"the run is finished; see it with: resnet-jax evaluate {folder}")
+            say(f"the run is finished; see it with: resnet-jax evaluate {shlex.quote(str(folder))}")
             return summary
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
             run = Run(folder, config, plan, model, dataset, mesh, checkpoints, stop)
@@ -112,7 +123,8 @@ def report_on(folder: Path) -> None:
     try:
         say(f"the report: {make_report(folder)}")
     except Exception as error:
-        say(f"WARNING: there is no report ({type(error).__name__}: {error}); try resnet-jax report {folder}")
+        command = f"resnet-jax report {shlex.quote(str(folder))}"
+        say(f"WARNING: there is no report ({type(error).__name__}: {error}); try {command}")
 
 
 @dataclass(frozen=True)

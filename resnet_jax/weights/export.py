@@ -1,10 +1,13 @@
 """Weights back out: files that timm and torchvision load strictly."""
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from resnet_jax.config import InputError
 from resnet_jax.models.registry import create_model
@@ -31,11 +34,16 @@ def export(source: str, path: Path, form: str, name: str | None = None) -> tuple
     name, fields = model_of(weights, source, name)
     model = create_model(name, **fields)
     tensors = to_torch(model, from_torch(model, weights.tensors))
+    beside = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, replace(weights, tensors=tensors, name=name, fields=fields), form)
-    except OSError as error:
+        save_tensors(beside, replace(weights, tensors=tensors, name=name, fields=fields), form)
+        os.replace(beside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have kinds of their own
         raise InputError(f"{path} cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
     return name, len(tensors)
 
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from resnet_jax.config import Config, InputError, sides
+from resnet_jax.config import Config, InputError, local_path, sides
 from resnet_jax.integrity import newest_sound
 from resnet_jax.models.registry import MODELS, create_model, model_fields
-from resnet_jax.recipes import from_dict
+from resnet_jax.recipes import check, from_dict
 from resnet_jax.weights.convert import to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag
 
@@ -56,7 +56,7 @@ def find_weights(source: str) -> Weights:
     Raises:
       InputError: there is no such thing, or it cannot be read; the message says what would help.
     """
-    path = Path(source).expanduser()
+    path = local_path(source, "the source of weights")
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
@@ -178,6 +178,7 @@ def _from_run(folder: Path) -> Weights:
         raise InputError(f"{folder} holds no checkpoint{damaged or '; the run ended before its first one'}")
     step, record, arrays = last
     config: Config = from_dict(record["recipe"])
+    check(config)
     if config.train.patience is not None and record["best"]:
         best, _ = newest_sound(place, read, [record["best"]["step"]])
         step, _, arrays = best or last
