@@ -1,10 +1,12 @@
 """The `resnet-jax` command, and what it does with recipes and runs: train, plan, show-batch, evaluate, report, runs."""
 
 import argparse
+import atexit
 import gc
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -63,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS.get(arguments[0])
     if command is None:
         return fail(f"there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+    settle_matplotlib()
     try:
         status = command(arguments[1:])
         sys.stdout.flush()
@@ -92,6 +95,19 @@ NO_MEMORY = (
 )
 
 
+def settle_matplotlib() -> None:
+    """Gives matplotlib a temporary folder where there is no home to write: it cannot be imported without one."""
+    if "MPLCONFIGDIR" in os.environ or "XDG_CONFIG_HOME" in os.environ:
+        return
+    try:
+        found = os.access(Path.home(), os.W_OK)
+    except RuntimeError:
+        found = False
+    if not found:
+        os.environ["MPLCONFIGDIR"] = folder = tempfile.mkdtemp(prefix="matplotlib-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
 def first_line(error: BaseException) -> str:
     """Of what an error says, or its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
@@ -103,9 +119,13 @@ def no_device() -> str | None:
 
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the second for a GPU without a plugin
-        wanted = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-        return f"{wanted}: JAX finds no such device here ({first_line(error)}); unset it, or take JAX_PLATFORMS=cpu"
+    except (RuntimeError, AssertionError) as error:  # the second, without words, where JAX has no plugin for a GPU
+        reason = (
+            first_line(error).partition(" (set JAX_PLATFORMS=")[0] if str(error) else "no plugin for it is installed"
+        )
+        wanted = os.environ.get("JAX_PLATFORMS")
+        where = f"JAX_PLATFORMS={wanted}: JAX finds no such device" if wanted else "JAX finds no device"
+        return f"{where} here ({reason}); set JAX_PLATFORMS=cpu to compute on the CPU"
     return None
 
 
