@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config import Config, InputError, local_path
+from resnet_jax.config import Config, InputError, local_path, sides
 
 FREE_FIELDS = frozenset(
     {
@@ -203,6 +203,9 @@ LIMITS: dict[str, str] = {
 }
 """`section.field` -> where its number must lie, or each of its numbers; every field of numbers is here."""
 
+SYNTHETIC_BYTES = 2**35
+"""Most that the synthetic images of a recipe may take."""
+
 
 def check(config: Config) -> None:
     """Raises InputError where fields are impossible or contradict each other."""
@@ -233,7 +236,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
     if kind is typing.Literal:
-        return isinstance(value, str) and value in parts
+        return any(type(value) is type(part) and value == part for part in parts)
     if kind is tuple and isinstance(value, tuple):
         each = parts[:1] * len(value) if parts[-1] is ... else parts
         return len(value) == len(each) and all(map(_fits, value, each))
@@ -258,14 +261,20 @@ def _outside(number: float, limits: str) -> str | None:
         return None
     if low < 0 or high < 1_000_000:
         return f"lie between {low:g} and {high:g}" if limits[0] + limits[-1] == "()" else f"lie in {limits}"
-    if large_enough and not math.isinf(number):
+    if large_enough and number != math.inf:
         return f"be at most {high:.0f}"
     return f"be {'at least' if limits[0] == '[' else 'above'} {low:g}"
 
 
 def _contradictions(config: Config) -> list[tuple[bool, str]]:
     data, augment, boundaries = config.data, config.augment, config.schedule.boundaries
+    synthetic = data.synthetic_size * math.prod(sides(data.image_size)) * data.channels
     return [
+        (
+            data.dataset == "synthetic" and synthetic > SYNTHETIC_BYTES,
+            f"data.synthetic_size {data.synthetic_size}: its images take {synthetic / 2**30:,.0f} GiB of memory; take "
+            f"fewer or smaller ones, up to {SYNTHETIC_BYTES // 2**30} GiB",
+        ),
         *(
             (
                 len(values) not in (1, 3, data.channels),
