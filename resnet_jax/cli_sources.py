@@ -13,6 +13,10 @@ from resnet_jax.config import InputError, local_path
 Row = tuple[Path, list[tuple[str, float]]]
 
 
+MOST_AT_ONCE = 65_536
+"""Pictures of a batch."""
+
+
 def predict_command(arguments: Sequence[str]) -> int:
     """`resnet-jax predict`."""
     parser = argparse.ArgumentParser(prog="resnet-jax predict", description="Says which class pictures belong to.")
@@ -27,8 +31,8 @@ def predict_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=32, help="pictures that go through the network at once")
     parser.add_argument("--name", help="the model, where the source does not say")
     options = parser.parse_args(arguments)
-    if (options.top is not None and options.top < 1) or options.batch < 1:
-        raise InputError("--top and --batch must be at least 1")
+    if (options.top is not None and options.top < 1) or not 1 <= options.batch <= MOST_AT_ONCE:
+        raise InputError(f"--top and --batch must be at least 1, and --batch at most {MOST_AT_ONCE}")
     local_path(options.source, "SOURCE")
     cam = None if options.cam is None else local_path(options.cam, "--cam")
     if cam and cam.exists() and not cam.is_dir():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from resnet_jax import cli, inference, serving, sharding
 from resnet_jax.config import Config
@@ -91,6 +92,7 @@ def folder(tmp_path_factory):
     (folder / "null").mkdir()
     (folder / "null" / "config.json").write_text("{}")
     save_small_network(folder / "net.safetensors")
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XLA_FLAGS", "")  # `plan` changes them
@@ -180,7 +182,7 @@ def test_show_batch_with_any_flags_ends_in_words(folder, flags, place, config):
 @fuzzed(50)
 @given(
     source=st.just("net.safetensors") | PLACES,
-    path=PLACES,
+    path=st.just("a.png") | PLACES,
     top=st.sampled_from(NUMBERS),
     batch=st.sampled_from(NUMBERS),
     cam=st.none() | PLACES,
