@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from resnet_jax.config import Config, DataConfig, InputError, OptimizerConfig, TrainConfig, local_path
-from resnet_jax.recipes import check, differences, from_dict, load_config
+from resnet_jax.recipes import LIMITS, check, differences, from_dict, load_config
 from resnet_jax.recipes import to_dict as as_dict
 
 
@@ -109,6 +109,16 @@ def test_impossible_fields_are_refused(section, fields, message):
     config = Config()
     with pytest.raises(InputError, match=message):
         check(dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)}))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), -1e30, 10**40, True, "1"], ids=repr)
+def test_no_number_is_without_limits(number):
+    for place in LIMITS:
+        section, name = place.split(".")
+        recipe, default = getattr(Config(), section), getattr(getattr(Config(), section), name)
+        value = (number,) * len(default) if isinstance(default, tuple) else number
+        with pytest.raises(InputError, match=place):
+            check(dataclasses.replace(Config(), **{section: dataclasses.replace(recipe, **{name: value})}))
 
 
 def test_every_word_that_a_field_may_be_is_of_its_type():
