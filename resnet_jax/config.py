@@ -1,6 +1,8 @@
 """The recipe of a run: frozen dataclasses. `Config()` is the digits recipe; every field is a flag."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 Size: TypeAlias = int | tuple[int, int]
@@ -14,6 +16,33 @@ def sides(size: Size) -> tuple[int, int]:
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message names it and the remedy. Commands end with status 2."""
+
+
+def local_path(given: str | Path, what: str) -> Path:
+    """Returns a path that the user gave, with `~` expanded; nothing needs to be there.
+
+    Args:
+      what: the name of the flag or field, for messages.
+
+    Raises:
+      InputError: it is empty, remote (`gs://bucket/run`), in the home of an unknown user, or no name for a file.
+    """
+    text = str(given)
+    if not text.strip():
+        raise InputError(f"{what} is empty: name a file or folder")
+    if re.match(r"[A-Za-z][\w+.-]+:/", text):  # a Path has made one slash of two
+        raise InputError(f"{what} {text}: remote paths are not supported yet; name a local folder or file, or a mount")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{what} {text}: there is no such home ({error}); write the path out") from error
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what} {text[:200]!r}: {getattr(error, 'strerror', None) or error}") from error
+    return path
 
 
 @dataclass(frozen=True)

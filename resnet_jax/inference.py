@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, local_path
 from resnet_jax.data.on_device import normalize
 from resnet_jax.models.fold import fold_batch_norm
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.sharding import compiler_options
 from resnet_jax.weights.load import fit_weights, model_of, names_of_outputs, preprocessing_of
-from resnet_jax.weights.sources import find_weights, local_path
+from resnet_jax.weights.sources import find_weights
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing
 
 LARGE_PART, SMALL_PART = 8, 64
@@ -234,7 +234,7 @@ def find_files(words: Sequence[str]) -> Iterator[Path]:
     from resnet_jax.data.files import Left, pictures_under
 
     for word in words:
-        path = local_path(word)
+        path = local_path(word, "PATH")
         if path.is_dir():
             found = [Path(picture) for picture in pictures_under(path, Left())]
         elif path.is_file():

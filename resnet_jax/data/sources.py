@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.config import DataConfig, InputError, Size, sides
+from resnet_jax.config import DataConfig, InputError, Size, local_path, sides
 from resnet_jax.data.dataset import (
     SPLIT_NAMES,
     ArraySource,
@@ -44,9 +44,9 @@ def load_dataset(config: DataConfig, seed: int, hold_out: bool = True) -> Datase
     elif config.dataset == "synthetic":
         found = _synthetic(config, seed)
     elif kind == "folder" and rest:
-        found = folder_dataset(_expanded(rest))
+        found = folder_dataset(local_path(rest, "data.dataset"))
     elif kind == "csv" and rest:
-        found = table_dataset(_expanded(rest))
+        found = table_dataset(local_path(rest, "data.dataset"))
     elif kind == "tfds" and rest:
         found = _tfds(rest, config)
     else:
@@ -62,13 +62,6 @@ def load_dataset(config: DataConfig, seed: int, hold_out: bool = True) -> Datase
     how = f" (about {config.validation_fraction:.0%} held out of train, by name)" if held_out else ""
     note = f"data: {config.dataset}: {len(found.class_names)} classes; {counts}{how}"
     return dataclasses.replace(found, notes=(note, *found.notes))
-
-
-def _expanded(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"data.dataset {text}: {error}; give a whole path") from error
 
 
 def _check_labels(dataset: Dataset) -> None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError
+from resnet_jax.config import Config, InputError, local_path
 from resnet_jax.data.dataset import Dataset, default_split, listed, with_outputs
 from resnet_jax.data.fingerprint import changes, described, fingerprint
 from resnet_jax.data.fingerprint import load as load_fingerprint
@@ -20,7 +20,7 @@ from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.stacking import block_by_block
 from resnet_jax.output import say
-from resnet_jax.recipes import recorded
+from resnet_jax.recipes import check, recorded
 from resnet_jax.sharding import check_batch, compiler_options, make_mesh, replicated
 from resnet_jax.training.checkpoints import read_checkpoint
 from resnet_jax.training.measures import mean_average_precision
@@ -246,11 +246,13 @@ def open_run(
     Raises:
       InputError: the folder holds no run or no such checkpoint, or other data than the run's.
     """
+    folder = local_path(folder, "WORKDIR")
     config = recorded(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
     if dataset is not None:
         config = replace(config, data=replace(config.data, dataset=dataset))
+    check(config)
     mesh = make_mesh()
     check_batch(config.train.batch_size, mesh)
     found = load_dataset(config.data, config.train.seed, hold_out=config.train.metric != "none")
@@ -262,7 +264,8 @@ def open_run(
         say(f"WARNING: {note}", error=True)
     model: Any = block_by_block(build_model(config, len(found.class_names)))
     found = with_outputs(found, model.num_classes)
-    template = sharded_shapes(state_maker(config, model, lambda step: 0.0), mesh)
+    without_rules = replace(config.optimizer, decay_rules=((".*", 0.0),), rate_rules=())  # a stranger's are not run
+    template = sharded_shapes(state_maker(replace(config, optimizer=without_rules), model, lambda step: 0.0), mesh)
     state, record = read_checkpoint(folder, template, checkpoint)
     names = names_of_outputs(model.num_classes, found.class_names, config.data.dataset)
     if record["class_names"] != list(names):

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError
+from resnet_jax.config import Config, InputError, local_path
 from resnet_jax.data.dataset import Dataset, with_outputs
 from resnet_jax.data.fingerprint import changes, described, digest, fingerprint
 from resnet_jax.data.fingerprint import load as load_fingerprint
@@ -51,8 +51,10 @@ from resnet_jax.training.recipe import (
     Plan,
     build_model,
     complete,
+    images_per_statistic,
     in_form,
     make_plan,
+    norms_of_one_value,
     sharded_shapes,
     state_maker,
     with_weights,
@@ -98,10 +100,12 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     began = time.perf_counter()
     start_processes(config.parallel)
     check(config)
+    workdir = None if workdir is None else local_path(workdir, "--workdir")
     config = complete(config, recorded(workdir))
     agree(facts_of(config))
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
+    images_per_statistic(config, mesh.size)
     dataset = load_dataset(config.data, config.train.seed, hold_out=config.train.metric != "none")
     for note in dataset.notes:
         say(note)
@@ -115,13 +119,19 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     plan = make_plan(config, len(dataset.train), dataset.validation is not None)
     model: Any = build_model(config, len(dataset.class_names))
     dataset = with_outputs(dataset, model.num_classes)
+    if single := norms_of_one_value(config, model, mesh.size):
+        say(
+            f"WARNING: {len(single)} batch norms, {single[0]} the first, see one value a channel in training and put "
+            "out their bias alone: take more images at a time (train.batch_size, train.accumulate_steps, "
+            "parallel.batch_norm), larger images, or --model.norm group or frozen_batch"
+        )
     schedule = make_schedule(config, plan.total, plan.per_epoch)
     folder = open_workdir(workdir, config)
     check_one_folder(folder)
     say(f"run: {folder}")
     with locked(folder, config) as lock, cached_where_sound(mesh), stop_signals() as stop:
         if summary := ended(folder):
-            say(f"the run is finished; see it with: resnet-jax evaluate {folder}")
+            say(f"the run is finished; see it with: resnet-jax evaluate {shlex.quote(str(folder))}")
             show(folder, config)
             return summary
         check_pictures(folder, config, dataset)
@@ -186,7 +196,8 @@ def show(folder: Path, config: Config) -> None:
                 if name == "report.html":
                     say(f"the report: {made}")
         except Exception as error:
-            say(f"WARNING: there is no {name} ({type(error).__name__}: {error}); try resnet-jax report {folder}", True)
+            command = f"resnet-jax report {shlex.quote(str(folder))}"
+            say(f"WARNING: there is no {name} ({type(error).__name__}: {error}); try {command}", error=True)
 
 
 def newer(path: Path, other: Path) -> bool:

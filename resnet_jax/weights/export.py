@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from resnet_jax.config import InputError
 from resnet_jax.models.registry import create_model
@@ -54,7 +55,6 @@ def written_beside(path: Path) -> Iterator[Path]:
     Raises:
       InputError: `path` is a folder or a device, cannot be written, or the disk is full; what was there stays.
     """
-    from safetensors import SafetensorError
 
     try:
         target = Path(os.path.realpath(path))

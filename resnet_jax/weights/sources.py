@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from resnet_jax.config import InputError, ModelConfig, sides
+from resnet_jax.config import InputError, ModelConfig, local_path, sides
 from resnet_jax.integrity import checkpoints_of, read_chosen, read_json
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest
 from resnet_jax.output import say
-from resnet_jax.recipes import from_dict
+from resnet_jax.recipes import check, from_dict
 from resnet_jax.weights.convert import as_array, to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag, tags_of
 
@@ -86,22 +86,8 @@ def find_weights(source: str, name: str | None = None, checkpoint: str | None = 
     return replace(weights, name=name) if name else weights
 
 
-def local_path(text: str | Path) -> Path:
-    """A path that a user gave, with `~` as their home.
-
-    Raises:
-      InputError: it names no place: a user who does not exist, or a name that the system does not take.
-    """
-    try:
-        path = Path(text).expanduser()
-        path.is_dir()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{text}: there is no such place ({error})") from error
-    return path
-
-
 def _found(source: str, checkpoint: str | None) -> Weights:
-    path = local_path(source)
+    path = local_path(source, "the source of weights")
     if (path / "checkpoints").is_dir():
         return _from_run(path, checkpoint)
     if checkpoint is not None:
@@ -365,6 +351,7 @@ def _from_run(folder: Path, checkpoint: str | None) -> Weights:
 
     step, record, arrays = read_chosen(folder, read, checkpoint)
     config = from_dict(record["recipe"])
+    check(config)
     state = unflatten_dict(arrays, sep=".")
     found = state.get("ema", state)
     variables = {name: found[name] for name in ("params", "batch_stats") if name in found}
