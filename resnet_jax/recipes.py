@@ -5,14 +5,13 @@ import math
 import re
 import runpy
 import traceback
-import types
 import typing
 from pathlib import Path
 from typing import Any
 
 from resnet_jax.config import Config, InputError, local_path, sides
 from resnet_jax.integrity import read_json
-from resnet_jax.typed import typed
+from resnet_jax.typed import shown, typed
 
 FREE_FIELDS = frozenset(
     {
@@ -207,41 +206,20 @@ def check(config: Config) -> None:
     for section, recipe in vars(config).items():
         kind = type(getattr(Config(), section))
         if type(recipe) is not kind:
-            raise InputError(f"{section} is {_shown(recipe)} and must be {kind.__name__}(...)")
+            raise InputError(f"{section} is {shown(recipe)} and must be {kind.__name__}(...)")
         hints = typing.get_type_hints(kind)
         for field, value in vars(recipe).items():
             name = f"{section}.{field}"
-            if not _fits(value, hints[field]):
-                wanted = getattr(hints[field], "__name__", None) or str(hints[field]).replace("typing.", "")
-                raise InputError(f"{name} is {_shown(value)} and must be of the type {wanted}")
+            typed(value, hints[field], name)
             for number in _each(value) if name in LIMITS else ():
                 if bound := _outside(number, LIMITS[name]):
-                    raise InputError(f"{name} must {bound}, and is {_shown(value)}")
+                    raise InputError(f"{name} must {bound}, and is {shown(value)}")
     problems = _contradictions(config) + _rule_problems(config) + _image_problems(config) + _parallel_problems(config)
     for wrong, message in problems:
         if wrong:
             raise InputError(message)
     for name, path in _paths(config).items():
         local_path(path, name)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of the type of a field."""
-    kind, parts = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if kind is typing.Literal:
-        return any(type(value) is type(part) and value == part for part in parts)
-    if kind is tuple and isinstance(value, tuple):
-        each = parts[:1] * len(value) if parts[-1] is ... else parts
-        return len(value) == len(each) and all(map(_fits, value, each))
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return kind is None and isinstance(value, hint)
-
-
-def _shown(value: Any) -> str:
-    return "a number of too many digits" if isinstance(value, int) and value.bit_length() > 99 else repr(value)[:200]
 
 
 def _each(value: Any) -> tuple[Any, ...]:
@@ -314,7 +292,7 @@ def _rule_problems(config: Config) -> list[tuple[bool, str]]:
     for name in ("decay_rules", "rate_rules"):
         for pattern, factor in getattr(config.optimizer, name):
             about = f"optimizer.{name} {pattern[:200]!r}"
-            found.append((not 0 <= factor <= MOST, f"{about}: its factor {_shown(factor)} must be at least 0"))
+            found.append((not 0 <= factor <= MOST, f"{about}: its factor {shown(factor)} must be at least 0"))
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:

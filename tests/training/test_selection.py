@@ -193,7 +193,7 @@ def test_a_folder_that_grows_is_named_and_what_was_held_out_stays_so(grown, tmp_
         with pytest.raises(InputError, match=rf"train: {3 - added} added.*--data.accept_changes"):
             loop.train(config, run)
         loop.train(dataclasses.replace(config, data=dataclasses.replace(config.data, accept_changes=True)), run)
-        assert "WARNING" in capsys.readouterr().out
+        assert "WARNING" in capsys.readouterr().err
     finally:
         for path in new:
             path.unlink()
