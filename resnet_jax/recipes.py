@@ -189,6 +189,7 @@ LIMITS: dict[str, str] = {
     "train.patience": f"[1, {MOST}]",
     "parallel.devices": f"[1, {MOST}]",
     "parallel.fsdp": f"[1, {MOST}]",
+    "parallel.join_within": "(0, 1000000]",
     "parallel.processes": f"[1, {MOST}]",
     "parallel.process_id": f"[0, {MOST}]",
     "checkpoint.every_steps": f"[1, {MOST}]",
