@@ -85,7 +85,7 @@ class Peers:
 
         async def listen() -> None:
             if hub:
-                await asyncio.start_server(Hub(self.count, service).welcome, sock=hub)
+                await asyncio.start_server(Hub(self.count, service).welcome, sock=hub, limit=2**24)
             await asyncio.start_server(lambda here, back: relay(here, back, address, TO_SERVICE), sock=own)
             ready.set()
             await asyncio.Event().wait()
