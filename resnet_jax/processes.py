@@ -46,6 +46,7 @@ TO_SERVICE = b"jax\n"
 
 HOST_FIELDS = frozenset(
     {
+        "data.dataset",
         "data.data_dir",
         "data.workers",
         "data.timeout",
@@ -330,7 +331,11 @@ def start_processes(recipe: ParallelConfig) -> None:
     global _peers
     if recipe.distributed == "off" or jax.distributed.is_initialized():
         return
-    coordinator, count, process = identity(recipe)
+    found = identity(recipe)
+    if found is None:
+        join_detected()
+        return
+    coordinator, count, process = found
     host, port = split_address(coordinator)
     deadline = time.monotonic() + recipe.join_within
     own = socket.create_server(("127.0.0.1", 0))
@@ -362,32 +367,35 @@ def start_processes(recipe: ParallelConfig) -> None:
         raise InputError(f"parallel.distributed auto: {error}") from error
 
 
-def identity(recipe: ParallelConfig) -> tuple[str, int, int]:
-    """The coordinator's address, the number of processes and the number of this one.
+def join_detected() -> None:
+    """Joins the cluster that JAX detects, by JAX's own means alone: where a process is lost, JAX aborts the others.
 
     Raises:
-      InputError: they are not known, or make no sense.
+      InputError: JAX detects none.
     """
-    from jax._src.clusters import ClusterEnv  # JAX has no public name for what finds out about a cluster
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"parallel.distributed auto: {error}; give --parallel.distributed off on one host, or "
+            "--parallel.coordinator ADDRESS:PORT --parallel.processes N --parallel.process_id I"
+        ) from error
 
+
+def identity(recipe: ParallelConfig) -> tuple[str, int, int] | None:
+    """The coordinator's address, the number of processes and the number of this one, by recipe and environment; None
+    where these do not say all of it.
+
+    Raises:
+      InputError: they make no sense.
+    """
     coordinator = recipe.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = from_environment("JAX_NUM_PROCESSES") if recipe.processes is None else recipe.processes
     process = from_environment("JAX_PROCESS_ID") if recipe.process_id is None else recipe.process_id
-    remedy = (
-        "give --parallel.distributed off on one host, or "
-        "--parallel.coordinator ADDRESS:PORT --parallel.processes N --parallel.process_id I"
-    )
     if not 0 < recipe.join_within < threading.TIMEOUT_MAX:
         raise InputError(f"parallel.join_within {recipe.join_within}: give a number of seconds above 0")
     if coordinator is None or count is None or process is None:
-        try:
-            coordinator, count, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
-                coordinator, count, process, None, None, round(recipe.join_within)
-            )
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
-            raise InputError(f"parallel.distributed auto: {error}; {remedy}") from error
-    if coordinator is None or count is None or process is None:
-        raise InputError(f"parallel.distributed auto: JAX finds no cluster here; {remedy}")
+        return None
     if not 0 <= process < count:
         raise InputError(f"parallel.process_id {process}: with {count} processes it is from 0 to {count - 1}")
     return coordinator, count, process

@@ -75,7 +75,7 @@ from resnet_jax.training.workdir import (
 from resnet_jax.weights.load import names_of_outputs
 
 
-@ending_together(Stopped)
+@ending_together(Stopped, FolderLost)
 def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     """Trains as the recipe says and leaves everything in `workdir`; a folder that holds a run resumes it.
 
