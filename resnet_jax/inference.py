@@ -1,6 +1,7 @@
 """Networks for use: a compiled forward pass, and pictures in, probabilities and class names out."""
 
 import glob
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,10 +134,12 @@ class Predictor:
         """A picture (path, a file's bytes, array or Pillow image) as the network sees it: RGB uint8, or float32.
 
         Raises:
-          BadImage: it cannot be decoded.
+          BadImage: it cannot be decoded, or is a path of something else than a regular file, which could hang.
         """
-        from resnet_jax.data.transforms import fit
+        from resnet_jax.data.transforms import BadImage, fit
 
+        if isinstance(raw, str | Path) and os.path.exists(raw) and not os.path.isfile(raw):
+            raise BadImage("it is no regular file")
         look = self.preprocessing
         return fit(raw, look.eval_image_size, look.eval_crop, look.interpolation, self.model.in_channels)
 

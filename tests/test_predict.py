@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import os
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +93,20 @@ def test_the_command_answers_and_lists_what_it_cannot_read(run, capsys, tmp_path
     assert table[0] == ["path", "rank", "class", "probability"] and table[1][:3] == [str(dark), "1", "dark"]
     assert main(["predict", str(run / "run"), str(dark)]) == 0
     assert capsys.readouterr().out.split()[:2] == [str(dark), "dark"]
+
+
+def test_only_regular_files_are_opened(run, capsys, tmp_path):
+    pipe, good = tmp_path / "pipe.png", run / "data" / "dark" / "01.png"
+    os.mkfifo(pipe)
+    release = threading.Timer(20, lambda: os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)))  # whoever waits for it
+    release.start()
+    command = ["predict", str(run / "run"), str(pipe), "/dev/zero", str(good), "--format", "json"]
+    assert main(command) == 1 and release.is_alive()
+    release.cancel()
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["path"] for line in out.splitlines()] == [str(good)]
+    for name in (pipe, "/dev/zero"):
+        assert f"{name} cannot be decoded (it is no regular file)" in err
 
 
 def test_what_names_nothing_is_refused(run, capsys, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -203,15 +204,65 @@ def test_data_that_never_comes_ends_the_run_and_is_named(tmp_path):
     assert f"gave nothing for data.timeout = 6 seconds: {hanging} has been under way" in err
 
 
+def children_of(pid):
+    """Process numbers of a process's children, and their command lines."""
+    found = " ".join(x.read_text() for x in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return {int(p): Path(f"/proc/{p}/cmdline").read_bytes().replace(b"\0", b" ") for p in found}
+
+
+def in_own_memory(size, command, env):
+    """A process to which /dev/shm is a disk of its own, of some size."""
+    own = ["unshare", "-rm", "sh", "-c"]
+    if subprocess.run([*own, "mount -t tmpfs tmpfs /dev/shm"], capture_output=True).returncode:
+        pytest.skip("this system lets no user mount a file system of their own")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    return subprocess.Popen(
+        [*own, f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "sh", *command], **pipes
+    )
+
+
+def test_nothing_is_left_of_a_run_that_is_killed_with_workers(tmp_path):
+    temporary, command = tmp_path / "temporary", [sys.executable, "-m", "resnet_jax.cli", "train", *FLAGS]
+    temporary.mkdir()
+    command += ["--workdir", str(tmp_path / "run"), "--data.no_on_device", "--data.workers", "2"]
+    process = in_own_memory("64m", [*command, "--train.steps", "100000"], ALONE | {"TMPDIR": str(temporary)})
+    wait_for(lambda: steps_in(tmp_path / "run" / "checkpoints"), process)
+    children = children_of(process.pid)
+    assert sum(b"spawn_main" in command for command in children.values()) == 2, children
+    memory = os.open(f"/proc/{process.pid}/root/dev/shm", os.O_RDONLY)
+    assert os.listdir(memory)
+    process.kill()
+    process.communicate(timeout=30)  # until everything that could write into its pipes has ended
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < until, children
+        time.sleep(0.1)
+    assert os.listdir(memory) == os.listdir(temporary) == []
+    os.close(memory)
+
+
+def test_a_run_with_few_open_files_evaluates_as_often_as_it_likes(tmp_path):
+    flags = ["--data.no_on_device", "--train.steps", "160", "--train.eval_every_epochs", "0.05"]
+    limit = (128, 128)
+    process = start(tmp_path, *flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit))
+    finish(process)
+    assert sum("ema/loss" in line for line in read_lines(tmp_path / "metrics.jsonl")) >= 70
+
+
+def test_full_shared_memory_is_named(tmp_path):
+    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(tmp_path), *FLAGS]
+    command += ["--data.no_on_device", "--data.workers", "1", "--data.image_size", "96"]
+    _, err = finish(in_own_memory("1m", [*command, "--train.batch_size", "64"], ALONE), 1)
+    assert "shared memory in /dev/shm is full: lower --data.workers" in err
+
+
 def test_a_worker_that_dies_ends_the_run(tmp_path):
     process = start(tmp_path, "--data.no_on_device", "--data.workers", "1", "--data.timeout", "10")
     wait_for(lambda: steps_in(tmp_path / "checkpoints"), process)
-    children = " ".join(x.read_text() for x in Path(f"/proc/{process.pid}/task").glob("*/children")).split()
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") for pid in children}
-    workers = [pid for pid, command in commands.items() if b"resource_tracker" not in command]
-    assert workers, commands
+    workers = [pid for pid, command in children_of(process.pid).items() if b"resource_tracker" not in command]
+    assert workers, children_of(process.pid)
     for pid in workers:
-        os.kill(int(pid), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "error: " in err, out + err
 

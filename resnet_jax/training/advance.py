@@ -58,7 +58,7 @@ def make_advance(
       ends: no call goes over a multiple of any of these.
       features: those of `make_features` for the state's variables; the head alone is trained on what they give.
     """
-    table = sampling_table(dataset, config.data.sampling)
+    table, classes = sampling_table(dataset, config.data.sampling), len(dataset.class_names)
     drawn = config.data.on_device or features is not None
     several = steps_per_call(config, drawn)
     program = make_programs(config, model, schedule, dataset, mesh, several, drawn, features is not None)
@@ -69,7 +69,7 @@ def make_advance(
 
     if not drawn:
         rank, hosts = jax.process_index(), jax.process_count()
-        batches = train_batches(dataset.train, config, mesh, bad, steps, rank, hosts, table)
+        batches = train_batches(dataset.train, config, mesh, bad, steps, rank, hosts, table, classes)
 
         def advance_host(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
             run, until = program(step)
@@ -81,7 +81,7 @@ def make_advance(
         return advance_host
 
     if features is None:
-        data = put_everywhere(whole_split(dataset.train, config, bad, table), mesh)
+        data = put_everywhere(whole_split(dataset.train, config, bad, table, classes), mesh)
     else:
         data = put_everywhere(whole_features(dataset.train, config, mesh, bad, features, table), mesh)
 

@@ -88,7 +88,8 @@ def make_evaluate(
     keep_logits = keep or dataset.several
 
     def batches(variables: Any) -> Iterator[Any]:
-        read = eval_batches(source, config, mesh, bad, jax.process_index(), jax.process_count())
+        process, classes = (jax.process_index(), jax.process_count()), len(dataset.class_names)
+        read = eval_batches(source, config, mesh, bad, *process, classes)
         return map(partial(features, variables), read) if features else read
 
     def evaluate(state: TrainState) -> Result | None:

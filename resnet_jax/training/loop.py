@@ -21,8 +21,9 @@ from resnet_jax.data.dataset import Dataset, with_outputs
 from resnet_jax.data.fingerprint import changes, described, digest, fingerprint
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import save as save_fingerprint
-from resnet_jax.data.loader import BadImages
+from resnet_jax.data.loader import BadImages, check_readable
 from resnet_jax.data.sources import load_dataset
+from resnet_jax.data.watch import check_guard
 from resnet_jax.integrity import BEST, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.processes import agree, check_one_folder, ending_together, facts_of, start_processes
@@ -98,6 +99,7 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
       Stalled: the data gave nothing for `data.timeout` seconds.
     """
     began = time.perf_counter()
+    check_guard(config.data.workers)
     start_processes(config.parallel)
     check(config)
     workdir = None if workdir is None else local_path(workdir, "--workdir")
@@ -129,6 +131,9 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     folder = open_workdir(workdir, config)
     check_one_folder(folder)
     say(f"run: {folder}")
+    for split, source in dataset.splits().items():
+        if split != "train":
+            check_readable(source, config.data.channels, split)
     with locked(folder, config) as lock, cached_where_sound(mesh), stop_signals() as stop:
         if summary := ended(folder):
             say(f"the run is finished; see it with: resnet-jax evaluate {shlex.quote(str(folder))}")

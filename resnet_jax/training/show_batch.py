@@ -32,12 +32,12 @@ def show_batch(config: Config, file: Path) -> Path:
     dataset, mesh = load_dataset(config.data, config.train.seed), make_mesh(1)
     model: Any = build_model(config, len(dataset.class_names))
     bad = BadImages(config.data.on_bad_image, channels=config.data.channels)
-    table, step = sampling_table(dataset, config.data.sampling), jnp.int32(0)
+    table, step, classes = sampling_table(dataset, config.data.sampling), jnp.int32(0), len(dataset.class_names)
     if config.data.on_device:
-        data = put_everywhere(whole_split(dataset.train, config, bad, table), mesh)
+        data = put_everywhere(whole_split(dataset.train, config, bad, table, classes), mesh)
         batch = jax.jit(lambda data: draw(step, data, config, batch_sharding(mesh)))(data)
     else:
-        batch = next(train_batches(dataset.train, config, mesh, bad, range(1), table=table))
+        batch = next(train_batches(dataset.train, config, mesh, bad, range(1), table=table, classes=classes))
     images, targets = (np.asarray(x, np.float32) for x in prepare(batch, step, config, model))
     mean, std = (np.asarray(per_channel(v, images.shape[-1])) for v in (config.data.mean, config.data.std))
     pixels = (images * std + mean).clip(0, 1)

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from resnet_jax.data.dataset import ArraySource, Dataset, FileSource
 from resnet_jax.data.loader import (
     BadImages,
     TrainExample,
+    check_readable,
     eval_batches,
     sampling_table,
     train_batches,
@@ -135,6 +137,21 @@ def test_a_batch_that_is_kept_to_the_end_leaves_no_shared_memory(tmp_path):
     assert "resource_tracker" not in ended.stderr
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loaders_leave_no_open_files_and_no_folders(workers, files, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    config, mesh, opened = recipe(4, workers), make_mesh(1), []
+    for _ in range(3 if workers else 40):
+        list(eval_batches(files, config, mesh, BadImages("skip")))
+        stream = train_batches(files, config, mesh, BadImages("skip"), range(9))
+        next(stream)
+        stream.close()  # as a run that ends early
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert min(opened[-2:]) <= max(opened[:2]) + 2  # a batch can be given back a moment later
+    assert os.listdir(tmp_path / "temporary") == []
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_ends_the_run_by_its_name(files, workers):
     with pytest.raises(InputError, match=r"[47]\.png cannot be decoded \(\w+Error: .*--data.on_bad_image skip"):
@@ -159,6 +176,44 @@ def test_nothing_but_bad_images_is_an_error(files):
     only = dataclasses.replace(files, paths=files.paths[4:5], labels=(0,))
     with pytest.raises(InputError, match="none of the training images"):
         list(train_batches(only, recipe(1), make_mesh(1), BadImages("skip"), range(1)))
+
+
+def test_a_split_of_which_nothing_can_be_read_is_named(files):
+    check_readable(files, 3, "test")
+    only = dataclasses.replace(files, paths=(files.paths[4], files.paths[7]), labels=(0, 1))
+    with pytest.raises(
+        InputError, match=r"none of the 2 test images can be decoded, such as \S+4.png, \S+7.png \(\w+Error"
+    ):
+        check_readable(only, 3, "test")
+
+
+@pytest.mark.parametrize(("label", "classes"), [(5, 5), (-1, 5), (2**40, 5), (1.5, 5), ((0, 2), 2), ((0, 1, 0), 2)])
+def test_a_label_that_is_no_class_is_named(label, classes, files):
+    labels = [(0,) * classes if isinstance(label, tuple) else 0] * 10
+    labels[6] = label
+    source = dataclasses.replace(files, labels=tuple(labels))
+    expected = f"0 to {classes - 1}" if not isinstance(label, tuple) else f"{classes} numbers that are 0 or 1"
+    bad, mesh = BadImages("skip"), make_mesh(1)
+    for read in (
+        lambda: list(train_batches(source, recipe(5), mesh, bad, range(2), classes=classes)),
+        lambda: list(eval_batches(source, recipe(5), mesh, bad, classes=classes)),
+        lambda: whole_split(source, recipe(5), bad, classes=classes),
+    ):
+        with pytest.raises(InputError, match=rf"6\.png has the label .*, expected .*{expected}"):
+            read()
+
+
+def test_labels_of_all_classes_are_taken(files):
+    for labels, classes in ((tuple(range(10)), 10), (tuple((i % 2, 1) for i in range(10)), 2)):
+        source, bad = dataclasses.replace(files, labels=labels), BadImages("skip")
+        assert whole_split(source, recipe(5), bad, classes=classes)["label"].shape[0] == 8
+        assert len(list(eval_batches(source, recipe(5), make_mesh(1), bad, classes=classes))) == 2
+
+
+def test_a_wrong_label_comes_out_of_a_worker_with_its_name():
+    source = dataclasses.replace(SOURCE, labels=np.arange(SIZE))
+    with pytest.raises(InputError, match=r"example \d+ has the label \d+, expected a number from 0 to 4"):
+        list(train_batches(source, recipe(8, workers=1), make_mesh(1), BadImages("error"), range(5), classes=5))
 
 
 def test_real_pictures_of_any_size_become_batches(pictures):
