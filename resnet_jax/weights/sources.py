@@ -196,10 +196,7 @@ def _from_run(folder: Path) -> Weights:
         raise InputError(f"{folder} holds no checkpoint{damaged or '; the run ended before its first one'}")
     step, record, arrays = last
     for bad, problem in problems.items():
-        say(
-            f"WARNING: the checkpoint of step {bad} in {folder} is damaged ({problem}); taking that of step {step}",
-            True,
-        )
+        substituted("checkpoint", bad, problem, step)
     config = from_dict(record["recipe"])
     state = unflatten_dict(arrays, sep=".")
     found = state.get("ema", state)
