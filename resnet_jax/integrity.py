@@ -179,12 +179,14 @@ def damage(folder: Path, read: Callable[[str], bool] = every) -> str | None:
     name = SEAL
     try:
         expected = sums_in(folder)
+        if not expected:
+            return f"{SEAL} names no file"
         name = LATE
         read_json(folder / LATE, dict[str, Any])
     except FileNotFoundError:
         return f"{name} is missing"
     except InputError as error:
-        return f"{name} cannot be read: {str(error).removeprefix(f'{folder / name} ')}"
+        return str(error).removeprefix(f"{folder}{os.sep}")
 
     def problem(name: str) -> str | None:
         size, checksum = expected[name]

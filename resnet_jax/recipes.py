@@ -110,7 +110,7 @@ def recorded(workdir: str | Path | None) -> Config | None:
         return None
     file = Path(workdir).expanduser() / "config.json"
     try:
-        config = read_json(file, Config, "the recipe")
+        config = read_recipe(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except InputError as error:
@@ -120,6 +120,19 @@ def recorded(workdir: str | Path | None) -> Config | None:
     except InputError as error:
         raise InputError(f"{file} is no recipe that can run: {error}") from error
     return config
+
+
+def read_recipe(file: Path) -> Config:
+    """The recipe in a run's `config.json`; absent fields, which a newer version may have added, have their defaults.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: there is no such file.
+      InputError: it is not as runs write it.
+    """
+    values = read_json(file, dict[str, Any], "the recipe")
+    if missing := [section for section in ("model", "data", "train") if section not in values]:
+        raise InputError(f"{file} is damaged: the recipe has no {', '.join(missing)}")
+    return read_json(file, Config, "the recipe")
 
 
 def starting_recipe(file: str | None, workdir: str | None) -> Config:

@@ -87,7 +87,7 @@ def reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
     Raises:
       Damaged: what is done with it fails, as where a run deletes a checkpoint meanwhile.
     """
-    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, lightweight_initialize=True)
     with unreadable_is_damaged(), ocp.CheckpointManager(folder, options=options, item_handlers=handlers()) as manager:
         yield manager
 

@@ -128,6 +128,10 @@ class Dataset:
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: source for name, source in named.items() if source is not None}
 
+    def label_classes(self) -> int:
+        """Returns how many classes a label counts, or how many 0 and 1 it holds."""
+        return len(self.train[0][1]) if self.several else len(self.class_names)  # type: ignore[arg-type]
+
     def split(self, name: str) -> Source:
         """A split by its name.
 

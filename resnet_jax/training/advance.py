@@ -58,7 +58,7 @@ def make_advance(
       ends: no call goes over a multiple of any of these.
       features: those of `make_features` for the state's variables; the head alone is trained on what they give.
     """
-    table, classes = sampling_table(dataset, config.data.sampling), len(dataset.class_names)
+    table, classes = sampling_table(dataset, config.data.sampling), dataset.label_classes()
     drawn = config.data.on_device or features is not None
     several = steps_per_call(config, drawn)
     program = make_programs(config, model, schedule, dataset, mesh, several, drawn, features is not None)

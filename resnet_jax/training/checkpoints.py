@@ -54,6 +54,7 @@ class Checkpoints:
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
             preservation_policy=LatestAndBest(keep, self),
             cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # it would end at the damaged metadata of any checkpoint
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._seal,
                 create_directories_asynchronously=False,  # where they cannot be made, Orbax would wait for them
@@ -132,7 +133,7 @@ class Checkpoints:
         """
         if jax.process_count() == 1:
             found, problems = newest_sound(self.folder, lambda step: _read(self._manager, template(), step))
-            if problems:
+            if problems := problems | self._damaged_below(found and found[2]):
                 self._set_aside(problems, found and found[2])
                 self._manager.reload()
             return found
@@ -158,7 +159,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 found, problems = newest_sound(self.folder, whole)
-                if problems:
+                if problems := problems | self._damaged_below(found):
                     self._set_aside(problems, found)
                 told = NONE if found is None else found
             except InputError as error:
@@ -168,6 +169,12 @@ class Checkpoints:
             raise problem or InputError(f"no checkpoint in {self.folder} is sound; process 0 says more")
         self._manager.reload()
         return None if step == NONE else step
+
+    def _damaged_below(self, sound: int | None) -> dict[int, str]:
+        """What can be seen of damage in checkpoints older than a sound one: Orbax would end at some of it."""
+        older = [step for step in steps_in(self.folder) if sound is not None and step < sound]
+        problems = {step: damage(self.folder / str(step), none) for step in older}
+        return {step: problem for step, problem in problems.items() if problem}
 
     def _set_aside(self, problems: dict[int, str], sound: int | None) -> None:
         if sound is None:
@@ -208,7 +215,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for left in (self.folder / str(step), *self.folder.glob(f"{step}.orbax-checkpoint-tmp*")):
                 shutil.rmtree(left, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the folder may be gone
+        with contextlib.suppress(OSError, ValueError):  # the folder may be gone, or an older checkpoint damaged
             self._manager.reload()
         say(
             f"WARNING: the checkpoint of step {step} could not be written ({reason[0][:600]}). The run goes on and "

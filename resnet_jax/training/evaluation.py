@@ -88,7 +88,7 @@ def make_evaluate(
     keep_logits = keep or dataset.several
 
     def batches(variables: Any) -> Iterator[Any]:
-        process, classes = (jax.process_index(), jax.process_count()), len(dataset.class_names)
+        process, classes = (jax.process_index(), jax.process_count()), dataset.label_classes()
         read = eval_batches(source, config, mesh, bad, *process, classes)
         return map(partial(features, variables), read) if features else read
 

@@ -337,7 +337,7 @@ def run_steps(
         report.steps(step, n, sums, waited)
         if due(plan.log_every):
             report.flush()
-        if run.lock is not None and run.lock.lost():
+        if run.lock is not None and run.lock.lost(now=due(plan.save_every)):
             run.stop.ask()
         stopping = run.stop.due()
         evaluates = evaluate is not None and due(plan.eval_every)

@@ -43,8 +43,8 @@ class Tracker:
             ]
             if damaged:
                 aside = path.with_name(f"{path.name}.damaged")
-                with open(new_file(aside, os.O_APPEND), "ab") as file:
-                    file.write(b"".join(line + b"\n" for line in damaged))
+                before = read_file(aside) if aside.is_file() and not aside.is_symlink() else b""
+                write_whole(aside, before + b"".join(line + b"\n" for line in damaged))
                 say(f"WARNING: {len(damaged)} lines of {path} cannot be read and were moved to {aside}", error=True)
             write_whole(path, "".join(to_json(line) + "\n" for line in kept))
             self._file = new_file(path, os.O_APPEND)
@@ -148,11 +148,15 @@ def torch_hidden() -> Iterator[None]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl that can be read: `step` is a whole number, all other values finite ones or None.
+    Those that cannot are counted on standard error.
 
     Raises:
       InputError: the file cannot be read.
     """
-    return split_lines(path)[0]
+    lines, damaged = split_lines(path)
+    if damaged:
+        say(f"WARNING: {len(damaged)} lines of {path} cannot be read and are left out", error=True)
+    return lines
 
 
 def split_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:

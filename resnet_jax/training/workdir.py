@@ -18,7 +18,7 @@ from resnet_jax.config import Config, InputError
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.integrity import best_of, checkpoints_of, damage, none, read_json, steps_in, to_json, write_whole
 from resnet_jax.output import say
-from resnet_jax.recipes import differences, recorded, to_dict
+from resnet_jax.recipes import differences, read_recipe, recorded, to_dict
 from resnet_jax.training.checkpoints import Record
 from resnet_jax.training.lock import Lock, hold, live_holder
 from resnet_jax.training.trackers import split_lines
@@ -196,7 +196,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
     row["folder"] = str(folder)
     running = live_holder(folder / "lock") is not None
     try:
-        config = read_json(folder / "config.json", Config, "the recipe")
+        config = read_recipe(folder / "config.json")
         row |= {"model": config.model.name, "data": config.data.dataset}
         there = steps_in(checkpoints_of(folder))
         problems = {step: damage(folder / "checkpoints" / str(step), none) for step in there}
