@@ -53,10 +53,10 @@ def model_of(weights: Weights, source: str) -> tuple[str, dict[str, Any]]:
     """
     if weights.name is None:
         raise InputError(f"{source} does not say which model it belongs to: give its name, such as resnet50")
-    model = create_model(weights.name)
     try:
+        model = create_model(weights.name)
         classes = classes_of(model, weights.tensors)
-    except InputError as error:
+    except ValueError as error:
         raise InputError(f"{source}: {error}") from error
     return weights.name, weights.fields | {"num_classes": classes or None}
 
@@ -108,14 +108,14 @@ def fit_weights(model: Any, tensors: Tensors, source: str, head: Any = None) -> 
         found = stem_channels(model, tensors)
         if found is not None and found != model.in_channels:
             raise InputError(
-                f"takes images of {found} channels, the model {model.in_channels}: only weights for RGB can be fitted to "
-                f"others. Give {found} channels (in_channels, or data.channels of a recipe)"
+                f"takes images of {found} channels, the model {model.in_channels}: only weights for RGB can be fitted "
+                f"to others. Give {found} channels (in_channels, or data.channels of a recipe)"
             )
         classes = classes_of(model, tensors)
         if not model.num_classes or classes == model.num_classes:
             return from_torch(model, tensors)
         variables = from_torch(model, tensors, head or fresh_head(model))
-    except InputError as error:
+    except ValueError as error:
         raise InputError(f"{source}: {error}") from error
     logger.warning("%s has %d classes, the model %d: its head is made anew", source, classes, model.num_classes)
     return variables

@@ -178,6 +178,8 @@ def _described(file: Path, tensors: Mapping[str, Any], where: str) -> Weights:
     pool = made_with.get("global_pool") or config.get("global_pool")
     fields = {"global_pool": pool} if pool in ("max", "avgmax", "catavgmax") else {}
     labels = next((known[key] for key in ("label_names", "labels", "id2label") if key in known), None)
+    if labels is None and "label_descriptions" in known:
+        logger.warning("%s: label_descriptions without label_names do not say which class is which: left out", where)
     return Weights(tensors, name, fields, _preprocessing(known, name, where), _names(labels, where))
 
 
@@ -473,8 +475,8 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
         if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in reason:
             kind = re.search(r"GLOBAL ([\w.]+)", reason)
             raise InputError(
-                f"{path} holds more than tensors{f' ({kind[1]})' if kind else ''} and was refused, since such a file can "
-                "run code; save its state_dict() alone"
+                f"{path} holds more than tensors{f' ({kind[1]})' if kind else ''} and was refused, since such a file "
+                "can run code; save its state_dict() alone"
             ) from error
         if "TorchScript" in reason:
             raise InputError(f"{path} is a program of TorchScript: save the state_dict() of the network") from error
