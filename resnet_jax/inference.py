@@ -121,6 +121,9 @@ class Predictor:
         if preprocessing is None:
             raise InputError(f"{source} does not say how pictures are prepared; take the run, or what it exports")
         variables = fit_weights(model, weights.tensors, str(source))
+        thresholds = weights.calibration.thresholds
+        if thresholds and len(thresholds) != model.num_classes:
+            raise InputError(f"{source} has {len(thresholds)} thresholds for {model.num_classes} outputs")
         names = names_of_outputs(model.num_classes, weights.class_names, str(source))
         forward = make_forward(model, variables)
         return cls(model, variables, preprocessing, names, forward, weights.several, weights.calibration, flip)

@@ -11,11 +11,11 @@ BINS = 15
 
 
 def probabilities(logits: np.ndarray, several: bool, temperature: float = 1.0) -> np.ndarray:
-    """float64 [size, classes]: softmax, or with several labels an image the sigmoid of each."""
+    """float64 [size, classes]: softmax, or with several labels an image, or one logit, the sigmoid of each."""
     from scipy.special import expit, softmax
 
     scaled = logits.astype(np.float64) / temperature
-    return expit(scaled) if several else softmax(scaled, axis=-1)
+    return expit(scaled) if several or logits.shape[-1] == 1 else softmax(scaled, axis=-1)
 
 
 def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:

@@ -12,8 +12,12 @@ TRAIN_SUMS = ("loss", "accuracy", "count")
 
 
 def predicted(logits: Array, several: bool) -> Array:
-    """bool [batch, classes]: the class with the greatest logit, or with `several` labels every one above 0."""
-    return logits > 0 if several else jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool)
+    """bool [batch, classes]: the class with the greatest logit, or with `several` labels or one logit all above 0."""
+    return (
+        logits > 0
+        if several or logits.shape[-1] == 1
+        else jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool)
+    )
 
 
 def train_sums(losses: Array, logits: Array, labels: Array) -> Sums:

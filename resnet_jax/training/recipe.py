@@ -113,8 +113,8 @@ def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainSt
     try:
         variables = fit_weights(block_by_block(model), weights.tensors, source, state.params["head"])
     except InputError as error:
-        its = f"the weights of {weights.name}" if weights.name else "weights of a model that it does not name"
-        raise InputError(f"{source} holds {its}, and model.name is {config.model.name}: {error}") from error
+        its = f" of {weights.name}" if weights.name else ", of which model it does not say"
+        raise InputError(f"model.pretrained has weights{its}; model.name is {config.model.name}. {error}") from error
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     ema = state.ema and copies({"params": params, "batch_stats": batch_stats})
     return state.replace(params=params, batch_stats=batch_stats, ema=ema)

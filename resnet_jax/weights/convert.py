@@ -102,7 +102,7 @@ def as_array(name: str, tensor: Any) -> np.ndarray:
         "nested": tensor.is_nested,
         "on the meta device, without values": tensor.is_meta,
         "complex": tensor.is_complex(),
-        f"{tensor.layout}": not tensor.is_nested and str(tensor.layout) != "torch.strided",
+        f"not dense ({tensor.layout})": not tensor.is_nested and str(tensor.layout) != "torch.strided",
         f"{tensor.dtype}": tensor.is_floating_point() and tensor.element_size() < 2,
     }
     for kind, found in kinds.items():

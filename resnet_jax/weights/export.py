@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 from resnet_jax.config import InputError
 from resnet_jax.models.registry import create_model
-from resnet_jax.weights.convert import from_torch, to_torch
-from resnet_jax.weights.load import model_of, names_of_outputs, preprocessing_of
+from resnet_jax.weights.convert import to_torch
+from resnet_jax.weights.load import fit_weights, model_of, names_of_outputs, preprocessing_of
 from resnet_jax.weights.sources import Weights, find_weights
 
 
@@ -38,7 +38,7 @@ def export(
     weights = find_weights(source, name, checkpoint)
     name, fields = model_of(weights, source)
     model = create_model(name, **fields)
-    tensors = to_torch(model, from_torch(model, weights.tensors))
+    tensors = to_torch(model, fit_weights(model, weights.tensors, source))
     names = weights.class_names and names_of_outputs(fields["num_classes"], weights.class_names, source)
     look = preprocessing_of(weights, source)
     with written_beside(path) as beside:

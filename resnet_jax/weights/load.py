@@ -53,7 +53,11 @@ def model_of(weights: Weights, source: str) -> tuple[str, dict[str, Any]]:
     """
     if weights.name is None:
         raise InputError(f"{source} does not say which model it belongs to: give its name, such as resnet50")
-    classes = classes_of(create_model(weights.name), weights.tensors)
+    try:
+        model = create_model(weights.name)
+        classes = classes_of(model, weights.tensors)
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
     return weights.name, weights.fields | {"num_classes": classes or None}
 
 
@@ -99,15 +103,19 @@ def fit_weights(model: Any, tensors: Tensors, source: str, head: Any = None) -> 
     Raises:
       InputError: as `from_torch`.
     """
-    tensors = adapt_stem(model, tensors)
-    found = stem_channels(model, tensors)
-    if found is not None and found != model.in_channels:
-        raise InputError(
-            f"{source} takes images of {found} channels, the model {model.in_channels}: only weights for RGB can be "
-            f"fitted to others. Give {found} channels (in_channels, or data.channels of a recipe)"
-        )
-    classes = classes_of(model, tensors)
-    if not model.num_classes or classes == model.num_classes:
-        return from_torch(model, tensors)
+    try:
+        tensors = adapt_stem(model, tensors)
+        found = stem_channels(model, tensors)
+        if found is not None and found != model.in_channels:
+            raise InputError(
+                f"takes images of {found} channels, the model {model.in_channels}: only weights for RGB can be fitted "
+                f"to others. Give {found} channels (in_channels, or data.channels of a recipe)"
+            )
+        classes = classes_of(model, tensors)
+        if not model.num_classes or classes == model.num_classes:
+            return from_torch(model, tensors)
+        variables = from_torch(model, tensors, head or fresh_head(model))
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
     logger.warning("%s has %d classes, the model %d: its head is made anew", source, classes, model.num_classes)
-    return from_torch(model, tensors, head or fresh_head(model))
+    return variables

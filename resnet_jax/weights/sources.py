@@ -1,5 +1,6 @@
 """Finding weights: a published tag, the Hugging Face hub, a file, a folder, a run of ours."""
 
+import argparse
 import json
 import logging
 import math
@@ -167,6 +168,8 @@ def _described(file: Path, tensors: Mapping[str, Any], where: str) -> Weights:
     pool = made_with.get("global_pool") or config.get("global_pool")
     fields = {"global_pool": pool} if pool in ("max", "avgmax", "catavgmax") else {}
     labels = next((known[key] for key in ("label_names", "labels", "id2label") if key in known), None)
+    if labels is None and "label_descriptions" in known:
+        logger.warning("%s: label_descriptions without label_names do not say which class is which: left out", where)
     return Weights(tensors, name, fields, _preprocessing(known, name, where), _names(labels, where))
 
 
@@ -452,17 +455,23 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
             mapped = file.read(2) == b"PK"  # zip archives can be mapped; files of before 2020 are none
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about types of tensors, which are looked at below
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about kinds of tensors, which `as_array` looks at
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever torch raises where a file is foreign or damaged
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error):
+        reason = str(error)
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in reason:
+            kind = re.search(r"GLOBAL ([\w.]+)", reason)
             raise InputError(
-                f"{path} holds more than tensors and was refused, since such a file can run code; "
-                "save its state_dict() alone"
+                f"{path} holds more than tensors{f' ({kind[1]})' if kind else ''} and was refused, since such a file "
+                "can run code; save its state_dict() alone"
             ) from error
-        raise InputError(f"{path} cannot be read as a file of PyTorch ({reason[:200]}); fetch it again") from error
+        if "TorchScript" in reason:
+            raise InputError(f"{path} is a program of TorchScript: save the state_dict() of the network") from error
+        raise InputError(
+            f"{path} cannot be read: it is damaged, or no file that torch.save wrote ({type(error).__name__}); "
+            "fetch it again"
+        ) from error
     place = str(path)
     for _ in range(DEPTH):
         inner = [key for key in WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)]
@@ -483,4 +492,4 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
             f"{place} is no state dict: expected names with tensors, and there is {listed}. Save the state_dict() of "
             f"the network, alone or as one of {', '.join(WRAPPERS)}"
         )
-    return {name: as_array(name, tensor) for name, tensor in loaded.items()}
+    return {name: as_array(f"{name} in {place}", tensor) for name, tensor in loaded.items()}

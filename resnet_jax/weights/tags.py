@@ -1,12 +1,12 @@
 """The published weights: their tags, and how images are prepared for them. The facts in `tags.jsonl` are timm's."""
 
+import difflib
 import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
 from resnet_jax.config import InputError, Size
-from resnet_jax.models.registry import nearest
 
 
 @dataclass(frozen=True)
@@ -100,4 +100,6 @@ def find_tag(source: str) -> Tag:
         if source == name:
             return own[0]
         raise InputError(f"{name} has no weights {source!r}; there are {', '.join(tag.tag for tag in own)}")
-    raise InputError(f"no weights are called {source!r}, and there is no such file; {nearest(source, all_tags())}")
+    near = difflib.get_close_matches(source, list(all_tags()), n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}?" if near else "`resnet-jax models` lists them"
+    raise InputError(f"no weights are called {source!r}, and there is no such file; {hint}")
