@@ -203,8 +203,10 @@ def with_validation(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     )
     notes, labels = dataset.notes, known_labels(source)
     if labels is not None:
-        member = labels > 0 if dataset.several else labels[:, None] == np.arange(len(names))
-        here, there = member[~mask].any(0), member[mask].any(0)
+        here, there = (
+            part.any(0) if dataset.several else np.bincount(part, minlength=len(names))
+            for part in (labels[~mask], labels[mask])
+        )
         if lost := [name for name, n in zip(names, here, strict=True) if not n]:
             raise InputError(
                 f"all pictures of the class {listed(lost)} are held out for validation, which goes by their names: "

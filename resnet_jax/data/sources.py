@@ -24,7 +24,7 @@ CHECKED_LABELS = 1000
 """How many labels of a split that lies on the disk are looked at before the first step; the loader checks the rest."""
 
 
-def load_dataset(config: DataConfig, seed: int, hold_out: bool = True) -> Dataset:
+def load_dataset(config: DataConfig, seed: int, hold_out: bool = True, prepare: bool = True) -> Dataset:
     """The dataset that `data.dataset` names, in three splits.
 
     Where the data has no validation split, the share `data.validation_fraction` of the training split is held out for
@@ -34,6 +34,7 @@ def load_dataset(config: DataConfig, seed: int, hold_out: bool = True) -> Datase
     Args:
       seed: of what is held out, and of synthetic data.
       hold_out: something is selected on the validation split.
+      prepare: fetch and write what tensorflow-datasets does not have yet.
 
     Raises:
       InputError: the kind is unknown, the data is not as its kind needs it, or a label is not that of a class.
@@ -48,7 +49,7 @@ def load_dataset(config: DataConfig, seed: int, hold_out: bool = True) -> Datase
     elif kind == "csv" and rest:
         found = table_dataset(local_path(rest, "data.dataset"))
     elif kind == "tfds" and rest:
-        found = _tfds(rest, config)
+        found = _tfds(rest, config, prepare)
     else:
         raise InputError(
             f"data.dataset {config.dataset!r} is unknown; "
@@ -151,7 +152,7 @@ class TfdsSource:
         raise IndexError(index)
 
 
-def _tfds(spec: str, config: DataConfig) -> Dataset:
+def _tfds(spec: str, config: DataConfig, prepare: bool) -> Dataset:
     """`NAME` or `NAME:SPLIT`; validation and test are the splits of these names, where they have labels."""
     import tensorflow_datasets as tfds
 
@@ -166,7 +167,13 @@ def _tfds(spec: str, config: DataConfig) -> Dataset:
     features = builder.info.features
     if not {"image", "label"} <= set(features or {}):
         raise InputError(f"tfds:{name} has no image and label, but {', '.join(features or ())}")
-    builder.download_and_prepare()
+    if prepare:
+        builder.download_and_prepare()
+    elif not builder.is_prepared():
+        raise InputError(
+            f"tfds:{name} is not prepared in {builder.data_dir}: training prepares it, and --data.dataset names it "
+            "elsewhere"
+        )
     there = [split for split, info in builder.info.splits.items() if info.num_examples]
     known = {kind: next((s for own in names for s in there if s == own), None) for kind, names in SPLIT_NAMES.items()}
     wanted = match.group(2) or known["train"]

@@ -256,7 +256,8 @@ def open_run(
     check(config)
     mesh = make_mesh()
     check_batch(config.train.batch_size, mesh)
-    found = load_dataset(config.data, config.train.seed, hold_out=config.train.metric != "none")
+    selects = config.train.metric != "none"
+    found = load_dataset(config.data, config.train.seed, hold_out=selects, prepare=False)
     seen, now = load_fingerprint(folder), fingerprint(found)
     if seen is not None and (changed := changes(seen, now)):
         note = f"{config.data.dataset} is not as the run in {folder} was given it ({described(changed)})"

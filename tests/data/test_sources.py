@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError
-from resnet_jax.data.dataset import labels_of
+from resnet_jax.data import files, sources
+from resnet_jax.data.dataset import ArraySource, Dataset, labels_of
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.training.loop import train
 
@@ -244,6 +246,33 @@ def test_training_on_tfds(stripes, tmp_path):
     summary = train(config, tmp_path / "run")
     assert summary["test"]["count"] == 11
     assert summary["test"]["accuracy"] > 0.8
+
+
+def test_what_is_not_prepared_is_fetched_for_training_alone(tmp_path):
+    config = DataConfig(dataset="tfds:mnist", data_dir=str(tmp_path / "home"))
+    with pytest.raises(InputError, match="tfds:mnist is not prepared in"):
+        load_dataset(config, seed=0, prepare=False)
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_a_label_that_is_no_class_is_refused(wrong, monkeypatch):
+    labels = np.asarray([0, 1, 2, wrong, 1], np.int32)
+    images = np.zeros((5, 4, 4, 3), np.uint8)
+    dataset = Dataset(ArraySource(images, labels, "ours"), None, None, ("a", "b", "c"))
+    monkeypatch.setattr(sources, "_digits", lambda: dataset)
+    with pytest.raises(InputError, match=rf"example 3 of ours \(train\) has the label {wrong}, .* 3 classes"):
+        load_dataset(DataConfig(validation_fraction=0.0), seed=0)
+
+
+def test_a_long_table_of_many_classes_is_read_in_seconds(tmp_path, monkeypatch):
+    rows = [f"{i}.png,class{i % 20000}" for i in range(60000)]
+    (tmp_path / "table.csv").write_text("\n".join(["path,label", *rows]))
+    with monkeypatch.context() as there:
+        there.setattr(files.os.path, "isfile", lambda path: True)
+        began = time.monotonic()
+        dataset = load_dataset(DataConfig(dataset=f"csv:{tmp_path / 'table.csv'}", validation_fraction=0.01), 3)
+    assert time.monotonic() - began < 30 and len(dataset.class_names) == 20000
 
 
 def test_an_unknown_tfds_is_named(tmp_path):
