@@ -14,7 +14,7 @@ from typing import Any
 
 from resnet_jax.cli_sources import export_command, models_command, predict_command
 from resnet_jax.config import Config, InputError
-from resnet_jax.integrity import to_json
+from resnet_jax.files import to_json
 from resnet_jax.output import say
 from resnet_jax.recipes import starting_recipe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.config import Config, InputError
-from resnet_jax.integrity import read_json
+from resnet_jax.files import read_json
 from resnet_jax.typed import typed
 
 FREE_FIELDS = frozenset(

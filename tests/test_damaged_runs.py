@@ -11,7 +11,8 @@ from PIL import Image
 
 from resnet_jax import cli
 from resnet_jax.config import Config, InputError, LogConfig, TrainConfig
-from resnet_jax.integrity import newest_sound, seal, steps_in, to_json
+from resnet_jax.files import to_json
+from resnet_jax.integrity import newest_sound, seal, steps_in
 from resnet_jax.recipes import from_dict, to_dict
 from resnet_jax.training import loop
 from resnet_jax.training.checkpoints import Checkpoints

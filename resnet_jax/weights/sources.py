@@ -15,7 +15,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from resnet_jax.config import InputError, sides
-from resnet_jax.integrity import Damaged, checkpoints_of, damage, newest_sound, read_json, steps_in
+from resnet_jax.files import read_json
+from resnet_jax.integrity import Damaged, checkpoints_of, damage, newest_sound, steps_in
 from resnet_jax.models.registry import MODELS, create_model, model_fields
 from resnet_jax.output import say
 from resnet_jax.recipes import from_dict
