@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.config import Config, InputError, local_path, sides
-from resnet_jax.integrity import read_json
+from resnet_jax.files import read_json
 from resnet_jax.typed import shown, typed
 
 FREE_FIELDS = frozenset(
