@@ -17,6 +17,8 @@ from resnet_jax.cli import main
 from resnet_jax.config import Config, DataConfig, TrainConfig
 from resnet_jax.data.transforms import fit
 from resnet_jax.inference import Predictor, find_files, predict_files
+from resnet_jax.weights.export import save_tensors
+from resnet_jax.weights.sources import find_weights
 
 RNG = np.random.default_rng(0)
 
@@ -107,6 +109,32 @@ def test_only_regular_files_are_opened(run, capsys, tmp_path):
     assert [json.loads(line)["path"] for line in out.splitlines()] == [str(good)]
     for name in (pipe, "/dev/zero"):
         assert f"{name} cannot be decoded (it is no regular file)" in err
+
+
+def test_probabilities_that_are_not_finite_are_an_error_and_never_written(run, capsys):
+    """Of weights that are finite and too large."""
+    weights = find_weights(str(run / "run"))
+    large = weights.tensors | {"fc.weight": np.full_like(weights.tensors["fc.weight"], 3e38)}
+    save_tensors(run / "large.safetensors", dataclasses.replace(weights, tensors=large), "safetensors")
+    files = sorted((run / "data").rglob("*.png"))[:3]
+    with pytest.raises(rj.InputError, match="not finite: 3 of 3 images, the first is number 0"):
+        Predictor.from_source(run / "large.safetensors")(files)
+    assert main(["predict", str(run / "large.safetensors"), *map(str, files), "--format", "json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("not finite") == 3
+
+
+def test_the_home_of_nobody_is_named():
+    with pytest.raises(rj.InputError, match="no such home"):
+        list(find_files(["~nosuchuser/*.png"]))
+
+
+def test_outputs_without_a_name_get_one(run):
+    weights = find_weights(str(run / "run"))
+    weights = dataclasses.replace(weights, class_names=weights.class_names[:1])
+    save_tensors(run / "one.safetensors", weights, "safetensors")
+    predictor = Predictor.from_source(run / "one.safetensors")
+    assert predictor.class_names == ("dark", "class 1") and predictor([]).shape == (0, 2)
 
 
 def test_what_names_nothing_is_refused(run, capsys, tmp_path):

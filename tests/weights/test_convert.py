@@ -7,7 +7,7 @@ from resnet_jax.models.densenet import DenseNet
 from resnet_jax.models.registry import variable_shapes
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.vit import ViT
-from resnet_jax.weights.convert import adapt_stem
+from resnet_jax.weights.convert import adapt_stem, classes_of, head_key
 
 
 def counted(model):
@@ -88,6 +88,22 @@ def test_arrays_are_copies_whatever_order_the_tensors_lie_in():
     for tensor in tensors.values():
         tensor[...] = 0
     jax.tree.map(np.testing.assert_array_equal, ours, variables)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnetv2_50", "densenet121", "googlenet", "vit_tiny"])
+def test_a_head_is_found_whatever_it_is_called_in_every_family(name):
+    model = small(name)
+    tensors = to_torch(model, variables := counted(model))
+    own = head_key(model)
+    weight, bias = tensors.pop(f"{own}.weight"), tensors.pop(f"{own}.bias")
+    for other in (own, f"{own}.1", "fc", "head", "head.fc", "heads.head", "classifier.1.0", "last_linear"):
+        renamed = tensors | {f"{other}.weight": weight.reshape(weight.shape[:2]), f"{other}.bias": bias}
+        jax.tree.map(np.testing.assert_array_equal, from_torch(model, renamed), variables)
+        assert classes_of(model, renamed) == len(bias)
+    without = from_torch(model, tensors | {f"{own}.weight": weight})
+    np.testing.assert_array_equal(without["params"]["head"]["kernel"], variables["params"]["head"]["kernel"])
+    assert not without["params"]["head"]["bias"].any()
+    assert classes_of(model, tensors) == 0
 
 
 def test_auxiliary_heads_of_googlenet_are_left_out():

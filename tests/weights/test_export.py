@@ -1,12 +1,17 @@
 """Weights that leave: timm and torchvision load them strictly and compute the same."""
 
 import dataclasses
+import os
+import resource
+import stat
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from resnet_jax import create_model, load_pretrained
+from resnet_jax import Predictor, create_model, load_pretrained, to_torch
 from resnet_jax.cli import main
 from resnet_jax.config import Config, DataConfig, FinetuneConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
 from resnet_jax.recipes import load_config
@@ -120,12 +125,70 @@ def find_tag_preprocessing(tag):
     return find_tag(tag).preprocessing
 
 
-def test_exporting_to_a_place_that_cannot_be_written(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A file that says which model it holds."""
+    file = tmp_path_factory.mktemp("source") / "in.safetensors"
     model = create_model("test_resnet")
     variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
-    from resnet_jax import to_torch
+    save_tensors(file, Weights(to_torch(model, variables), "test_resnet", {}), "safetensors")
+    return str(file)
 
-    save_tensors(tmp_path / "in.safetensors", Weights(to_torch(model, variables), "test_resnet"), "safetensors")
+
+FORMS = ("safetensors", "pth", "stablehlo")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_exporting_to_a_place_that_cannot_be_written(form, source, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["export", str(tmp_path / "in.safetensors"), str(tmp_path / "file" / "out.safetensors")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    for target in (tmp_path / "file" / f"out.{form}", tmp_path / f"{'x' * 300}.{form}", "/proc/no/out." + form):
+        assert main(["export", source, str(target)]) == 2
+        assert "cannot be written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_full_disk_leaves_what_was_there(form, source, tmp_path, capsys):
+    """A limit on the size of files stands for the disk."""
+    out = tmp_path / f"out.{form}"
+    out.write_text("what was there")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        assert main(["export", source, str(out)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert f"{out} cannot be written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [out] and out.read_text() == "what was there"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_devices_pipes_and_folders_are_not_replaced(form, source, tmp_path, capsys):
+    os.mkfifo(tmp_path / f"pipe.{form}")
+    (tmp_path / f"folder.{form}").mkdir()
+    (tmp_path / f"link.{form}").symlink_to("/dev/null")
+    before = sorted(tmp_path.iterdir())
+    for target in before:
+        assert main(["export", source, str(target)]) == 2
+        assert "no ordinary file" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+    assert stat.S_ISFIFO((tmp_path / f"pipe.{form}").stat().st_mode) and Path("/dev/null").is_char_device()
+
+
+def test_a_link_stays_and_its_file_is_written(source, tmp_path):
+    (tmp_path / "link.pth").symlink_to(tmp_path / "real.pth")
+    assert main(["export", source, str(tmp_path / "link.pth")]) == 0
+    assert (tmp_path / "link.pth").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.pth", "real.pth"]
+    assert load_pretrained(str(tmp_path / "real.pth"), "test_resnet")[0].num_classes == 1000
+
+
+def test_a_bare_file_is_exported_with_the_preprocessing_that_predict_takes(tmp_path, source):
+    save_file(load_file(source), tmp_path / "bare.safetensors")
+    assert (
+        main(["export", str(tmp_path / "bare.safetensors"), str(tmp_path / "o.safetensors"), "--name", "test_resnet"])
+        == 0
+    )
+    said = find_weights(str(tmp_path / "o.safetensors")).preprocessing
+    assert said == Predictor.from_source(tmp_path / "bare.safetensors", "test_resnet").preprocessing
+    assert said == find_tag_preprocessing("test_resnet.r160_in1k")

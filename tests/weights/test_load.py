@@ -4,17 +4,20 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from resnet_jax import InputError, create_model, load_pretrained, to_torch
+from resnet_jax import InputError, Predictor, create_model, load_pretrained, to_torch
 from resnet_jax.config import Config
 from resnet_jax.recipes import from_dict, to_dict
 from resnet_jax.training.recipe import build_model
 from resnet_jax.weights.export import export, save_tensors
+from resnet_jax.weights.load import names_of_outputs, preprocessing_of
 from resnet_jax.weights.sources import Weights, find_weights
 from resnet_jax.weights.tags import all_tags, find_tag, tags_of
 
@@ -168,6 +171,141 @@ def test_a_folder_as_timm_writes_it(tmp_path, file, tensors):
         (folder / "config.json").write_text(text)
         with pytest.raises(InputError, match=says):
             load_pretrained(str(folder))
+
+
+KNOWN = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "input_size": [3, 96, 128], "crop_pct": 0.95}
+
+
+def described(folder, tensors, config):
+    """A folder as timm writes it."""
+    folder.mkdir(exist_ok=True)
+    save_tensors(folder / "model.safetensors", Weights(tensors), "safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": KNOWN} | config))
+    return str(folder)
+
+
+def test_what_a_configuration_leaves_out_is_as_in_the_default_tag(tmp_path, tensors):
+    default = tags_of("test_resnet")[0].preprocessing
+    look = find_weights(described(tmp_path / "a", tensors, {})).preprocessing
+    assert look == replace(default, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1), image_size=(96, 128),
+                           eval_image_size=(96, 128), eval_crop=0.95)  # fmt: skip
+    for known in (None, {}, {"mean": None, "std": None, "crop_pct": None, "interpolation": None}):
+        weights = find_weights(described(tmp_path / "a", tensors, {"pretrained_cfg": known}))
+        assert preprocessing_of(weights, "a") == default
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("mean", [3, [], ["a"], [float("nan")] * 3, [10**400] * 3, {}]),
+        ("std", [0, [0, 0, 0], [-1, 1, 1], [float("nan")] * 3, [float("inf")] * 3]),
+        ("input_size", [5, [3, 0, 0], [3, -1, 5], [3, 10**9, 10**9], [224, 224], "x", [3, 1.5, 1.5]]),
+        ("crop_pct", [0, -1, 1.5, 100, "a", float("nan"), [1]]),
+        ("interpolation", ["lanczos", "random", 3, []]),
+        ("crop_mode", ["squash"]),
+        ("the names of the classes", ["abc", [None, "a"], {"cat": 0}, {"-1": "a"}, 5]),
+    ],
+)
+def test_impossible_preprocessing_and_names_are_refused(key, values, tmp_path, tensors):
+    for value in values:
+        field = "label_names" if "names" in key else key
+        source = described(tmp_path / "a", tensors, {"pretrained_cfg": KNOWN | {field: value}})
+        with pytest.raises(InputError, match=f"a: config.json: {key}"):
+            find_weights(source)
+
+
+@pytest.mark.parametrize("text", ["null", "[1]", "5", "", "[" * 100_000, "1" * 5000, '{"architecture": ["resnet18"]}',
+                                  '{"architecture": "test_resnet", "pretrained_cfg": [1]}',
+                                  '{"architecture": "test_resnet", "model_args": {"act_layer": "gelu"}}'])  # fmt: skip
+def test_a_configuration_of_another_kind_is_refused(text, tmp_path, tensors):
+    source = described(tmp_path / "a", tensors, {})
+    (tmp_path / "a" / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"a: config\.json"):
+        find_weights(source)
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"label_names": ["a", "b"], "label_descriptions": {"a": "a letter"}}, ("a", "b", "class 2")),
+        ({"label_names": {"0": "a", "2": "c"}}, ("a", "class 1", "c")),
+        ({"id2label": {"0": "cat", "1": "dog", "2": "cow"}}, ("cat", "dog", "cow")),
+        ({"label_names": []}, ("0", "1", "2")),
+    ],
+)
+def test_names_of_classes_come_in_the_forms_of_timm_and_hugging_face(config, names, tmp_path, tensors):
+    head = {"fc.weight": tensors["fc.weight"][:3], "fc.bias": tensors["fc.bias"][:3]}
+    for where in (config, {"pretrained_cfg": KNOWN | config}):
+        assert Predictor.from_source(described(tmp_path / "a", tensors | head, where)).class_names == names
+    with pytest.raises(InputError, match="names 4 classes, and its head has 3 outputs"):
+        Predictor.from_source(described(tmp_path / "a", tensors | head, {"label_names": list("abcd")}))
+
+
+def test_names_of_one_output():
+    assert names_of_outputs(1, None, "") == ("1",)
+    assert names_of_outputs(1, ("cat", "dog"), "") == ("dog",)
+    assert names_of_outputs(1, ("dog",), "") == ("dog",)
+
+
+HEADER = {
+    "name": "test_resnet",
+    "fields": {"num_classes": 1000},
+    "preprocessing": asdict(tags_of("test_resnet")[0].preprocessing),
+    "class_names": None,
+    "several": False,
+    "calibration": {"temperature": 1.0, "thresholds": None},
+}
+
+
+def test_a_damaged_header_of_an_exported_file_is_refused(tmp_path, tensors):
+    file = tmp_path / "net.safetensors"
+    bad = ["", "null", "[]", "{", "5", "{}"]
+    bad += [json.dumps({k: v for k, v in HEADER.items() if k != key}) for key in HEADER]
+    bad += [json.dumps(HEADER | {key: value}) for key in HEADER for value in (5, "abc", [1], {"a": 1}, float("nan"))
+            if (key, value) != ("class_names", [1])]  # fmt: skip
+    fields = ({"norm": "x"}, {"norm": "group"}, {"drop_rate": "a"}, {"in_channels": 0}, {"in_channels": 10**30},
+              {"image_size": 0}, {"stage_sizes": [1]}, {"name": "x"}, {"output_stride": 7})  # fmt: skip
+    bad += [json.dumps(HEADER | {"fields": values}) for values in fields]
+    calibrations = ({"temperature": 0}, {"temperature": float("nan")}, {"thresholds": ["a"]}, {"thresholds": [0.5]})
+    bad += [json.dumps(HEADER | {"calibration": HEADER["calibration"] | values}) for values in calibrations]
+    for text in bad:
+        save_file(tensors, file, metadata={"resnet_jax": text})
+        with pytest.raises(InputError):
+            Predictor.from_source(file)
+    save_file(tensors, file, metadata={"resnet_jax": json.dumps(HEADER)})
+    assert Predictor.from_source(file).preprocessing == tags_of("test_resnet")[0].preprocessing
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("hf-hub:a--b/c", "no name of a repository"),
+        ("hf-hub:a/" + "b" * 300, "no name of a repository"),
+        ("hf-hub:", "no name of a repository"),
+        ("x" * 300, "no such place"),
+        ("x" * 300 + ".pth", "no such place"),
+        ("~nosuchuser/x", "no such place"),
+        ("~nosuchuser/x.pth", "no such place"),
+        ("/dev/null", "neither a file nor a folder"),
+        ("nosuchthing", "`resnet-jax models` lists them"),
+        ("gs://bucket/x.pth", "there is no such file"),
+    ],
+)
+def test_odd_sources_are_words(source, says, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=says):
+        load_pretrained(source)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, tensors):
+    source = described(tmp_path / "a", tensors, {})
+    for name in ("a/model.pth", "net.pth"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match="neither a file nor a folder"):
+        load_pretrained(str(tmp_path / "net.pth"), "test_resnet")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="neither a run nor a file of weights"):
+        load_pretrained(source)
 
 
 def test_an_exported_file_says_itself_what_it_is(tmp_path, file, tensors):

@@ -1,0 +1,69 @@
+"""What a recipe takes from its pretrained weights."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from resnet_jax import InputError, Predictor, create_model, to_torch
+from resnet_jax.config import Config, DataConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
+from resnet_jax.training.loop import train
+from resnet_jax.training.recipe import complete
+from resnet_jax.weights.sources import find_weights
+from resnet_jax.weights.tags import tags_of
+
+
+@pytest.fixture
+def tensors():
+    model = create_model("test_resnet", num_classes=4)
+    variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    return to_torch(model, variables)
+
+
+def look(config):
+    data, augment = config.data, config.augment
+    return data.mean, data.std, data.image_size, data.eval_image_size, augment.eval_crop, augment.interpolation
+
+
+def test_a_bare_file_is_prepared_for_as_in_prediction(tmp_path, tensors, caplog):
+    """As the default tag of the model that the recipe names."""
+    source = str(tmp_path / "bare.safetensors")
+    save_file(tensors, source)
+    config = complete(Config(model=ModelConfig("test_resnet", pretrained=source)), None)
+    expected = tags_of("test_resnet")[0].preprocessing
+    assert look(config) == dataclasses.astuple(expected) != look(Config())
+    assert Predictor.from_source(source, "test_resnet").preprocessing == expected
+    assert "bare.safetensors does not say how images are prepared: taken as for test_resnet.r160_in1k" in caplog.text
+
+
+def test_a_run_from_a_bare_file_is_predicted_with_what_it_was_trained_with(tmp_path, tensors):
+    """With a size of its own, which keeps the rest of the preprocessing of the weights."""
+    source = str(tmp_path / "bare.safetensors")
+    save_file(tensors, source)
+    config = Config(
+        model=ModelConfig("test_resnet", pretrained=source),
+        data=DataConfig(dataset="synthetic", synthetic_size=16, synthetic_classes=4, image_size=32),
+        schedule=ScheduleConfig(warmup_epochs=0.0),
+        train=TrainConfig(steps=1, batch_size=8),
+        log=LogConfig(report=False, tensorboard=False),
+    )
+    train(config, tmp_path / "run")
+    expected = dataclasses.replace(tags_of("test_resnet")[0].preprocessing, image_size=32, eval_image_size=32)
+    assert find_weights(str(tmp_path / "run")).preprocessing == expected
+
+
+def test_weights_that_do_not_fit_name_both_models(tmp_path, tensors):
+    nan = tensors | {"bn1.bias": tensors["bn1.bias"] * np.nan}
+    for values, name, says in (
+        (tensors, "cifar_resnet8", r"model.name is cifar_resnet8. .*bare.safetensors: the tensors are not"),
+        (nan, "test_resnet", r"bare.safetensors: the weights are damaged:\n  bn1.bias"),
+    ):
+        save_file(values, tmp_path / "bare.safetensors")
+        config = Config(
+            model=ModelConfig(name, pretrained=str(tmp_path / "bare.safetensors")),
+            data=DataConfig(dataset="synthetic", synthetic_size=16, synthetic_classes=4, image_size=32),
+        )
+        with pytest.raises(InputError, match=says):
+            train(config, tmp_path / name)
