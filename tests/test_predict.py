@@ -44,7 +44,7 @@ def run(tmp_path_factory):
         parallel=dataclasses.replace(base.parallel, devices=1),
     )
     summary = rj.train(config, place / "run")
-    assert summary["ema"]["accuracy"] == 1.0
+    assert summary["ema/validation"]["accuracy"] == 1.0
     return place
 
 
