@@ -29,7 +29,7 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _one_of(value, arguments, where)
     if origin is typing.Literal:
-        if isinstance(value, str) and value in arguments:
+        if isinstance(value, str | int) and not isinstance(value, bool) and value in arguments:
             return value
         raise InputError(f"{where} is {shown(value)}; it must be one of {', '.join(map(str, arguments))}")
     if origin in (tuple, list):
