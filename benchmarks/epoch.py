@@ -29,7 +29,7 @@ def decode(folder: str, into: Path) -> int:
     from resnet_jax.data.sources import load_dataset
 
     config, bad = Config(data=DataConfig(dataset=f"folder:{folder}", image_size=32)), BadImages("error")
-    dataset = load_dataset(config.data, seed=0)
+    dataset = load_dataset(config.data, seed=0, hold_out=False)
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         np.savez(into / name, **whole_split(split, config, bad))
     return len(dataset.train)

@@ -32,6 +32,7 @@ def base(dataset: str, size: int, seed: int, epochs: float, batch: int, **sectio
             batch_size=batch,
             seed=seed,
             ema_decay=None,
+            metric="none",
             eval_every_epochs=1e9,
             **sections.pop("train", {}),
         ),

@@ -119,8 +119,8 @@ def opencv_in_process(folder: str) -> Any:
 def our_batches(folder: str, workers: int, batch: int) -> Any:
     """Batches of our whole loader: order, transform, workers, arrays on the device."""
     from resnet_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
+    from resnet_jax.data.dataset import FileSource
     from resnet_jax.data.loader import BadImages, train_batches
-    from resnet_jax.data.sources import FileSource
     from resnet_jax.sharding import make_mesh
 
     files = files_in(folder)

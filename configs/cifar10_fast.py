@@ -20,6 +20,12 @@ config = dataclasses.replace(
     optimizer=OptimizerConfig(learning_rate=0.4, weight_decay=5e-4),
     schedule=ScheduleConfig(name="one_cycle", warmup_epochs=0.0),
     train=TrainConfig(
-        epochs=15, batch_size=500, label_smoothing=0.1, ema_decay=0.99, steps_per_call=50, eval_every_epochs=5.0
+        epochs=15,
+        batch_size=500,
+        label_smoothing=0.1,
+        ema_decay=0.99,
+        steps_per_call=50,
+        eval_every_epochs=5.0,
+        metric="none",
     ),
 )

@@ -18,5 +18,5 @@ config = dataclasses.replace(
     model=dataclasses.replace(resnet20.model, name="cifar_wrn_28_10"),
     optimizer=OptimizerConfig(learning_rate=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
     schedule=ScheduleConfig(name="step", boundaries=(0.3, 0.6, 0.8), factor=0.2, warmup_epochs=0.0),
-    train=TrainConfig(epochs=200, batch_size=128, ema_decay=None, eval_every_epochs=10.0),
+    train=TrainConfig(epochs=200, batch_size=128, ema_decay=None, eval_every_epochs=10.0, metric="none"),
 )

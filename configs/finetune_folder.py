@@ -2,12 +2,14 @@
 
     resnet-jax train --config configs/finetune_folder.py --data.dataset folder:PICTURES
 
-`--data.dataset csv:FILE` takes a table; `--model.pretrained SOURCE` other weights, whose size and preprocessing count.
-`--finetune linear_probe --augment.crop none --augment.flip none` trains the head alone on features that are computed
-once: minutes on a CPU. For small classes there are `--data.sampling balanced` and `--train.class_weights balanced`.
+A fifth of the pictures is held out for validation, which chooses the step; folders `train`, `val` and `test` are taken
+for what they are called, and `test` is looked at once, at the end. `--data.dataset csv:FILE` takes a table;
+`--model.pretrained SOURCE` other weights, whose size and preprocessing count. `--finetune linear_probe --augment.crop
+none --augment.flip none` trains the head alone on features that are computed once: minutes on a CPU. For small classes
+there are `--data.sampling balanced` and `--train.class_weights balanced`.
 
 Hardware: a GPU; a CPU will do for the probe. Expected time: that of at most 30 epochs; it ends where five in a row
-bring nothing. Expected test accuracy: it depends on the pictures. Source: the weights are those of Wightman et al. 2021
+bring nothing. Expected accuracy: it depends on the pictures. Source: the weights are those of Wightman et al. 2021
 (arXiv:2110.00476).
 """
 

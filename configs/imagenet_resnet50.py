@@ -31,6 +31,8 @@ config = Config(
     augment=AugmentConfig(crop="random_resized", flip="random", eval_crop=0.875),
     optimizer=OptimizerConfig(learning_rate=0.1, base_batch_size=256, weight_decay=5e-5),
     schedule=ScheduleConfig(name="cosine", warmup_epochs=5.0),
-    train=TrainConfig(epochs=90.0, batch_size=256, label_smoothing=0.1, ema_decay=None, eval_every_epochs=1.0),
+    train=TrainConfig(
+        epochs=90.0, batch_size=256, label_smoothing=0.1, ema_decay=None, eval_every_epochs=1.0, metric="none"
+    ),
     log=LogConfig(every_steps=100),
 )

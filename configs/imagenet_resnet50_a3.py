@@ -30,6 +30,8 @@ config = Config(
     augment=AugmentConfig(crop="random_resized", flip="random", randaugment=6, mixup=0.1, cutmix=1.0, eval_crop=0.95),
     optimizer=OptimizerConfig(name="lamb", learning_rate=8e-3, weight_decay=0.02),
     schedule=ScheduleConfig(name="cosine", warmup_epochs=5.0, warmup_factor=1e-4 / 8e-3),
-    train=TrainConfig(epochs=100.0, batch_size=2048, loss="binary", ema_decay=None, eval_every_epochs=1.0),
+    train=TrainConfig(
+        epochs=100.0, batch_size=2048, loss="binary", ema_decay=None, eval_every_epochs=1.0, metric="none"
+    ),
     log=LogConfig(every_steps=100),
 )

@@ -1,27 +1,33 @@
 """The `resnet-jax` command, and what it does with recipes and runs: train, plan, show-batch, evaluate, report, runs."""
 
 import argparse
+import atexit
 import gc
+import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.cli_sources import export_command, models_command, predict_command
-from resnet_jax.config import Config, InputError
+from resnet_jax.cli_sources import CHECKPOINT_HELP, export_command, file_to_write, models_command, predict_command
+from resnet_jax.config import Config, InputError, local_path
+from resnet_jax.integrity import to_json
+from resnet_jax.output import say
 from resnet_jax.recipes import starting_recipe
 
 USAGE = """usage: resnet-jax COMMAND ...
 
   train     [--config FILE] [--workdir DIR] [--SECTION.FIELD VALUE ...]   train as a recipe says
   plan      [--devices N] [--memory 80GiB] [--json] [flags of train]      what a run will need, before it starts
-  evaluate  WORKDIR [--best] [--per-class] [--json]                       test a run's checkpoint
-  report    WORKDIR [--best]                                              a page on what a run came to
+  evaluate  WORKDIR [--split validation|test] [--checkpoint best|latest|STEP]   measure a run's checkpoint
+  report    WORKDIR [--checkpoint best|latest|STEP]                       a page on what a run came to
   runs      [DIR] [--json]                                                the runs under a folder and their state
   show-batch FILE [flags of train]                                        a picture of what the network sees
   predict   SOURCE PATH... [--top K] [--format table|json|csv] [--cam DIR] classes of pictures
@@ -44,24 +50,47 @@ def run(arguments: Sequence[str] | None = None) -> None:
     default: what imports and traces make lives on, and looking through it took a tenth of the way to the first step
     where we tried (n = 5).
     """
+    for number in (0, 1, 2):  # else a file of ours would get the number of a closed output, and what is printed to it
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = MEMORY
         os.execv(sys.executable, sys.orig_argv)
     gc.set_threshold(50_000)
-    sys.exit(main(arguments))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names that are not UTF-8 come out as the bytes that they are
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    status = main(arguments)
+    for output in (sys.stdout, sys.stderr):
+        try:
+            output.flush()
+        except (OSError, ValueError):  # it takes nothing, and Python would end with a status of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns its exit status: 0, 1 (the run diverged), 2 (wrong input), 130 (Ctrl-C)."""
+    """Runs a command line; returns its exit status: 0, 1 (the run ended before its end, such as by diverging), 2
+    (wrong input), 3 (the disk did not take the end of a run), 130 (Ctrl-C).
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if any("\0" in word for word in arguments):
+        return fail("a word of the command line holds a NUL character")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
     command = COMMANDS.get(arguments[0])
     if command is None:
         return fail(f"there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+    settle_matplotlib()
     try:
-        return command(arguments[1:])
+        status = command(arguments[1:])
+        sys.stdout.flush()
+        return status
     except InputError as error:
         return fail(str(error))
     except KeyboardInterrupt:
@@ -69,11 +98,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
+    except OSError as error:
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except MemoryError as error:
+        return fail(f"{NO_MEMORY} ({first_line(error)})", status=1)
+    except (RuntimeError, AssertionError) as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return fail(f"{NO_MEMORY} ({first_line(error)})", status=1)
+        if problem := no_device():
+            return fail(problem)
+        raise
+
+
+NO_MEMORY = (
+    "out of memory: take a smaller --train.batch_size, --train.accumulate_steps 2 or more, --model.remat block, "
+    "smaller images, or --data.no_on_device; to predict, a smaller --batch"
+)
+
+
+def settle_matplotlib() -> None:
+    """Gives matplotlib a temporary folder where there is no home to write: it cannot be imported without one."""
+    if "MPLCONFIGDIR" in os.environ or "XDG_CONFIG_HOME" in os.environ:
+        return
+    try:
+        found = os.access(Path.home(), os.W_OK)
+    except RuntimeError:
+        found = False
+    if not found:
+        os.environ["MPLCONFIGDIR"] = folder = tempfile.mkdtemp(prefix="matplotlib-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def no_device() -> str | None:
+    """What is wrong where JAX finds no device to compute on; None where it does."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second, without words, where JAX has no plugin for a GPU
+        reason = (
+            first_line(error).partition(" (set JAX_PLATFORMS=")[0] if str(error) else "no plugin for it is installed"
+        )
+        wanted = os.environ.get("JAX_PLATFORMS")
+        where = f"JAX_PLATFORMS={wanted}: JAX finds no such device" if wanted else "JAX finds no device"
+        return f"{where} here ({reason}); set JAX_PLATFORMS=cpu to compute on the CPU"
+    return None
 
 
 def fail(message: str, status: int = 2) -> int:
     """Prints an error and returns the status to end with."""
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", error=True)
     return status
 
 
@@ -87,10 +166,12 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Config, str | None]:
     """
     import tyro
 
-    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ours = argparse.ArgumentParser(prog="resnet-jax train", add_help=False, allow_abbrev=False)
     ours.add_argument("--config")
     ours.add_argument("--workdir")
     known, flags = ours.parse_known_args(list(arguments))
+    if known.workdir is not None:
+        known.workdir = str(local_path(known.workdir, "--workdir"))
     default = starting_recipe(known.config, known.workdir)
     named = {word.partition("=")[0] for word in flags}
     if "--train.epochs" in named and "--train.steps" not in named:
@@ -134,32 +215,40 @@ def train_command(arguments: Sequence[str]) -> int:
     config, workdir = parse_recipe(arguments)
     prepare_jax()
     from resnet_jax.data.watch import Stalled
-    from resnet_jax.training.loop import train
+    from resnet_jax.training.loop import NotSaved, train
     from resnet_jax.training.report import Diverged
-    from resnet_jax.training.signals import Stopped
+    from resnet_jax.training.signals import FolderLost, Stopped
 
     try:
         train(config, workdir)
-    except Diverged as error:
+    except (Diverged, FolderLost) as error:
         return fail(str(error), status=1)
+    except NotSaved as error:
+        return fail(str(error), status=3)
     except Stalled as error:
         fail(str(error))
         for worker in multiprocessing.active_children():
             worker.kill()
         os._exit(1)  # the threads that hang would be waited for
     except Stopped as stopped:
-        print(stopped, flush=True)
+        say(str(stopped))
         return 130 if stopped.signal == signal.SIGINT else int(not stopped.saved)
     return 0
 
 
+MOST_DEVICES = 1024
+"""That `plan` imitates on a CPU."""
+
+
 def plan_command(arguments: Sequence[str]) -> int:
     """`resnet-jax plan`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="resnet-jax plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--memory")
     parser.add_argument("--json", action="store_true")
     options, flags = parser.parse_known_args(arguments)
+    if not 1 <= options.devices <= MOST_DEVICES:
+        raise InputError(f"--devices {options.devices}: give a number from 1 to {MOST_DEVICES}")
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.devices}"
@@ -168,10 +257,10 @@ def plan_command(arguments: Sequence[str]) -> int:
     prepare_jax()
     from resnet_jax.training.forecast import forecast, parse_memory
 
+    memory = None if options.memory is None else parse_memory(options.memory)
     needs = forecast(config, options.devices)
-    if options.memory:
-        needs["memory"] = parse_memory(options.memory)
-        needs["fits"] = needs["total"] <= needs["memory"]
+    if memory is not None:
+        needs |= {"memory": memory, "fits": needs["total"] <= memory}
     print(json.dumps(needs, indent=2) if options.json else format_plan(needs))
     return 0
 
@@ -194,33 +283,37 @@ def format_plan(needs: dict[str, Any]) -> str:
 
 def evaluate_command(arguments: Sequence[str]) -> int:
     """`resnet-jax evaluate`."""
-    parser = argparse.ArgumentParser(prog="resnet-jax evaluate", description="Tests a run's checkpoint on its data.")
+    parser = argparse.ArgumentParser(prog="resnet-jax evaluate", description="Evaluates a run's checkpoint.")
     parser.add_argument("workdir", type=Path, help="the folder of a run")
-    parser.add_argument("--best", action="store_true", help="the best checkpoint, not the latest")
+    parser.add_argument("--split", choices=("validation", "test"), help="by default test, where the data has it")
+    parser.add_argument("--checkpoint", help=CHECKPOINT_HELP)
+    parser.add_argument("--data.dataset", dest="dataset", help="where the run's data lies now")
+    parser.add_argument("--data.accept_changes", dest="accept", action="store_true", help="also where it has changed")
     parser.add_argument("--per-class", action="store_true", help="accuracy of each class too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     prepare_jax()
     from resnet_jax.training.evaluation import evaluate_run
 
-    result = evaluate_run(options.workdir, best=options.best, per_class=options.per_class)
-    print(json.dumps(result, indent=2) if options.json else format_result(result))
+    result = evaluate_run(
+        options.workdir, options.checkpoint, options.split, options.per_class, options.dataset, options.accept
+    )
+    print(to_json(result, indent=2) if options.json else format_result(result))
     return 0
 
 
 def format_result(result: dict[str, Any]) -> str:
     """The table that `resnet-jax evaluate` prints."""
-    test = result["test"]
-    rows = [f"step {result['step']}, {test['count']} images"]
-    for kind in ("test", "ema"):
+    split = result["split"]
+    rows = [f"step {result['step']}, {split} split, {result[split]['count']} images"]
+    for kind, label in ((split, "parameters"), (f"ema/{split}", "their moving average")):
         if kind in result:
             values = result[kind]
             top5 = f"   top-5 {values['top5']:.2%}" if "top5" in values else ""
-            label = "parameters" if kind == "test" else "their moving average"
             rows.append(f"{label:<21} loss {values['loss']:.4f}   top-1 {values['accuracy']:.2%}{top5}")
     if result["skipped_images"]:
         rows.append(f"not counted, since they cannot be decoded: {', '.join(result['skipped_images'])}")
-    for name, values in test.get("classes", {}).items():
+    for name, values in result[split].get("classes", {}).items():
         accuracy = "no images" if values["accuracy"] is None else f"{values['accuracy']:7.2%} of {values['count']}"
         rows.append(f"  {name:<24} {accuracy}")
     return "\n".join(rows)
@@ -229,13 +322,15 @@ def format_result(result: dict[str, Any]) -> str:
 def report_command(arguments: Sequence[str]) -> int:
     """`resnet-jax report`."""
     parser = argparse.ArgumentParser(prog="resnet-jax report", description="Writes report.html into a run's folder.")
-    parser.add_argument("workdir", type=Path, help="the folder of a run")
-    parser.add_argument("--best", action="store_true", help="of the best checkpoint, not the latest")
+    parser.add_argument("workdir", help="the folder of a run")
+    parser.add_argument("--checkpoint", help=CHECKPOINT_HELP)
+    parser.add_argument("--data.dataset", dest="dataset", help="where the run's data lies now")
     options = parser.parse_args(arguments)
+    folder = local_path(options.workdir, "WORKDIR")
     prepare_jax()
     from resnet_jax.training.html_report import make_report
 
-    print(make_report(options.workdir, options.best))
+    print(make_report(folder, options.checkpoint, options.dataset))
     return 0
 
 
@@ -244,33 +339,37 @@ def show_batch_command(arguments: Sequence[str]) -> int:
     files = [word for i, word in enumerate(arguments) if word.endswith(".png") and arguments[i - 1] != "--config"]
     if len(files) != 1:
         raise InputError("say which file to write: resnet-jax show-batch out.png [--config FILE] [flags of train]")
+    file = file_to_write(files[0])
     config, _ = parse_recipe([word for word in arguments if word != files[0]])
     from resnet_jax.training.show_batch import show_batch
 
-    print(show_batch(config, Path(files[0])))
+    print(show_batch(config, file))
     return 0
 
 
 def runs_command(arguments: Sequence[str]) -> int:
     """`resnet-jax runs`."""
     parser = argparse.ArgumentParser(prog="resnet-jax runs", description="Lists the runs under a folder.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"))
+    parser.add_argument("folder", nargs="?", default="runs")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     options = parser.parse_args(arguments)
-    if not options.folder.is_dir():
-        raise InputError(f"{options.folder}: there is no such folder")
+    folder = local_path(options.folder, "DIR")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder")
     from resnet_jax.training.workdir import runs_under
 
-    rows = runs_under(options.folder)
+    rows = runs_under(folder)
     if options.json:
-        print(json.dumps(rows, indent=2))
+        print(to_json(rows, indent=2))
     elif not rows:
-        print(f"there are no runs under {options.folder}")
+        print(f"there are no runs under {folder}")
     for row in [] if options.json else rows:
-        form = ".4f" if row["metric"] == "loss" else ".2%"
+        form = ".4f" if str(row["metric"]).endswith("loss") else ".2%"
         best = "" if row["best"] is None else format(row["best"], form)
         known = f"{row['model'] or '?':<20} {row['data'] or '?':<20} step {row['step'] or 0:<8} best {best:<8}"
         print(f"{row['folder']:<36} {row['state']:<9} {known}")
+        if row["problem"]:
+            print(f"    {row['problem']}")
     return 0
 
 
@@ -286,20 +385,21 @@ def lab_command(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", help="of an experiment, or all")
-    parser.add_argument("--out", type=Path, default=Path("lab"), help="folder of figures, records and index.html")
+    parser.add_argument("--out", default="lab", help="folder of figures, records and index.html")
     parser.add_argument("--dataset", default="digits", help="digits, or what data.dataset takes, at 32 x 32 pixels")
     parser.add_argument("--depths", type=numbers, help="of the networks, such as 20,56")
     parser.add_argument("--seeds", type=numbers, help="such as 0,1,2")
     parser.add_argument("--quick", action="store_true", help="the smallest version that still shows the effect")
     options = parser.parse_args(arguments)
+    folder = local_path(options.out, "--out")
     prepare_jax()
     from resnet_jax.lab.record import Options
     from resnet_jax.lab.run import EXPERIMENTS, run, write_page
 
     chosen = Options(options.dataset, options.depths, options.seeds, options.quick)
     for name in EXPERIMENTS if options.name == "all" else (options.name,):
-        run(name, options.out, chosen)
-    print(write_page(options.out))
+        run(name, folder, chosen)
+    print(write_page(folder))
     return 0
 
 
@@ -315,10 +415,21 @@ def prepare_jax() -> None:
     from resnet_jax.sharding import run_in_caller
 
     run_in_caller()
-    if jax.config.values.get("jax_compilation_cache_dir") is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "resnet_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a second start compiles nothing
+    if jax.config.values.get("jax_compilation_cache_dir") is not None:
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_jax" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:  # the second where there is no home
+        print(
+            f"WARNING: compiled programs cannot be kept ({error}), so each start compiles anew; "
+            "set XDG_CACHE_HOME to a folder that can be written",
+            file=sys.stderr,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a second start compiles nothing
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

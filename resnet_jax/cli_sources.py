@@ -8,9 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, local_path
+
+CHECKPOINT_HELP = "of a run: best, latest or a step; by default the best one where the run selected one"
 
 Row = tuple[Path, list[tuple[str, float]]]
+
+
+MOST_AT_ONCE = 65_536
+"""Pictures of a batch."""
 
 
 def predict_command(arguments: Sequence[str]) -> int:
@@ -23,24 +29,29 @@ def predict_command(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--flip", action="store_true", help="look at each picture mirrored too, and take the mean")
     parser.add_argument("--format", choices=tuple(WRITERS), default="table", help="json is one object a line")
-    parser.add_argument("--cam", type=Path, help="a folder for pictures of where the network looked (Grad-CAM)")
+    parser.add_argument("--cam", help="a folder for pictures of where the network looked (Grad-CAM)")
     parser.add_argument("--batch", type=int, default=32, help="pictures that go through the network at once")
     parser.add_argument("--name", help="the model, where the source does not say")
+    parser.add_argument("--checkpoint", help=CHECKPOINT_HELP)
     options = parser.parse_args(arguments)
-    if (options.top or 1) < 1 or options.batch < 1:
-        raise InputError("--top and --batch must be at least 1")
+    if (options.top is not None and options.top < 1) or not 1 <= options.batch <= MOST_AT_ONCE:
+        raise InputError(f"--top and --batch must be at least 1, and --batch at most {MOST_AT_ONCE}")
+    local_path(options.source, "SOURCE")
+    cam = None if options.cam is None else local_path(options.cam, "--cam")
+    if cam and cam.exists() and not cam.is_dir():
+        raise InputError(f"--cam {cam} is a file: name a folder")
     from rich.console import Console
     from rich.progress import Progress
 
-    from resnet_jax.inference import Predictor, find_files, predict_files
+    from resnet_jax.inference import NOT_FINITE, Predictor, find_files, predict_files
     from resnet_jax.models.vit import ViT
 
     paths = list(find_files(options.paths))
-    predictor = Predictor.from_source(options.source, options.name, options.flip)
-    if options.cam and isinstance(predictor.model, ViT):
+    predictor = Predictor.from_source(options.source, options.name, options.flip, options.checkpoint)
+    if cam and isinstance(predictor.model, ViT):
         raise InputError("--cam needs a network with maps, and a transformer has none")
-    if options.cam:
-        options.cam.mkdir(parents=True, exist_ok=True)
+    if cam:
+        cam.mkdir(parents=True, exist_ok=True)
     write, bad = WRITERS[options.format](), []
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("pictures", total=len(paths))
@@ -51,10 +62,11 @@ def predict_command(arguments: Sequence[str]) -> int:
                 continue
             best = predictor.said(row) if options.top is None else row.argsort()[::-1][: options.top]
             write((path, [(predictor.class_names[k], float(row[k])) for k in best]))
-            if options.cam:
-                draw_cam(predictor, path, int(row.argmax()), options.cam / f"{i:05d}-{path.stem}.png")
+            if cam:
+                draw_cam(predictor, path, int(row.argmax()), cam / f"{i:05d}-{path.stem}.png")
     for path, reason in bad:
-        print(f"error: {path} cannot be decoded ({reason})", file=sys.stderr)
+        what = reason if reason == NOT_FINITE else f"cannot be decoded ({reason})"
+        print(f"error: {path} {what}", file=sys.stderr)
     return 1 if bad else 0
 
 
@@ -96,6 +108,18 @@ def draw_cam(predictor: Any, path: Path, label: int, file: Path) -> None:
     overlay(seen, np.asarray(heat)).save(file)
 
 
+def file_to_write(given: str) -> Path:
+    """Returns the path of a file that a command is to write.
+
+    Raises:
+      InputError: the path is none of this machine, or a folder or a device is there.
+    """
+    path = local_path(given, "FILE")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no ordinary file: name a file to write")
+    return path
+
+
 FORMS = ("safetensors", "pth", "stablehlo", "onnx")
 
 
@@ -105,24 +129,26 @@ def export_command(arguments: Sequence[str]) -> int:
         prog="resnet-jax export", description="Writes weights under PyTorch's names, or a program for serving."
     )
     parser.add_argument("source", help="the folder of a run, a tag, a file: all that --model.pretrained takes")
-    parser.add_argument("file", type=Path, help="the file to write, such as out.safetensors or out.stablehlo")
+    parser.add_argument("file", help="the file to write, such as out.safetensors or out.stablehlo")
     parser.add_argument("--format", choices=FORMS, help="by default what the file's name says")
     parser.add_argument("--name", help="the model, where the source does not say")
+    parser.add_argument("--checkpoint", help=CHECKPOINT_HELP)
     options = parser.parse_args(arguments)
-    form = options.format or options.file.suffix.removeprefix(".")
+    file = file_to_write(options.file)
+    form = options.format or file.suffix.removeprefix(".")
     if form not in FORMS:
-        raise InputError(f"{options.file}: end the name with .{', .'.join(FORMS)}, or say which with --format")
+        raise InputError(f"{file}: end the name with .{', .'.join(FORMS)}, or say which with --format")
     if form in ("stablehlo", "onnx"):
         from resnet_jax.serving import export_program
 
-        said = export_program(options.source, options.file, form, options.name)
+        said = export_program(options.source, file, form, options.name, options.checkpoint)
         taken = f"{said['dtype']} pixels {said['input']}"
-        print(f"{options.file}: takes {taken}, gives {len(said['class_names'])} probabilities; checked on 100 pictures")
+        print(f"{file}: takes {taken}, gives {len(said['class_names'])} probabilities; checked on 100 pictures")
         return 0
     from resnet_jax.weights.export import export
 
-    name, count = export(options.source, options.file, form, options.name)
-    print(f"{options.file}: {name}, {count} tensors under the names of PyTorch")
+    name, count = export(options.source, file, form, options.name, options.checkpoint)
+    print(f"{file}: {name}, {count} tensors under the names of PyTorch")
     return 0
 
 

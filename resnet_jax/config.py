@@ -1,6 +1,8 @@
 """The recipe of a run: frozen dataclasses. `Config()` is the digits recipe; every field is a flag."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 Size: TypeAlias = int | tuple[int, int]
@@ -14,6 +16,33 @@ def sides(size: Size) -> tuple[int, int]:
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message names it and the remedy. Commands end with status 2."""
+
+
+def local_path(given: str | Path, what: str) -> Path:
+    """Returns a path that the user gave, with `~` expanded; nothing needs to be there.
+
+    Args:
+      what: the name of the flag or field, for messages.
+
+    Raises:
+      InputError: it is empty, remote (`gs://bucket/run`), in the home of an unknown user, or no name for a file.
+    """
+    text = str(given)
+    if not text.strip():
+        raise InputError(f"{what} is empty: name a file or folder")
+    if re.match(r"[A-Za-z][\w+.-]+:/", text):  # a Path has made one slash of two
+        raise InputError(f"{what} {text}: remote paths are not supported yet; name a local folder or file, or a mount")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{what} {text}: there is no such home ({error}); write the path out") from error
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what} {text[:200]!r}: {getattr(error, 'strerror', None) or error}") from error
+    return path
 
 
 @dataclass(frozen=True)
@@ -65,18 +94,21 @@ class DataConfig:
 
     dataset: str = "digits"
     """digits, folder:PATH, csv:FILE (columns path, label and perhaps split; several labels as a;b;c), tfds:NAME[:SPLIT]
-    or synthetic."""
+    or synthetic. A resumed run may find the same pictures elsewhere."""
     data_dir: str | None = None
     """Where tensorflow-datasets keeps its data; None for its own default."""
     image_size: Size = 8
     """Side of training images in pixels, or height and width."""
     eval_image_size: Size | None = None
-    """The same of test images; None for image_size."""
+    """The same of images that are evaluated; None for image_size."""
     channels: int = 3
     """Of the pictures. 3 is RGB in 8 bits; 1 is grey, other numbers are those of .npy and TIFF files: these keep their
     16 bits or floating-point values."""
     validation_fraction: float = 0.2
-    """Share of each class held out for testing where the data has no test split."""
+    """Share of the training split that is held out for validation, by name, where the data has no validation split and
+    something is selected (train.metric) or there is no test split; 0 for none."""
+    accept_changes: bool = False
+    """Resume although pictures of the training split were added, lost, moved or relabelled."""
     sampling: Literal["natural", "balanced"] = "natural"
     """balanced: every class is drawn equally often, the pictures of small ones again and again."""
     mean: tuple[float, ...] = (0.305, 0.305, 0.305)
@@ -99,7 +131,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to training images, and the crop of test images."""
+    """Random changes to training images, and the crop of those that are evaluated."""
 
     crop: Literal["none", "pad", "random_resized"] = "pad"
     """pad: add a border and cut out the size again; random_resized: cut out an area and resize it; none: resize."""
@@ -126,11 +158,11 @@ class AugmentConfig:
     cutmix: float = 0.0
     """Alpha of CutMix (Yun et al. 2019); 0 for none. With mixup, each batch takes one of them by a coin."""
     eval_crop: float = 1.0
-    """Test images are resized to eval_image_size / eval_crop on the short side, then cut out at the centre."""
+    """Images are evaluated after a resize of the short side to eval_image_size / eval_crop and a crop at the centre."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How images are resized; antialiased in both cases."""
     eval_flip: bool = False
-    """Test images are seen as they are and mirrored, and the two logits are averaged."""
+    """Images are evaluated as they are and mirrored, and the two logits are averaged."""
 
 
 @dataclass(frozen=True)
@@ -229,12 +261,13 @@ class TrainConfig:
     """Most steps in one dispatch; it always ends where something is logged, saved or evaluated. None: 5 with the data
     on the device; else 2 on a CPU, which may have to find a step's memory anew for each, and 1 elsewhere."""
     eval_every_epochs: float = 5.0
-    """Evaluate this often, and at the end."""
-    metric: Literal["auto", "accuracy", "loss", "macro_recall", "macro_f1", "map"] = "auto"
-    """What makes a checkpoint the best, of the moving average where there is one. auto: accuracy, or where images have
-    several labels map, the mean over the classes of average precision."""
+    """Evaluate on the validation split this often, and at the end."""
+    metric: Literal["auto", "none", "accuracy", "loss", "macro_recall", "macro_f1", "map"] = "auto"
+    """What makes a checkpoint the best on the validation split, of the moving average where there is one. auto:
+    accuracy, or where images have several labels map, the mean over the classes of average precision. none: nothing is
+    selected, and the last step is what counts."""
     patience: int | None = None
-    """End after so many evaluations without a better one; the run then is its best checkpoint."""
+    """End after so many evaluations on the validation split without a better one."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +293,8 @@ class ParallelConfig:
     """How many processes there are; with coordinator."""
     process_id: int | None = None
     """Number of this process, from 0; with coordinator."""
+    join_within: float = 40.0
+    """Seconds for which a process waits until all have joined; then all end, naming those that are missing."""
 
 
 @dataclass(frozen=True)

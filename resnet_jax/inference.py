@@ -1,6 +1,7 @@
 """Networks for use: a compiled forward pass, and pictures in, probabilities and class names out."""
 
 import glob
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,20 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, local_path
 from resnet_jax.data.on_device import normalize
 from resnet_jax.models.fold import fold_batch_norm
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.sharding import compiler_options
 from resnet_jax.weights.load import fit_weights, model_of, names_of_outputs, preprocessing_of
-from resnet_jax.weights.sources import find_weights, local_path
+from resnet_jax.weights.sources import find_weights
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing
 
 LARGE_PART, SMALL_PART = 8, 64
 """Images that a CPU takes at once: of 96 x 96 pixels or more, and smaller ones."""
 
-NOT_FINITE = "the network gives probabilities that are not finite"
+NOT_FINITE = "has probabilities that are not finite"
 
 CONSTANT = 8 * 2**20
 """Bytes of all parameters up to which they are constants of a CPU's program; a call pays for each array it is given."""
@@ -100,13 +101,18 @@ class Predictor:
     flip: bool = False
 
     @classmethod
-    def from_source(cls, source: str | Path, name: str | None = None, flip: bool = False) -> Self:
+    def from_source(
+        cls, source: str | Path, name: str | None = None, flip: bool = False, checkpoint: str | None = None
+    ) -> Self:
         """From anything that `load_pretrained` takes; `name` is the model's, where the source does not say.
+
+        Args:
+          checkpoint: of a run, as for `find_weights`.
 
         Raises:
           InputError: the source cannot be read, or nothing says how pictures are prepared for it.
         """
-        weights = find_weights(str(source), name)
+        weights = find_weights(str(source), name, checkpoint)
         name, fields = model_of(weights, str(source))
         model = create_model(name, **fields)
         if not model.num_classes:
@@ -124,17 +130,19 @@ class Predictor:
 
     @classmethod
     def from_run(cls, folder: str | Path) -> Self:
-        """From the folder of a run: its averages if it kept any, from the newest sound checkpoint."""
+        """From the folder of a run: its averages if it kept any, of the best checkpoint or the latest."""
         return cls.from_source(folder)
 
     def prepare(self, raw: Any) -> np.ndarray:
         """A picture (path, a file's bytes, array or Pillow image) as the network sees it: RGB uint8, or float32.
 
         Raises:
-          BadImage: it cannot be decoded.
+          BadImage: it cannot be decoded, or is a path of something else than a regular file, which could hang.
         """
-        from resnet_jax.data.transforms import fit
+        from resnet_jax.data.transforms import BadImage, fit
 
+        if isinstance(raw, str | Path) and os.path.exists(raw) and not os.path.isfile(raw):
+            raise BadImage("it is no regular file")
         look = self.preprocessing
         return fit(raw, look.eval_image_size, look.eval_crop, look.interpolation, self.model.in_channels)
 
@@ -178,7 +186,7 @@ class Predictor:
         parts = [self.probabilities(prepared[i : i + batch]) for i in range(0, len(prepared), batch)]
         found = np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
         if len(bad := np.flatnonzero(~np.isfinite(found).all(1))):
-            raise InputError(f"{NOT_FINITE}: {len(bad)} of {len(found)} images, the first is number {bad[0]}")
+            raise InputError(f"image {bad[0]} {NOT_FINITE}, one of {len(bad)} such images: the weights are damaged")
         return found
 
 
@@ -229,12 +237,12 @@ def find_files(words: Sequence[str]) -> Iterator[Path]:
     Raises:
       InputError: one of them names nothing, or a device or pipe.
     """
-    from resnet_jax.data.sources import IMAGE_SUFFIXES
+    from resnet_jax.data.files import Left, pictures_under
 
     for word in words:
-        path = local_path(word)
+        path = local_path(word, "PATH")
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            found = [Path(picture) for picture in pictures_under(path, Left())]
         elif path.is_file():
             found = [path]
         elif path.exists():

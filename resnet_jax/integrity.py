@@ -1,17 +1,24 @@
-"""Whether files are whole: written at once, or sealed with checksums by which damage is found."""
+"""Whether files are whole: written at once, read as the types that they must hold, or sealed with checksums."""
 
+import contextlib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+import secrets
+import stat
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import xxhash
 
+from resnet_jax.config import InputError
+from resnet_jax.output import say
 from resnet_jax.pages import read_pages
+from resnet_jax.typed import typed
 
 SEAL = "checksums.json"
 LATE = "_CHECKPOINT_METADATA"
@@ -20,6 +27,9 @@ LATE = "_CHECKPOINT_METADATA"
 VECTORS = "state/whole."
 """How names of vectors begin: they are nearly all of a checkpoint, and `read_sound` looks at them while it reads."""
 
+TRIES = 20
+"""How often checkpoints are looked for anew that a run deletes while they are read."""
+
 T = TypeVar("T")
 
 
@@ -27,11 +37,98 @@ class Damaged(Exception):
     """A file is not what was sealed."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file such that nobody ever sees half of it."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    new.replace(path)
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file such that nobody ever sees half of it, and nothing outside of its folder is touched: a link in its
+    place is replaced, not followed. Characters that UTF-8 cannot hold are written as escapes.
+
+    Raises:
+      OSError: the disk takes no more, or the folder is gone.
+    """
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
+    new = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
+    try:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
+            file.write(data)
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Returns JSON as every reader takes it: numbers that are infinite or not a number are null."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """Returns dicts, lists and tuples with None in place of each float that is infinite or not a number."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parse_json(data: bytes, kind: Any, what: str) -> Any:
+    """Returns JSON as a type, as `typed` does; NaN and Infinity, which older versions wrote, are null.
+
+    Args:
+      what: the value is called in messages.
+
+    Raises:
+      InputError: it is no JSON, or not of this type.
+    """
+    try:
+        value = json.loads(data.decode(), parse_constant=lambda name: None)
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise InputError(f"{what} is no JSON: {reason}") from error
+    return typed(value, kind, what)
+
+
+def read_json(path: Path, kind: Any, what: str = "its content") -> Any:
+    """Returns what a JSON file holds as a type, as `typed` does.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: there is no such file.
+      InputError: it cannot be read, or it holds something else; the message names the file.
+    """
+    try:
+        return parse_json(read_file(path), kind, what)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except InputError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def read_file(path: Path) -> bytes:
+    """Returns the bytes of an ordinary file; a pipe or a device, which may never end, is an OSError."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("it is no ordinary file")
+        return file.read()
+
+
+def checkpoints_of(workdir: Path) -> Path:
+    """Returns the folder of a run's checkpoints, whether it is there or not.
+
+    Raises:
+      InputError: it, or a checkpoint in it, is a link, which may lead out of the run's folder.
+    """
+    folder = workdir.resolve() / "checkpoints"
+    try:
+        entries = [folder, *folder.iterdir()] if folder.is_dir() else [folder]
+        if link := next((entry for entry in entries if entry.is_symlink()), None):
+            raise InputError(
+                f"{link} is a link to {os.readlink(link)}, and a run keeps its checkpoints in its own folder: "
+                "move there what the link leads to"
+            )
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror or error}") from error
+    return folder
 
 
 def seal(folder: Path, known: dict[str, memoryview]) -> None:
@@ -42,7 +139,7 @@ def seal(folder: Path, known: dict[str, memoryview]) -> None:
     """
     sums = {name: (data.nbytes, xxhash.xxh3_64_hexdigest(data)) for name, data in known.items()}
     sums |= {str(name): _sum(folder / name) for name in _files(folder) if str(name) not in known}
-    write_whole(folder / SEAL, json.dumps(sums))
+    write_whole(folder / SEAL, to_json(sums))
 
 
 def every(name: str) -> bool:
@@ -61,8 +158,16 @@ def none(name: str) -> bool:
 
 
 def sums_in(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and hash that a file had when its folder was sealed, by name."""
-    return json.loads((folder / SEAL).read_text())
+    """Size and hash that a file had when its folder was sealed, by name.
+
+    Raises:
+      FileNotFoundError: the folder was not sealed.
+      InputError: its `checksums.json` is damaged.
+    """
+    sums = read_json(folder / SEAL, dict[str, tuple[int, str]])
+    if outside := next((name for name in sums if os.path.isabs(name) or ".." in Path(name).parts), None):
+        raise InputError(f"{folder / SEAL} is damaged: {outside!r} lies outside of the folder")
+    return sums
 
 
 def damage(folder: Path, read: Callable[[str], bool] = every) -> str | None:
@@ -71,15 +176,17 @@ def damage(folder: Path, read: Callable[[str], bool] = every) -> str | None:
     Args:
       read: whether a file is read, by its name, or its size alone compared.
     """
+    name = SEAL
     try:
-        name = SEAL
         expected = sums_in(folder)
+        if not expected:
+            return f"{SEAL} names no file"
         name = LATE
-        json.loads((folder / LATE).read_text())
+        read_json(folder / LATE, dict[str, Any])
     except FileNotFoundError:
         return f"{name} is missing"
-    except (OSError, ValueError):
-        return f"{name} cannot be read"
+    except InputError as error:
+        return str(error).removeprefix(f"{folder}{os.sep}")
 
     def problem(name: str) -> str | None:
         size, checksum = expected[name]
@@ -97,7 +204,51 @@ def damage(folder: Path, read: Callable[[str], bool] = every) -> str | None:
 
 def steps_in(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, sound or not, the newest first."""
-    return sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
+    names = [path.name for path in folder.glob("*")]
+    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
+
+
+BEST = "best.json"
+"""Names the best checkpoint of a run's folder."""
+
+
+class Best(TypedDict):
+    """What `best.json` holds; `metric` with its split, such as `validation/accuracy`."""
+
+    step: int
+    metric: str
+    value: float
+
+
+def best_of(folder: Path) -> Best | None:
+    """What `best.json` of a run's folder says; None where nothing was selected.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    try:
+        return read_json(folder / BEST, Best)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def checkpoint_step(folder: Path, wanted: str) -> int:
+    """Step that `best` or a number means in a run's folder.
+
+    Raises:
+      InputError: it is something else, or the run has no such checkpoint.
+    """
+    there = steps_in(checkpoints_of(folder))
+    if wanted == "best":
+        best = best_of(folder)
+        if best is None:
+            raise InputError(f"the run in {folder} has selected no best checkpoint: take --checkpoint latest")
+        wanted = str(best["step"])
+    step = int(wanted) if wanted.isascii() and wanted.isdigit() else -1
+    if step not in there:
+        kept = ", ".join(map(str, there)) or "none"
+        raise InputError(f"--checkpoint {wanted}: give best, latest or the step of one that is kept, which are {kept}")
+    return step
 
 
 def read_sound(folder: Path, name: str, checksum: str) -> np.ndarray:
@@ -116,24 +267,73 @@ def read_sound(folder: Path, name: str, checksum: str) -> np.ndarray:
 
 
 def newest_sound(
-    folder: Path, read: Callable[[int], T], steps: Sequence[int] | None = None
+    folder: Path, read: Callable[[int], T], steps: Callable[[], Iterable[int]] | None = None
 ) -> tuple[T | None, dict[int, str]]:
     """What a function reads in the newest sound checkpoint of a folder, and what is wrong with each newer one.
 
+    A run that goes on meanwhile deletes checkpoints as newer ones come: where the folder changes while it is read, it
+    is looked at again.
+
     Args:
       read: is given a step of which all but the vectors is sound, and may find it damaged.
-      steps: to try in place of all, one after the other.
+      steps: gives those to try in place of all, one after the other.
+
+    Raises:
+      InputError: what `read` raises, or the folder changes faster than it can be read.
     """
-    problems: dict[int, str] = {}
-    for step in steps_in(folder) if steps is None else steps:
-        problem = damage(folder / str(step), but_vectors)
+    for _ in range(TRIES):
+        problems: dict[int, str] = {}
+        there = steps_in(folder)
+        for step in there if steps is None else steps():
+            problem = damage(folder / str(step), but_vectors)
+            try:
+                if problem is None:
+                    return read(step), problems
+            except Damaged as error:
+                problem = str(error)
+            if steps_in(folder) != there:
+                break  # it may have been deleted, not damaged
+            problems[step] = problem
+        else:
+            return None, problems
+    raise InputError(
+        f"the run in {folder.parent} saves and deletes checkpoints faster than one can be read; copy one, or save less "
+        "often with --checkpoint.every_steps, or keep more with --checkpoint.keep"
+    )
+
+
+def read_chosen(workdir: Path, read: Callable[[int], T], checkpoint: str | None = None) -> T:
+    """Returns what a function reads in a checkpoint of a run; standard error says where a damaged one is replaced.
+
+    Args:
+      read: as for `newest_sound`.
+      checkpoint: `best`, `latest` or a step; None takes the best one where the run selected one, else the latest.
+
+    Raises:
+      InputError: there is no such checkpoint, or the one that was asked for is damaged.
+    """
+    folder = checkpoints_of(workdir)
+    if checkpoint is None:
         try:
-            if problem is None:
-                return read(step), problems
-        except Damaged as error:
-            problem = str(error)
-        problems[step] = problem
-    return None, problems
+            if best_of(workdir) is not None:
+                return read_chosen(workdir, read, "best")
+        except InputError as error:
+            say(f"WARNING: {error}; the newest sound checkpoint is taken in place of the best one", error=True)
+        checkpoint = "latest"
+    named = None if checkpoint == "latest" else lambda: [checkpoint_step(workdir, checkpoint)]
+    found, problems = newest_sound(folder, lambda step: (step, read(step)), named)
+    if found is None:
+        listed = "; ".join(f"that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
+        if named is None:
+            raise InputError(f"{workdir} holds no checkpoint; {listed or 'the run ended before its first one'}")
+        raise InputError(f"--checkpoint {checkpoint} of {workdir}: {listed}")
+    for bad, problem in problems.items():
+        say(
+            f"WARNING: the checkpoint of step {bad} in {workdir} is damaged ({problem}); taking that of step "
+            f"{found[0]} in its place",
+            error=True,
+        )
+    return found[1]
 
 
 def _files(folder: Path) -> list[Path]:

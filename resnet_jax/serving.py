@@ -28,7 +28,9 @@ CHECKED, TOLERANCE = 100, 1e-4
 of the largest."""
 
 
-def export_program(source: str, path: Path, form: str, name: str | None = None) -> dict[str, Any]:
+def export_program(
+    source: str, path: Path, form: str, name: str | None = None, checkpoint: str | None = None
+) -> dict[str, Any]:
     """Writes a network with its preprocessing (but for resizing) and `to_probabilities` as a program for any batch.
 
     The program takes pixels [batch, height, width, channel], uint8 for RGB and else float32, and gives probabilities,
@@ -39,6 +41,7 @@ def export_program(source: str, path: Path, form: str, name: str | None = None) 
       source: as for `load_pretrained`.
       form: `stablehlo` or `onnx`.
       name: of the model, where the source does not say.
+      checkpoint: of a run, as for `find_weights`.
 
     Returns:
       What its metadata say: `source`, `class_names`, `input`, `dtype`, `several`, `thresholds`, `eval_crop`,
@@ -47,7 +50,7 @@ def export_program(source: str, path: Path, form: str, name: str | None = None) 
     Raises:
       InputError: the source cannot be read, jax2onnx is missing, the program disagrees, or cannot be written.
     """
-    predictor = Predictor.from_source(source, name)
+    predictor = Predictor.from_source(source, name, checkpoint=checkpoint)
     look, channels = predictor.preprocessing, predictor.model.in_channels
     shape = (*sides(look.eval_image_size), channels)
     dtype = np.uint8 if channels == 3 else np.float32

@@ -1,9 +1,5 @@
-"""Devices: the mesh, how arrays lie on it, and the start of several processes."""
+"""Devices: the mesh, and how arrays lie on it."""
 
-import hashlib
-import os
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -15,33 +11,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from resnet_jax.config import InputError, ParallelConfig
+from resnet_jax.config import InputError
 from resnet_jax.models.stacking import EQUAL
-
-
-def start_processes(recipe: ParallelConfig) -> None:
-    """Joins the processes of a cluster if `distributed` is `auto`; call before any other use of JAX.
-
-    Who they are says the recipe, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment,
-    or else what JAX finds out from the cluster.
-
-    Raises:
-      InputError: JAX finds no cluster to join, or the coordinator does not answer.
-    """
-    if recipe.distributed == "off" or jax.distributed.is_initialized():
-        return
-    coordinator = recipe.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    processes = from_environment("JAX_NUM_PROCESSES") if recipe.processes is None else recipe.processes
-    process_id = from_environment("JAX_PROCESS_ID") if recipe.process_id is None else recipe.process_id
-    if coordinator and process_id:
-        await_coordinator(coordinator, WAIT)
-    try:
-        jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=LOST_AFTER)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"parallel.distributed auto: {error}; give --parallel.distributed off on one host, or "
-            "--parallel.coordinator ADDRESS:PORT --parallel.processes N --parallel.process_id I"
-        ) from error
 
 
 def run_in_caller() -> None:
@@ -51,62 +22,6 @@ def run_in_caller() -> None:
     before any other use of JAX; programs over several devices run as before.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
-def from_environment(name: str) -> int | None:
-    """A whole number from the environment; None where it is not set.
-
-    Raises:
-      InputError: it is something else.
-    """
-    text = os.environ.get(name)
-    if text and not text.isdigit():
-        raise InputError(f"{name}={text} in the environment: give a whole number, or unset it")
-    return int(text) if text else None
-
-
-WAIT = 300
-"""Seconds for which a process waits for the coordinator."""
-
-LOST_AFTER = 30
-"""Seconds without a sign of life after which a process counts as lost and the others end."""
-
-
-def await_coordinator(address: str, seconds: float) -> None:
-    """Returns once something listens at `host:port`; JAX itself would end the process without saying why.
-
-    Raises:
-      InputError: nothing did for so many seconds, or the address is none.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise InputError(f"parallel.coordinator {address}: give a host and a port, such as 10.0.0.1:1234")
-    began = time.monotonic()
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() - began > seconds:
-                raise InputError(
-                    f"parallel.coordinator {address} did not answer for {seconds:.0f} seconds ({error}); "
-                    "is process 0 running there, and may this host reach that port?"
-                ) from error
-            time.sleep(0.2)
-
-
-def check_same(text: str) -> None:
-    """Raises InputError where the processes of a run were given different recipes, as JSON."""
-    if jax.process_count() == 1:
-        return
-    from jax.experimental import multihost_utils
-
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    digests = np.asarray(multihost_utils.process_allgather(digest)).reshape(jax.process_count(), -1)
-    if other := [i for i, row in enumerate(digests) if (row != digests[0]).any()]:
-        raise InputError(
-            f"processes {', '.join(map(str, other))} were given another recipe than process 0: give all one"
-        )
 
 
 def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:

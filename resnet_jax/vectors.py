@@ -1,7 +1,8 @@
 """Packed states on disk, with Orbax: each vector is a file of its bytes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,7 +10,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from resnet_jax.integrity import VECTORS, read_sound, sums_in
+from resnet_jax.config import InputError
+from resnet_jax.integrity import VECTORS, Damaged, read_sound, sums_in
 from resnet_jax.packing import Index, type_of, unpack
 from resnet_jax.pages import read_pages, write_pages
 
@@ -76,6 +78,30 @@ def items(packed: dict[str, dict[str, Any]], index: Index, record: dict[str, Any
     """What to save: a packed state, and a record beside it."""
     said = {"record": record, "index": index}
     return ocp.args.Composite(state=ocp.args.PyTreeSave(packed), record=ocp.args.JsonSave(said))
+
+
+@contextmanager
+def reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
+    """Orbax's manager of a folder of checkpoints, to read alone.
+
+    Raises:
+      Damaged: what is done with it fails, as where a run deletes a checkpoint meanwhile.
+    """
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, lightweight_initialize=True)
+    with unreadable_is_damaged(), ocp.CheckpointManager(folder, options=options, item_handlers=handlers()) as manager:
+        yield manager
+
+
+@contextmanager
+def unreadable_is_damaged() -> Iterator[None]:
+    """Turns whatever Orbax raises over files that it does not understand, which is of many kinds, into Damaged."""
+    try:
+        yield
+    except (InputError, Damaged, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise Damaged(f"it cannot be read ({type(error).__name__}: {reason[:300]})") from error
 
 
 def read_record(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, Any], Index]:

@@ -1,19 +1,25 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import jax
 import pytest
+from PIL import Image
 
 from resnet_jax.cli import MEMORY, main, parse_recipe, spelt_out
 from resnet_jax.config import Config, ParallelConfig
 from resnet_jax.recipes import load_config, to_dict
 from resnet_jax.sharding import known_on_cpu
+from resnet_jax.training import loop
 from resnet_jax.training.state import OPTION
 
 from .conftest import ROOT
+from .small import save_small_network
 
 
 def run(arguments, capsys):
@@ -103,25 +109,224 @@ def test_a_misspelt_flag_names_the_nearest(capsys):
     assert "learning_rate" in out + err
 
 
+SMALL = "train --model.name cifar_resnet8 --train.batch_size 32"
+
+
+@pytest.fixture
+def things(tmp_path, monkeypatch):
+    """The current folder, with a small network and with things that are in the way."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # `plan` changes it
+    save_small_network(tmp_path / "net.safetensors")
+    Image.new("RGB", (8, 8)).save("a.png")
+    Path("file").write_text("x")
+    Path("folder.pth").mkdir()
+    Path("bad.py").write_text("import os\nconfig = (\n")
+    os.mkfifo("pipe")
+    return tmp_path
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("line", "message"),
     [
-        (["trian"], "there are train, plan, show-batch, evaluate"),
-        (["train", "--model.name", "rsnet50"], "did you mean resnet50"),
-        (["train", "--data.dataset", "web"], "digits, folder:PATH"),
-        (["train", "--data.dataset", "folder:/no/such"], "there is no such folder"),
-        (["train", "--config", "/no/such.py"], "there is no such file"),
-        (["train", "--train.batch_size", "33"], "nearest that does is 32"),
-        (["evaluate", "/no/such/run"], "holds no run"),
-        (["models", "nothing*"], "no model matches"),
+        ("trian", "there are train, plan, show-batch, evaluate"),
+        ("train --model.name rsnet50", "did you mean resnet50"),
+        ("train --data.dataset web", "digits, folder:PATH"),
+        ("train --data.dataset folder:/no/such", "there is no such folder"),
+        ("train --config /no/such.py", "there is no such file"),
+        ("train --config ''", "--config is empty"),
+        ("train --config folder.pth", "it is a folder"),
+        ("train --config bad.py", "bad.py, line 2: SyntaxError"),
+        ("train --train.batch_size 33", "nearest that does is 32"),
+        ("train --train.seed -1", "train.seed must be at least 0, and is -1"),
+        (f"train --train.seed {2**70}", "train.seed must be at most 4294967295"),
+        ("train --train.epochs nan", "train.epochs must be above 0, and is nan"),
+        ("train --optimizer.learning_rate inf", "optimizer.learning_rate must be at least 0"),
+        ("train --optimizer.learning_rate -1", "optimizer.learning_rate must be at least 0"),
+        ("train --data.std 0 0 0", "data.std must be at least 1e-30"),
+        ("train --augment.pad -1", "augment.pad must lie in [0, 1024], and is -1"),
+        ("train --checkpoint.every_steps -3", "checkpoint.every_steps must be at least 1, and is -3"),
+        (f"{SMALL} --model.norm group", "16 channels do not divide into the 32 groups"),
+        (f"{SMALL} --model.num_classes 5", "model.num_classes 5 is below the 10 classes of digits"),
+        (f"{SMALL} --parallel.batch_norm ghost:7", "nearest sizes that do are 4, 8"),
+        (
+            f"{SMALL} --parallel.batch_norm ghost:8 --parallel.strategy shard_map",
+            "the 4 images that go through at once",
+        ),
+        ("train --workdir gs://bucket/run", "remote paths are not supported yet"),
+        ("train --workdir ''", "--workdir is empty"),
+        ("train --workdir ~nosuchuser/x", "there is no such home"),
+        (f"{SMALL} --workdir file", "cannot be written"),
+        (f"{SMALL} --workdir file/run", "cannot be written"),
+        (f"train --workdir {'x' * 300}", "File name too long"),
+        ("train --data.dataset folder:gs://bucket/x", "remote paths are not supported yet"),
+        ("train --data.dataset csv:s3://bucket/x.csv", "remote paths are not supported yet"),
+        ("train --data.data_dir gs://bucket/x", "remote paths are not supported yet"),
+        ("train --model.pretrained s3://bucket/x.pth", "remote paths are not supported yet"),
+        ("plan --parallel.strategy pmap", "plan with --parallel.strategy shard_map"),
+        ("plan --devices 0", "from 1 to 1024"),
+        ("plan --devices 1000000", "from 1 to 1024"),
+        ("plan --memory nonsense", "such as 80GiB"),
+        ("plan --memory ''", "such as 80GiB"),
+        ("plan --memory 1.2.3GiB", "such as 80GiB"),
+        ("plan --data.std nan nan nan", "data.std must be at least 1e-30"),
+        ("show-batch", "which file to write"),
+        ("show-batch gs://bucket/a.png", "remote paths are not supported yet"),
+        ("show-batch a.png --train.epochs nan", "train.epochs must be above 0"),
+        ("show-batch file/a.png", "cannot be written"),
+        ("evaluate /no/such/run", "holds no run"),
+        ("evaluate gs://bucket/run", "remote paths are not supported yet"),
+        ("evaluate ~nosuchuser/run", "there is no such home"),
+        ("evaluate file", "holds no run"),
+        ("report s3://bucket/run", "remote paths are not supported yet"),
+        ("report ''", "WORKDIR is empty"),
+        ("runs gs://bucket", "remote paths are not supported yet"),
+        ("runs file", "there is no such folder"),
+        ("predict s3://bucket/run a.png", "remote paths are not supported yet"),
+        ("predict net.safetensors https://host/a.png", "remote paths are not supported yet"),
+        ("predict net.safetensors pipe", "no ordinary file"),
+        ("predict net.safetensors a.png --top 0", "--top and --batch must be at least 1"),
+        ("predict net.safetensors a.png --batch 0", "--top and --batch must be at least 1"),
+        ("predict net.safetensors a.png --cam file", "--cam file is a file: name a folder"),
+        ("predict net.safetensors a.png --cam file/x", "file/x"),
+        ("predict net.safetensors a.png --cam gs://bucket/x", "remote paths are not supported yet"),
+        ("export net.safetensors gs://bucket/a.pth", "remote paths are not supported yet"),
+        ("export net.safetensors folder.pth", "no ordinary file"),
+        ("export net.safetensors pipe --format pth", "no ordinary file"),
+        ("export net.safetensors /dev/null --format safetensors", "no ordinary file"),
+        ("export net.safetensors file/a.pth", "file/a.pth cannot be written"),
+        ("export net.safetensors file/a.safetensors", "file/a.safetensors cannot be written"),
+        (f"export net.safetensors {'x' * 250}.safetensors", "File name too long"),
+        (f"export net.safetensors {'x' * 250}.pth", "cannot be written"),
+        ("export net.safetensors a.txt", "say which with --format"),
+        ("models nothing*", "no model matches"),
+        ("lab nosuch", "there is no experiment 'nosuch'"),
+        ("lab degradation --seeds -1", "--seeds -1: seeds lie in 0 to"),
+        (f"lab degradation --seeds {2**70}", "seeds lie in 0 to"),
+        ("lab degradation --depths 0", "depths are 6n + 2"),
+        ("lab degradation --depths 21", "depths are 6n + 2"),
+        ("lab degradation --depths 60000002", "depths are 6n + 2"),
+        ("lab degradation --dataset web", "digits, folder:PATH"),
+        ("lab degradation --dataset folder:gs://bucket/x", "remote paths are not supported yet"),
+        ("lab degradation --out file", "--out file cannot be written"),
+        ("lab degradation --out file/x", "--out file/x cannot be written"),
+        ("lab degradation --out gs://bucket/x", "remote paths are not supported yet"),
     ],
 )
-def test_wrong_input_ends_with_status_2(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    status, _, err = run(arguments, capsys)
+def test_wrong_input_ends_with_status_2(line, message, capsys, things):
+    status, _, err = run(shlex.split(line), capsys)
     assert status == 2
     assert err.startswith("error: ") and message in err
-    assert not list(tmp_path.rglob("*.json"))
+    assert not list(things.rglob("*.json")) and not list(things.glob("*:*"))
+
+
+@pytest.mark.parametrize("line", ["lab degradation --seeds x", "lab degradation --seeds 1,,2", "plan --devices x"])
+def test_a_word_in_place_of_a_number_ends_with_usage(line, capsys, things):
+    status, _, err = run(shlex.split(line), capsys)
+    assert status == 2 and err.startswith("usage: resnet-jax ")
+
+
+def test_a_nul_character_is_no_traceback(capsys):
+    assert run(["train", "--workdir", "a\0b"], capsys)[::2] == (
+        2,
+        "error: a word of the command line holds a NUL character\n",
+    )
+
+
+@pytest.mark.parametrize("field", [{"train": {"epochs": float("inf")}}, {"data": {"std": [0.0] * 3}}])
+@pytest.mark.parametrize("command", ["train --workdir", "evaluate", "report"])
+def test_the_recipe_of_a_run_is_checked_by_every_command(field, command, capsys, tmp_path):
+    recipe = to_dict(Config())
+    for section, values in field.items():
+        recipe[section] |= values
+    (tmp_path / "config.json").write_text(json.dumps(recipe))
+    (name,) = (f"{section}.{field}" for section, values in field.items() for field in values)
+    status, _, err = run([*command.split(), str(tmp_path)], capsys)
+    assert status == 2 and f"{name} must be" in err
+
+
+@pytest.mark.parametrize("error", [MemoryError("64 GiB"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 64 GiB")])
+def test_too_little_memory_is_a_sentence_with_the_remedy(error, capsys, monkeypatch, tmp_path):
+    def exhausted(*_):
+        raise error
+
+    monkeypatch.setattr(loop, "run_with_rollbacks", exhausted)
+    status, _, err = run([*SMALL.split(), "--workdir", str(tmp_path / "run")], capsys)
+    assert status == 1 and "64 GiB" in err and "--train.batch_size" in err and "--model.remat" in err
+
+
+def test_export_that_fails_leaves_the_old_file(capsys, things, monkeypatch):
+    Path("old.pth").write_text("old")
+    monkeypatch.setattr("torch.save", lambda values, path: Path(path).write_text("half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["export", "net.safetensors", "old.pth"])
+    assert Path("old.pth").read_text() == "old" and not list(things.glob("*.new"))
+
+
+PROCESS = [sys.executable, "-m", "resnet_jax.cli"]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "rubbish"])
+@pytest.mark.parametrize("line", ["train --workdir run", "predict net.safetensors a.png"])
+def test_a_device_that_is_not_there_is_a_sentence(platform, line, things):
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    done = subprocess.run([*PROCESS, *line.split()], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"JAX_PLATFORMS={platform}: JAX finds no such device here" in done.stderr
+
+
+@pytest.mark.parametrize("home", ["/proc/nosuch", None])
+def test_without_a_home_a_run_goes_on_without_a_cache_and_says_so_once(home, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HOME", "XDG", "JAX_C"))}
+    start = [sys.executable, "-c", NO_HOME if home is None else "from resnet_jax import cli; cli.run()"]
+    flags = [*SMALL.split(), "--train.steps", "2", "--schedule.warmup_epochs", "0", "--workdir", str(tmp_path / "run")]
+    environment |= {} if home is None else {"HOME": home}
+    done = subprocess.run([*start, *flags], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and (tmp_path / "run" / "curves.png").is_file(), done.stderr
+    assert (done.stdout + done.stderr).count("compiled programs cannot be kept") == 1
+    assert "Traceback" not in done.stderr and "atplotlib" not in done.stderr
+
+
+NO_HOME = """
+import os
+import pwd
+
+def nobody(uid):
+    raise KeyError(uid)
+
+pwd.getpwuid = nobody  # as for a user whom the system does not know
+
+from resnet_jax import cli
+
+cli.run()
+"""
+
+
+def test_a_closed_pipe_is_no_traceback():
+    with subprocess.Popen([*PROCESS, "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 0 and not err
+
+
+def test_a_batch_norm_that_sees_one_value_a_channel_is_a_warning(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "run_with_rollbacks", lambda *_: sys.exit(0))
+    flags = ["--model.name", "resnet10t", "--data.dataset", "synthetic", "--data.synthetic_size", "8"]
+    flags += ["--data.synthetic_classes", "2", "--schedule.warmup_epochs", "0", "--augment.crop", "none"]
+
+    def out(*more):
+        folder = str(tmp_path / str(len(list(tmp_path.iterdir()))))  # a folder's recipe is what flags change
+        return run(["train", *flags, *more, "--parallel.devices", "2", "--workdir", folder], capsys)[1]
+
+    small, large = ["--data.image_size", "32"], ["--data.image_size", "64"]
+    one_each = ["--train.batch_size", "2", "--parallel.batch_norm", "local"]
+    assert "WARNING: 3 batch norms, stage4/block1/norm1 the first, see one value" in out(*small, *one_each)
+    for scope in (["--parallel.batch_norm", "ghost:1"], ["--train.accumulate_steps", "2", *one_each[2:]]):
+        assert "see one value a channel" in out(*small, "--train.batch_size", "4", *scope)
+    assert "WARNING" not in out(*large, *one_each)
+    assert "WARNING" not in out(*small, "--train.batch_size", "2")
+    assert "WARNING" not in out(*small, *one_each, "--model.norm", "frozen_batch")
 
 
 def test_help_describes_every_field(capsys):

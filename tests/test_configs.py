@@ -32,7 +32,7 @@ def test_recipe_loads_and_runs_a_step_when_shrunk(path, tmp_path):
         log=dataclasses.replace(config.log, report=False),
     )
     summary = loop.train(small, tmp_path)
-    assert summary["steps"] == 1 and summary["test"]["count"] == 1
+    assert summary["steps"] == 1 and summary["validation"]["count"] == 1
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

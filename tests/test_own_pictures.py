@@ -75,10 +75,13 @@ def test_a_probe_keeps_the_network_and_reports_on_its_best_checkpoint(run, weigh
     jax.tree.map(np.testing.assert_array_equal, after, before)
     measures = json.loads((run / "measures.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
-    assert measures["step"] == summary["best"]["step"] and summary["best"]["macro_f1"] > 0.7
-    assert measures["macro_f1"] == pytest.approx(summary["best"]["macro_f1"], abs=1e-6)
-    assert measures["accuracy"] == pytest.approx(summary["test"]["accuracy"], abs=1e-6)
-    assert {row["name"]: row["support"] for row in measures["classes"]} == {"across": 5, "along": 5, "plain": 1}
+    best = summary["best"]
+    assert measures["step"] == summary["selected"] == best["step"] and best["value"] > 0.7
+    assert best["metric"] == "validation/macro_f1" and measures["split"] == measures["calibrated_on"] == "validation"
+    assert measures["macro_f1"] == pytest.approx(best["value"], abs=1e-6)
+    assert measures["accuracy"] == pytest.approx(summary["validation"]["accuracy"], abs=1e-6)
+    assert "test" not in summary and "so that figures of that split flatter it" in (run / "report.html").read_text()
+    assert sum(row["support"] for row in measures["classes"]) == summary["validation"]["count"]
 
 
 def test_a_run_without_progress_ends_and_stays_ended(tmp_path, folder, capsys):
@@ -86,7 +89,7 @@ def test_a_run_without_progress_ends_and_stays_ended(tmp_path, folder, capsys):
     flags += ["--optimizer.learning_rate", "0.0"]
     command = ["train", "--workdir", str(tmp_path / "run"), *SHORT, *flags, "--train.epochs", "40", "--log.no_report"]
     assert main(command) == 0
-    evaluations = [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "eval/loss" in line]
+    evaluations = [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "validation/loss" in line]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(evaluations) == 3 and summary["steps"] == evaluations[-1] and summary["best"]["step"] == evaluations[0]
     assert "no better for 2 evaluations" in capsys.readouterr().out
@@ -193,7 +196,7 @@ def test_several_labels_from_a_table(tmp_path, capsys):
     flags += ["--train.loss", "binary"]
     assert main(["train", "--workdir", str(tmp_path / "run"), *SHORT, *flags, "--train.eval_every_epochs", "5"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["best"]["map"] > 0.9 and summary["test"]["map"] > 0.9
+    assert summary["best"]["metric"] == "validation/map" and summary["validation"]["map"] > 0.9
     calibration = json.loads((tmp_path / "run" / "calibration.json").read_text())
     assert len(calibration["thresholds"]) == 2
     capsys.readouterr()
@@ -223,7 +226,7 @@ def test_pictures_that_are_not_rgb(tmp_path, kind, capsys):
     flags = ["--data.dataset", f"folder:{tmp_path / 'data'}", "--data.channels", channels, "--train.steps", "40"]
     flags += ["--data.mean", mean, "--data.std", std]
     assert main(["train", "--workdir", str(tmp_path / "run"), *SHORT, *flags]) == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test"]["accuracy"] == 1.0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["validation"]["accuracy"] == 1.0
     capsys.readouterr()
     assert main(["predict", str(tmp_path / "run"), str(tmp_path / "data" / "high")]) == 0
     lines = capsys.readouterr().out.splitlines()

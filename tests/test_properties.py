@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from resnet_jax import from_torch, to_torch
 from resnet_jax.config import AugmentConfig, Config
+from resnet_jax.data.dataset import ArraySource
 from resnet_jax.data.loader import TrainExample
-from resnet_jax.data.sources import ArraySource
 from resnet_jax.models.registry import variable_shapes
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.recipes import differences, from_dict, to_dict

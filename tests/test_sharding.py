@@ -9,7 +9,8 @@ import pytest
 
 from resnet_jax.cli import MEMORY
 from resnet_jax.config import InputError, ParallelConfig
-from resnet_jax.sharding import check_batch, make_mesh, put_batch, start_processes
+from resnet_jax.processes import start_processes
+from resnet_jax.sharding import check_batch, make_mesh, put_batch
 
 
 def test_a_batch_is_split_over_all_devices():

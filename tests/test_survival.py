@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +19,9 @@ from PIL import Image
 from resnet_jax.cli import MEMORY
 from resnet_jax.config import Config, InputError
 from resnet_jax.integrity import damage, steps_in
+from resnet_jax.training.lock import live_holder
 from resnet_jax.training.trackers import read_lines
-from resnet_jax.training.workdir import describe_run, live_holder, locked, runs_under
+from resnet_jax.training.workdir import describe_run, locked, runs_under
 
 from .training.test_loop import final_state, lines_of
 
@@ -107,7 +110,8 @@ def test_a_run_killed_ten_times_is_the_undisturbed_run_bit_for_bit(place, undist
 
 
 def test_a_run_that_is_told_to_stop_saves_and_goes_on(undisturbed, tmp_path):
-    for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+    told = ((signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGUSR1, 0), (signal.SIGHUP, 0))
+    for number, status in told:
         before = max(steps_in(tmp_path / "checkpoints"), default=0)
         process = start(tmp_path, *PLACES["device"])
         wait_for(lambda b=before: any(x["step"] > b for x in read_lines(tmp_path / "metrics.jsonl")), process)
@@ -122,6 +126,141 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(undisturbed, tmp_path):
         assert not (tmp_path / "lock").exists()
     finish(start(tmp_path, recipe=[]))
     same_run(tmp_path, undisturbed("device"))
+
+
+def test_under_nohup_a_terminal_that_goes_ends_nothing(tmp_path):
+    process = start(tmp_path, *PLACES["device"], preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(lambda: steps_in(tmp_path / "checkpoints"), process)
+    process.send_signal(signal.SIGHUP)
+    finish(process)
+    assert max(steps_in(tmp_path / "checkpoints")) == 240
+
+
+LONG = ["--train.steps", "100000", "--schedule.warmup_epochs", "0", "--train.eval_every_epochs", "100000"]
+
+
+def delete(folder):
+    while folder.exists():  # a checkpoint may be on its way
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def delete_and_put_something_else_there(folder):
+    delete(folder)
+    folder.mkdir()
+    (folder / "notes.txt").write_text("somebody else's")
+
+
+def move(folder):
+    folder.rename(folder.with_name("moved"))
+
+
+def remove_the_lock(folder):
+    (folder / "lock").unlink()
+
+
+@pytest.mark.parametrize("take", [delete, delete_and_put_something_else_there, move, remove_the_lock])
+def test_a_run_whose_folder_is_taken_saves_elsewhere_and_says_so(take, tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, *PLACES["device"], *LONG)
+    wait_for(lambda: len(steps_in(folder / "checkpoints")) > 0, process)
+    take(folder)
+    _, err = finish(process, 1)
+    assert f"{folder} is no longer this run's" in err and "Traceback" not in err
+    (saved,) = [path for path in tmp_path.iterdir() if path != folder]
+    assert (saved == tmp_path / "moved") == (take is move)
+    step = max(steps_in(saved / "checkpoints"))
+    assert f"is saved in {saved}; resnet-jax train --workdir {saved} goes on from there" in err
+    assert damage(saved / "checkpoints" / str(step)) is None and not (saved / "lock").exists()
+    if take is not remove_the_lock:  # the folder is not made anew, and nothing is put beside what others put there
+        assert not folder.exists() or [path.name for path in folder.iterdir()] == ["notes.txt"]
+    process = start(saved, recipe=[])
+    wait_for(lambda: any(x["step"] > step for x in read_lines(saved / "metrics.jsonl")), process)
+    process.terminate()
+    finish(process)
+
+
+def test_a_lock_that_another_run_takes_ends_the_first_and_leaves_the_second_alone(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, *PLACES["device"], *LONG)
+    wait_for(lambda: steps_in(folder / "checkpoints"), process)
+    (folder / "lock").unlink()
+    with locked(folder, Config()) as ours:
+        _, err = finish(process, 1)
+        assert f"{folder} is no longer this run's" in err and "Traceback" not in err
+        assert not ours.lost(now=True)
+    assert any(steps_in(path / "checkpoints") for path in tmp_path.iterdir() if path != folder)
+
+
+@pytest.mark.parametrize("redirect", ["> /dev/full 2>&1", ">&- 2>&-"])
+def test_a_run_that_cannot_print_goes_on_to_its_end(redirect, tmp_path):
+    flags = [*FLAGS, *PLACES["device"], "--train.steps", "60"]
+    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(tmp_path / "run"), *flags]
+    process = subprocess.Popen(["sh", "-c", f'exec "$@" {redirect}', "sh", *command], env=ALONE)
+    assert process.wait(240) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 60
+    for name in ("metrics.jsonl", "config.json", "summary.json"):
+        for line in (tmp_path / "run" / name).read_text().splitlines() if name == "metrics.jsonl" else ():
+            assert json.loads(line)["step"]
+
+
+FAULTY = """
+import os, signal, sys
+from resnet_jax import cli
+from resnet_jax.training import loop, checkpoints
+{fault}
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def faulty(fault, workdir, *flags):
+    """The command with a fault in it."""
+    command = [sys.executable, "-c", FAULTY.format(fault=fault), "train", "--workdir", str(workdir), *FLAGS]
+    command += ["--train.steps", "40", *flags]
+    return subprocess.Popen(command, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_what_is_drawn_of_a_run_comes_last_and_is_made_up_for(tmp_path):
+    """A start that is killed while curves are drawn, then one whose figures fail, then one that nothing happens to."""
+    die = "def kill(folder):\n    os.kill(os.getpid(), signal.SIGKILL)\nloop.draw_curves = kill"
+    finish(faulty(die, tmp_path), -signal.SIGKILL)
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 40
+    assert not (tmp_path / "curves.png").exists() and not (tmp_path / "report.html").exists()
+    fail = "def fail(folder):\n    raise ValueError('no fonts')\nloop.draw_curves = loop.make_report = fail"
+    out, err = finish(faulty(fail, tmp_path, "--log.report"))
+    assert "the run is finished" in out
+    for name in ("curves.png", "report.html"):
+        assert f"WARNING: there is no {name} (ValueError: no fonts)" in err
+    out, err = finish(faulty("", tmp_path, "--log.report"))
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "report.html").exists() and "WARNING" not in err
+    written = (tmp_path / "report.html").stat().st_mtime_ns
+    finish(faulty("", tmp_path, "--log.report"))
+    assert (tmp_path / "report.html").stat().st_mtime_ns == written
+
+
+def test_a_last_checkpoint_or_summary_that_cannot_be_written_is_its_own_status(tmp_path):
+    full = "raise OSError(28, 'No space left on device')"
+    fault = f"""
+save = checkpoints.Checkpoints.save
+def refuse(self, step, state, record):
+    if step < 40:
+        return save(self, step, state, record)
+    try:
+        {full}
+    except OSError as error:
+        self._writing = step
+        self._failed(error)
+checkpoints.Checkpoints.save = refuse
+"""
+    _, err = finish(faulty(fault, tmp_path), 3)
+    assert "the checkpoint of the last step, 40, could not be written" in err and "Traceback" not in err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 40 and summary["test"]["count"] == 360
+    assert describe_run(tmp_path)["state"] == "stopped"
+    fault = f"def full(*_):\n    {full}\nloop.finish = full"
+    _, err = finish(faulty(fault, tmp_path), 3)
+    assert f"{tmp_path / 'summary.json'} could not be written" in err and "Traceback" not in err
+    finish(faulty("", tmp_path))
+    assert describe_run(tmp_path)["state"] == "finished"
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path):
@@ -202,15 +341,65 @@ def test_data_that_never_comes_ends_the_run_and_is_named(tmp_path):
     assert f"gave nothing for data.timeout = 6 seconds: {hanging} has been under way" in err
 
 
+def children_of(pid):
+    """Process numbers of a process's children, and their command lines."""
+    found = " ".join(x.read_text() for x in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return {int(p): Path(f"/proc/{p}/cmdline").read_bytes().replace(b"\0", b" ") for p in found}
+
+
+def in_own_memory(size, command, env):
+    """A process to which /dev/shm is a disk of its own, of some size."""
+    own = ["unshare", "-rm", "sh", "-c"]
+    if subprocess.run([*own, "mount -t tmpfs tmpfs /dev/shm"], capture_output=True).returncode:
+        pytest.skip("this system lets no user mount a file system of their own")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    return subprocess.Popen(
+        [*own, f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "sh", *command], **pipes
+    )
+
+
+def test_nothing_is_left_of_a_run_that_is_killed_with_workers(tmp_path):
+    temporary, command = tmp_path / "temporary", [sys.executable, "-m", "resnet_jax.cli", "train", *FLAGS]
+    temporary.mkdir()
+    command += ["--workdir", str(tmp_path / "run"), "--data.no_on_device", "--data.workers", "2"]
+    process = in_own_memory("64m", [*command, "--train.steps", "100000"], ALONE | {"TMPDIR": str(temporary)})
+    wait_for(lambda: steps_in(tmp_path / "run" / "checkpoints"), process)
+    children = children_of(process.pid)
+    assert sum(b"spawn_main" in command for command in children.values()) == 2, children
+    memory = os.open(f"/proc/{process.pid}/root/dev/shm", os.O_RDONLY)
+    assert os.listdir(memory)
+    process.kill()
+    process.communicate(timeout=30)  # until everything that could write into its pipes has ended
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < until, children
+        time.sleep(0.1)
+    assert os.listdir(memory) == os.listdir(temporary) == []
+    os.close(memory)
+
+
+def test_a_run_with_few_open_files_evaluates_as_often_as_it_likes(tmp_path):
+    flags = ["--data.no_on_device", "--train.steps", "160", "--train.eval_every_epochs", "0.05"]
+    limit = (128, 128)
+    process = start(tmp_path, *flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit))
+    finish(process)
+    assert sum("ema/loss" in line for line in read_lines(tmp_path / "metrics.jsonl")) >= 70
+
+
+def test_full_shared_memory_is_named(tmp_path):
+    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(tmp_path), *FLAGS]
+    command += ["--data.no_on_device", "--data.workers", "1", "--data.image_size", "96"]
+    _, err = finish(in_own_memory("1m", [*command, "--train.batch_size", "64"], ALONE), 1)
+    assert "shared memory in /dev/shm is full: lower --data.workers" in err
+
+
 def test_a_worker_that_dies_ends_the_run(tmp_path):
     process = start(tmp_path, "--data.no_on_device", "--data.workers", "1", "--data.timeout", "10")
     wait_for(lambda: steps_in(tmp_path / "checkpoints"), process)
-    children = " ".join(x.read_text() for x in Path(f"/proc/{process.pid}/task").glob("*/children")).split()
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") for pid in children}
-    workers = [pid for pid, command in commands.items() if b"resource_tracker" not in command]
-    assert workers, commands
+    workers = [pid for pid, command in children_of(process.pid).items() if b"resource_tracker" not in command]
+    assert workers, children_of(process.pid)
     for pid in workers:
-        os.kill(int(pid), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "error: " in err, out + err
 

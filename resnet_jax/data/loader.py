@@ -2,22 +2,19 @@
 
 import gc
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax.config import AugmentConfig, Config, InputError, Size, sides
+from resnet_jax.data.dataset import Dataset, Source, labels_of
 from resnet_jax.data.order import alternately, balanced_table, example_index
-from resnet_jax.data.sources import Dataset, Source, labels_of
 from resnet_jax.data.transforms import BadImage, augment, decode, fit
-from resnet_jax.data.watch import Noted, Stalled, awaited, under_way
+from resnet_jax.data.watch import Stalled, awaited, check_guard, end_with_parent, name_what_hangs
 from resnet_jax.sharding import put_batch
 
 Batch = dict[str, np.ndarray]
@@ -58,7 +55,8 @@ class TrainExample:
     """Maps a place in this host's row of examples to the example, augmented.
 
     Host `rank` takes the places [rank * share, (rank + 1) * share) of every batch, so that the batches are the same
-    for any number of hosts. With a `table`, as `balanced_table` gives it, the order is that of its places.
+    for any number of hosts. With a `table`, as `balanced_table` gives it, the order is that of its places. Labels are
+    checked as in `checked_label`.
     """
 
     source: Source
@@ -70,18 +68,21 @@ class TrainExample:
     hosts: int = 1
     channels: int = 3
     table: np.ndarray | None = None
+    classes: int | None = None
 
     def __call__(self, place: int) -> dict[str, Any]:
         first, turn, position = self._example(place)
         size = len(self.source)
         for tries in range(size):
-            raw, label = self.source[(first + tries) % size]
+            index = (first + tries) % size
+            raw, label = self.source[index]
             rng = np.random.default_rng([self.seed, position])
             try:
                 image = augment(raw, rng, self.image_size, self.recipe, turn, self.channels)
             except BadImage:
                 continue
-            return {"image": image, "label": np.asarray(label, np.int32), "bad": np.int64(first if tries else -1)}
+            checked = checked_label(label, self.classes, self.source, index)
+            return {"image": image, "label": checked, "bad": np.int64(first if tries else -1)}
         raise InputError("none of the training images can be decoded")
 
     def name(self, place: int) -> str:
@@ -108,7 +109,7 @@ def _drawn(start: int, count: int, size: int, seed: int, repeats: int) -> tuple[
 
 @dataclass(frozen=True)
 class EvalExample:
-    """Maps a place in this host's row to a test example, `mask` False where there is none or it is bad."""
+    """Maps a place in this host's row to an example of a split, `mask` False where there is none or it is bad."""
 
     source: Source
     image_size: Size
@@ -117,13 +118,16 @@ class EvalExample:
     rank: int = 0
     hosts: int = 1
     channels: int = 3
+    classes: int | None = None
 
     def __call__(self, place: int) -> dict[str, Any]:
-        step, offset = divmod(place, self.share)
-        index = (step * self.hosts + self.rank) * self.share + offset
-        here = index < len(self.source)
-        raw, label = self.source[index if here else 0]
-        found = {"label": np.asarray(label, np.int32), "mask": np.False_, "bad": np.int64(-1)}
+        index, here = self._example(place)
+        raw, label = self.source[index]
+        found = {
+            "label": checked_label(label, self.classes, self.source, index),
+            "mask": np.False_,
+            "bad": np.int64(-1),
+        }
         blank = np.zeros((*sides(self.image_size), self.channels), np.uint8 if self.channels == 3 else np.float32)
         if not here:
             return found | {"image": blank}
@@ -135,27 +139,74 @@ class EvalExample:
 
     def name(self, place: int) -> str:
         """What to call the example at a place."""
+        return self.source.describe(self._example(place)[0])
+
+    def _example(self, place: int) -> tuple[int, bool]:
+        """Index of the example at a place; behind the last one that of the first, and False."""
         step, offset = divmod(place, self.share)
-        return self.source.describe((step * self.hosts + self.rank) * self.share + offset)
+        index = (step * self.hosts + self.rank) * self.share + offset
+        return (index, True) if index < len(self.source) else (0, False)
 
 
-def _batches(example: Any, start: int, stop: int, share: int, workers: int, timeout: float = 600.0) -> Iterator[Batch]:
-    """Batches `start`..`stop` of this host's row, made by threads, or by worker processes."""
+def checked_label(label: Any, classes: int | None, source: Source, index: int) -> np.ndarray:
+    """A label as int32: the number of a class, or 0 or 1 for each of them.
+
+    Args:
+      classes: how many there are; None checks nothing.
+
+    Raises:
+      InputError: the label is none of these classes.
+    """
+    found = np.asarray(label)
+    if classes is not None:
+        least, most = (0, classes - 1) if found.ndim == 0 else (0, 1)
+        whole = found.dtype.kind in "iub" and found.shape in ((), (classes,))
+        if not (whole and (found >= least).all() and (found <= most).all()):
+            expected = f"a number from 0 to {most}" if found.ndim == 0 else f"{classes} numbers that are 0 or 1"
+            raise InputError(
+                f"{source.describe(index)} has the label {label}, expected {expected}: correct it, or leave it out"
+            )
+    return found.astype(np.int32)
+
+
+def _batches(
+    example: Any,
+    start: int,
+    stop: int,
+    share: int,
+    workers: int,
+    timeout: float,
+    source: Source,
+    bad: BadImages,
+    mesh: Mesh,
+) -> Iterator[dict[str, Any]]:
+    """Batches `start`..`stop` of this host's row on the mesh, made by threads, or by worker processes.
+
+    Raises:
+      InputError: an image cannot be decoded and the policy of `bad` is error.
+    """
     import grain
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain 0.2.18 reads a flag when it starts workers
-    notes = Path(tempfile.mkdtemp(prefix="resnet_jax-"))
-    rows = grain.MapDataset.range(start * share, stop * share).map(Noted(example, notes)).batch(share)
+    rows = grain.MapDataset.range(start * share, stop * share).map(example).batch(share)
     threads = 1 if workers else min(os.cpu_count() or 1, 16)
     ds = rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1))  # whole batches
     if workers:
-        ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-    iterator, stalled = iter(ds), False
+        ds = ds.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), end_with_parent
+        )
+    iterator, stalled, given = iter(ds), False, start
+
+    def explain() -> str:
+        return name_what_hangs(example, range(given * share, (given + 1) * share), min(timeout, 30.0))
+
     try:
-        for batch in awaited(iterator, timeout, lambda: under_way(notes, example.name)):
-            yield {name: _nameless(values) for name, values in batch.items()}
+        for batch in awaited(iterator, timeout, explain):
+            given += 1
+            bad.note(source, batch.pop("bad"))
+            yield put_batch({name: _nameless(values) for name, values in batch.items()}, mesh)
     except Stalled:
         stalled = True
         raise
@@ -165,7 +216,6 @@ def _batches(example: Any, start: int, stop: int, share: int, workers: int, time
             if workers:
                 del iterator, ds, rows
                 gc.collect()  # grain's workers leave shared memory in reference cycles
-        shutil.rmtree(notes, ignore_errors=True)
 
 
 def _nameless(values: np.ndarray) -> np.ndarray:
@@ -204,55 +254,89 @@ def train_batches(
     rank: int = 0,
     hosts: int = 1,
     table: np.ndarray | None = None,
+    classes: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The batches of `steps` as arrays on the mesh: `image` [batch, height, width, channel], `label` int32 [batch].
 
     Args:
       table: of `sampling_table`.
+      classes: every label is checked to be one of so many.
 
     Raises:
-      InputError: an image cannot be decoded and `data.on_bad_image` is error.
+      InputError: an image cannot be decoded and `data.on_bad_image` is error, a label is none of `classes`, or worker
+        processes cannot be started from this program.
     """
+    check_guard(config.data.workers)
     share, data = config.train.batch_size // hosts, config.data
-    place = (config.train.seed, share, rank, hosts, data.channels, table)
+    place = (config.train.seed, share, rank, hosts, data.channels, table, classes)
     example = TrainExample(source, config.augment, data.image_size, *place)
-    for batch in _batches(example, steps.start, steps.stop, share, data.workers, data.timeout):
-        bad.note(source, batch.pop("bad"))
-        yield put_batch(batch, mesh)
+    return _batches(example, steps.start, steps.stop, share, data.workers, data.timeout, source, bad, mesh)
 
 
 def eval_batches(
-    source: Source, config: Config, mesh: Mesh, bad: BadImages, rank: int = 0, hosts: int = 1
+    source: Source,
+    config: Config,
+    mesh: Mesh,
+    bad: BadImages,
+    rank: int = 0,
+    hosts: int = 1,
+    classes: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Every test example exactly once; the last batch is filled up with examples whose `mask` is False."""
+    """Every example of a split exactly once; the last batch is filled up with examples whose `mask` is False.
+
+    Args and errors as in `train_batches`.
+    """
+    check_guard(config.data.workers)
     share, data = config.train.batch_size // hosts, config.data
-    example = EvalExample(
-        source, data.eval_image_size or data.image_size, config.augment, share, rank, hosts, data.channels
-    )
+    size = data.eval_image_size or data.image_size
+    example = EvalExample(source, size, config.augment, share, rank, hosts, data.channels, classes)
     count = -(-len(source) // (share * hosts))
-    for batch in _batches(example, 0, count, share, data.workers, data.timeout):
-        bad.note(source, batch.pop("bad"))
-        yield put_batch(batch, mesh)
+    return _batches(example, 0, count, share, data.workers, data.timeout, source, bad, mesh)
 
 
-def whole_split(source: Source, config: Config, bad: BadImages, table: np.ndarray | None = None) -> Batch:
-    """All examples of a split in memory, resized, as `draw_batch` takes them: `image`, `label`, and perhaps `table`.
+def check_readable(source: Source, channels: int, name: str) -> None:
+    """Checks that a split has an example that can be decoded; it tries them in a random order until one can.
+
+    Args:
+      name: what to call the split.
 
     Raises:
-      InputError: an image cannot be decoded and the policy is error, or none can.
+      InputError: none of them can be decoded.
+    """
+    for index in example_index(np.arange(len(source)), len(source), 0).tolist():
+        try:
+            decode(source[index][0], channels)
+            return
+        except BadImage as error:
+            reason = error
+    first = ", ".join(source.describe(index) for index in range(min(3, len(source))))
+    raise InputError(f"none of the {len(source)} {name} images can be decoded, such as {first} ({reason})")
+
+
+def whole_split(
+    source: Source, config: Config, bad: BadImages, table: np.ndarray | None = None, classes: int | None = None
+) -> Batch:
+    """All examples of a split in memory, resized, as `draw_batch` takes them: `image`, `label`, and perhaps `table`.
+
+    Args:
+      table, classes: as in `train_batches`.
+
+    Raises:
+      InputError: an image cannot be decoded and the policy is error, none can, or a label is none of `classes`.
     """
     data = config.data
-    images, kept = [], []
+    images, labels, kept = [], [], []
     for index in range(len(source)):
         try:
-            raw = source[index][0]
+            raw, label = source[index]
             images.append(fit(raw, data.image_size, 1.0, config.augment.interpolation, data.channels))
+            labels.append(checked_label(label, classes, source, index))
             kept.append(index)
         except BadImage:
             bad.note(source, np.asarray([index]))
     if not images:
         raise InputError("none of the training images can be decoded")
-    split = {"image": np.stack(images), "label": np.asarray([source[i][1] for i in kept], np.int32)}
+    split = {"image": np.stack(images), "label": np.stack(labels)}
     return split if table is None else split | {"table": placed(table, kept, len(source))}
 
 

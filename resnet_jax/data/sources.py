@@ -1,130 +1,93 @@
-"""Where images come from: digits, folders, tables, tensorflow-datasets. Random access to raw examples."""
+"""Where images come from: digits, folders, tables, tensorflow-datasets."""
 
-import csv
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from resnet_jax.config import DataConfig, InputError, Size, sides
+from resnet_jax.config import DataConfig, InputError, Size, local_path, sides
+from resnet_jax.data.dataset import (
+    SPLIT_NAMES,
+    ArraySource,
+    Dataset,
+    known_labels,
+    labels_of,
+    with_validation,
+)
+from resnet_jax.data.files import folder_dataset, table_dataset
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy"}
-TEST_FOLDERS = ("test", "val", "validation")
-
-
-Label: TypeAlias = int | tuple[int, ...]
-"""Number of the class, or with several labels an image a 0 or 1 for each class."""
-
-
-class Source(Protocol):
-    """Raw examples by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Any, Label]:
-        """(path, bytes or array of an image; its label)."""
-
-    def describe(self, index: int) -> str:
-        """What to call the example in a message."""
+CHECKED_LABELS = 1000
+"""How many labels of a split that lies on the disk are looked at before the first step; the loader checks the rest."""
 
 
-@dataclass(frozen=True)
-class ArraySource:
-    """Images in memory, uint8 [size, height, width, channel]."""
+def load_dataset(config: DataConfig, seed: int, hold_out: bool = True, prepare: bool = True) -> Dataset:
+    """The dataset that `data.dataset` names, in three splits.
 
-    images: np.ndarray
-    labels: np.ndarray
+    Where the data has no validation split, the share `data.validation_fraction` of the training split is held out for
+    it: always where there is no test split either, else only with `hold_out`. Whether an example is held out depends on
+    its own key and on `seed`, not on which others there are.
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, Label]:
-        label = self.labels[index]
-        return self.images[index], int(label) if label.ndim == 0 else tuple(label.tolist())
-
-    def describe(self, index: int) -> str:
-        return f"example {index}"
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """Image files."""
-
-    paths: tuple[str, ...]
-    labels: tuple[Label, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[str, Label]:
-        return self.paths[index], self.labels[index]
-
-    def describe(self, index: int) -> str:
-        return self.paths[index]
-
-
-@dataclass(frozen=True)
-class TfdsSource:
-    """A split of tensorflow-datasets, images still encoded."""
-
-    split: Sequence[dict[str, Any]]
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
-        example = self.split[index]
-        return example["image"], int(example["label"])
-
-    def describe(self, index: int) -> str:
-        return f"example {index} of tfds:{self.name}"
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A training and a test split, and the names of the classes that their labels count.
-
-    Attributes:
-      several: an image may have several labels, or none.
-    """
-
-    train: Source
-    test: Source
-    class_names: tuple[str, ...]
-    several: bool = False
-
-
-def labels_of(source: Source) -> np.ndarray:
-    """All labels of a split, int32 [size], or [size, classes] where there are several; no image is decoded."""
-    known = getattr(source, "labels", None)
-    return np.asarray([source[i][1] for i in range(len(source))] if known is None else known, np.int32)
-
-
-def load_dataset(config: DataConfig, seed: int) -> Dataset:
-    """The dataset that `data.dataset` names; `seed` decides the split where the data has none.
+    Args:
+      seed: of what is held out, and of synthetic data.
+      hold_out: something is selected on the validation split.
+      prepare: fetch and write what tensorflow-datasets does not have yet.
 
     Raises:
-      InputError: the kind is unknown, or the data is not as its kind needs it.
+      InputError: the kind is unknown, the data is not as its kind needs it, or a label is not that of a class.
     """
     kind, _, rest = config.dataset.partition(":")
     if config.dataset == "digits":
-        return _digits()
-    if config.dataset == "synthetic":
-        return _synthetic(config, seed)
-    if kind == "folder" and rest:
-        return _folder(Path(rest).expanduser(), config.validation_fraction, seed)
-    if kind == "csv" and rest:
-        return _csv(Path(rest).expanduser(), config.validation_fraction, seed)
-    if kind == "tfds" and rest:
-        return _tfds(rest, config)
-    raise InputError(
-        f"data.dataset {config.dataset!r} is unknown; "
-        "give digits, folder:PATH, csv:FILE, tfds:NAME[:SPLIT] or synthetic"
-    )
+        found = _digits()
+    elif config.dataset == "synthetic":
+        found = _synthetic(config, seed)
+    elif kind == "folder" and rest:
+        found = folder_dataset(local_path(rest, "data.dataset"))
+    elif kind == "csv" and rest:
+        found = table_dataset(local_path(rest, "data.dataset"))
+    elif kind == "tfds" and rest:
+        found = _tfds(rest, config, prepare)
+    else:
+        raise InputError(
+            f"data.dataset {config.dataset!r} is unknown; "
+            "give digits, folder:PATH, csv:FILE, tfds:NAME[:SPLIT] or synthetic"
+        )
+    held_out = found.validation is None and config.validation_fraction > 0 and (hold_out or found.test is None)
+    if held_out:
+        found = with_validation(found, config.validation_fraction, seed)
+    _check_labels(found)
+    counts = ", ".join(f"{len(source):,} {name}" for name, source in found.splits().items())
+    how = f" (about {config.validation_fraction:.0%} held out of train, by name)" if held_out else ""
+    note = f"data: {config.dataset}: {len(found.class_names)} classes; {counts}{how}"
+    return dataclasses.replace(found, notes=(note, *found.notes))
+
+
+def _check_labels(dataset: Dataset) -> None:
+    """Raises InputError where a label is not that of a class; of data on the disk some are looked at."""
+    classes = len(dataset.class_names)
+    for name, source in dataset.splits().items():
+        if not len(source):
+            raise InputError(f"the {name} split has no examples")
+        if dataset.several:
+            continue
+        labels, places = known_labels(source), np.arange(len(source))
+        if labels is None:
+            places = _spread(len(source), CHECKED_LABELS)
+            labels = np.asarray([source[int(i)][1] for i in places])
+        if len(wrong := np.flatnonzero((labels < 0) | (labels >= classes))):
+            place = int(places[wrong[0]])
+            raise InputError(
+                f"{source.describe(place)} ({name}) has the label {labels[wrong[0]]}, and there are {classes} "
+                f"classes: labels go from 0 to {classes - 1}"
+            )
+
+
+def _spread(size: int, most: int) -> np.ndarray:
+    """At most so many places, evenly over a split of `size`, the first and the last among them."""
+    return np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(int))
 
 
 def _digits() -> Dataset:
@@ -137,173 +100,113 @@ def _digits() -> Dataset:
 
         def split(name: str) -> ArraySource:
             images = np.round(digits[f"{name}_images"] * (255 / 16)).astype(np.uint8)
-            return ArraySource(np.repeat(images[..., None], 3, axis=-1), digits[f"{name}_labels"].astype(np.int32))
+            labels = digits[f"{name}_labels"].astype(np.int32)
+            return ArraySource(np.repeat(images[..., None], 3, axis=-1), labels, f"the digits ({name})")
 
-        return Dataset(split("train"), split("test"), tuple(str(i) for i in range(10)))
+        return Dataset(split("train"), None, split("test"), tuple(str(i) for i in range(10)))
 
 
 def _synthetic(config: DataConfig, seed: int) -> Dataset:
-    """Random pixels and labels; the test split is a tenth of the size."""
+    """Random pixels and labels; the validation split is a tenth of the size."""
     rng = np.random.default_rng(seed)
 
-    def split(size: int, image: Size) -> ArraySource:
+    def split(name: str, size: int, image: Size) -> ArraySource:
         images = rng.integers(0, 256, (size, *sides(image), config.channels), dtype=np.uint8)
-        return ArraySource(images, rng.integers(0, config.synthetic_classes, size, dtype=np.int32))
+        labels = rng.integers(0, config.synthetic_classes, size, dtype=np.int32)
+        return ArraySource(images, labels, f"the synthetic data ({name})")
 
-    train = split(config.synthetic_size, config.image_size)
-    test = split(max(1, config.synthetic_size // 10), config.eval_image_size or config.image_size)
-    return Dataset(train, test, tuple(f"class{i}" for i in range(config.synthetic_classes)))
-
-
-def _folder(root: Path, fraction: float, seed: int) -> Dataset:
-    if not root.is_dir():
-        raise InputError(f"data.dataset folder:{root}: there is no such folder")
-    if not (root / "train").is_dir():
-        files = _class_files(root)
-        return _split(root, files, fraction, seed)
-    train = _class_files(root / "train")
-    test_root = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
-    if test_root is None:
-        return _split(root, train, fraction, seed)
-    test = _class_files(test_root)
-    unknown = sorted(set(test) - set(train))
-    if unknown:
-        raise InputError(f"{test_root} has classes that {root / 'train'} lacks: {', '.join(unknown)}")
-    names = tuple(train)
-    _check_classes(root, names)
-    return Dataset(_file_source(train, names), _file_source(test, names), names)
+    train = split("train", config.synthetic_size, config.image_size)
+    size = max(1, config.synthetic_size // 10)
+    validation = split("validation", size, config.eval_image_size or config.image_size)
+    return Dataset(train, validation, None, tuple(f"class{i}" for i in range(config.synthetic_classes)))
 
 
-def _check_classes(where: Path, names: Sequence[str]) -> None:
-    if len(names) < 2:
-        raise InputError(f"{where} has {'no class' if not names else f'one class, {names[0]}'}; it takes two or more")
+@dataclass(frozen=True)
+class TfdsSource:
+    """A split of tensorflow-datasets, images still encoded.
 
-
-def _csv(file: Path, fraction: float, seed: int) -> Dataset:
-    """Columns `path` (relative to the file's folder), `label`, and perhaps `split` (train, or one of TEST_FOLDERS).
-
-    Where a label holds a semicolon, every image has a set of labels, and an empty label is none.
+    Attributes:
+      name: of the dataset with its version.
+      places: (split of the builder, first, after the last) of each run of examples, in their order.
     """
-    rows = _table(file)
-    several = any(";" in row["label"] for row in rows)
-    for number, row in enumerate(rows, start=2):
-        if not several and not _labels(row["label"]):
-            raise InputError(f"{file}, line {number}: {row['path']} has no label; every picture needs one")
-    splits = [[row for row in rows if (row["split"] == "train") == first] for first in (True, False)]
-    train, test = ([(row["path"], _labels(row["label"])) for row in split] for split in splits)
-    if not test and several:
-        train, test = _held_out(train, fraction, np.random.default_rng(seed))
-    names = tuple(sorted({label for _, labels in train for label in labels}))
-    _check_classes(file, names)
-    if unknown := sorted({label for _, labels in test for label in labels} - set(names)):
-        raise InputError(f"{file} tests classes that are not in its training split: {', '.join(unknown)}")
-    if several:
-        return Dataset(_set_source(train, names), _set_source(test, names), names, several=True)
-    by_class = [
-        {name: [path for path, (label,) in split if label == name] for name in names} for split in (train, test)
-    ]
-    if not test:
-        return _split(file, by_class[0], fraction, seed)
-    return Dataset(_file_source(by_class[0], names), _file_source(by_class[1], names), names)
+
+    split: Sequence[dict[str, Any]]
+    name: str
+    places: tuple[tuple[str, int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        example = self.split[index]
+        return example["image"], int(example["label"])
+
+    def describe(self, index: int) -> str:
+        return f"example {self.key(index)}"
+
+    def key(self, index: int) -> str:
+        for split, first, end in self.places:
+            if index < end - first:
+                return f"{first + index} of tfds:{self.name}:{split}"
+            index -= end - first
+        raise IndexError(index)
 
 
-def _table(file: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with whole paths, all of them checked."""
-    if not file.is_file():
-        raise InputError(f"data.dataset csv:{file}: there is no such file")
-    with file.open(newline="") as opened:
-        table = csv.DictReader(opened)
-        missing = {"path", "label"} - set(table.fieldnames or ())
-        if missing:
-            raise InputError(
-                f"{file} has no column {', '.join(sorted(missing))}: its first line must name path and label"
-            )
-        rows = [{name: row.get(name) or "" for name in ("path", "label", "split")} for row in table]
-    seen: set[str] = set()
-    for number, row in enumerate(rows, start=2):
-        row["path"], row["split"] = str(file.parent / row["path"]), row["split"] or "train"
-        if row["path"] in seen:
-            raise InputError(f"{file}, line {number}: {row['path']} is there twice; leave one of the lines out")
-        if row["split"] != "train" and row["split"] not in TEST_FOLDERS:
-            raise InputError(
-                f"{file}, line {number}: split {row['split']!r} is unknown; give train or {' or '.join(TEST_FOLDERS)}"
-            )
-        if not Path(row["path"]).is_file():
-            raise InputError(f"{file}, line {number}: there is no file {row['path']}")
-        seen.add(row["path"])
-    return rows
-
-
-def _labels(text: str) -> tuple[str, ...]:
-    return tuple(sorted({label.strip() for label in text.split(";")} - {""}))
-
-
-def _held_out(rows: list[Any], fraction: float, rng: np.random.Generator) -> tuple[list[Any], list[Any]]:
-    """Most of the rows, and a random share of them, in their old order."""
-    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    out = set(rng.permutation(len(rows))[:count].tolist())
-    return [row for i, row in enumerate(rows) if i not in out], [row for i, row in enumerate(rows) if i in out]
-
-
-def _set_source(rows: list[tuple[str, tuple[str, ...]]], names: tuple[str, ...]) -> FileSource:
-    labels = tuple(tuple(int(name in labels) for name in names) for _, labels in rows)
-    return FileSource(tuple(path for path, _ in rows), labels)
-
-
-def _class_files(root: Path) -> dict[str, list[str]]:
-    """Image files of each class folder, both sorted by name."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
-        raise InputError(f"{root} has no classes: put the images of each class into a folder of the class's name")
-    files = {}
-    for folder in folders:
-        found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        if not found:
-            raise InputError(f"{folder}: the class has no images ({', '.join(sorted(IMAGE_SUFFIXES))}); remove it")
-        files[folder.name] = found
-    return files
-
-
-def _file_source(files: dict[str, list[str]], names: tuple[str, ...]) -> FileSource:
-    pairs = [(path, names.index(name)) for name, paths in files.items() for path in paths]
-    return FileSource(tuple(path for path, _ in pairs), tuple(label for _, label in pairs))
-
-
-def _split(where: Path, files: dict[str, list[str]], fraction: float, seed: int) -> Dataset:
-    """Holds out a share of each class, at least one image and never all."""
-    _check_classes(where, tuple(files))
-    rng = np.random.default_rng(seed)
-    train, test = {}, {}
-    for name, paths in files.items():
-        if len(paths) < 2:
-            raise InputError(f"class {name!r} has a single image ({paths[0]}): a split needs two; add one or remove it")
-        held_out = min(max(1, round(fraction * len(paths))), len(paths) - 1)
-        shuffled = [paths[i] for i in rng.permutation(len(paths))]
-        test[name], train[name] = sorted(shuffled[:held_out]), sorted(shuffled[held_out:])
-    names = tuple(files)
-    return Dataset(_file_source(train, names), _file_source(test, names), names)
-
-
-def _tfds(spec: str, config: DataConfig) -> Dataset:
-    """`NAME` or `NAME:SPLIT`; the test split is `test`, else `validation`, else a share of the training split."""
+def _tfds(spec: str, config: DataConfig, prepare: bool) -> Dataset:
+    """`NAME` or `NAME:SPLIT`; validation and test are the splits of these names, where they have labels."""
     import tensorflow_datasets as tfds
 
     match = re.fullmatch(r"([^:]+(?::\d[\d.]*)?)(?::(.+))?", spec)
     if match is None:
         raise InputError(f"data.dataset tfds:{spec} is not of the form tfds:NAME or tfds:NAME:SPLIT")
-    name, train_split = match.group(1), match.group(2) or "train"
+    name = match.group(1)
     try:
         builder = tfds.builder(name, data_dir=config.data_dir, file_format="array_record")
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+    except (tfds.core.DatasetNotFoundError, ValueError, RuntimeError) as error:
         raise InputError(f"tensorflow-datasets has no dataset {name!r}: {str(error).splitlines()[0]}") from error
-    if not {"image", "label"} <= set(builder.info.features):
-        raise InputError(f"tfds:{name} has no image and label, but {', '.join(builder.info.features)}")
-    builder.download_and_prepare()
-    splits = set(builder.info.splits)
-    test_split = next((s for s in ("test", "validation") if s in splits), None)
-    if test_split is None:
-        percent = 100 - round(100 * config.validation_fraction)
-        train_split, test_split = f"{train_split}[:{percent}%]", f"{train_split}[{percent}%:]"
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    train, test = builder.as_data_source(split=[train_split, test_split], decoders=decoders)
-    return Dataset(TfdsSource(train, name), TfdsSource(test, name), tuple(builder.info.features["label"].names))
+    features = builder.info.features
+    if not {"image", "label"} <= set(features or {}):
+        raise InputError(f"tfds:{name} has no image and label, but {', '.join(features or ())}")
+    if prepare:
+        builder.download_and_prepare()
+    elif not builder.is_prepared():
+        raise InputError(
+            f"tfds:{name} is not prepared in {builder.data_dir}: training prepares it, and --data.dataset names it "
+            "elsewhere"
+        )
+    there = [split for split, info in builder.info.splits.items() if info.num_examples]
+    known = {kind: next((s for own in names for s in there if s == own), None) for kind, names in SPLIT_NAMES.items()}
+    wanted = match.group(2) or known["train"]
+    if wanted is None:
+        raise InputError(f"tfds:{name} has no training split, but {', '.join(there)}: give tfds:{name}:SPLIT")
+    version = f"{builder.info.name}/{builder.info.version}"
+
+    def source(split: str) -> TfdsSource:
+        try:
+            parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
+            data = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        except (ValueError, KeyError, AssertionError) as error:
+            raise InputError(
+                f"tfds:{name} has no split {split!r}; there are {', '.join(there)}, and parts of them such as "
+                f"{there[0]}[:90%]"
+            ) from error
+        sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+        places = tuple((p.splitname, p.from_ or 0, sizes[p.splitname] if p.to is None else p.to) for p in parts)
+        return TfdsSource(data, version, places)
+
+    train, notes, others = source(wanted), [], {}
+    for kind in ("validation", "test"):
+        split = known[kind]
+        if split is None or split in {place[0] for place in train.places}:
+            continue
+        others[kind] = source(split)
+        labels = [others[kind][int(i)][1] for i in _spread(len(others[kind]), 64)]
+        if all(label == -1 for label in labels):
+            notes.append(f"left out: the split {split} of tfds:{name}, which has no labels")
+            del others[kind]
+    names = getattr(features["label"], "names", None)
+    if names is None:
+        if features["label"].shape != () or not np.issubdtype(features["label"].np_dtype, np.integer):
+            raise InputError(f"tfds:{name}: its labels are {features['label']!r}, not the number of a class")
+        names = [str(i) for i in range(1 + max(int(labels_of(s).max()) for s in (train, *others.values())))]
+    return Dataset(train, others.get("validation"), others.get("test"), tuple(names), False, tuple(notes))

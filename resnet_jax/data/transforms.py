@@ -5,13 +5,15 @@ are not lost.
 """
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, ImageSequence
+from PIL import ExifTags, Image, ImageSequence
+from PIL.JpegImagePlugin import JpegImageFile
 
 from resnet_jax.config import AugmentConfig, Size, sides
 from resnet_jax.data.policy import color_jitter, erase, rand_augment, trivial_augment
@@ -34,8 +36,24 @@ SPARE = 3
 direction. With three the mean difference from the full decoding is 0.4 of 255, below 1 for each of 100 photographs;
 with two it is 0.7."""
 
-TURNS = {2: "x", 3: "xy", 4: "y", 5: "t", 6: "tx", 7: "txy", 8: "ty"}
-"""Orientations of EXIF: which directions of the upright picture run backwards in the file, t if they are exchanged."""
+ORIENTATIONS = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, "x"),
+    3: (Image.Transpose.ROTATE_180, "xy"),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, "y"),
+    5: (Image.Transpose.TRANSPOSE, "t"),
+    6: (Image.Transpose.ROTATE_270, "tx"),
+    7: (Image.Transpose.TRANSVERSE, "txy"),
+    8: (Image.Transpose.ROTATE_90, "ty"),
+}
+"""Orientations of EXIF: what makes the picture upright, and which directions of the upright picture run backwards in
+the file, t if they are exchanged."""
+
+MOST_PIXELS = 2**24
+"""A picture is resized whole, and its centre cut out then, while that takes so many pixels at most, or 16 times those
+of the result. Of longer pictures only the part that is cut out is resized."""
+
+LONG_SIDE = 2**14
+"""Pillow holds the corners of a box as float32: where a side is longer, the part around the box is cut out first."""
 
 
 class BadImage(ValueError):
@@ -43,48 +61,56 @@ class BadImage(ValueError):
 
 
 def decode(raw: Raw, channels: int = 3) -> Picture:
-    """A picture from a path, a file's bytes or an array, turned upright as its EXIF entry says.
+    """A picture from a path, a file's bytes or an array, transposed as its EXIF orientation asks.
 
     For three channels an RGB image: 16 bits a channel are scaled to 8, alpha is left out as torchvision does, palettes
     and CMYK are resolved. For another number a float32 array: 1 is grey, in [0, 1]; more are those of a `.npy` file, or
-    the pages of a TIFF. Integers are scaled by the greatest value of their type, floating-point numbers stay.
+    the pages of a TIFF. Arrays of integers are scaled by the greatest value of their type, floating-point numbers must
+    lie in [0, 1].
 
     Raises:
       BadImage: with the decoder's reason; also for more pixels than Pillow takes for safe.
     """
-    with _opened(raw, channels) as found:
+    with _errors_as_bad_image(), _opened(raw, channels) as found:
         return _from_image(found, channels) if isinstance(found, Image.Image) else found
 
 
 @contextmanager
-def _opened(raw: Raw, channels: int) -> Iterator[Picture]:
-    """An image of which only the header is read as yet, or an array's picture; all errors inside are of the image."""
+def _errors_as_bad_image() -> Iterator[None]:
+    """Raises BadImage for every error inside: decoders have many types, and a picture can be too large for memory."""
     try:
-        if isinstance(raw, np.ndarray) or (isinstance(raw, str | Path) and Path(raw).suffix.lower() == ".npy"):
-            yield _from_array(raw if isinstance(raw, np.ndarray) else np.load(raw, allow_pickle=False), channels)
-        elif isinstance(raw, Image.Image):
-            yield raw
-        else:
-            with Image.open(raw if isinstance(raw, str | Path) else io.BytesIO(raw)) as image:
-                yield image
+        yield
     except BadImage:
         raise
-    except Exception as error:  # Pillow's decoders raise errors of many types
+    except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _opened(raw: Raw, channels: int) -> Iterator[Picture]:
+    """An image of which only the header is read as yet, or an array's picture."""
+    if isinstance(raw, np.ndarray) or (isinstance(raw, str | Path) and Path(raw).suffix.lower() == ".npy"):
+        yield _from_array(raw if isinstance(raw, np.ndarray) else np.load(raw, allow_pickle=False), channels)
+    elif isinstance(raw, Image.Image):
+        yield raw
+    else:
+        with Image.open(raw if isinstance(raw, str | Path) else io.BytesIO(raw)) as image:
+            yield image
 
 
 def _from_array(array: np.ndarray, channels: int) -> Picture:
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or 0 in array.shape:
         raise BadImage(f"an array of shape {array.shape} is no picture: expected [height, width, channel]")
-    if channels == 3 and array.shape[2] in (1, 3):
-        pixels = array if array.dtype == np.uint8 else np.round(np.clip(unit(array), 0, 1) * 255).astype(np.uint8)
-        return Image.fromarray(np.broadcast_to(pixels, (*array.shape[:2], 3)).copy() if array.shape[2] == 1 else pixels)
-    if channels == 1 and array.shape[2] == 3:
-        return unit(array) @ np.asarray([[0.299], [0.587], [0.114]], np.float32)
-    if array.shape[2] != channels:
-        raise BadImage(f"it has {array.shape[2]} channels, the recipe {channels}: set data.channels")
-    return unit(array)
+    found, taken = array.shape[2], {channels, 1} if channels == 3 else {channels, 3} if channels == 1 else {channels}
+    if found not in taken and array.shape[0] in taken and array.shape[0] < min(array.shape[1:]):
+        raise BadImage(f"an array of shape {array.shape} has its channels first: expected [height, width, channel]")
+    if found not in taken:
+        raise BadImage(f"it has {found} channels, the recipe {channels}: set data.channels")
+    if channels == 3:
+        pixels = array if array.dtype == np.uint8 else np.round(unit(array) * 255).astype(np.uint8)
+        return Image.fromarray(np.repeat(pixels, 3, axis=2) if found == 1 else pixels)
+    return unit(array) if found == channels else unit(array) @ np.asarray([[0.299], [0.587], [0.114]], np.float32)
 
 
 def _from_image(image: Image.Image, channels: int) -> Picture:
@@ -92,29 +118,46 @@ def _from_image(image: Image.Image, channels: int) -> Picture:
         upright = _upright(image)
         return _as_rgb(upright) if channels == 3 else _as_grey(upright)
     if getattr(image, "n_frames", 1) == channels:
-        return np.concatenate([_as_grey(page.copy()) for page in ImageSequence.Iterator(image)], -1)
+        return np.concatenate([_as_grey(_upright(page.copy())) for page in ImageSequence.Iterator(image)], -1)
     return _from_array(np.asarray(_upright(image)), channels)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    if _orientation(image) == 1:
-        return image  # Pillow would copy it
-    return ImageOps.exif_transpose(image)
+    """The image as its orientation asks; `ImageOps.exif_transpose` fails where the rest of the EXIF is broken."""
+    image.load()  # Pillow transposes a TIFF itself, and forgets its orientation
+    orientation = _orientation(image)
+    if orientation not in ORIENTATIONS:
+        return image
+    upright = image.transpose(ORIENTATIONS[orientation][0])
+    upright.info = {name: value for name, value in image.info.items() if name == "transparency"}  # no orientation
+    return upright
 
 
-def _orientation(image: Image.Image) -> Any:
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+def _orientation(image: Image.Image) -> int:
+    """The orientation of an image, 1 to 8; 1 where its EXIF cannot be read or holds no such number."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # errors of many types, for metadata that the pixels do not need
+        return 1
+    return found if isinstance(found, int) and found in ORIENTATIONS else 1
 
 
 def unit(array: np.ndarray) -> np.ndarray:
-    """float32: integers over the greatest value of their type, floating-point numbers as they are.
+    """float32 in [0, 1]: integers over the greatest value of their type, floating-point numbers as they are.
 
     Raises:
-      BadImage: the type is neither uint8, uint16, bool nor floating-point.
+      BadImage: the type is neither uint8, uint16, bool nor floating-point, or a number lies outside of [0, 1].
     """
-    if array.dtype == np.uint8 or array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
         return array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
-    if array.dtype == bool or np.issubdtype(array.dtype, np.floating):
+    if array.dtype.kind == "f" and not ((array >= 0) & (array <= 1)).all():
+        if not np.isfinite(array).all():
+            raise BadImage("some of its floating-point numbers are nan or infinite")
+        raise BadImage(
+            f"floating-point pixels from {array.min():g} to {array.max():g} have no known range: scale them to [0, 1], "
+            "or save them as uint8 or uint16"
+        )
+    if array.dtype.kind in "bf":
         return array.astype(np.float32)
     raise BadImage(f"pixels of type {array.dtype} have no known range: save them as uint8, uint16 or float32")
 
@@ -146,22 +189,42 @@ def _as_grey(image: Image.Image) -> np.ndarray:
     return unit(pixels)[..., None]
 
 
-def resize(picture: Picture, size: tuple[int, int], interpolation: str, box: Any = None) -> Picture:
+def resize(
+    picture: Picture, size: tuple[int, int], interpolation: str, box: Any = None, exact: bool = False
+) -> Picture:
     """A picture, or its part `box` (left, top, right, bottom), at height and width `size`.
 
-    Antialiased as in Pillow: the kernel grows where the picture shrinks. Values are Pillow's to the last bit or two.
+    Antialiased as in Pillow: the kernel grows where the picture shrinks. Values are Pillow's where `exact` is asked for
+    or `cykooz.resizer` is not installed, else Pillow's to the last bit or two in a third of the time.
     """
+    if box is not None and max(height_width(picture)) > LONG_SIDE:
+        picture, box = _part_around(picture, box, size)
+    resized = _pillow_resized if exact or fast is None else _fast_resized
     if isinstance(picture, Image.Image):
-        return _resized(picture, size, interpolation, box)
+        return resized(picture, size, interpolation, box)
     bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(picture, -1, 0)]
-    return np.stack([np.asarray(_resized(band, size, interpolation, box)) for band in bands], -1)
+    return np.stack([np.asarray(resized(band, size, interpolation, box)) for band in bands], -1)
 
 
-def _resized(image: Image.Image, size: tuple[int, int], interpolation: str, box: Any) -> Image.Image:
+def _part_around(picture: Picture, box: Any, size: tuple[int, int]) -> tuple[Picture, Any]:
+    """The part of a picture that resizing its `box` to `size` reads, and the box in this part."""
+    height, width = height_width(picture)
+    x, y = (2 + math.ceil(2 * max(1, (box[k + 2] - box[k]) / size[1 - k])) for k in (0, 1))  # a bicubic kernel's reach
+    left, top = max(0, math.floor(box[0]) - x), max(0, math.floor(box[1]) - y)
+    right, bottom = min(width, math.ceil(box[2]) + x), min(height, math.ceil(box[3]) + y)
+    part = (
+        picture[top:bottom, left:right] if isinstance(picture, np.ndarray) else picture.crop((left, top, right, bottom))
+    )
+    return part, (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+
+
+def _pillow_resized(image: Image.Image, size: tuple[int, int], interpolation: str, box: Any) -> Image.Image:
+    return image.resize(size[::-1], RESAMPLING[interpolation], box=box)
+
+
+def _fast_resized(image: Image.Image, size: tuple[int, int], interpolation: str, box: Any) -> Image.Image:
     height, width = size
     left, top, right, bottom = box or (0, 0, *image.size)
-    if fast is None:
-        return image.resize((width, height), RESAMPLING[interpolation], box=(left, top, right, bottom))
     kernel = {"bilinear": fast.FilterType.bilinear, "bicubic": fast.FilterType.catmull_rom}[interpolation]
     part = fast.CropBox(left, top, right - left, bottom - top)
     resized = Image.new(image.mode, (width, height))
@@ -176,18 +239,45 @@ def height_width(picture: Picture) -> tuple[int, int]:
 
 
 def fit(raw: Raw, size: Size, crop: float = 1.0, interpolation: str = "bilinear", channels: int = 3) -> np.ndarray:
-    """The centre of a picture: it is resized until it just covers size / crop, then `size` is cut out."""
+    """The centre of a picture: its short side is resized to the floor of size / crop, then `size` is cut out.
+
+    The pixels are those of torchvision's `Resize` and `CenterCrop`, and of timm's transform for evaluation, on a Pillow
+    image. Of a picture so long that it would be more than `MOST_PIXELS` in between, only the part that is cut out is
+    resized: its pixels are theirs up to rounding, and where Pillow takes columns before rows, up to the overshoot of
+    the bicubic kernel.
+
+    Raises:
+      BadImage: the picture cannot be decoded or resized.
+    """
     height, width = sides(size)
-    if isinstance(raw, np.ndarray) and raw.shape == (height, width, channels) and crop == 1.0:
-        return raw if channels == 3 else unit(raw)
-    picture = decode(raw, channels)
-    least = round(height / crop), round(width / crop)
-    found = height_width(picture)
-    scale = max(a / b for a, b in zip(least, found, strict=True))
-    large = tuple(max(a, int(b * scale)) for a, b in zip(least, found, strict=True))
-    pixels = np.asarray(resize(picture, large, interpolation))  # type: ignore[arg-type]
-    top, left = round((large[0] - height) / 2), round((large[1] - width) / 2)
-    return pixels[top : top + height, left : left + width]
+    if (
+        isinstance(raw, np.ndarray)
+        and raw.shape == (height, width, 3)
+        and raw.dtype == np.uint8
+        and (crop, channels) == (1.0, 3)
+    ):
+        return raw
+    with _errors_as_bad_image():
+        picture = decode(raw, channels)
+        found = height_width(picture)
+        least = math.floor(height / crop), math.floor(width / crop)
+        large = _covering(found, least)
+        top, left = round((large[0] - height) / 2), round((large[1] - width) / 2)
+        if large[0] * large[1] <= max(MOST_PIXELS, 16 * least[0] * least[1]):
+            pixels = np.asarray(resize(picture, large, interpolation, exact=True))
+            return pixels[top : top + height, left : left + width]
+        y, x = found[0] / large[0], found[1] / large[1]
+        box = (left * x, top * y, (left + width) * x, (top + height) * y)
+        return np.asarray(resize(picture, (height, width), interpolation, box, exact=True))
+
+
+def _covering(found: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
+    """Height and width to which a picture is resized to cover `least`, rounded as torchvision and timm do."""
+    if least[0] == least[1]:  # torchvision's Resize
+        long = int(least[0] * max(found) / min(found))
+        return (least[0], long) if found[0] <= found[1] else (long, least[0])
+    ratio = min(found[0] / least[0], found[1] / least[1])  # timm's ResizeKeepRatio
+    return round(found[0] / ratio), round(found[1] / ratio)
 
 
 def random_resized_crop(
@@ -203,35 +293,36 @@ def random_resized_crop(
     A JPEG of which the part has at least 2, 4 or 8 times `SPARE` pixels for each one of `size`, in both directions, is
     decoded at a half, a quarter or an eighth of its size, which its cosine transform allows: photographs of twelve
     million pixels take two thirds of the time.
+
+    Raises:
+      BadImage: the picture cannot be decoded or resized.
     """
-    with _opened(raw, channels) as found:
-        if isinstance(found, Image.Image):
-            picture, box = _part_of_image(found, rng, sides(size), area, channels, whole=found is raw)
+    with _errors_as_bad_image(), _opened(raw, channels) as found:
+        if isinstance(found, JpegImageFile) and found is not raw and channels in (1, 3):
+            picture, box = _part_of_jpeg(found, rng, sides(size), area, channels)
         else:
-            picture, box = found, random_part(found.shape[0], found.shape[1], rng, area)
-    return resize(picture, sides(size), interpolation, box)
+            picture = _from_image(found, channels) if isinstance(found, Image.Image) else found
+            box = random_part(*height_width(picture), rng, area)
+        return resize(picture, sides(size), interpolation, box)
 
 
-def _part_of_image(
-    image: Image.Image,
-    rng: np.random.Generator,
-    size: tuple[int, int],
-    area: tuple[float, float],
-    channels: int,
-    whole: bool,
+def _part_of_jpeg(
+    image: JpegImageFile, rng: np.random.Generator, size: tuple[int, int], area: tuple[float, float], channels: int
 ) -> tuple[Picture, tuple[float, float, float, float]]:
-    """An image, decoded smaller where that is enough and it need not be `whole`, and a random part of it."""
-    turn = TURNS.get(_orientation(image), "")
-    wide, tall = image.size[::-1] if "t" in turn else image.size
+    """An image, decoded smaller where that is enough, and a random part of it."""
+    _, backwards = ORIENTATIONS.get(_orientation(image), (None, ""))
+    wide, tall = image.size[::-1] if "t" in backwards else image.size
     left, top, right, bottom = random_part(tall, wide, rng, area)
     spare = min((right - left) / size[1], (bottom - top) / size[0]) / SPARE
-    less = 1 if whole else max((k for k in (2, 4, 8) if k <= spare), default=1)
+    less = max((k for k in (2, 4, 8) if k <= spare), default=1)
     if less == 1 or not image.draft(None, (image.width // less, image.height // less)):
         return _from_image(image, channels), (left, top, right, bottom)
     picture = _from_image(image, channels)
     found_tall, found_wide = height_width(picture)
-    x = found_wide - wide / less if "x" in turn else 0  # the last column and row of the file can be of fewer pixels
-    y = found_tall - tall / less if "y" in turn else 0
+    x = (
+        found_wide - wide / less if "x" in backwards else 0
+    )  # the last column and row of the file can be of fewer pixels
+    y = found_tall - tall / less if "y" in backwards else 0
     return picture, (x + left / less, y + top / less, x + right / less, y + bottom / less)
 
 

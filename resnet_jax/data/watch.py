@@ -1,64 +1,101 @@
 """A watch over the loader: when nothing comes for too long, the run ends and the image is named."""
 
+import ast
+import contextlib
+import errno
+import multiprocessing
 import os
 import queue
-import struct
+import re
+import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-NOTE = struct.Struct("dq")
-"""When the work on a place began, and the place; -1 where there is none under way."""
+from resnet_jax.config import InputError
+
+SHARED_MEMORY = "/dev/shm"
+GUARD = 'if __name__ == "__main__":'
 
 
 class Stalled(RuntimeError):
     """The loader gave nothing for `data.timeout` seconds, or one of its processes died."""
 
 
-@dataclass(frozen=True)
-class Noted:
-    """Maps a place as `example` does, and notes in a file of its thread which place it is at."""
+def check_guard(workers: int) -> None:
+    """Checks that worker processes can be started: each of them imports the program's script once more.
 
-    example: Any
-    notes: Path
-
-    def __call__(self, place: int) -> Any:
-        file = _own_file(self.notes)
-        os.pwrite(file, NOTE.pack(time.time(), place), 0)
-        result = self.example(place)
-        os.pwrite(file, NOTE.pack(0.0, -1), 0)
-        return result
-
-
-_files = threading.local()
-
-
-def _own_file(notes: Path) -> int:
-    """This thread's open file in a folder of notes."""
-    if getattr(_files, "notes", None) != (notes, os.getpid()):
-        if getattr(_files, "file", None) is not None and _files.notes[1] == os.getpid():
-            os.close(_files.file)
-        name = notes / f"{os.getpid()}-{threading.get_ident()}"
-        _files.file, _files.notes = os.open(name, os.O_CREAT | os.O_RDWR), (notes, os.getpid())
-    return _files.file
+    Raises:
+      InputError: the script does its work while a worker imports it, or will, since it nowhere asks for its `__name__`.
+    """
+    main, imported = sys.modules["__main__"], sys.modules.get("__mp_main__")
+    script, names = getattr(main, "__file__", None), {"__name__"}
+    if script is not None and multiprocessing.parent_process() is None:
+        with contextlib.suppress(OSError, ValueError, SyntaxError):  # it is no text of Python's, or not there any more
+            names = {node.id for node in ast.walk(ast.parse(Path(script).read_bytes())) if isinstance(node, ast.Name)}
+    if workers and ("__name__" not in names or imported not in (None, main)):
+        raise InputError(
+            f"data.workers is {workers}, and each worker process imports {script or 'the script'} again, which does "
+            f"all of its work once more: put the work under `{GUARD}`, or set data.workers to 0"
+        )
 
 
-def under_way(notes: Path, name: Callable[[int], str]) -> str:
-    """What has been under way the longest, and for how long, by what the threads of all workers noted."""
-    found = []
-    for path in notes.iterdir():
-        data = path.read_bytes()
-        if len(data) == NOTE.size:
-            began, place = NOTE.unpack(data)
-            if place >= 0:
-                found.append((began, place))
-    if not found:
-        return "no image is being read: a worker process may have died"
-    began, place = min(found)
-    return f"{name(place)} has been under way for {time.time() - began:.0f} seconds"
+def end_with_parent(worker: int, workers: int) -> None:
+    """Ends this worker process as soon as the process that started it ends, even if that is killed."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait([parent.sentinel])  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def name_what_hangs(example: Any, places: Sequence[int], seconds: float) -> str:
+    """Which of some examples hangs: they are made once more, in a thread that is waited for at most so long.
+
+    Args:
+      example: maps a place to an example, and its method `name` to what to call it.
+    """
+    at = [(places[0], time.monotonic())]
+
+    def read() -> None:
+        for place in places:
+            at.append((place, time.monotonic()))
+            with contextlib.suppress(Exception):
+                example(place)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not thread.is_alive():
+        return "all images of the batch can be read now; its disk was slow, or a worker process hangs"
+    place, began = at[-1]
+    return f"{example.name(place)} has been under way for {time.monotonic() - began:.0f} seconds, when read once more"
+
+
+def why_it_died(error: BaseException) -> str:
+    """What an error of grain says of a worker process that died, and the remedy; nothing of any other error."""
+    full = (
+        f"{SHARED_MEMORY} is full: lower --data.workers or the batch size, or make it larger (docker run --shm-size=8g)"
+    )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the loader could not store a batch for its worker processes ({error}). Where {full}"
+    found = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+    if found is None:
+        return ""
+    died = f"a process of the loader died with exit code {found[1]}"
+    if int(found[1]) == -signal.SIGBUS:
+        return f"{died}, since shared memory in {full}"
+    if int(found[1]) == -signal.SIGKILL:
+        return f"{died}. Where it was killed for its memory, lower --data.workers"
+    if int(found[1]) > 0:
+        return f"{died}; its own error is above. A script of yours needs its work under `{GUARD}`"
+    return died
 
 
 def awaited(source: Iterator[Any], timeout: float, explain: Callable[[], str]) -> Iterator[Any]:
@@ -103,11 +140,8 @@ def awaited(source: Iterator[Any], timeout: float, explain: Callable[[], str]) -
                 yield item
             elif kind == "end":
                 return
-            elif isinstance(item, RuntimeError) and "terminated unexpectedly" in str(item):
-                raise Stalled(
-                    f"a process of the loader died ({str(item).splitlines()[0]}). Where it was killed for its memory, "
-                    "lower --data.workers; the same command goes on from the last checkpoint"
-                ) from item
+            elif why := why_it_died(item):
+                raise Stalled(f"{why}; the same command goes on from the last checkpoint") from item
             else:
                 raise item
     finally:

@@ -19,6 +19,7 @@ from resnet_jax.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from resnet_jax.data.dataset import default_split
 from resnet_jax.data.loader import BadImages, whole_split
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.registry import create_model
@@ -60,9 +61,9 @@ def load(dataset: str, train: int | None = None, test: int | None = None) -> Dat
     """
     size = 8 if dataset == "digits" else 32
     config = dataclasses.replace(Config(), data=DataConfig(dataset=dataset, image_size=size))
-    found = load_dataset(config.data, 0)
+    found = load_dataset(config.data, 0, hold_out=False)
     splits = []
-    for source, count in ((found.train, train), (found.test, test)):
+    for source, count in ((found.train, train), (found.split(default_split(found)), test)):
         whole = whole_split(source, config, BadImages("error"))
         order = np.random.default_rng(0).permutation(len(whole["label"]))[:count]
         splits.append({name: values[order] for name, values in whole.items()})

@@ -8,28 +8,42 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config import InputError
+from resnet_jax.config import Config, DataConfig, InputError
 from resnet_jax.integrity import write_whole
 from resnet_jax.lab.record import Notebook, Options, Rows, save
 from resnet_jax.lab.words import TITLES, WORDS
 from resnet_jax.models.registry import nearest
+from resnet_jax.recipes import check
 
 EXPERIMENTS = tuple(TITLES)
 """Each is a module of this folder with `rows(notebook)`, `draw(rows)`, and some with `table(rows)`, for the page."""
+
+MOST_LAYERS = 10_004
 
 
 def run(name: str, folder: Path, options: Options) -> dict[str, Any]:
     """Runs an experiment, or goes on with it; returns its record, which lies in `folder` with its figure.
 
     Raises:
-      InputError: there is no such experiment.
+      InputError: there is no such experiment, dataset, depth or seed, or the folder cannot be written.
     """
     if name not in EXPERIMENTS:
         raise InputError(f"there is no experiment {name!r}; {nearest(name, (*EXPERIMENTS, 'all'))}")
+    check(Config(data=DataConfig(dataset=options.dataset)))
+    for depth in options.depths or ():
+        if not 8 <= depth <= MOST_LAYERS or (depth - 2) % 6:
+            raise InputError(f"--depths {depth}: depths are 6n + 2 up to {MOST_LAYERS}, such as 8, 20, 56")
+    for seed in options.seeds or ():
+        if not 0 <= seed < 2**32:
+            raise InputError(f"--seeds {seed}: seeds lie in 0 to {2**32 - 1}")
     module: Any = import_module(f"resnet_jax.lab.{name}")
     print(f"{name}: {TITLES[name][0]}", flush=True)
     began = time.perf_counter()
-    rows = module.rows(Notebook(folder, name, options))
+    try:
+        book = Notebook(folder, name, options)
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written: {error}; name another folder") from error
+    rows = module.rows(book)
     record = save(folder, name, options, rows, module.draw(rows), time.perf_counter() - began)
     print(f"  {folder / name}.png, .svg, .json, .csv", flush=True)
     return record

@@ -14,8 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError
+from resnet_jax.data.dataset import Dataset, labels_of
 from resnet_jax.data.loader import BadImages, sampling_table, train_batches, whole_split
-from resnet_jax.data.sources import Dataset, labels_of
 from resnet_jax.sharding import batch_sharding, compiler_options, put_everywhere, replicated, state_sharding
 from resnet_jax.training.finetune import make_phases
 from resnet_jax.training.losses import class_weights
@@ -58,7 +58,7 @@ def make_advance(
       ends: no call goes over a multiple of any of these.
       features: those of `make_features` for the state's variables; the head alone is trained on what they give.
     """
-    table = sampling_table(dataset, config.data.sampling)
+    table, classes = sampling_table(dataset, config.data.sampling), dataset.label_classes()
     drawn = config.data.on_device or features is not None
     several = steps_per_call(config, drawn)
     program = make_programs(config, model, schedule, dataset, mesh, several, drawn, features is not None)
@@ -69,7 +69,7 @@ def make_advance(
 
     if not drawn:
         rank, hosts = jax.process_index(), jax.process_count()
-        batches = train_batches(dataset.train, config, mesh, bad, steps, rank, hosts, table)
+        batches = train_batches(dataset.train, config, mesh, bad, steps, rank, hosts, table, classes)
 
         def advance_host(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
             run, until = program(step)
@@ -81,7 +81,7 @@ def make_advance(
         return advance_host
 
     if features is None:
-        data = put_everywhere(whole_split(dataset.train, config, bad, table), mesh)
+        data = put_everywhere(whole_split(dataset.train, config, bad, table, classes), mesh)
     else:
         data = put_everywhere(whole_features(dataset.train, config, mesh, bad, features, table), mesh)
 
@@ -104,7 +104,7 @@ def steps_per_call(config: Config, drawn: bool) -> int:
 
 def make_programs(
     config: Config,
-    model: nn.Module,
+    model: Any,
     schedule: optax.Schedule,
     dataset: Dataset,
     mesh: Mesh,
@@ -126,7 +126,7 @@ def make_programs(
     out, on_batch = (state_sharding(shapes, mesh), replicated(mesh)), batch_sharding(mesh)
     phases = make_phases(config, shapes.params, len(dataset.train) / config.train.batch_size)
     starts = [phase.start for phase in phases]
-    weights = weights_of_classes(config, dataset)
+    weights = weights_of_classes(config, dataset, model.num_classes)
     net = head_of(model) if probe else model
 
     @lru_cache
@@ -151,8 +151,8 @@ def make_programs(
     return program
 
 
-def weights_of_classes(config: Config, dataset: Dataset) -> np.ndarray | None:
-    """Weights of the classes in the loss, as the recipe has them; None for none.
+def weights_of_classes(config: Config, dataset: Dataset, outputs: int) -> np.ndarray | None:
+    """Weights of a model's outputs in the loss, as the recipe has them, 1 for those without a class; None for none.
 
     Raises:
       InputError: a class has no training image.
@@ -160,7 +160,8 @@ def weights_of_classes(config: Config, dataset: Dataset) -> np.ndarray | None:
     if config.train.class_weights == "none":
         return None
     labels, classes = labels_of(dataset.train), len(dataset.class_names)
-    counts = labels.sum(0) if dataset.several else np.bincount(labels, minlength=classes)
+    counts = labels.sum(0)[:classes] if dataset.several else np.bincount(labels, minlength=classes)
     if missing := [name for name, n in zip(dataset.class_names, counts, strict=True) if n == 0]:
         raise InputError(f"train.class_weights: the classes {', '.join(missing)} have no training image")
-    return class_weights(config.train.class_weights, counts)
+    weights = class_weights(config.train.class_weights, counts)
+    return None if weights is None else np.pad(weights, (0, outputs - classes), constant_values=1.0)

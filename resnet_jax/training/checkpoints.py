@@ -1,9 +1,9 @@
 """Checkpoints with Orbax: written beside the run, sealed, the latest and the best are kept, damage is found."""
 
+import contextlib
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -13,10 +13,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from resnet_jax.config import InputError
-from resnet_jax.integrity import Damaged, damage, newest_sound, none, seal, steps_in
+from resnet_jax.integrity import (
+    Damaged,
+    checkpoints_of,
+    damage,
+    finite,
+    newest_sound,
+    none,
+    read_chosen,
+    seal,
+    steps_in,
+)
+from resnet_jax.output import say
 from resnet_jax.packing import addresses, pack
 from resnet_jax.sharding import put
-from resnet_jax.vectors import handlers, items, name_of, read_record, read_state
+from resnet_jax.vectors import handlers, items, name_of, read_record, read_state, reader, unreadable_is_damaged
 
 Record: TypeAlias = dict[str, Any]
 """JSON that travels with a state: recipe, class names, best metric, unwritten training sums, what is still owed."""
@@ -28,10 +39,13 @@ class Checkpoints:
     """The checkpoints of a run's folder, to save into: the latest `keep` stay, and that of the step `best`.
 
     What a killed run had begun to write is removed. A save that fails is said and left out; the run goes on.
+
+    Raises:
+      InputError: the folder cannot be written, or is a link.
     """
 
     def __init__(self, workdir: Path, keep: int) -> None:
-        self.folder = (workdir / "checkpoints").resolve()
+        self.folder = checkpoints_of(workdir)
         self.best: int | None = None
         self._writing: int | None = None
         self._vectors: dict[str, np.ndarray] = {}
@@ -40,19 +54,24 @@ class Checkpoints:
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
             preservation_policy=LatestAndBest(keep, self),
             cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # it would end at the damaged metadata of any checkpoint
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._seal,
                 create_directories_asynchronously=False,  # where they cannot be made, Orbax would wait for them
             ),
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers())
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers())
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be written: {error.strerror or error}") from error
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.settle()
-        self._manager.close()
+        with contextlib.suppress(OSError):  # the folder may be gone
+            self._manager.close()
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint; waits for the one that is being written."""
@@ -66,7 +85,7 @@ class Checkpoints:
         self._vectors = packed["whole"]
         self._writing = step
         try:
-            self._manager.save(step, args=items(packed, index, record), force=True)
+            self._manager.save(step, args=items(packed, index, finite(record)), force=True)
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # Orbax and TensorStore have many kinds for a disk that takes no more
@@ -89,6 +108,17 @@ class Checkpoints:
         self.settle()
         return step in steps_in(self.folder)
 
+    def read(self, step: int, template: Any) -> Any:
+        """Reads the state of a step, like `template`.
+
+        Raises:
+          InputError: the checkpoint is damaged.
+        """
+        self.settle()
+        if problem := damage(self.folder / str(step)):
+            raise InputError(f"the checkpoint of step {step} is damaged: {problem}")
+        return _read(self._manager, template, step)[0]
+
     def restore(self, template: Callable[[], Any]) -> tuple[Any, Record, int] | None:
         """State, record and step of the newest sound checkpoint; damaged newer ones are moved aside.
 
@@ -103,7 +133,7 @@ class Checkpoints:
         """
         if jax.process_count() == 1:
             found, problems = newest_sound(self.folder, lambda step: _read(self._manager, template(), step))
-            if problems:
+            if problems := problems | self._damaged_below(found and found[2]):
                 self._set_aside(problems, found and found[2])
                 self._manager.reload()
             return found
@@ -129,7 +159,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 found, problems = newest_sound(self.folder, whole)
-                if problems:
+                if problems := problems | self._damaged_below(found):
                     self._set_aside(problems, found)
                 told = NONE if found is None else found
             except InputError as error:
@@ -140,6 +170,12 @@ class Checkpoints:
         self._manager.reload()
         return None if step == NONE else step
 
+    def _damaged_below(self, sound: int | None) -> dict[int, str]:
+        """What can be seen of damage in checkpoints older than a sound one: Orbax would end at some of it."""
+        older = [step for step in steps_in(self.folder) if sound is not None and step < sound]
+        problems = {step: damage(self.folder / str(step), none) for step in older}
+        return {step: problem for step, problem in problems.items() if problem}
+
     def _set_aside(self, problems: dict[int, str], sound: int | None) -> None:
         if sound is None:
             listed = "; ".join(f"step {bad}: {problem}" for bad, problem in problems.items())
@@ -149,14 +185,20 @@ class Checkpoints:
             )
         for bad, problem in problems.items():
             aside = self.folder.with_name("damaged")
-            aside.mkdir(exist_ok=True)
-            place = aside / f"{bad}-{len(list(aside.iterdir()))}"
-            os.replace(self.folder / str(bad), place)
-            print(
+            try:
+                if aside.is_symlink():
+                    raise OSError(f"{aside} is a link")
+                aside.mkdir(exist_ok=True)
+                place = aside / f"{bad}-{len(list(aside.iterdir()))}"
+                os.replace(self.folder / str(bad), place)
+            except OSError as error:
+                raise InputError(
+                    f"the checkpoint of step {bad} is damaged ({problem}) and cannot be moved to {aside}: {error}"
+                ) from error
+            say(
                 f"WARNING: the checkpoint of step {bad} is damaged ({problem}) and was moved to {place}; "
                 f"going on from that of step {sound}",
-                file=sys.stderr,
-                flush=True,
+                error=True,
             )
 
     def _seal(self) -> None:
@@ -173,12 +215,12 @@ class Checkpoints:
         if jax.process_index() == 0:
             for left in (self.folder / str(step), *self.folder.glob(f"{step}.orbax-checkpoint-tmp*")):
                 shutil.rmtree(left, ignore_errors=True)
-        self._manager.reload()
-        print(
+        with contextlib.suppress(OSError, ValueError):  # the folder may be gone, or an older checkpoint damaged
+            self._manager.reload()
+        say(
             f"WARNING: the checkpoint of step {step} could not be written ({reason[0][:600]}). The run goes on and "
             f"tries again at the next interval; the last checkpoint is that of step {self.latest()}",
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )
 
 
@@ -194,35 +236,26 @@ class LatestAndBest:
         return [info.step in newest or info.step == self.checkpoints.best for info in checkpoints]
 
 
-def read_checkpoint(workdir: Path, template: Any, step: int | None = None) -> tuple[Any, Record]:
-    """A checkpoint's state like `template` and its record, the newest sound one where `step` is None.
+def read_checkpoint(workdir: Path, template: Any, checkpoint: str | None = "latest") -> tuple[Any, Record]:
+    """A checkpoint's state like `template` and its record; arguments and errors as for `read_chosen`.
 
     Nothing is touched, so the run may be under way.
-
-    Raises:
-      InputError: there is none, or it is damaged.
     """
-    folder = (workdir / "checkpoints").resolve()
+    folder = checkpoints_of(workdir)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-    def read(step: int) -> tuple[Any, Record, int]:
-        options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
-        with ocp.CheckpointManager(folder, options=options, item_handlers=handlers()) as manager:
-            return _read(manager, template, step)
+    def read(step: int) -> tuple[Any, Record]:
+        with reader(folder) as manager:
+            return _read(manager, template, step)[:2]
 
-    found, problems = newest_sound(folder, read, None if step is None else [step])
-    if found is None and step is not None:
-        raise InputError(f"the checkpoint of step {step} in {workdir} is damaged: {problems[step]}")
-    if found is None:
-        listed = "".join(f"; that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
-        raise InputError(f"{workdir} holds no checkpoint{listed or '; the run ended before its first one'}")
-    return found[:2]
+    return read_chosen(workdir, read, checkpoint)
 
 
 def _read(manager: ocp.CheckpointManager, template: Any, step: int) -> tuple[Any, Record, int]:
-    record, index = read_record(manager, step)
+    with unreadable_is_damaged():
+        record, index = read_record(manager, step)
+        whole = {name: tuple(shape) for rows in index.values() for name, shape in rows}
     wanted = dict(zip(addresses(template), jax.tree.leaves(template), strict=True))
-    whole = {name: tuple(shape) for rows in index.values() for name, shape in rows}
     for name, array in wanted.items():
         if whole.get(name, array.shape) != array.shape:
             raise InputError(f"{name} is {whole[name]} in the checkpoint of step {step}, not {array.shape}")
@@ -232,5 +265,8 @@ def _read(manager: ocp.CheckpointManager, template: Any, step: int) -> tuple[Any
         return put({name: arrays[name] for name in names}, {name: wanted[name].sharding for name in names})
 
     spread = {name: array for name, array in wanted.items() if name not in whole}
-    found = read_state(manager, step, index, spread, place)
+    with unreadable_is_damaged():
+        found = read_state(manager, step, index, spread, place)
+    if missing := [name for name in wanted if name not in found]:
+        raise InputError(f"the checkpoint of step {step} has no {', '.join(missing[:3])}")
     return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted]), record, step

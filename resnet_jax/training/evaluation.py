@@ -1,7 +1,7 @@
-"""Exact evaluation: every test example counts once, on any number of devices."""
+"""Exact evaluation: every example of a split counts once, on any number of devices."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError
+from resnet_jax.config import Config, InputError, local_path
+from resnet_jax.data.dataset import Dataset, default_split, listed, with_outputs
+from resnet_jax.data.fingerprint import changes, described, fingerprint
+from resnet_jax.data.fingerprint import load as load_fingerprint
+from resnet_jax.data.fingerprint import trained_on as count_trained_on
 from resnet_jax.data.loader import BadImages, eval_batches
-from resnet_jax.data.sources import Dataset, load_dataset
+from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.stacking import block_by_block
-from resnet_jax.recipes import recorded
+from resnet_jax.output import say
+from resnet_jax.recipes import check, recorded
 from resnet_jax.sharding import check_batch, compiler_options, make_mesh, replicated
 from resnet_jax.training.checkpoints import read_checkpoint
 from resnet_jax.training.measures import mean_average_precision
@@ -25,7 +30,7 @@ from resnet_jax.training.recipe import build_model, sharded_shapes, state_maker
 from resnet_jax.training.signals import Stop
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.step import make_eval_step
-from resnet_jax.training.workdir import best_of
+from resnet_jax.weights.load import names_of_outputs
 
 Result = dict[str, dict[str, Any]]
 
@@ -35,7 +40,7 @@ LISTS = ("class_accuracy", "class_count", "predictions")
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network said of each image that could be read, in the order of the split.
+    """What a network predicted for each image that could be read, in the order of the split.
 
     Attributes:
       index: int [size], of the image in its split.
@@ -52,21 +57,28 @@ def make_evaluate(
     config: Config,
     model: nn.Module,
     dataset: Dataset,
+    split: str,
     mesh: Mesh,
     bad: BadImages,
     stop: Stop | None = None,
     features: Features | None = None,
     keep: bool = False,
 ) -> Callable[[TrainState], Result | None]:
-    """`evaluate(state) -> {"test": means, "ema": means}` over every test example once; `ema` only where there is one.
+    """Returns `evaluate(state) -> {split: means, "ema/" + split: means}` over every example of the split once.
 
-    None where `stop` was asked for meanwhile: in one process only, since several would have to agree on a batch.
-    Batches stay on the device between evaluations where the training data does.
+    The entry of the moving average is there only where the state has one. None is returned where `stop` was asked for
+    meanwhile: in one process only, since several would have to agree on a batch. Batches stay on the device between
+    evaluations where the training data does.
 
     Args:
+      split: `validation` or `test`.
       features: of `make_features`, for a probe.
       keep: the means also hold `predictions`.
+
+    Raises:
+      InputError: the data has no such split.
     """
+    source = dataset.split(split)
     step_function = jax.jit(
         make_eval_step(head_of(model) if features else model, config),
         out_shardings=replicated(mesh),
@@ -76,27 +88,28 @@ def make_evaluate(
     keep_logits = keep or dataset.several
 
     def batches(variables: Any) -> Iterator[Any]:
-        read = eval_batches(dataset.test, config, mesh, bad, jax.process_index(), jax.process_count())
+        process, classes = (jax.process_index(), jax.process_count()), dataset.label_classes()
+        read = eval_batches(source, config, mesh, bad, *process, classes)
         return map(partial(features, variables), read) if features else read
 
     def evaluate(state: TrainState) -> Result | None:
-        variables = {"test": {"params": state.params, "batch_stats": state.batch_stats}}
+        variables = {split: {"params": state.params, "batch_stats": state.batch_stats}}
         if (config.data.on_device or features) and not stored:
-            stored.extend(batches(variables["test"]))
+            stored.extend(batches(variables[split]))
         if state.ema is not None:
-            variables["ema"] = state.ema
+            variables[f"ema/{split}"] = state.ema
         sums: dict[str, list[Sums]] = {name: [] for name in variables}
-        said: dict[str, list[Any]] = {name: [] for name in variables}
-        for batch in stored or batches(variables["test"]):
+        outputs: dict[str, list[Any]] = {name: [] for name in variables}
+        for batch in stored or batches(variables[split]):
             if stop is not None and stop.asked():
                 return None
             for name, values in variables.items():
                 part, logits = step_function(values, batch)
                 sums[name].append(part)
                 if keep_logits:
-                    said[name].append((logits, *everywhere((batch["label"], batch["mask"]), mesh)))
+                    outputs[name].append((logits, *everywhere((batch["label"], batch["mask"]), mesh)))
         result = {name: means(add(parts)) for name, parts in sums.items()}
-        for name, parts in said.items() if keep_logits else ():
+        for name, parts in outputs.items() if keep_logits else ():
             predictions = gathered(parts)
             if dataset.several:
                 result[name]["map"] = mean_average_precision(predictions.logits, predictions.labels)
@@ -119,79 +132,146 @@ def gathered(parts: list[Any]) -> Predictions:
     return Predictions(index, logits[index], labels[index])
 
 
-def deciding(config: Config, several: bool) -> str:
-    """The metric that decides which checkpoint is best."""
-    return ("map" if several else "accuracy") if config.train.metric == "auto" else config.train.metric
+def selecting_metric(config: Config, dataset: Dataset) -> str | None:
+    """Returns the metric that decides on the validation split which checkpoint is the best; None where nothing does.
+
+    Raises:
+      InputError: the recipe waits for a metric, and the data has no validation split.
+    """
+    if config.train.metric == "none":
+        return None
+    if dataset.validation is None:
+        if config.train.patience is not None or config.train.metric != "auto":
+            what = "train.patience" if config.train.patience is not None else f"train.metric {config.train.metric}"
+            raise InputError(
+                f"{what} selects on a validation split, and there is none: set data.validation_fraction above 0, or "
+                "give the data one"
+            )
+        return None
+    return ("map" if dataset.several else "accuracy") if config.train.metric == "auto" else config.train.metric
 
 
-def headline(result: Result, metric: str) -> float:
-    """That metric, of the moving average where there is one."""
-    return float(result.get("ema", result["test"])[metric])
+def served(result: Result, split: str) -> tuple[str, dict[str, Any]]:
+    """Returns name and means of what is used later: the moving average where there is one, else the parameters."""
+    name = f"ema/{split}" if f"ema/{split}" in result else split
+    return name, result[name]
 
 
 def scalars(result: Result) -> Result:
-    """A result without what it says of single classes and images."""
+    """Returns a result without what it says of single classes and images."""
     return {
         kind: {name: value for name, value in values.items() if name not in LISTS} for kind, values in result.items()
     }
 
 
-def evaluate_run(folder: Path, best: bool = False, per_class: bool = False) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run's folder on the test data of its recipe.
+def evaluate_run(
+    folder: Path,
+    checkpoint: str | None = None,
+    split: str | None = None,
+    per_class: bool = False,
+    dataset: str | None = None,
+    accept_changes: bool = False,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run's folder on a split of its recipe's data.
 
     Args:
-      best: take the best checkpoint, not the latest; a run with `train.patience` is always its best one.
+      checkpoint: `best`, `latest` or a step; None takes the best one where the run selected one, else the latest.
+      split: `validation` or `test`; None takes test where the data has it.
       per_class: add `classes`: name -> accuracy (None without images) and count.
+      dataset: where the data lies now, in place of the recipe's `data.dataset`.
+      accept_changes: evaluate although the data elsewhere is not that of the run.
 
     Returns:
-      `step`, `test` and, where the run kept averages, `ema`, each with loss, accuracy, count, macro_recall, macro_f1
-      and, with more than five classes, top5; and `skipped_images`.
+      `step`, `split`, and under the split's name, and `ema/` with it where the run kept averages, loss, accuracy,
+      count, macro_recall, macro_f1 and, with more than five classes, top5; and `skipped_images`.
 
     Raises:
-      InputError: the folder holds no run, or no checkpoint.
+      InputError: the folder holds no run or no such checkpoint, the data has no such split, or it was trained on.
     """
-    run = open_run(folder, best)
-    result: dict[str, Any] = dict(run.evaluate(run.state) or {})
+    run = open_run(folder, checkpoint, dataset=dataset, accept_changes=accept_changes)
+    split = split or default_split(run.dataset)
+    run.check_unseen(split)
+    result: dict[str, Any] = dict(run.evaluate(split) or {})
     for values in result.values():
         accuracy, counts = values.pop("class_accuracy"), values.pop("class_count")
         if per_class:
             values["classes"] = {
                 name: {"accuracy": None if n == 0 else a, "count": n}
-                for name, a, n in zip(run.dataset.class_names, accuracy, counts, strict=True)
+                for name, a, n in zip(run.class_names, accuracy, counts, strict=True)
             }
-    return {"step": int(run.state.step)} | result | {"skipped_images": sorted(run.bad.names)}
+    return {"step": int(run.state.step), "split": split} | result | {"skipped_images": sorted(run.bad.names)}
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A checkpoint of a run, with its data and what evaluates it."""
+    """A checkpoint of a run, with its data.
+
+    Attributes:
+      trained_on: how many examples of each other split are among those that the run was trained on.
+      keep: evaluations hold the predictions.
+    """
 
     config: Config
     dataset: Dataset
-    model: nn.Module
+    model: Any
+    mesh: Mesh
+    class_names: tuple[str, ...]
     state: TrainState
     bad: BadImages
-    evaluate: Callable[[TrainState], Result | None]
+    trained_on: dict[str, int]
+    keep: bool
+
+    def evaluate(self, split: str) -> Result | None:
+        """Returns what `make_evaluate` does, of a split."""
+        parts = (self.config, self.model, self.dataset, split, self.mesh, self.bad)
+        return make_evaluate(*parts, keep=self.keep)(self.state)
+
+    def check_unseen(self, split: str) -> None:
+        """Raises InputError where a split holds pictures that the run was trained on."""
+        if count := self.trained_on.get(split):
+            raise InputError(
+                f"{count:,} of the {len(self.dataset.split(split)):,} {split} pictures of {self.config.data.dataset} "
+                "were trained on by this run: a figure on them would say nothing. Give the data as it was"
+            )
 
 
-def open_run(folder: Path, best: bool = False, keep: bool = False) -> FinishedRun:
-    """What a run's folder holds, to be looked at; `keep` as in `make_evaluate`.
+def open_run(
+    folder: Path,
+    checkpoint: str | None = None,
+    keep: bool = False,
+    dataset: str | None = None,
+    accept_changes: bool = False,
+) -> FinishedRun:
+    """Opens what a run's folder holds, to be looked at; arguments as for `evaluate_run`.
 
     Raises:
-      InputError: the folder holds no run, or no checkpoint.
+      InputError: the folder holds no run or no such checkpoint, or other data than the run's.
     """
+    folder = local_path(folder, "WORKDIR")
     config = recorded(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
+    if dataset is not None:
+        config = replace(config, data=replace(config.data, dataset=dataset))
+    check(config)
     mesh = make_mesh()
     check_batch(config.train.batch_size, mesh)
-    dataset = load_dataset(config.data, config.train.seed)
-    model = block_by_block(build_model(config, len(dataset.class_names)))
-    template = sharded_shapes(state_maker(config, model, lambda step: 0.0), mesh)
-    step = best_of(folder)[0] if best or config.train.patience is not None else None
-    state, record = read_checkpoint(folder, template, step)
-    if record["class_names"] != list(dataset.class_names):
-        raise InputError(f"{config.data.dataset} has other classes than the run: {', '.join(dataset.class_names)}")
+    selects = config.train.metric != "none"
+    found = load_dataset(config.data, config.train.seed, hold_out=selects, prepare=False)
+    seen, now = load_fingerprint(folder), fingerprint(found)
+    if seen is not None and (changed := changes(seen, now)):
+        note = f"{config.data.dataset} is not as the run in {folder} was given it ({described(changed)})"
+        if dataset is not None and not accept_changes:
+            raise InputError(f"{note}; give the same data, or take this with --data.accept_changes")
+        say(f"WARNING: {note}", error=True)
+    model: Any = block_by_block(build_model(config, len(found.class_names)))
+    found = with_outputs(found, model.num_classes)
+    without_rules = replace(config.optimizer, decay_rules=((".*", 0.0),), rate_rules=())  # a stranger's are not run
+    template = sharded_shapes(state_maker(replace(config, optimizer=without_rules), model, lambda step: 0.0), mesh)
+    state, record = read_checkpoint(folder, template, checkpoint)
+    names = names_of_outputs(model.num_classes, found.class_names, config.data.dataset)
+    if record["class_names"] != list(names):
+        raise InputError(f"{config.data.dataset} has other classes than the run: {listed(found.class_names)}")
     bad = BadImages("skip", channels=config.data.channels)
-    evaluate = make_evaluate(config, model, dataset, mesh, bad, keep=keep)
-    return FinishedRun(config, dataset, model, state, bad, evaluate)
+    trained = {} if seen is None else {name: count_trained_on(seen, now, name) for name in now if name != "train"}
+    return FinishedRun(config, found, model, mesh, names, state, bad, trained, keep)

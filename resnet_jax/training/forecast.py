@@ -14,7 +14,7 @@ from resnet_jax.models.registry import create_model
 from resnet_jax.recipes import check
 from resnet_jax.sharding import batch_sharding, check_batch, compiler_options, make_mesh, replicated, state_sharding
 from resnet_jax.training.optimizers import make_optimizer
-from resnet_jax.training.recipe import build_model, complete, in_form, state_maker
+from resnet_jax.training.recipe import build_model, complete, images_per_statistic, in_form, state_maker
 from resnet_jax.training.step import make_train_step
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -31,14 +31,17 @@ def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
       lives within a step) and `total`, and `collectives`: name -> bytes of a step that each device puts out.
 
     Raises:
-      InputError: the recipe contradicts itself or does not fit the devices.
+      InputError: the recipe contradicts itself or does not fit the devices, or its strategy is pmap.
     """
     check(config)
+    if config.parallel.strategy == "pmap":
+        raise InputError("a plan is made of one program, and pmap has several: plan with --parallel.strategy shard_map")
     config = complete(config, None)
     mesh = make_mesh(devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     schedule = optax.constant_schedule(0.1)
-    model = build_model(config, create_model(config.model.name).num_classes)
+    images_per_statistic(config, mesh.size)
+    model = build_model(config, config.model.num_classes or create_model(config.model.name).num_classes)
     new_state = state_maker(config, model, schedule)
     shapes = jax.eval_shape(lambda: in_form(new_state(), config))
     places = state_sharding(shapes, mesh)
@@ -91,7 +94,7 @@ def parse_memory(text: str) -> int:
     Raises:
       InputError: it is no number with a unit.
     """
-    match = re.fullmatch(r"([\d.]+) ?(MB|GB|MiB|GiB)", text)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?) ?(MB|GB|MiB|GiB)", text)
     if match is None:
         raise InputError(f"--memory {text}: give a number and MB, GB, MiB or GiB, such as 80GiB")
     return int(float(match[1]) * UNITS[match[2]])

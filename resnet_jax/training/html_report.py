@@ -12,18 +12,23 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax.config import InputError
+from resnet_jax.data.dataset import default_split
+from resnet_jax.data.files import printable
 from resnet_jax.data.on_device import normalize
 from resnet_jax.data.show import as_shown, overlay
 from resnet_jax.data.transforms import fit
-from resnet_jax.integrity import write_whole
+from resnet_jax.integrity import best_of, to_json, write_whole
 from resnet_jax.models.gradcam import grad_cam
 from resnet_jax.models.vit import ViT
+from resnet_jax.output import say
 from resnet_jax.recipes import to_dict
 from resnet_jax.training.charts import line_chart, reliability_chart
-from resnet_jax.training.evaluation import FinishedRun, Predictions, open_run
+from resnet_jax.training.evaluation import FinishedRun, Predictions, open_run, served
 from resnet_jax.training.measures import fit_calibration, measure, probabilities
-from resnet_jax.training.trackers import read_lines
-from resnet_jax.weights.tags import Calibration
+from resnet_jax.training.trackers import points, read_lines
+from resnet_jax.training.workdir import read_summary
+from resnet_jax.weights.tags import UNCALIBRATED, Calibration
 
 MISTAKES, THUMBNAIL = 12, 112
 """How many are shown, and at least how many pixels high."""
@@ -31,51 +36,77 @@ MOST_CLASSES = 40
 """Of a confusion matrix; of more classes the pairs are listed that are confused most."""
 
 
-def make_report(folder: Path, best: bool = False) -> Path:
+def make_report(folder: Path, checkpoint: str | None = None, dataset: str | None = None) -> Path:
     """Writes `report.html`, `measures.json` and `calibration.json` into a run's folder; returns the page's path.
 
-    The network is that of the newest checkpoint, or of the best one where `best` or `train.patience` says so, with its
-    moving average if it has one. Temperature and thresholds are fitted on the test split and so flatter it a little.
+    The network is that of a checkpoint as `evaluate_run` takes it, with its moving average if it has one. It is
+    measured on the test split, or where there is none on the validation split. Temperature and thresholds are fitted on
+    the validation split; without one, probabilities stay as they are.
 
     Raises:
-      InputError: the folder holds no run, or no checkpoint.
+      InputError: the folder holds no run or no such checkpoint, or there is no split to measure on.
     """
-    run = open_run(folder, best, keep=True)
-    result = run.evaluate(run.state) or {}
-    said: Predictions = result.get("ema", result["test"])["predictions"]
-    calibration = fit_calibration(said.logits, said.labels)
-    names = run.dataset.class_names
+    run = open_run(folder, checkpoint, keep=True, dataset=dataset)
+    split = default_split(run.dataset)
+    run.check_unseen(split)
+    means = served(run.evaluate(split) or {}, split)[1]
+    said: Predictions = means["predictions"]
+    calibration, fitted_on = UNCALIBRATED, None
+    if run.dataset.validation is not None:
+        fitted_on = "validation"
+        held_out = said if split == fitted_on else served(run.evaluate(fitted_on) or {}, fitted_on)[1]["predictions"]
+        calibration = fit_calibration(held_out.logits, held_out.labels)
+    names = run.class_names
     plain = measure(said.logits, said.labels, names)
     found = measure(said.logits, said.labels, names, calibration)
     step = int(run.state.step)
-    write_whole(folder / "calibration.json", json.dumps({"step": step} | dataclasses.asdict(calibration)) + "\n")
-    loss = result.get("ema", result["test"])["loss"]
-    kept = {"step": step, "loss": loss} | plain | {"calibrated": found, "temperature": calibration.temperature}
-    write_whole(folder / "measures.json", json.dumps(kept, indent=1) + "\n")
+    write_whole(folder / "calibration.json", to_json({"step": step} | dataclasses.asdict(calibration)) + "\n")
+    loss = means["loss"]
+    kept = {"step": step, "split": split, "loss": loss} | plain
+    kept |= {"calibrated": found, "temperature": calibration.temperature, "calibrated_on": fitted_on}
+    write_whole(folder / "measures.json", to_json(kept, indent=1) + "\n")
     lines = read_lines(folder / "metrics.jsonl")
     sections = [
-        _heading(run, folder, step),
+        _heading(run, folder, step, split),
         _tiles(plain, found, loss, calibration),
         _curves(lines),
         _classes(found),
         _confusion(found, names),
-        f"<h2>Calibration</h2>{reliability_chart(plain['reliability'])}",
-        _mistakes(run, said, calibration),
+        f"<h2>Calibration</h2><p>{CALIBRATED[fitted_on, split]}</p>{reliability_chart(plain['reliability'])}",
+        _mistakes(run, split, said, calibration),
         _speed(lines, folder),
         _details(run, folder),
     ]
-    page = PAGE.replace("{title}", escape(f"{run.config.model.name} on {run.config.data.dataset}"))
-    write_whole(folder / "report.html", page.replace("{body}", "\n".join(sections)))
+    title = escape(f"{run.config.model.name} on {run.config.data.dataset}")
+    head, tail = PAGE.replace("{title}", title, 1).rsplit("{body}", 1)
+    write_whole(folder / "report.html", printable("\n".join([head, *sections, tail])))
     return folder / "report.html"
 
 
-def _heading(run: FinishedRun, folder: Path, step: int) -> str:
-    config = run.config
+CALIBRATED = {
+    (
+        None,
+        "test",
+    ): "Probabilities are as the network gives them: no validation split, no temperature.",
+    ("validation", "test"): "The temperature was fitted on the validation split, the chart is of the test split.",
+    ("validation", "validation"): "The temperature was fitted on the same pictures, which flatters it a little.",
+}
+"""What is said of the calibration, by the splits that it was fitted and measured on."""
+
+
+def _heading(run: FinishedRun, folder: Path, step: int, split: str) -> str:
+    config, best = run.config, best_of(folder)
     average = ", moving average" if run.state.ema is not None else ""
+    counts = ", ".join(f"{len(source):,} {name}" for name, source in run.dataset.splits().items())
+    chosen = ""
+    if best is not None and best["step"] == step:
+        chosen = f" The step was chosen by {escape(best['metric'])}" + (
+            ", so that figures of that split flatter it." if split == "validation" else "."
+        )
     return (
         f"<h1>{escape(config.model.name)} on {escape(config.data.dataset)}</h1>"
-        f"<p>{escape(folder.name)}: step {step}{average}; {len(run.dataset.train):,} images to train, "
-        f"{len(run.dataset.test):,} to test, {len(run.dataset.class_names)} classes.</p>"
+        f"<p>{escape(folder.name)}: step {step}{average}; images: {counts}; {len(run.class_names)} classes. "
+        f"Figures below are of the <b>{split}</b> split.{chosen}</p>"
     )
 
 
@@ -96,15 +127,12 @@ def _tiles(plain: dict[str, Any], found: dict[str, Any], loss: float, calibratio
 
 
 def _curves(lines: list[dict[str, Any]]) -> str:
-    kinds = {"training": "train", "test": "eval", "test, averaged": "ema"}
-
-    def points(name: str) -> list[tuple[float, float]]:
-        return [(line["step"], line[name]) for line in lines if name in line]
+    kinds = {"train": "train", "validation": "validation", "validation, moving average": "ema/validation"}
 
     charts = [
-        line_chart("Loss", {label: points(f"{kind}/loss") for label, kind in kinds.items()}, "step", log=True),
-        line_chart("Accuracy", {label: points(f"{kind}/accuracy") for label, kind in kinds.items()}, "step"),
-        line_chart("Learning rate", {"learning rate": points("learning_rate")}, "step"),
+        line_chart("Loss", {label: points(lines, f"{kind}/loss") for label, kind in kinds.items()}, "step", log=True),
+        line_chart("Accuracy", {label: points(lines, f"{kind}/accuracy") for label, kind in kinds.items()}, "step"),
+        line_chart("Learning rate", {"learning rate": points(lines, "learning_rate")}, "step"),
     ]
     return f'<h2>Curves</h2><section class="charts">{"".join(charts)}</section>'
 
@@ -159,11 +187,11 @@ def worst(said: Predictions, temperature: float) -> list[tuple[int, int, float]]
     return [(int(i), int(label[i]), float(confidence[i])) for i in order]
 
 
-def _mistakes(run: FinishedRun, said: Predictions, calibration: Calibration) -> str:
+def _mistakes(run: FinishedRun, split: str, said: Predictions, calibration: Calibration) -> str:
     chosen = worst(said, calibration.temperature)
     if not chosen:
         return "<h2>Mistakes</h2><p>There are none.</p>"
-    config, source, names = run.config, run.dataset.test, run.dataset.class_names
+    config, source, names = run.config, run.dataset.split(split), run.class_names
     size, look = config.data.eval_image_size or config.data.image_size, config.augment
     places = [int(said.index[i]) for i, _, _ in chosen]
     seen = [fit(source[i][0], size, look.eval_crop, look.interpolation, config.data.channels) for i in places]
@@ -206,13 +234,17 @@ def _speed(lines: list[dict[str, Any]], folder: Path) -> str:
         ("images_per_second", "images a second"),
         ("data_wait", "waiting for data, share of the time"),
     ):
-        if values := [line[name] for line in lines if name in line]:
+        if values := [value for _, value in points(lines, name)]:
             rows.append(f"<tr><th>{label}, median</th><td>{statistics.median(values):.4g}</td></tr>")
-    if (folder / "summary.json").exists():
-        summary = json.loads((folder / "summary.json").read_text())
+    try:
+        summary = read_summary(folder)
+    except InputError as error:
+        say(f"WARNING: {error}; the report leaves it out", error=True)
+        summary = None
+    if summary:
         rows += [f"<tr><th>{name}</th><td>{escape(str(summary[name]))}</td></tr>" for name in ("device", "steps")]
         rows.append(f"<tr><th>seconds of the last start</th><td>{summary['seconds']:.1f}</td></tr>")
-        rows += [f"<tr><th>{n}</th><td>{escape(v)}</td></tr>" for n, v in summary["versions"].items()]
+        rows += [f"<tr><th>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in summary["versions"].items()]
     return f'<h2>Run</h2><div class="wide"><table id="run">{"".join(rows)}</table></div>'
 
 

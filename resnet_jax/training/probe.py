@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax.config import AugmentConfig, Config
+from resnet_jax.data.dataset import Source
 from resnet_jax.data.loader import BadImages, Batch, eval_batches, placed
 from resnet_jax.data.on_device import normalize
-from resnet_jax.data.sources import Source
 from resnet_jax.models.pooling import Classifier
 from resnet_jax.sharding import compiler_options, replicated
 

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError, ModelConfig, sides
-from resnet_jax.models.registry import create_model, model_fields, stride_of
+from resnet_jax.models.layers import BatchNorm
+from resnet_jax.models.registry import create_model, model_fields, stride_of, variable_shapes
 from resnet_jax.models.stacking import block_by_block, stack_blocks
+from resnet_jax.recipes import check
 from resnet_jax.sharding import state_sharding
-from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.optimizers import make_optimizer, rate_of
 from resnet_jax.training.state import TrainState, copies, create_state
 from resnet_jax.weights.load import fit_weights, preprocessing_of
 from resnet_jax.weights.sources import Weights, find_weights
@@ -24,16 +26,17 @@ from resnet_jax.weights.sources import Weights, find_weights
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens at which step; all in steps."""
+    """What happens at which step; all in steps, but for `evaluates`: whether there is a validation split."""
 
     total: int
     per_epoch: float
     eval_every: int
     save_every: int
     log_every: int
+    evaluates: bool = True
 
 
-def make_plan(config: Config, examples: int) -> Plan:
+def make_plan(config: Config, examples: int, evaluates: bool = True) -> Plan:
     """The plan of a run over so many training examples. An epoch need not be a whole number of steps."""
     per_epoch = examples / config.train.batch_size
     total = config.train.steps or max(1, math.ceil(config.train.epochs * per_epoch))
@@ -41,7 +44,7 @@ def make_plan(config: Config, examples: int) -> Plan:
     save_every = config.checkpoint.every_steps or eval_every
     if total * config.train.batch_size >= 2**32:
         raise InputError("the run draws 2**32 images or more, further than the order of the data counts: shorten it")
-    return Plan(total, per_epoch, eval_every, save_every, config.log.every_steps)
+    return Plan(total, per_epoch, eval_every, save_every, config.log.every_steps, evaluates)
 
 
 def complete(config: Config, recorded: Config | None) -> Config:
@@ -51,7 +54,7 @@ def complete(config: Config, recorded: Config | None) -> Config:
       recorded: the recipe of the run that is resumed, which then says what the weights said at its start.
 
     Raises:
-      InputError: the weights cannot be found.
+      InputError: the weights cannot be found, or what they say is impossible.
     """
     source = config.model.pretrained
     if source is None:
@@ -69,7 +72,9 @@ def complete(config: Config, recorded: Config | None) -> Config:
             names = ("mean", "std")
         taken = {name: getattr(theirs, name) for name in names if getattr(ours, name) == getattr(default, name)}
         sections[section] = dataclasses.replace(ours, **taken)
-    return dataclasses.replace(config, **sections)
+    config = dataclasses.replace(config, **sections)
+    check(config)
+    return config
 
 
 FROM_WEIGHTS = {
@@ -116,8 +121,17 @@ def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainSt
 
 
 def build_model(config: Config, classes: int) -> nn.Module:
-    """The recipe's model with a head for so many classes."""
+    """The recipe's model with a head for `model.num_classes`, or for the classes of the data where that is None.
+
+    Raises:
+      InputError: the head has fewer outputs than the data has classes, or the recipe's fields do not fit the model.
+    """
     recipe = config.model
+    if (recipe.num_classes or classes) < classes:
+        raise InputError(
+            f"model.num_classes {recipe.num_classes} is below the {classes} classes of {config.data.dataset}: "
+            "leave it out, or raise it"
+        )
     classes = recipe.num_classes or classes
     dtype = jnp.dtype(recipe.compute_dtype)
     fields = {} if config.data.channels == 3 else {"in_channels": config.data.channels}
@@ -130,7 +144,62 @@ def build_model(config: Config, classes: int) -> nn.Module:
             f"data.image_size {config.data.image_size} is below the stride of {recipe.name}, which shrinks images by "
             f"{stride}: enlarge them, or take a network for small ones, such as cifar_resnet20"
         )
+    try:
+        variable_shapes(model)
+    except ValueError as error:
+        raise InputError(f"model.name {recipe.name} with these fields of model is impossible: {error}") from error
     return model
+
+
+def images_per_statistic(config: Config, devices: int) -> int:
+    """Returns how many images of a step share the statistics of a batch norm, after `parallel.batch_norm`.
+
+    Raises:
+      InputError: ghost batches do not divide what a device sees at once.
+    """
+    scope, parts = config.parallel.batch_norm, config.train.accumulate_steps
+    whole, each = config.train.batch_size // parts, config.train.batch_size // parts // devices
+    if not scope.startswith("ghost:"):
+        return each if scope == "local" else whole
+    size, seen = int(scope.removeprefix("ghost:")), whole if config.parallel.strategy == "jit" else each
+    if seen % size:
+        raise InputError(
+            f"parallel.batch_norm {scope}: the {seen} images that go through at once do not divide into groups of "
+            f"{size}; the nearest sizes that do are {', '.join(map(str, nearest_divisors(seen, size)))}"
+        )
+    return size
+
+
+def nearest_divisors(number: int, size: int) -> list[int]:
+    """The divisors of a number just below and just above a size."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = [d for d in divisors if d < size], [d for d in divisors if d > size]
+    return below[-1:] + above[:1]
+
+
+def norms_of_one_value(config: Config, model: nn.Module, devices: int) -> list[str]:
+    """Returns the paths of the batch norms that train on one value a channel, whose output is then their bias alone.
+
+    Args:
+      model: of `build_model`.
+    """
+    if images_per_statistic(config, devices) > 1 or config.finetune.mode == "linear_probe":
+        return []
+    found: list[str] = []
+    rate = rate_of(config.optimizer.rate_rules)
+
+    def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if isinstance(module, BatchNorm) and not module.frozen and args[0].size == args[0].shape[-1]:
+            path = "/".join(module.path)
+            if rate(f"{path}/scale"):
+                found.append(path)
+        return call(*args, **kwargs)
+
+    images = jax.ShapeDtypeStruct((1, *sides(config.data.image_size), config.data.channels), jnp.float32)
+    with nn.intercept_methods(look):
+        jax.eval_shape(block_by_block(model).init, jax.random.key(0), images)
+    return list(dict.fromkeys(found))
 
 
 def state_maker(config: Config, model: nn.Module, schedule: Any) -> Callable[[], TrainState]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax import output as outputs
 from resnet_jax.config import Config
 from resnet_jax.training.console import Console
 from resnet_jax.training.metrics import Sums, add, means
@@ -62,7 +63,7 @@ class Report:
     ) -> None:
         first = jax.process_index() == 0
         self._tracker = Tracker(folder, step, config.log.tensorboard, record["owed"]) if first else None
-        self._console = Console(step, plan.total, plan.per_epoch) if first else None
+        self._console = Console(step, plan.total, plan.per_epoch, plan.evaluates) if first else None
         self._batch_size, self._per_epoch, self._schedule = config.train.batch_size, plan.per_epoch, schedule
         self._last_checkpoint = last_checkpoint
         self._thread = ThreadPoolExecutor(1)
@@ -104,10 +105,9 @@ class Report:
         return None if self._carried is None else {name: float(value) for name, value in self._carried.items()}
 
     def evaluation(self, step: int, result: dict[str, dict[str, Any]]) -> None:
-        """Writes means over the test set."""
-        names = {"test": "eval", "ema": "ema"}
+        """Writes the means of an evaluation, each under its split's name."""
         line = {
-            f"{names[kind]}/{name}": value
+            f"{kind}/{name}": value
             for kind, values in result.items()
             for name, value in values.items()
             if name in ("loss", "accuracy", "top5", "macro_recall", "macro_f1", "map")
@@ -208,10 +208,10 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
-def say(text: str) -> None:
-    """Prints in the first process alone."""
+def say(text: str, error: bool = False) -> None:
+    """Prints in the first process alone, as `output.say` does."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        outputs.say(text, error)
 
 
 Advance = Callable[[TrainState, int], tuple[TrainState, Sums, int, float]]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config import Config, InputError
+from resnet_jax.data.dataset import with_outputs
 from resnet_jax.data.loader import BadImages, sampling_table, train_batches, whole_split
 from resnet_jax.data.on_device import per_channel
 from resnet_jax.data.show import as_shown
@@ -16,6 +17,7 @@ from resnet_jax.recipes import check
 from resnet_jax.sharding import batch_sharding, make_mesh, put_everywhere
 from resnet_jax.training.recipe import build_model, complete
 from resnet_jax.training.step import draw, prepare
+from resnet_jax.weights.load import names_of_outputs
 
 MOST, COLUMNS, HIGH = 64, 8, 128
 """Images that are drawn, in so many columns, each at least so many pixels high."""
@@ -29,19 +31,21 @@ def show_batch(config: Config, file: Path) -> Path:
     """
     check(config)
     config = complete(config, None)
-    dataset, mesh = load_dataset(config.data, config.train.seed), make_mesh(1)
+    dataset, mesh = load_dataset(config.data, config.train.seed, hold_out=config.train.metric != "none"), make_mesh(1)
     model: Any = build_model(config, len(dataset.class_names))
+    dataset = with_outputs(dataset, model.num_classes)
+    names = names_of_outputs(model.num_classes, dataset.class_names, config.data.dataset)
     bad = BadImages(config.data.on_bad_image, channels=config.data.channels)
-    table, step = sampling_table(dataset, config.data.sampling), jnp.int32(0)
+    table, step, classes = sampling_table(dataset, config.data.sampling), jnp.int32(0), dataset.label_classes()
     if config.data.on_device:
-        data = put_everywhere(whole_split(dataset.train, config, bad, table), mesh)
+        data = put_everywhere(whole_split(dataset.train, config, bad, table, classes), mesh)
         batch = jax.jit(lambda data: draw(step, data, config, batch_sharding(mesh)))(data)
     else:
-        batch = next(train_batches(dataset.train, config, mesh, bad, range(1), table=table))
+        batch = next(train_batches(dataset.train, config, mesh, bad, range(1), table=table, classes=classes))
     images, targets = (np.asarray(x, np.float32) for x in prepare(batch, step, config, model))
     mean, std = (np.asarray(per_channel(v, images.shape[-1])) for v in (config.data.mean, config.data.std))
     pixels = (images * std + mean).clip(0, 1)
-    return draw_grid(pixels[:MOST], [caption(row, dataset.class_names) for row in targets], file)
+    return draw_grid(pixels[:MOST], [caption(row, names) for row in targets], file)
 
 
 def caption(target: np.ndarray, names: tuple[str, ...]) -> str:

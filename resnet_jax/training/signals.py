@@ -1,5 +1,6 @@
-"""SIGTERM and Ctrl-C: the run ends after the steps that the device was given, with a checkpoint.
+"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C: the run ends after the steps that the device was given, with a checkpoint.
 
+SIGUSR1 is what SLURM sends before a job's time is over (`--signal=USR1@90`), SIGHUP what a terminal sends that goes.
 Several processes end after the same step.
 """
 
@@ -7,11 +8,9 @@ import contextlib
 import os
 import shlex
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 
@@ -28,16 +27,38 @@ class Stopped(RuntimeError):
         super().__init__(f"{said}; {how} goes on from there")
 
 
+class FolderLost(RuntimeError):
+    """The folder of a run was deleted, moved or taken by another run.
+
+    `saved` is the folder in which the state of the step was saved after all; None where it could not be.
+    """
+
+    def __init__(self, folder: Path, step: int, saved: Path | None) -> None:
+        self.step, self.saved = step, saved
+        command = f"resnet-jax train --workdir {shlex.quote(str(saved))} goes on from there"
+        which = f"is saved in {saved}; {command}" if saved else "could NOT be saved"
+        super().__init__(
+            f"{folder} is no longer this run's: it was deleted or moved, its lock was removed, or another run has "
+            f"taken it. The run ends after step {step}, which {which}"
+        )
+
+
 class Stop:
-    """Whether the run was told to stop."""
+    """Whether the run is to stop."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._together, self._calls = False, 0
+        self._asked, self._together, self._calls = False, False, 0
+
+    def ask(self) -> None:
+        """Has the run end, without a signal from outside; several processes learn of it from the one that asks."""
+        if not self._asked and jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX's own service takes it
+        self._asked = True
 
     def asked(self) -> bool:
         """Whether this process knows that the run is to end, several of them having agreed on it."""
-        return self.signal is not None if jax.process_count() == 1 else self._together
+        return self._asked or self.signal is not None if jax.process_count() == 1 else self._together
 
     def due(self) -> bool:
         """Whether to end after the call that has just been dispatched; to be asked once for each, by all processes.
@@ -53,13 +74,16 @@ class Stop:
         return self.asked()
 
 
+CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Catches SIGTERM and SIGINT while it lasts; a second Ctrl-C ends the process at once with status 130.
+    """Catches `CAUGHT` while it lasts; a second Ctrl-C ends the process at once with status 130.
 
     A thread of its own learns of them, also while the main one compiles. With several processes JAX's own service
-    catches SIGTERM and tells the others; Ctrl-C is handed on to it. Outside the main thread, where Python allows no
-    handlers, nothing is caught.
+    catches SIGTERM and tells the others; the others are handed on to it. What is ignored stays so, such as SIGHUP under
+    nohup. Outside the main thread, where Python allows no handlers, nothing is caught.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -70,7 +94,12 @@ def stop_signals() -> Iterator[Stop]:
     os.set_blocking(writing, False)
     thread = threading.Thread(target=listen, args=(reading, stop, several), daemon=True)
     thread.start()
-    caught = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    caught = [
+        number
+        for number in CAUGHT
+        if not (several and number == signal.SIGTERM)
+        and not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN)
+    ]
     handlers = {number: signal.signal(number, lambda *_: None) for number in caught}
     woken = signal.set_wakeup_fd(writing)
     try:
@@ -90,7 +119,7 @@ def listen(pipe: int, stop: Stop, several: bool) -> None:
     while number := os.read(pipe, 1)[0]:
         if number == signal.SIGINT and stop.signal == signal.SIGINT:
             os._exit(130)
-        if number not in (signal.SIGINT, signal.SIGTERM):
+        if number not in CAUGHT:
             continue
         stop.signal = number
         again = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
@@ -98,15 +127,3 @@ def listen(pipe: int, stop: Stop, several: bool) -> None:
             os.write(2, f"\n{signal.Signals(number).name}: saving after this step{again}\n".encode())
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-def end_with_lost_process(error: Exception) -> NoReturn:
-    """Ends this process at once with status 1: with a process missing, everything that would tidy up waits for it."""
-    reason = str(error).splitlines()[0]
-    print(
-        f"error: process {jax.process_index()} lost touch with another process of the run ({reason}); "
-        "start the same command again in all processes to go on from the last checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)

@@ -1,31 +1,27 @@
 """A run's folder: its recipe, the lock that keeps a second run out, its summary; and the runs under a folder."""
 
 import contextlib
-import json
-import os
+import math
 import platform
-import socket
-import threading
-import time
+import shlex
 from collections.abc import Iterator
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 from jax.sharding import Mesh
 
 from resnet_jax import __version__
 from resnet_jax.config import Config, InputError
-from resnet_jax.data.sources import Dataset
-from resnet_jax.integrity import damage, none, steps_in, write_whole
-from resnet_jax.recipes import differences, from_dict, recorded, to_dict
+from resnet_jax.data.dataset import Dataset
+from resnet_jax.integrity import best_of, checkpoints_of, damage, none, read_json, steps_in, to_json, write_whole
+from resnet_jax.output import say
+from resnet_jax.recipes import differences, read_recipe, recorded, to_dict
 from resnet_jax.training.checkpoints import Record
-from resnet_jax.training.trackers import draw_curves, read_lines
-
-TOUCHED_EVERY, STALE_AFTER = 20.0, 120.0
-"""Seconds: how often a run touches its lock, and when one of another host counts as left behind."""
+from resnet_jax.training.lock import Lock, hold, live_holder
+from resnet_jax.training.trackers import split_lines
 
 
 def open_workdir(workdir: str | Path | None, config: Config) -> Path:
@@ -55,81 +51,31 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, config: Config) -> Iterator[None]:
-    """Holds `folder/lock`, which says host, process and start, and writes the recipe. The first process alone does.
+def locked(folder: Path, config: Config) -> Iterator[Lock | None]:
+    """Holds `folder/lock` while it lasts, and writes the recipe. The first process alone does; others get None.
 
     Raises:
       InputError: another run holds it, or the folder cannot be written.
     """
     if jax.process_index() != 0:
-        yield
+        yield None
         return
-    lock, mine = folder / "lock", {"host": socket.gethostname(), "pid": os.getpid(), "start": start_of(os.getpid())}
-    try:
-        if holder := live_holder(lock):
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(hold(folder / "lock"))
+            write_whole(folder / "config.json", to_json(to_dict(config), indent=2) + "\n")
+        except OSError as error:
             raise InputError(
-                f"{folder} is in use by process {holder['pid']} on {holder['host']}, which locked it at "
-                f"{datetime.fromtimestamp(lock.stat().st_mtime):%Y-%m-%d %H:%M:%S} the last time; wait for it, stop "
-                f"it, or give another --workdir. If there is no such process, remove {lock}"
-            )
-        write_whole(lock, json.dumps(mine))
-        write_whole(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-    except OSError as error:
-        raise InputError(
-            f"the folder {folder} of the run cannot be written: {error}; give another --workdir"
-        ) from error
-    done = threading.Event()
-
-    def touch() -> None:
-        while not done.wait(TOUCHED_EVERY):
-            with contextlib.suppress(OSError):
-                os.utime(lock)
-
-    thread = threading.Thread(target=touch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads(lock.read_text()) == mine:
-                lock.unlink()
+                f"the folder {folder} of the run cannot be written: {error}; give another --workdir"
+            ) from error
+        yield lock
 
 
-def live_holder(lock: Path) -> dict[str, Any] | None:
-    """What a lock says of the run that holds it; None where there is none, or it was left behind by a dead one."""
-    try:
-        said, touched = json.loads(lock.read_text()), lock.stat().st_mtime
-    except (OSError, ValueError):
-        return None
-    if said["host"] == socket.gethostname():
-        return said if said["start"] is not None and start_of(said["pid"]) == said["start"] else None
-    return said if time.time() - touched < STALE_AFTER else None
-
-
-def start_of(pid: int) -> str | None:
-    """What tells a process from a later one of the same number: its start, if the system says; None if it is dead."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        pass
-    if Path("/proc/self/stat").exists():
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return "alive"
-
-
-def new_record(config: Config, dataset: Dataset) -> Record:
+def new_record(config: Config, dataset: Dataset, class_names: tuple[str, ...]) -> Record:
     """What a checkpoint holds beside the state, for a run that begins."""
     return {
         "recipe": to_dict(config),
-        "class_names": list(dataset.class_names),
+        "class_names": list(class_names),
         "several": dataset.several,
         "best": None,
         "result": None,
@@ -142,35 +88,80 @@ def new_record(config: Config, dataset: Dataset) -> Record:
     }
 
 
-def finished(folder: Path, step: int) -> dict[str, Any] | None:
-    """The summary of a run that has ended with this step; None where it goes on."""
+class Summary(TypedDict):
+    """What every `summary.json` holds, beside what an evaluation found."""
+
+    steps: int
+    seconds: float
+    device: str
+    versions: dict[str, str]
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """What `summary.json` holds; None where there is none.
+
+    Raises:
+      InputError: it is damaged.
+    """
     try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
+        return read_json(folder / "summary.json", Summary)
+    except FileNotFoundError:
         return None
-    return summary if summary["steps"] == step else None
+
+
+def finished(folder: Path, step: int) -> dict[str, Any] | None:
+    """The summary of a run that has ended with this step; None where it goes on.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    summary = read_summary(folder)
+    return summary if summary and summary["steps"] == step else None
 
 
 def ended(folder: Path) -> dict[str, Any] | None:
-    """The summary of a run that has ended and whose last checkpoint is sound; None where it goes on."""
-    last = max(steps_in(folder / "checkpoints"), default=0)
-    summary = finished(folder, last)
+    """The summary of a run that has ended and whose last checkpoint is sound; None where it goes on. A damaged one is
+    named on standard error.
+    """
+    last = max(steps_in(checkpoints_of(folder)), default=0)
+    try:
+        summary = finished(folder, last)
+    except InputError as error:
+        say(f"WARNING: {error}; it is written anew", error=True)
+        return None
     return summary if summary and damage(folder / "checkpoints" / str(last)) is None else None
 
 
 def finish(folder: Path, record: Record, speed: dict[str, float], device: str) -> dict[str, Any]:
-    """Writes `summary.json` and `curves.png` and says what came out."""
+    """Writes `summary.json` and says what came out."""
     skipped = {"count": len(record["skipped"]), "names": record["skipped"][:1000]}
-    summary = record["result"] | {"best": record["best"], "steps": record["step"]} | speed
+    summary = (record["result"] or {}) | {"best": record["best"], "selected": record["selected"]}
+    summary |= {"steps": record["step"]} | speed
     summary |= {"skipped_images": skipped, "skipped_updates": record["skipped_updates"]["total"]}
     summary |= {"device": device, "versions": versions()}
     if jax.process_index() == 0:
-        draw_curves(folder)
-        write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        test = summary["test"]
-        print(f"test accuracy {test['accuracy']:.2%} on {test['count']} images, loss {test['loss']:.4f}")
-        print(f"the run lies in {folder}; see it with: resnet-jax evaluate {folder} --per-class")
+        write_whole(folder / "summary.json", to_json(summary, indent=2) + "\n")
+        for line in outcome(summary):
+            say(line)
+        say(f"the run lies in {folder}; see it with: resnet-jax evaluate {shlex.quote(str(folder))} --per-class")
     return summary
+
+
+def outcome(summary: dict[str, Any]) -> list[str]:
+    """Lines that say what came out of a run: each figure with its split, and how its step was chosen."""
+    step, best, lines = summary["selected"], summary["best"], []
+    for split in ("validation", "test"):
+        kind = next((kind for kind in (f"ema/{split}", split) if kind in summary), None)
+        if kind is None:
+            continue
+        values = summary[kind]
+        of = f"the moving average of step {step}" if kind.startswith("ema/") else f"step {step}"
+        chosen = f", which this split chose by {best['metric'].rpartition('/')[2]}" if best and split != "test" else ""
+        lines.append(
+            f"{split} accuracy {values['accuracy']:.2%} on {values['count']} images, loss {values['loss']:.4f} "
+            f"({of}{chosen})"
+        )
+    return lines or [f"step {step}: there is no validation or test split to measure on"]
 
 
 def device_name(mesh: Mesh) -> str:
@@ -186,32 +177,41 @@ def versions() -> dict[str, str]:
 
 
 def runs_under(folder: Path) -> list[dict[str, Any]]:
-    """The runs under a folder: `folder`, `model`, `data`, `step`, `steps`, `best`, `state`, by name.
+    """The runs under a folder: `folder`, `model`, `data`, `step`, `steps`, `best`, `state`, `problem`, by name.
 
     `state` is `running`, `finished`, `stopped` (the same command goes on), or `damaged` (a file cannot be read, or no
-    checkpoint is sound).
+    checkpoint is sound); `problem` then says which.
     """
     return [describe_run(path.parent) for path in sorted(folder.rglob("config.json")) if is_run(path.parent)]
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run, not just any config.json."""
-    return (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file() or (folder / "lock").is_file()
+    return any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", "lock"))
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
     """One row of `runs_under`."""
-    row: dict[str, Any] = dict.fromkeys(("model", "data", "step", "metric", "best")) | {"folder": str(folder)}
+    row: dict[str, Any] = dict.fromkeys(("model", "data", "step", "metric", "best", "problem"))
+    row["folder"] = str(folder)
     running = live_holder(folder / "lock") is not None
     try:
-        config = from_dict(json.loads((folder / "config.json").read_text()))
+        config = read_recipe(folder / "config.json")
         row |= {"model": config.model.name, "data": config.data.dataset}
-        there = steps_in(folder / "checkpoints")
-        steps = [step for step in there if damage(folder / "checkpoints" / str(step), none) is None]
-        summary = finished(folder, max(steps, default=0))
-    except (OSError, ValueError):
-        return row | {"state": "running" if running else "damaged"}
-    row |= {"step": max(steps, default=0), "metric": config.train.metric, "best": best_of(folder)[1]}
+        there = steps_in(checkpoints_of(folder))
+        problems = {step: damage(folder / "checkpoints" / str(step), none) for step in there}
+        steps = [step for step in there if problems[step] is None]
+        best = best_of(folder) or {"metric": None, "value": None}
+        row |= {"step": max(steps, default=0), "metric": best["metric"], "best": best["value"]}
+        _, torn = split_lines(folder / "metrics.jsonl")
+        if torn:
+            row["problem"] = f"{folder / 'metrics.jsonl'} has {len(torn)} lines that cannot be read"
+        summary = finished(folder, row["step"])
+    except (OSError, InputError) as error:
+        return row | {"state": "running" if running else "damaged", "problem": str(error)}
+    if steps != there:
+        bad = next(step for step in there if problems[step])
+        row["problem"] = f"{folder / 'checkpoints' / str(bad)}: {problems[bad]}"
     if running:
         return row | {"state": "running"}
     if there and not steps:
@@ -219,19 +219,13 @@ def describe_run(folder: Path) -> dict[str, Any]:
     return row | {"state": "finished" if summary else "stopped"}
 
 
-def best_of(folder: Path) -> tuple[int | None, float | None]:
-    """Step and metric of the best evaluation whose checkpoint is there, the first of equals; by `metrics.jsonl`."""
-    metric = from_dict(json.loads((folder / "config.json").read_text())).train.metric
-    found: tuple[int | None, float | None] = (None, None)
-    there = set(steps_in(folder / "checkpoints"))
-    for line in read_lines(folder / "metrics.jsonl"):
-        name = ("map" if "eval/map" in line else "accuracy") if metric == "auto" else metric
-        value = line.get(f"ema/{name}", line.get(f"eval/{name}"))
-        if value is not None and line["step"] in there and (found[1] is None or better(name, value, found[1])):
-            found = (line["step"], value)
-    return found
+def better(metric: str, new: float | None, old: float | None) -> bool:
+    """Whether a value is better than another one: a loss the lower, everything else the higher.
 
-
-def better(metric: str, new: float, old: float) -> bool:
-    """Whether a value is better than another one: a loss the lower, everything else the higher."""
+    What is None or not a number is worse than any number, and never better than anything.
+    """
+    if new is None or math.isnan(new):
+        return False
+    if old is None or math.isnan(old):
+        return True
     return new < old if metric == "loss" else new > old

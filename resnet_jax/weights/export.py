@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from resnet_jax.config import InputError
 from resnet_jax.models.registry import create_model
@@ -17,13 +18,16 @@ from resnet_jax.weights.load import fit_weights, model_of, names_of_outputs, pre
 from resnet_jax.weights.sources import Weights, find_weights
 
 
-def export(source: str, path: Path, form: str, name: str | None = None) -> tuple[str, int]:
+def export(
+    source: str, path: Path, form: str, name: str | None = None, checkpoint: str | None = None
+) -> tuple[str, int]:
     """Writes the weights of a source to a file, under the names that timm and torchvision use.
 
     Args:
       source: as for `load_pretrained`; of a run the moving average, if it kept one.
       form: `safetensors`, which also carries model, preprocessing and class names in its header, or `pth`.
       name: of the model, where the source does not say.
+      checkpoint: of a run, as for `find_weights`.
 
     Returns:
       The model's name and the number of tensors.
@@ -31,7 +35,7 @@ def export(source: str, path: Path, form: str, name: str | None = None) -> tuple
     Raises:
       InputError: the source cannot be read, torch is missing for `pth`, or the file cannot be written.
     """
-    weights = find_weights(source, name)
+    weights = find_weights(source, name, checkpoint)
     name, fields = model_of(weights, source)
     model = create_model(name, **fields)
     tensors = to_torch(model, fit_weights(model, weights.tensors, source))
@@ -51,7 +55,6 @@ def written_beside(path: Path) -> Iterator[Path]:
     Raises:
       InputError: `path` is a folder or a device, cannot be written, or the disk is full; what was there stays.
     """
-    from safetensors import SafetensorError
 
     try:
         target = Path(os.path.realpath(path))

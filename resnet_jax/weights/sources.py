@@ -11,17 +11,18 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from resnet_jax.config import Config, InputError, ModelConfig, sides
-from resnet_jax.integrity import newest_sound
+from resnet_jax.config import InputError, ModelConfig, local_path, sides
+from resnet_jax.integrity import checkpoints_of, read_chosen, read_json
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest
-from resnet_jax.recipes import from_dict
+from resnet_jax.output import say
+from resnet_jax.recipes import check, from_dict
 from resnet_jax.weights.convert import as_array, to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag, tags_of
 
@@ -71,36 +72,29 @@ class Weights:
     calibration: Calibration = UNCALIBRATED
 
 
-def find_weights(source: str, name: str | None = None) -> Weights:
+def find_weights(source: str, name: str | None = None, checkpoint: str | None = None) -> Weights:
     """What a source names: a tag or model (`resnet50.tv2_in1k`, `resnet50`), `hf-hub:OWNER/NAME`, a `.safetensors`,
     `.pth`, `.pt`, `.ckpt` or `.bin` file, a folder with weights and `config.json`, or the folder of a run.
 
     Args:
       name: of the model, where the source does not say, or says otherwise.
+      checkpoint: of a run: `best`, `latest` or a step; None takes the best one where the run selected one.
 
     Raises:
       InputError: there is no such thing, or it cannot be read; the message says what would help.
     """
-    weights = _found(source)
+    weights = _found(source, checkpoint)
     return replace(weights, name=name) if name else weights
 
 
-def local_path(text: str | Path) -> Path:
-    """A path that a user gave, with `~` as their home.
-
-    Raises:
-      InputError: it names no place: a user who does not exist, or a name that the system does not take.
-    """
-    try:
-        path = Path(text).expanduser()
-        path.is_dir()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{text}: there is no such place ({error})") from error
-    return path
-
-
-def _found(source: str) -> Weights:
-    path = local_path(source)
+def _found(source: str, checkpoint: str | None) -> Weights:
+    if source.startswith("hf-hub:") and checkpoint is None:
+        return _from_hub(source.removeprefix("hf-hub:"))
+    path = local_path(source, "the source of weights")
+    if (path / "checkpoints").is_dir():
+        return _from_run(path, checkpoint)
+    if checkpoint is not None:
+        raise InputError(f"--checkpoint {checkpoint}: {source} is no folder of a run, and nothing else has checkpoints")
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
@@ -109,8 +103,6 @@ def _found(source: str) -> Weights:
         raise InputError(f"{source} is neither a file nor a folder")
     if path.suffix in FILES:
         raise InputError(f"{source}: there is no such file")
-    if source.startswith("hf-hub:"):
-        return _from_hub(source.removeprefix("hf-hub:"))
     tag = find_tag(source)
     tensors = read_tensors(_download(tag.repository, "model.safetensors"))
     return Weights(tensors, tag.name, {"num_classes": tag.num_classes}, tag.preprocessing)
@@ -145,8 +137,6 @@ def _from_hub(repository: str) -> Weights:
 
 
 def _from_folder(folder: Path) -> Weights:
-    if (folder / "checkpoints").is_dir():
-        return _from_run(folder)
     try:
         files = [path for path in sorted(folder.iterdir()) if path.suffix in FILES and path.is_file()]
     except OSError as error:
@@ -347,35 +337,24 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _from_run(folder: Path) -> Weights:
-    """The moving average of a run's latest checkpoint, with `train.patience` of its best; or its parameters where there
-    is no average.
-    """
-    import orbax.checkpoint as ocp
+def _from_run(folder: Path, checkpoint: str | None) -> Weights:
+    """The moving average of a run's checkpoint, or its parameters where there is no average."""
+    from resnet_jax.vectors import read_record, read_state, reader
 
-    from resnet_jax.vectors import handlers, read_record, read_state
-
-    place = (folder / "checkpoints").resolve()
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
+    place = checkpoints_of(folder)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def read(step: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        with ocp.CheckpointManager(place, options=options, item_handlers=handlers()) as manager:
+        with reader(place) as manager:
             record, index = read_record(manager, step)
             known = manager.item_metadata(step)["state"].tree["spread"]
             spread = {name: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here) for name, m in known.items()}
             return step, record, read_state(manager, step, index, spread, lambda arrays: arrays)
 
-    last, problems = newest_sound(place, read)
-    if last is None:
-        damaged = "".join(f"; that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
-        raise InputError(f"{folder} holds no checkpoint{damaged or '; the run ended before its first one'}")
-    step, record, arrays = last
-    config: Config = from_dict(record["recipe"])
-    if config.train.patience is not None and record["best"]:
-        best, _ = newest_sound(place, read, [record["best"]["step"]])
-        step, _, arrays = best or last
+    step, record, arrays = read_chosen(folder, read, checkpoint)
+    config = from_dict(record["recipe"])
+    check(config)
     state = unflatten_dict(arrays, sep=".")
     found = state.get("ema", state)
     variables = {name: found[name] for name in ("params", "batch_stats") if name in found}
@@ -389,26 +368,35 @@ def _from_run(folder: Path) -> Weights:
     size = data.eval_image_size or data.image_size
     preprocessing = Preprocessing(data.mean, data.std, data.image_size, size, augment.eval_crop, augment.interpolation)
     names = tuple(record["class_names"])
-    return Weights(
-        tensors, config.model.name, fields, preprocessing, names, record["several"], read_calibration(folder, step)
-    )
+    calibration = read_calibration(folder, step, fields["num_classes"])
+    return Weights(tensors, config.model.name, fields, preprocessing, names, record["several"], calibration)
 
 
-def read_calibration(folder: Path, step: int) -> Calibration:
-    """What the report of a run found for a step, in `calibration.json`, if it found anything; of a damaged file the log
-    warns.
+class CalibrationFile(TypedDict):
+    """What `calibration.json` holds."""
+
+    step: int
+    temperature: float
+    thresholds: tuple[float, ...] | None
+
+
+def read_calibration(folder: Path, step: int, classes: int) -> Calibration:
+    """What the report of a run found for a step, in `calibration.json`, if it found anything. A file that is damaged is
+    named on standard error.
     """
     file = folder / "calibration.json"
-    if not file.is_file():
-        return UNCALIBRATED
     try:
-        said = _parsed(file.read_text(), str(file))
-        found = said.pop("step", None)
-        calibration = checked_calibration(said, str(file))
-    except (OSError, ValueError) as error:
-        logger.warning("%s; probabilities are not calibrated. Make it again: resnet-jax report %s", error, folder)
+        found: CalibrationFile = read_json(file, CalibrationFile)
+        if found["step"] != step:
+            return UNCALIBRATED
+        if found["temperature"] <= 0 or len(found["thresholds"] or (0,) * classes) != classes:
+            raise InputError(f"{file} is damaged: temperature must be above 0, and thresholds be null or {classes}")
+        return Calibration(found["temperature"], found["thresholds"])
+    except FileNotFoundError:
         return UNCALIBRATED
-    return calibration if found == step else UNCALIBRATED
+    except InputError as error:
+        say(f"WARNING: {error}; it is not used. Make it anew with: resnet-jax report {folder}", error=True)
+        return UNCALIBRATED
 
 
 class SafeTensors(Mapping[str, np.ndarray]):

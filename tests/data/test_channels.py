@@ -69,12 +69,48 @@ def test_sizes_need_not_be_square():
         (np.zeros((4, 4, 2), np.int64), 2, "int64 have no known range"),
         (np.zeros((2, 2, 2, 2), np.uint8), 2, "is no picture"),
         (np.asarray([[object()]]), 1, "allow_pickle"),
+        (
+            np.zeros((3, 32, 48), np.uint8),
+            3,
+            r"\(3, 32, 48\) has its channels first: expected \[height, width, channel\]",
+        ),
+        (np.zeros((1, 32, 48), np.float32), 1, "channels first"),
+        (np.zeros((5, 32, 48), np.uint16), 5, "channels first"),
+        (np.full((4, 4, 3), np.nan), 3, "nan or infinite"),
+        (np.full((4, 4, 2), np.inf, np.float32), 2, "nan or infinite"),
+        (np.full((4, 4, 3), 255.0, np.float32), 3, r"from 255 to 255 have no known range: scale them to \[0, 1\]"),
+        (np.full((4, 4, 3), -0.01, np.float16), 3, "from -0.01"),
+        (np.full((4, 4, 1), 1.5), 1, "from 1.5 to 1.5"),
+        (np.zeros((4, 4, 3), np.int8), 3, "int8 have no known range"),
+        (np.zeros((4, 4, 3), np.uint32), 3, "uint32 have no known range"),
+        (np.zeros((4, 4, 3), np.complex64), 3, "complex64 have no known range"),
     ],
 )
 def test_what_is_no_picture_says_why(tmp_path, array, channels, says):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(BadImage, match=says):
         decode(tmp_path / "a.npy", channels)
+    if array.dtype != object:
+        with pytest.raises(BadImage, match=says):
+            fit(array, array.shape[:2], channels=channels)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">u2", "bool", "float16", "float32", "float64"])
+def test_arrays_mean_the_same_at_any_size(dtype, channels):
+    unit = RNG.random((4, 6, channels))
+    largest = np.iinfo(dtype).max if np.dtype(dtype).kind == "u" else 1
+    pixels = (unit > 0.5) if dtype == "bool" else (unit * largest).astype(dtype)
+    as_it_is, larger = (
+        fit(pixels, (4, 6), channels=channels),
+        fit(pixels.repeat(2, 0).repeat(2, 1), (4, 6), channels=channels),
+    )
+    expected = np.asarray(pixels, float) / largest
+    np.testing.assert_allclose(as_it_is / (255 if channels == 3 else 1), expected, rtol=0, atol=0.002)
+    assert as_it_is.dtype == larger.dtype == (np.uint8 if channels == 3 else np.float32)
+    assert as_it_is.max() <= (255 if channels == 3 else 1)
+    if channels == 3 and dtype == "uint8":
+        np.testing.assert_array_equal(as_it_is, pixels)
 
 
 def test_normalising_takes_each_channels_values_or_their_mean():

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -9,16 +10,17 @@ from PIL import Image
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, TrainConfig
 from resnet_jax.data import on_device
+from resnet_jax.data.dataset import ArraySource, Dataset, FileSource
 from resnet_jax.data.loader import (
     BadImages,
     TrainExample,
+    check_readable,
     eval_batches,
     sampling_table,
     train_batches,
     whole_split,
 )
 from resnet_jax.data.on_device import draw_batch
-from resnet_jax.data.sources import ArraySource, Dataset, FileSource
 from resnet_jax.sharding import make_mesh
 
 SIZE = 37
@@ -111,7 +113,7 @@ KEPT = """
 import dataclasses
 from resnet_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
 from resnet_jax.data.loader import BadImages, train_batches
-from resnet_jax.data.sources import ArraySource
+from resnet_jax.data.dataset import ArraySource
 from resnet_jax.sharding import make_mesh
 import numpy as np
 
@@ -133,6 +135,21 @@ def test_a_batch_that_is_kept_to_the_end_leaves_no_shared_memory(tmp_path):
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (0, "0\n")
     assert "resource_tracker" not in ended.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loaders_leave_no_open_files_and_no_folders(workers, files, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    config, mesh, opened = recipe(4, workers), make_mesh(1), []
+    for _ in range(3 if workers else 40):
+        list(eval_batches(files, config, mesh, BadImages("skip")))
+        stream = train_batches(files, config, mesh, BadImages("skip"), range(9))
+        next(stream)
+        stream.close()  # as a run that ends early
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert min(opened[-2:]) <= max(opened[:2]) + 2  # a batch can be given back a moment later
+    assert os.listdir(tmp_path / "temporary") == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -161,6 +178,44 @@ def test_nothing_but_bad_images_is_an_error(files):
         list(train_batches(only, recipe(1), make_mesh(1), BadImages("skip"), range(1)))
 
 
+def test_a_split_of_which_nothing_can_be_read_is_named(files):
+    check_readable(files, 3, "test")
+    only = dataclasses.replace(files, paths=(files.paths[4], files.paths[7]), labels=(0, 1))
+    with pytest.raises(
+        InputError, match=r"none of the 2 test images can be decoded, such as \S+4.png, \S+7.png \(\w+Error"
+    ):
+        check_readable(only, 3, "test")
+
+
+@pytest.mark.parametrize(("label", "classes"), [(5, 5), (-1, 5), (2**40, 5), (1.5, 5), ((0, 2), 2), ((0, 1, 0), 2)])
+def test_a_label_that_is_no_class_is_named(label, classes, files):
+    labels = [(0,) * classes if isinstance(label, tuple) else 0] * 10
+    labels[6] = label
+    source = dataclasses.replace(files, labels=tuple(labels))
+    expected = f"0 to {classes - 1}" if not isinstance(label, tuple) else f"{classes} numbers that are 0 or 1"
+    bad, mesh = BadImages("skip"), make_mesh(1)
+    for read in (
+        lambda: list(train_batches(source, recipe(5), mesh, bad, range(2), classes=classes)),
+        lambda: list(eval_batches(source, recipe(5), mesh, bad, classes=classes)),
+        lambda: whole_split(source, recipe(5), bad, classes=classes),
+    ):
+        with pytest.raises(InputError, match=rf"6\.png has the label .*, expected .*{expected}"):
+            read()
+
+
+def test_labels_of_all_classes_are_taken(files):
+    for labels, classes in ((tuple(range(10)), 10), (tuple((i % 2, 1) for i in range(10)), 2)):
+        source, bad = dataclasses.replace(files, labels=labels), BadImages("skip")
+        assert whole_split(source, recipe(5), bad, classes=classes)["label"].shape[0] == 8
+        assert len(list(eval_batches(source, recipe(5), make_mesh(1), bad, classes=classes))) == 2
+
+
+def test_a_wrong_label_comes_out_of_a_worker_with_its_name():
+    source = dataclasses.replace(SOURCE, labels=np.arange(SIZE))
+    with pytest.raises(InputError, match=r"example \d+ has the label \d+, expected a number from 0 to 4"):
+        list(train_batches(source, recipe(8, workers=1), make_mesh(1), BadImages("error"), range(5), classes=5))
+
+
 def test_real_pictures_of_any_size_become_batches(pictures):
     paths = tuple(str(p) for p in sorted((pictures / "imagenet_samples").glob("*.JPEG"))[:24])
     source = FileSource(paths, tuple(range(24)))
@@ -182,7 +237,7 @@ def test_balanced_classes_are_drawn_equally_often_and_copies_follow_each_other(h
     source = ArraySource(images, labels)
     config = recipe(8, augment=AugmentConfig(crop="none", repeats=2))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sampling="balanced"))
-    table = sampling_table(Dataset(source, source, ("a", "b", "c", "d")), "balanced")
+    table = sampling_table(Dataset(source, None, source, ("a", "b", "c", "d")), "balanced")
     ranks = [
         list(train_batches(source, config, make_mesh(1), BadImages("error"), range(30), rank, hosts, table))
         for rank in range(hosts)
@@ -197,7 +252,7 @@ def test_balanced_classes_are_drawn_equally_often_and_copies_follow_each_other(h
 
 
 def test_a_class_that_cannot_be_drawn_is_named():
-    dataset = Dataset(SOURCE, SOURCE, tuple("abcdef"))
+    dataset = Dataset(SOURCE, None, SOURCE, tuple("abcdef"))
     with pytest.raises(InputError, match="f has no training image"):
         sampling_table(dataset, "balanced")
     with pytest.raises(InputError, match="needs one label an image"):

@@ -1,8 +1,12 @@
 import io
+import itertools
+import resource
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, features
 
 from resnet_jax.config import AugmentConfig
 from resnet_jax.data import transforms
@@ -17,7 +21,7 @@ def picture(width=40, height=30):
 
 def encoded(array, form="PNG", **options):
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, form, **options)
+    (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(buffer, form, **options)
     return buffer.getvalue()
 
 
@@ -32,6 +36,84 @@ def test_decode_turns_by_exif():
     exif[0x0112] = 6  # the camera was turned by a quarter
     upright = transforms.decode(encoded(picture(), "JPEG", exif=exif))
     assert upright.size == (30, 40)
+
+
+def entry(tag, kind, count, value):
+    return struct.pack("<HHI", tag, kind, count) + value
+
+
+def exif(*entries):
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + b"\0\0\0\0"
+
+
+def oriented(number):
+    return entry(0x112, 3, 1, struct.pack("<HH", number, 0))
+
+
+METADATA = {
+    "rubbish": (b"Exif\0\0rubbishrubbish", 1),
+    "of a damaged header": (b"Exif\0\0\x00\x08\x00\x02\x01\x12\x00\x03\0\0\0\1", 1),
+    "blank": (b"Exif\0\0", 1),
+    "cut off": (b"Exif\0\0II*\0" + struct.pack("<IH", 8, 40), 1),
+    "a wrong offset": (b"Exif\0\0II*\0" + struct.pack("<I", 60000), 1),
+    "orientation 0": (exif(oriented(0)), 1),
+    "orientation 99": (exif(oriented(99)), 1),
+    "orientation as text": (exif(entry(0x112, 2, 4, b"6\0\0\0")), 1),
+    "a huge count": (exif(oriented(6), entry(0x10F, 2, 2**31, struct.pack("<I", 2**30))), 6),
+    "a wrong type": (exif(oriented(6), entry(0x11A, 3, 1, struct.pack("<HH", 72, 0))), 6),
+    "an unknown type": (exif(oriented(6), entry(0x9999, 77, 1, b"\0\0\0\0")), 6),
+    "text of wrong bytes": (exif(oriented(6), entry(0x10F, 2, 4, b"\xff\xfe\xfd\0")), 6),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", METADATA)
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_broken_metadata_costs_no_pixels(kind, form, channels):
+    data, orientation = METADATA[kind]
+    image = Image.fromarray(RNG.integers(0, 256, (24, 32, 4 if channels == 4 else 3), dtype=np.uint8))
+    if form == "JPEG" and channels == 4:
+        image = image.convert("CMYK")
+    good, marked = encoded(image, form), encoded(image, form, exif=data)
+    expected = np.asarray(transforms.decode(good, channels))
+    expected = np.rot90(expected, -1) if orientation == 6 else expected
+    np.testing.assert_array_equal(transforms.decode(marked, channels), expected)
+    assert transforms.fit(marked, 16, channels=channels).shape == (16, 16, channels)
+    first, again = (
+        np.asarray(transforms.random_resized_crop(raw, np.random.default_rng(0), 16, (0.3, 0.9), channels=channels))
+        for raw in (marked, Image.fromarray(expected) if channels == 3 else np.ascontiguousarray(expected))
+    )
+    np.testing.assert_array_equal(first, again)
+
+
+def test_rubbish_where_a_text_of_png_should_hold_metadata():
+    from PIL import PngImagePlugin
+
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Raw profile type exif", "\nexif\n 4\nno hexadecimal numbers\n", zip=True)
+    buffer = io.BytesIO()
+    Image.fromarray(picture()).save(buffer, "PNG", pnginfo=texts)
+    np.testing.assert_array_equal(transforms.decode(buffer.getvalue()), picture())
+
+
+FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_format_is_upright_however_it_comes_in(form, orientation):
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    raw = encoded(picture(), form, exif=tag)
+    with Image.open(io.BytesIO(raw)) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    decoded = transforms.decode(raw)
+    np.testing.assert_array_equal(decoded, upright)
+    np.testing.assert_array_equal(transforms.decode(decoded), upright)  # it does not remember how it lay
+    np.testing.assert_array_equal(transforms.fit(raw, 16), transforms.fit(upright, 16))
+    for seed in range(3):
+        np.testing.assert_array_equal(cropped(raw, seed, 16, (0.2, 0.6)), cropped(upright, seed, 16, (0.2, 0.6)))
 
 
 def saved(image, form="PNG"):
@@ -105,7 +187,94 @@ def test_decode_names_the_reason(kind):
 def test_fit_is_pillow_resize_and_centre_crop():
     result = transforms.fit(picture(), 16, 0.8)
     short = Image.fromarray(picture()).resize((26, 20), Image.Resampling.BILINEAR)
-    np.testing.assert_allclose(result, np.asarray(short.crop((5, 2, 21, 18))), rtol=0, atol=1)
+    np.testing.assert_array_equal(result, np.asarray(short.crop((5, 2, 21, 18))))
+
+
+def noise_of(width, height):
+    rng = np.random.default_rng([width, height])
+    small = rng.integers(0, 256, (height // 3 + 1, width // 3 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+SHAPES = ((500, 375), (333, 500), (201, 200), (64, 48), (25, 400))
+SIZES = (31, 64, 97, 128, 160, 176, 224, 240, 256, 320)
+CROPS = (0.875, 0.9, 0.94, 0.95, 0.965, 1.0)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", SIZES)
+def test_evaluation_has_the_pixels_of_torchvision_and_timm(size, interpolation):
+    from ..weights.torch_twins import timm, torchvision
+
+    kernel = torchvision.transforms.InterpolationMode(interpolation)
+    for k, crop in enumerate(CROPS):
+        shape = SHAPES[(SIZES.index(size) + k) % len(SHAPES)]
+        image = noise_of(*shape)
+        found = transforms.fit(image, size, crop, interpolation)
+        resize, cut = torchvision.transforms.Resize(int(size / crop), kernel), torchvision.transforms.CenterCrop(size)
+        np.testing.assert_array_equal(found, cut(resize(image)), err_msg=f"torchvision, {shape} {crop}")
+        preparation = {"interpolation": interpolation, "crop_pct": crop, "normalize": False}
+        theirs = timm.data.create_transform((3, size, size), is_training=False, **preparation)(image)
+        np.testing.assert_array_equal(found.transpose(2, 0, 1), theirs, err_msg=f"timm, {shape} {crop}")
+
+
+@pytest.mark.parametrize("size", [(96, 160), (131, 64), (112, 113)])
+def test_evaluation_at_other_than_square_sizes_has_the_pixels_of_timm(size):
+    from ..weights.torch_twins import timm
+
+    for shape, crop, interpolation in itertools.product(SHAPES, CROPS[::2], ("bilinear", "bicubic")):
+        preparation = {"interpolation": interpolation, "crop_pct": crop, "normalize": False}
+        theirs = timm.data.create_transform((3, *size), is_training=False, **preparation)(noise_of(*shape))
+        found = transforms.fit(noise_of(*shape), size, crop, interpolation)
+        np.testing.assert_array_equal(found.transpose(2, 0, 1), theirs, err_msg=f"{shape} {crop}")
+
+
+def long_png(width, height):
+    """A black and white PNG of few bytes, in stripes."""
+    packer = zlib.compressobj(9)
+    row = b"\0" + b"\x55" * -(-width // 8)
+    pixels = b"".join([packer.compress(row) for _ in range(height)]) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    parts = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (65_000, 1), (5_000_000, 1)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_long_picture_costs_what_its_part_costs(shape, channels):
+    raw = long_png(*shape)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fitted = transforms.fit(raw, 224, 0.95, "bicubic", channels)
+    rng, recipe = np.random.default_rng(0), AugmentConfig(crop="pad")
+    cut = np.asarray(transforms.random_resized_crop(raw, rng, 224, (0.1, 1.0), "bicubic", channels))
+    padded = transforms.augment(raw, rng, (96, 32), recipe, channels=channels)
+    assert (fitted.shape, cut.shape, padded.shape) == ((224, 224, channels), (224, 224, channels), (96, 32, channels))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+@pytest.mark.parametrize("shape", [(20, 4000), (5000, 37), (40_000, 50)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_part_of_a_long_picture_is_that_of_all_of_it(shape, channels, monkeypatch):
+    image = Image.fromarray(RNG.integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8))
+    whole = transforms.fit(image, (24, 32), 0.9, "bilinear", channels)
+    monkeypatch.setattr(transforms, "MOST_PIXELS", 0)
+    part = transforms.fit(image, (24, 32), 0.9, "bilinear", channels)
+    np.testing.assert_allclose(
+        np.asarray(part, float), np.asarray(whole, float), rtol=0, atol=1 if channels == 3 else 0.004
+    )
+
+
+@pytest.mark.parametrize("error", [MemoryError, OverflowError, ValueError, SystemError, Image.DecompressionBombError])
+def test_any_error_of_decoding_or_resizing_is_of_the_image(error, monkeypatch):
+    def fails(*_, **__):
+        raise error("of the library")
+
+    for name in ("_pillow_resized", "_fast_resized"):
+        monkeypatch.setattr(transforms, name, fails)
+    for make in (lambda: transforms.fit(NOISE, 16), lambda: cropped(NOISE, 0, 16, (0.2, 0.5))):
+        with pytest.raises(transforms.BadImage, match=f"{error.__name__}: of the library"):
+            make()
 
 
 BOXES = {"all": None, "part": (3, 5, 97, 71), "small": (10, 10, 14, 13)}

@@ -78,7 +78,7 @@ def moved(config, programs, step, state, data):
 
 def test_stages_thaw_from_the_head_down_with_their_statistics():
     config = tuned("gradual", thaw_every_epochs=0.1)
-    dataset, mesh = load_dataset(config.data, 0), make_mesh(1)
+    dataset, mesh = load_dataset(config.data, 0, hold_out=False), make_mesh(1)
     model = build_model(config, 10)
     schedule = optax.constant_schedule(0.1)
     per_epoch = len(dataset.train) / 16
@@ -99,7 +99,7 @@ def test_a_probe_on_features_that_are_computed_once_is_the_probe(tmp_path, monke
     results = [loop.train(config, tmp_path / "once")]
     monkeypatch.setattr(loop, "computes_features_once", lambda config: False)
     results.append(loop.train(config, tmp_path / "again"))
-    assert results[0]["test"] == pytest.approx(results[1]["test"], rel=1e-5)
+    assert results[0]["validation"] == pytest.approx(results[1]["validation"], rel=1e-5)
     assert results[0]["steps"] == 6
 
 
@@ -163,8 +163,8 @@ def test_sharpness_aware_steps_take_the_gradient_of_the_worst_point_near_by():
 
 def test_classes_count_what_the_recipe_says(tmp_path):
     config = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, class_weights="balanced"))
-    dataset = load_dataset(config.data, 0)
-    weights = advance.weights_of_classes(config, dataset)
+    dataset = load_dataset(config.data, 0, hold_out=False)
+    weights = advance.weights_of_classes(config, dataset, 10)
     counts = np.bincount(dataset.train.labels)
     np.testing.assert_allclose(weights * counts, len(dataset.train) / 10, rtol=1e-6)
     assert loop.train(config, tmp_path)["steps"] == 6

@@ -128,7 +128,7 @@ def test_host_and_device_data_train_alike_on_one_and_eight_devices(tmp_path):
         config = dataclasses.replace(recipe(steps=7, devices=devices), augment=AugmentConfig(crop="none"))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_device=on_device))
         summary = loop.train(config, tmp_path / f"{devices}{on_device}")
-        assert summary["test"]["count"] == 360
+        assert summary["validation"]["count"] == 282 and summary["test"]["count"] == 360
         losses.append(lines_of(tmp_path / f"{devices}{on_device}")[0]["train/loss"])
     np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
 
@@ -146,8 +146,8 @@ def digits(tmp_path_factory):
 def test_digits_are_learned(digits):
     _, _, summary = digits
     assert summary["test"]["accuracy"] >= 0.97
-    assert summary["ema"]["accuracy"] >= 0.97
-    assert summary["test"]["count"] == 360
+    assert summary["ema/test"]["accuracy"] >= 0.97
+    assert summary["test"]["count"] == 360 and summary["validation"]["count"] == 282
     assert {"jax", "flax", "python"} <= set(summary["versions"])
     assert summary["images_per_second"] > 0 and summary["skipped_images"]["count"] == 0
 
@@ -158,25 +158,31 @@ def test_a_run_leaves_its_folder_in_order(digits):
     assert list(folder.glob("events.out.tfevents.*"))
     lines = read_lines(folder / "metrics.jsonl")
     train = [line for line in lines if "train/loss" in line]
-    assert [line["step"] for line in train] == [*range(15, 270, 15), 270]
+    assert [line["step"] for line in train] == [*range(15, 217, 15), 217]
     assert set(train[0]) == {"step", "epoch", "train/loss", "train/accuracy", "learning_rate", *TIMINGS}
-    assert {"eval/loss", "eval/accuracy", "ema/loss", "ema/accuracy"} <= set(lines[-1])
+    for line, split in zip(lines[-2:], ("validation", "test"), strict=True):
+        names = {f"{kind}{split}/{name}" for kind in ("", "ema/") for name in ("loss", "accuracy")}
+        assert names <= set(line) and all(split in name for name in line if name != "step")
+    assert sum("test/loss" in line for line in lines) == 1
     assert from_dict(json.loads((folder / "config.json").read_text())) == config
 
 
 def test_evaluate_needs_the_folder_alone(digits):
     folder, _, summary = digits
     result = evaluate_run(folder, per_class=True)
-    assert result["step"] == summary["steps"]
+    assert result["step"] == summary["selected"] == summary["best"]["step"] and result["split"] == "test"
     np.testing.assert_allclose(result["test"]["accuracy"], summary["test"]["accuracy"])
     np.testing.assert_allclose(result["test"]["loss"], summary["test"]["loss"], rtol=1e-4)
     classes = result["test"]["classes"]
     assert list(classes) == [str(i) for i in range(10)]
     right = sum(c["accuracy"] * c["count"] for c in classes.values())
     np.testing.assert_allclose(right / 360, summary["test"]["accuracy"])
-    best = evaluate_run(folder, best=True)
-    assert best["step"] == summary["best"]["step"]
-    np.testing.assert_allclose(best["ema"]["accuracy"], summary["best"]["accuracy"])
+    best = evaluate_run(folder, "best", split="validation")
+    assert best["step"] == summary["best"]["step"] and summary["best"]["metric"] == "ema/validation/accuracy"
+    np.testing.assert_allclose(best["ema/validation"]["accuracy"], summary["best"]["value"])
+    assert evaluate_run(folder, "latest")["step"] == summary["steps"]
+    with pytest.raises(InputError, match="--checkpoint 3: give best, latest or the step of one that is kept"):
+        evaluate_run(folder, "3")
 
 
 def test_evaluation_touches_nothing_of_a_run_that_may_be_under_way(digits):
@@ -215,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = recipe(steps=40)
     wild = dataclasses.replace(config.optimizer, learning_rate=1e18)
     leap = dataclasses.replace(
-        config.schedule, name="constant", warmup_epochs=13 * 32 / 1437, warmup_factor=1e-20, warmup_shape="constant"
+        config.schedule, name="constant", warmup_epochs=13 * 32 / 1155, warmup_factor=1e-20, warmup_shape="constant"
     )
     config = dataclasses.replace(config, optimizer=wild, schedule=leap)
     with pytest.raises(Diverged, match=r"not finite at step 1[45], with learning rate 1e\+18; .* that of step 10,"):
@@ -233,7 +239,7 @@ def leaping(policy, dtype, rate=1e30, **train):
     schedule = dataclasses.replace(
         config.schedule,
         name="constant",
-        warmup_epochs=13 * 32 / 1437,
+        warmup_epochs=13 * 32 / 1155,
         warmup_factor=0.1 / rate,
         warmup_shape="constant",
     )
@@ -251,7 +257,7 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(tmp_path, dtype):
     state, record = final_state(tmp_path, config)
     assert state.step == 15 and record["skipped_updates"] in ({"total": 1, "in_row": 1}, {"total": 2, "in_row": 2})
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
-    (line,) = [line for line in lines_of(tmp_path) if line["step"] == 14]
+    (line,) = [line for line in lines_of(tmp_path) if line["step"] == 14 and "train/loss" in line]
     assert line["skipped_updates"] == record["skipped_updates"]["total"] - 1 and np.isfinite(line["train/loss"])
 
 

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, ParallelConfig, TrainConfig
+from resnet_jax.data.dataset import ArraySource, Dataset
 from resnet_jax.data.loader import BadImages
-from resnet_jax.data.sources import ArraySource, Dataset
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
@@ -24,7 +24,7 @@ from resnet_jax.training.state import create_state
 
 RNG = np.random.default_rng(0)
 SPLIT = ArraySource(RNG.integers(0, 256, (80, 8, 8, 3), dtype=np.uint8), RNG.integers(0, 5, 80))
-DATA = Dataset(SPLIT, SPLIT, tuple("abcde"))
+DATA = Dataset(SPLIT, None, SPLIT, tuple("abcde"))
 MODEL = ResNet((1, 1), block="basic", widths=(8, 16), stem="3x3", stem_width=8, stem_pool="none", num_classes=5)
 
 

@@ -1,55 +1,14 @@
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 
-from resnet_jax.config import Config, InputError
+from resnet_jax.config import Config
 from resnet_jax.recipes import to_dict
 from resnet_jax.training.trackers import Tracker, read_lines
-from resnet_jax.training.workdir import best_of, live_holder, locked, open_workdir, runs_under, start_of
-
-HERE = {"host": socket.gethostname(), "pid": os.getpid(), "start": start_of(os.getpid())}
-
-
-@pytest.mark.parametrize(
-    ("said", "age", "held"),
-    [
-        (HERE, 0, True),
-        (HERE, 9999, True),  # this host knows better than the clock
-        (HERE | {"start": "1"}, 0, False),  # another process had our number before
-        (HERE | {"pid": 2**22 + 1}, 0, False),
-        (HERE | {"host": "elsewhere"}, 30, True),
-        (HERE | {"host": "elsewhere"}, 300, False),  # a run touches its lock every 20 seconds
-    ],
-)
-def test_a_lock_that_was_left_behind_is_recognised(tmp_path, said, age, held):
-    lock = tmp_path / "lock"
-    lock.write_text(json.dumps(said))
-    os.utime(lock, (time.time() - age,) * 2)
-    assert (live_holder(lock) is not None) == held
-    if held:
-        with (
-            pytest.raises(InputError, match=f"in use by process {said['pid']} on {said['host']}"),
-            locked(tmp_path, Config()),
-        ):
-            pass
-        assert json.loads(lock.read_text()) == said
-    else:
-        threads = threading.active_count()
-        with locked(tmp_path, Config()):
-            assert threading.active_count() == threads + 1
-            assert json.loads(lock.read_text()) == HERE
-        assert not lock.exists() and threading.active_count() == threads
-
-
-def test_half_a_lock_holds_nothing(tmp_path):
-    (tmp_path / "lock").write_text('{"host": ')
-    assert live_holder(tmp_path / "lock") is None
+from resnet_jax.training.workdir import open_workdir, runs_under
 
 
 @pytest.mark.parametrize("first", ["", "import torch"])
@@ -68,19 +27,14 @@ print(torch.ones(2).sum().item())
     assert told == f"{bool(first)}\n2.0\n"
 
 
-def test_the_best_evaluation_is_the_first_of_equals_that_has_a_checkpoint(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config())))
-    tracker = Tracker(tmp_path, 0, tensorboard=False)
-    for step, accuracy in ((1, 0.9), (2, 0.8), (3, 0.8), (4, 0.7)):
-        tracker.write(step, {"eval/accuracy": 0.1, "ema/accuracy": accuracy})
-    tracker.close()
-    for step in (2, 3, 4):
-        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
-    assert best_of(tmp_path) == (2, 0.8)
-
-
 def test_lines_beyond_a_checkpoint_go_and_a_torn_one_too(tmp_path):
-    lines = [{"step": 5, "train/loss": 1.0}, {"step": 7, "train/loss": 2.0}, {"step": 7, "eval/loss": 3.0}, {"step": 9}]
+    lines = [
+        {"step": 5, "train/loss": 1.0},
+        {"step": 7, "train/loss": 2.0},
+        {"step": 7, "validation/loss": 3.0},
+        {"step": 9},
+        {"step": 5, "test/loss": 3.0},
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1'
     for owed, kept in ((False, lines[:3]), (True, lines[:2])):
         (tmp_path / "metrics.jsonl").write_text(text)

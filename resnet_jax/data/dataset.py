@@ -1,0 +1,248 @@
+"""What a dataset is: three splits of raw examples by index, and what of them is held out."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from resnet_jax.config import InputError
+
+SPLIT_NAMES = {
+    "train": ("train", "training", "training_set", "train_set", "trainset"),
+    "validation": ("validation", "val", "valid", "dev", "validation_set", "val_set", "valid_set", "dev_set"),
+    "test": ("test", "testing", "test_set", "testset", "eval", "evaluation"),
+}
+"""What folders and tables call the three splits, in any case."""
+
+Label: TypeAlias = int | tuple[int, ...]
+"""Number of the class, or with several labels an image a 0 or 1 for each class."""
+
+
+class Source(Protocol):
+    """Raw examples by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, Label]:
+        """(path, bytes or array of an image; its label)."""
+
+    def describe(self, index: int) -> str:
+        """What to call the example in a message."""
+
+    def key(self, index: int) -> str:
+        """What the example is called wherever the data lies: for files the path below the root."""
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images in memory, uint8 [size, height, width, channel]; `name` is that of the data and its split."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    name: str = "the arrays"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Label]:
+        label = self.labels[index]
+        return self.images[index], int(label) if label.ndim == 0 else tuple(label.tolist())
+
+    def describe(self, index: int) -> str:
+        return f"example {index} of {self.name}"
+
+    key = describe
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Image files: whole paths, labels, and paths below the root."""
+
+    paths: tuple[str, ...]
+    labels: tuple[Label, ...]
+    keys: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[str, Label]:
+        return self.paths[index], self.labels[index]
+
+    def describe(self, index: int) -> str:
+        return self.paths[index]
+
+    def key(self, index: int) -> str:
+        return self.keys[index] if self.keys else self.paths[index]
+
+    def take(self, indices: np.ndarray) -> "FileSource":
+        """Some of the files, by their indices."""
+        parts = (self.paths, self.labels, self.keys)
+        return FileSource(*(tuple(values[i] for i in indices.tolist()) if values else () for values in parts))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some examples of a source, by their indices there, int [size]."""
+
+    source: Any
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, Label]:
+        return self.source[int(self.indices[index])]
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(int(self.indices[index]))
+
+    def key(self, index: int) -> str:
+        return self.source.key(int(self.indices[index]))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three splits, and the names of the classes that their labels count.
+
+    Attributes:
+      train: is trained on.
+      validation: selects (the best checkpoint, the end, the calibration); None where nothing does.
+      test: is looked at once, at the end of a run; None where there is none.
+      class_names: in the order of the labels.
+      several: an image may have several labels, or none.
+      notes: lines that say what was found, held out and left out.
+    """
+
+    train: Source
+    validation: Source | None
+    test: Source | None
+    class_names: tuple[str, ...]
+    several: bool = False
+    notes: tuple[str, ...] = ()
+
+    def splits(self) -> dict[str, Source]:
+        """The splits that are there, by name."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: source for name, source in named.items() if source is not None}
+
+    def label_classes(self) -> int:
+        """Returns how many classes a label counts, or how many 0 and 1 it holds."""
+        return len(self.train[0][1]) if self.several else len(self.class_names)  # type: ignore[arg-type]
+
+    def split(self, name: str) -> Source:
+        """A split by its name.
+
+        Raises:
+          InputError: the data has none of this name.
+        """
+        found = self.splits()
+        if name not in found:
+            raise InputError(f"the data has no {name} split, but {' and '.join(found)}")
+        return found[name]
+
+
+def default_split(dataset: Dataset) -> str:
+    """Returns `test` where the data has it, else `validation`.
+
+    Raises:
+      InputError: it has neither.
+    """
+    name = next((name for name in ("test", "validation") if name in dataset.splits()), None)
+    if name is None:
+        raise InputError("the data has neither a test nor a validation split: there is nothing to evaluate on")
+    return name
+
+
+def known_labels(source: Source) -> np.ndarray | None:
+    """All labels of a split as `labels_of` gives them; None where they would have to be read from the disk."""
+    if isinstance(source, Part):
+        known = known_labels(source.source)
+        return None if known is None else known[source.indices]
+    labels = getattr(source, "labels", None)
+    return None if labels is None else np.asarray(labels, np.int32)
+
+
+def labels_of(source: Source) -> np.ndarray:
+    """All labels of a split, int32 [size], or [size, classes] where there are several; no image is decoded."""
+    known = known_labels(source)
+    return np.asarray([source[i][1] for i in range(len(source))], np.int32) if known is None else known
+
+
+def split_of(name: str) -> str | None:
+    """Which of the three splits a folder or a word of a table names, in any case; None for another name."""
+    plain = name.strip().lower().replace("-", "_").replace(" ", "_")
+    return next((split for split, names in SPLIT_NAMES.items() if plain in names), None)
+
+
+def is_held_out(key: str, fraction: float, seed: int) -> bool:
+    """Whether an example belongs to the share that is held out: a function of its key alone."""
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def with_validation(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+    """Holds a share of the training split out as validation.
+
+    Raises:
+      InputError: nothing is held out, or a class has nothing left to train on.
+    """
+    source, names = dataset.train, dataset.class_names
+    mask = np.asarray([is_held_out(source.key(i), fraction, seed) for i in range(len(source))], bool)
+    other = f"another --train.seed or --data.validation_fraction than {fraction:g}, or a validation folder of your own"
+    if not mask.any():
+        raise InputError(
+            f"none of the {len(mask)} training pictures is held out for validation, which goes by their names: give "
+            f"more pictures, {other}; --train.metric none --data.validation_fraction 0 trains without one"
+        )
+    train, validation = (
+        source.take(indices) if isinstance(source, FileSource) else Part(source, indices)
+        for indices in (np.flatnonzero(~mask), np.flatnonzero(mask))
+    )
+    notes, labels = dataset.notes, known_labels(source)
+    if labels is not None:
+        here, there = (
+            part.any(0) if dataset.several else np.bincount(part, minlength=len(names))
+            for part in (labels[~mask], labels[mask])
+        )
+        if lost := [name for name, n in zip(names, here, strict=True) if not n]:
+            raise InputError(
+                f"all pictures of the class {listed(lost)} are held out for validation, which goes by their names: "
+                f"give more pictures, {other}"
+            )
+        if unseen := [name for name, n in zip(names, there, strict=True) if not n]:
+            notes = (*notes, f"no validation picture of {listed(unseen)}: too few pictures to hold one out")
+    return dataclasses.replace(dataset, train=train, validation=validation, notes=notes)
+
+
+def with_outputs(dataset: Dataset, outputs: int) -> Dataset:
+    """Widens the labels of images with several of them to the outputs of a model, which may be more than the classes.
+
+    Raises:
+      InputError: the model has fewer outputs than the data has classes.
+    """
+    more = outputs - len(dataset.class_names)
+    if more < 0:
+        raise InputError(
+            f"model.num_classes {outputs} is below the {len(dataset.class_names)} classes of the data: give as many or "
+            "more, or leave it out"
+        )
+    if not dataset.several or not more:
+        return dataset
+
+    def widened(source: Source | None) -> Source | None:
+        if not isinstance(source, FileSource):
+            return source
+        labels: Any = tuple((*label, *(0,) * more) for label in source.labels)  # type: ignore[misc]
+        return dataclasses.replace(source, labels=labels)
+
+    splits = {name: widened(source) for name, source in dataset.splits().items()}
+    return dataclasses.replace(dataset, **splits)  # type: ignore[arg-type]
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

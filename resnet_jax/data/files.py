@@ -1,0 +1,280 @@
+"""Pictures on the disk: folders of classes and tables, with what is left out named."""
+
+import csv
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from resnet_jax.config import InputError
+from resnet_jax.data.dataset import SPLIT_NAMES, Dataset, FileSource, listed, split_of
+
+LITTER = frozenset({"__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin"})
+"""What systems leave among pictures, in lower case; so does every name that begins with a dot."""
+
+NO_PICTURES = frozenset({"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"})
+"""Formats that Pillow knows by name but does not decode by itself."""
+
+
+class Picture(NamedTuple):
+    """A file: its path, what it is called wherever the data lies, and its labels."""
+
+    path: str
+    key: str
+    labels: tuple[str, ...]
+
+
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of what the installed Pillow decodes, and `.npy`."""
+    from PIL import Image
+
+    formats = Image.registered_extensions()
+    return frozenset({s for s, form in formats.items() if form in Image.OPEN and form not in NO_PICTURES} | {".npy"})
+
+
+@dataclass
+class Left:
+    """Files and folders that are not taken for pictures: path -> reason, in the order in which they were met."""
+
+    found: dict[str, str] = field(default_factory=dict)
+
+    def add(self, path: str, reason: str) -> None:
+        """Takes one more."""
+        self.found[path] = reason
+
+    def notes(self, root: Path) -> tuple[str, ...]:
+        """A line that counts them and names the first few; none where nothing was left out."""
+        if not self.found:
+            return ()
+        shown = [f"{os.path.relpath(path, root)} ({reason})" for path, reason in self.found.items()]
+        return (f"left out: {len(shown):,} files or folders: {printable(listed(shown))}",)
+
+
+def printable(text: str) -> str:
+    """Returns a text in which bytes of file names that are not UTF-8 are replacement characters."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is what systems and editors leave among pictures."""
+    return name.startswith(".") or name.lower() in LITTER
+
+
+def pictures_under(folder: Path, left: Left) -> Iterator[str]:
+    """Paths of the pictures under a folder, at any depth, by name; links to folders are followed, but not in a circle.
+
+    Args:
+      left: takes what is left out, and why.
+
+    Raises:
+      InputError: a folder cannot be read.
+    """
+
+    def walk(path: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+        try:
+            status = os.stat(path)
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        if (status.st_dev, status.st_ino) in above:
+            left.add(path, "a link that leads back to a folder above it")
+            return
+        here = above | {(status.st_dev, status.st_ino)}
+        for entry in entries:
+            if is_litter(entry.name):
+                left.add(entry.path, "hidden" if entry.name.startswith(".") else "left by a system")
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                yield from walk(entry.path, here)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                left.add(entry.path, "a link whose target is gone")
+            elif (suffix := os.path.splitext(entry.name)[1].lower()) not in picture_suffixes():
+                left.add(entry.path, f"not a picture's suffix: {suffix or 'none'}")
+            elif not entry.is_file():
+                left.add(entry.path, "not a file")
+            else:
+                yield entry.path
+
+    above = [os.stat(parent) for parent in folder.absolute().parents]
+    return walk(str(folder), frozenset((status.st_dev, status.st_ino) for status in above))
+
+
+def _folders(root: Path, left: Left) -> dict[str, Path]:
+    """The folders in a folder by name, without litter."""
+    try:
+        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{root} cannot be read: {error.strerror}") from error
+    found = {}
+    for entry in entries:
+        if is_litter(entry.name):
+            left.add(entry.path, "hidden" if entry.name.startswith(".") else "left by a system")
+        elif os.path.isdir(entry.path):
+            found[entry.name] = Path(entry.path)
+        else:
+            gone = entry.is_symlink() and not os.path.exists(entry.path)
+            left.add(entry.path, "a link whose target is gone" if gone else "beside the folders")
+    return found
+
+
+def folder_dataset(root: Path) -> Dataset:
+    """`train`, `validation` and `test` with a folder for each class, by any of `SPLIT_NAMES`; or the classes alone."""
+    if not root.is_dir():
+        raise InputError(f"data.dataset folder:{root}: there is no such folder")
+    left = Left()
+    folders = _folders(root, left)
+    splits: dict[str, list[str]] = {split: [] for split in SPLIT_NAMES}
+    for name in folders:
+        if (split := split_of(name)) and (split != "train" or _has_folders(folders[name])):
+            splits[split].append(name)
+    if doubled := [names for names in splits.values() if len(names) > 1 and splits["train"]]:
+        raise InputError(f"{root}: {' and '.join(doubled[0])} are the same split: leave one of them, or join them")
+    if not splits["train"]:
+        if folders and all(map(split_of, folders)):
+            raise InputError(
+                f"{root}: the folders {', '.join(folders)} are named as splits, and none is a training split with a "
+                "folder for each class: give train/CLASS/*, or call the classes otherwise"
+            )
+        ambiguous = [name for name in folders if split_of(name)]
+        notes = (f"WARNING: {listed(ambiguous)} is taken for a class, not for a split",) if ambiguous else ()
+        return _dataset(root, {"train": _class_files(root, root, left)}, left, notes=notes)
+    rest = [name for name in folders if name not in {names[0] for names in splits.values() if names}]
+    for name in rest:
+        left.add(str(folders[name]), "beside the splits")
+    found = {}
+    for split, names in splits.items():
+        if not names:
+            continue
+        place = folders[names[0]]
+        if split == "test" and not _has_folders(place):
+            left.add(str(place), "test pictures without classes")
+        elif not _has_folders(place):
+            raise InputError(f"{place} has no classes: put the images of each class into a folder of the class's name")
+        else:
+            found[split] = _class_files(place, root, left)
+    return _dataset(root, found, left)
+
+
+def _has_folders(folder: Path) -> bool:
+    """Whether there are folders in a folder, litter left aside."""
+    return bool(_folders(folder, Left()))
+
+
+def _class_files(place: Path, root: Path, left: Left) -> list[Picture]:
+    """The pictures of each class folder in a place, both sorted by name; their keys are paths below the root."""
+    folders = _folders(place, left)
+    if not folders:
+        raise InputError(f"{place} has no classes: put the images of each class into a folder of the class's name")
+    found, start = [], len(os.path.join(root, ""))
+    for name, folder in folders.items():
+        before = len(left.found)
+        own = [Picture(path, path[start:].replace(os.sep, "/"), (name,)) for path in pictures_under(folder, left)]
+        if not own:
+            why = [f"{os.path.relpath(path, place)} ({reason})" for path, reason in [*left.found.items()][before:]]
+            raise InputError(
+                f"{folder}: the class has no images; remove the folder, or give it some"
+                + (f"; left out: {listed(why)}" if why else "")
+            )
+        found += own
+    return found
+
+
+def _dataset(
+    where: Path,
+    pictures: dict[str, list[Picture]],
+    left: Left,
+    several: bool = False,
+    notes: tuple[str, ...] = (),
+) -> Dataset:
+    """A dataset of pictures by split; classes are those of the training split.
+
+    Raises:
+      InputError: there are fewer than two classes, or another split has one that is not trained on.
+    """
+    names = tuple(sorted({label for picture in pictures["train"] for label in picture.labels}))
+    if len(names) < 2:
+        raise InputError(f"{where} has {'no class' if not names else f'one class, {names[0]}'}; it takes two or more")
+    number = {name: i for i, name in enumerate(names)}
+
+    def source(split: str) -> FileSource | None:
+        rows = pictures.get(split)
+        if not rows:
+            return None
+        if unknown := sorted({label for row in rows for label in row.labels} - set(number)):
+            raise InputError(f"{where}: its {split} split has classes that train lacks: {listed(unknown)}")
+        labels: Any = (number[row.labels[0]] for row in rows)
+        if several:
+            labels = (tuple(int(name in row.labels) for name in names) for row in rows)
+        return FileSource(tuple(row.path for row in rows), tuple(labels), tuple(row.key for row in rows))
+
+    train = source("train")
+    assert train is not None
+    root = where if where.is_dir() else where.parent
+    return Dataset(train, source("validation"), source("test"), names, several, (*notes, *left.notes(root)))
+
+
+def table_dataset(file: Path) -> Dataset:
+    """Columns `path` (relative to the file's folder), `label`, and perhaps `split` (any of `SPLIT_NAMES`).
+
+    Where a label holds a semicolon, every image has a set of labels, and an empty label is none.
+    """
+    rows = _table(file)
+    several = any(";" in row["label"] for row in rows)
+    pictures: dict[str, list[Picture]] = {"train": [], "validation": [], "test": []}
+    seen: set[str] = set()
+    for number, row in enumerate(rows, start=2):
+        where = f"{file}, line {number}"
+        path, labels = os.path.normpath(os.path.join(file.parent, row["path"])), _labels(row["label"])
+        split = split_of(row["split"] or "train")
+        if split is None:
+            known = ", ".join(names[0] for names in SPLIT_NAMES.values())
+            raise InputError(f"{where}: split {row['split']!r} is unknown; give {known}")
+        if path in seen:
+            raise InputError(f"{where}: {path} is there twice; leave one of the lines out")
+        if "\0" in path or not os.path.isfile(path):
+            raise InputError(f"{where}: there is no file {path}")
+        if not labels and not several:
+            raise InputError(f"{where}: {path} has no label; every picture needs one")
+        seen.add(path)
+        pictures[split].append(Picture(path, os.path.normpath(row["path"]), labels))
+    if rows and not pictures["train"]:
+        raise InputError(f"{file}: no line belongs to the training split; give some the split train")
+    if not several:
+        for own in pictures.values():
+            own.sort(key=lambda picture: picture.labels)
+    return _dataset(file, pictures, Left(), several)
+
+
+def _table(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file: `path`, `label` and `split`, each "" where it is absent.
+
+    UTF-8 with or without a byte order mark, and UTF-16 with one, are read.
+    """
+    if not file.is_file():
+        raise InputError(f"data.dataset csv:{file}: there is no such file")
+    try:
+        data = file.read_bytes()
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        table = csv.DictReader(text.splitlines(keepends=True))
+        missing = {"path", "label"} - set(table.fieldnames or ())
+        if missing:
+            raise InputError(
+                f"{file} has no column {', '.join(sorted(missing))}: its first line must name path and label"
+            )
+        return [{name: row.get(name) or "" for name in ("path", "label", "split")} for row in table]
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"{file}, line {line}: the byte {data[error.start]:#x} is not {error.encoding.upper()}; save the table as "
+            "UTF-8, for example with: iconv -f WINDOWS-1252 -t UTF-8"
+        ) from error
+    except csv.Error as error:
+        raise InputError(f"{file} is no table of comma-separated values ({error})") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _labels(text: str) -> tuple[str, ...]:
+    return tuple(sorted({label.strip() for label in text.split(";")} - {""}))

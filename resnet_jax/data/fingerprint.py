@@ -1,0 +1,156 @@
+"""Which pictures a run was given, split by split, so that it can be told later what was added, lost or moved."""
+
+import hashlib
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from resnet_jax.config import InputError
+from resnet_jax.data.dataset import Dataset, FileSource, Source, known_labels
+from resnet_jax.integrity import write_whole
+
+FILE = "pictures.npz"
+"""Its name in a run's folder."""
+
+SIZED = 64
+"""How many files of a split have their size noted, by which other pictures under the same names are found."""
+
+Fingerprint = dict[str, np.ndarray]
+"""Split -> int64 [examples, 3], ordered by key: hash of the key, of its classes' names, bytes of the file or -1."""
+
+
+def fingerprint(dataset: Dataset) -> Fingerprint:
+    """Computes the fingerprint of a dataset; it does not depend on where the data lies, and opens no picture."""
+    names = np.asarray([_hash(name) for name in dataset.class_names], np.int64)
+    return {split: _rows(source, names) for split, source in dataset.splits().items()}
+
+
+def _rows(source: Source, names: np.ndarray) -> np.ndarray:
+    keys = np.asarray([_hash(source.key(i)) for i in range(len(source))], np.int64)
+    rows = np.stack([keys, np.zeros_like(keys), np.full_like(keys, -1)], 1)
+    labels = known_labels(source)
+    if labels is not None:
+        rows[:, 1] = names[labels] if labels.ndim == 1 else labels @ names
+    order = np.argsort(keys, kind="stable")
+    if isinstance(source, FileSource):
+        for i in order[:SIZED].tolist():
+            rows[i, 2] = os.path.getsize(source.paths[i])
+    return rows[order]
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def digest(found: Fingerprint) -> str:
+    """Hash of a whole fingerprint, hexadecimal."""
+    whole = hashlib.blake2b(digest_size=16)
+    for name in sorted(found):
+        whole.update(name.encode() + np.ascontiguousarray(found[name]).tobytes())
+    return whole.hexdigest()
+
+
+def save(found: Fingerprint, folder: Path) -> None:
+    """Writes a fingerprint into a run's folder, at once or not at all."""
+    content = io.BytesIO()
+    np.savez(content, **found)  # type: ignore[arg-type]
+    write_whole(folder / FILE, content.getvalue())
+
+
+def load(folder: Path) -> Fingerprint | None:
+    """Reads the fingerprint of a run; None where its folder has none.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    try:
+        with np.load(folder / FILE, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # NumPy and zipfile raise many kinds for a damaged file
+        raise InputError(f"{folder / FILE} is damaged ({error}); remove it to go on without what it says") from error
+    if not all(rows.ndim == 2 and rows.shape[1] == 3 and rows.dtype == np.int64 for rows in found.values()):
+        raise InputError(f"{folder / FILE} is damaged; remove it to go on without what it says")
+    return found
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happened to the examples of a split: counts.
+
+    Attributes:
+      added, lost: in no split before, or in none now.
+      moved_in, moved_out: from or to another split.
+      relabelled: have another label.
+      resized: of those whose size was noted, how many have another one.
+      kept: are in this split before and now.
+    """
+
+    added: int
+    lost: int
+    moved_in: int
+    moved_out: int
+    relabelled: int
+    resized: int
+    kept: int
+
+    def __bool__(self) -> bool:
+        return any((self.added, self.lost, self.moved_in, self.moved_out, self.relabelled, self.resized))
+
+    def __str__(self) -> str:
+        named = {
+            "added": self.added,
+            "lost": self.lost,
+            "moved in from another split": self.moved_in,
+            "moved to another split": self.moved_out,
+            "relabelled": self.relabelled,
+            "of those looked at have another size": self.resized,
+        }
+        return ", ".join(f"{count:,} {what}" for what, count in named.items() if count)
+
+
+def changes(old: Fingerprint, new: Fingerprint) -> dict[str, Change]:
+    """What changed from one fingerprint to another, by split; splits without a change are left out."""
+    found = {}
+    for name in sorted(set(old) | set(new)):
+        before, now = old.get(name, _NONE), new.get(name, _NONE)
+        elsewhere_before = _keys(rows for other, rows in old.items() if other != name)
+        elsewhere_now = _keys(rows for other, rows in new.items() if other != name)
+        came, went = np.setdiff1d(now[:, 0], before[:, 0]), np.setdiff1d(before[:, 0], now[:, 0])
+        moved_in, moved_out = np.isin(came, elsewhere_before).sum(), np.isin(went, elsewhere_now).sum()
+        _, a, b = np.intersect1d(before[:, 0], now[:, 0], return_indices=True)
+        sized = (before[a, 2] >= 0) & (now[b, 2] >= 0)
+        change = Change(
+            added=int(len(came) - moved_in),
+            lost=int(len(went) - moved_out),
+            moved_in=int(moved_in),
+            moved_out=int(moved_out),
+            relabelled=int((before[a, 1] != now[b, 1]).sum()),
+            resized=int((before[a, 2] != now[b, 2])[sized].sum()),
+            kept=len(a),
+        )
+        if change:
+            found[name] = change
+    return found
+
+
+def trained_on(old: Fingerprint, new: Fingerprint, split: str) -> int:
+    """How many examples of a split as it is now were in the training split of a run."""
+    return int(np.isin(new[split][:, 0], old.get("train", _NONE)[:, 0]).sum())
+
+
+def described(found: dict[str, Change]) -> str:
+    """All changes in one line."""
+    return "; ".join(f"{name}: {change}" for name, change in found.items())
+
+
+_NONE = np.zeros((0, 3), np.int64)
+
+
+def _keys(parts: object) -> np.ndarray:
+    return np.concatenate([_NONE[:, 0], *(rows[:, 0] for rows in parts)])  # type: ignore[attr-defined]

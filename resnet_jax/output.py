@@ -1,0 +1,14 @@
+"""Words for the user, on outputs that may take nothing."""
+
+import contextlib
+import sys
+
+
+def say(text: str, error: bool = False) -> None:
+    """Prints a line at once. Where the output takes nothing, such as a full disk, the line is lost and nothing else.
+
+    Args:
+      error: print to standard error.
+    """
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)

@@ -1,0 +1,117 @@
+"""Values from JSON as the types that are expected of them, or words that say which of them is wrong."""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+from resnet_jax.config import InputError
+
+GREATEST = 2**63
+"""Whole numbers from JSON lie below it."""
+
+
+def typed(value: Any, kind: Any, where: str) -> Any:
+    """Returns a value from JSON as a type: lists become tuples where it says so, whole numbers floats.
+
+    Args:
+      kind: None, bool, int, float (finite), str, Any, Literal, a union, tuple, list, dict, a dataclass (absent fields
+        have their defaults, unknown ones are wrong), or a TypedDict (further keys are kept as they are).
+      where: what the value is called in the message.
+
+    Raises:
+      InputError: the value is something else; the message names the innermost part that is wrong.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(value, arguments, where)
+    if origin is typing.Literal:
+        if any(type(value) is type(choice) and value == choice for choice in arguments):
+            return value
+        raise InputError(f"{where} is {shown(value)}; it must be one of {', '.join(map(str, arguments))}")
+    if origin in (tuple, list):
+        return _sequence(value, origin, arguments, where)
+    if origin is dict:
+        _expect(isinstance(value, dict), value, "an object", where)
+        return {key: typed(item, arguments[1], f"{where}.{shown_name(key)}") for key, item in value.items()}
+    if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+        return _fields(value, kind, where)
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
+        _expect(number and math.isfinite(value), value, "a finite number", where)
+        return float(value)
+    if kind is int:
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < GREATEST
+        _expect(whole, value, "a whole number of at most 63 bits", where)
+        return value
+    kind = type(None) if kind is None else kind
+    _expect(isinstance(value, kind), value, NAMES.get(kind, kind.__name__), where)
+    return value
+
+
+NAMES = {str: "a text", bool: "true or false", type(None): "null"}
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, short whatever it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= GREATEST:
+        return "a whole number of more than 63 bits"
+    if isinstance(value, dict | list | tuple):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def shown_name(name: str) -> str:
+    """A key as a message shows it."""
+    return name if name.isidentifier() and len(name) <= 80 else shown(name)
+
+
+def _expect(right: bool, value: Any, what: str, where: str) -> None:
+    if not right:
+        raise InputError(f"{where} is {shown(value)}; it must be {what}")
+
+
+def _one_of(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
+    problems = []
+    for kind in kinds:
+        try:
+            return typed(value, kind, where)
+        except InputError as error:
+            if not str(error).startswith(f"{where} is "):
+                raise  # the kind is right, and something within it is wrong
+            problems.append(str(error).rpartition("; it must be ")[2])
+    raise InputError(f"{where} is {shown(value)}; it must be {' or '.join(dict.fromkeys(problems))}")
+
+
+def _sequence(value: Any, origin: Any, arguments: tuple[Any, ...], where: str) -> Any:
+    _expect(isinstance(value, list | tuple), value, "a list", where)
+    if origin is list or arguments[1:] == (...,):
+        kinds: tuple[Any, ...] = (arguments[0],) * len(value)
+    else:
+        kinds = arguments
+    _expect(len(value) == len(kinds), value, f"a list of {len(kinds)}", where)
+    return origin(typed(item, kind, f"{where}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True)))
+
+
+def _fields(value: Any, kind: Any, where: str) -> Any:
+    _expect(isinstance(value, dict), value, "an object with fields", where)
+    hints = typing.get_type_hints(kind)
+    inner = "" if where == "the recipe" else f"{where}."
+    found = {name: typed(value[name], hint, f"{inner}{name}") for name, hint in hints.items() if name in value}
+    further = [name for name in value if name not in hints]
+    if typing.is_typeddict(kind):
+        needed = set(kind.__required_keys__)
+        result: Any = found | {name: value[name] for name in further}
+    else:
+        if further:
+            raise InputError(f"{where} has unknown fields: {', '.join(inner + shown_name(name) for name in further)}")
+        empty = dataclasses.MISSING
+        needed = {f.name for f in dataclasses.fields(kind) if f.default is empty and f.default_factory is empty}
+        result = None
+    if missing := sorted(needed - set(found)):
+        raise InputError(f"{where} has no {', '.join(missing)}")
+    return kind(**found) if result is None else result

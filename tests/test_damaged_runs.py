@@ -1,0 +1,287 @@
+"""Runs whose files are damaged or come from somebody else: commands name the file, and none ends in a traceback."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_jax import cli
+from resnet_jax.config import Config, InputError, LogConfig, TrainConfig
+from resnet_jax.integrity import newest_sound, seal, steps_in
+from resnet_jax.recipes import from_dict, to_dict
+from resnet_jax.training import loop
+from resnet_jax.training.trackers import read_lines
+from resnet_jax.vectors import unreadable_is_damaged
+
+RECIPE = dataclasses.replace(
+    Config(),
+    model=dataclasses.replace(Config().model, name="cifar_resnet8"),
+    train=TrainConfig(steps=8, batch_size=32, eval_every_epochs=0.1, ema_decay=None),
+    schedule=dataclasses.replace(Config().schedule, warmup_epochs=0.0),
+    log=LogConfig(every_steps=2, tensorboard=False),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run with two checkpoints, which no test changes, and a picture for it."""
+    place = tmp_path_factory.mktemp("whole")
+    config = dataclasses.replace(RECIPE, checkpoint=dataclasses.replace(RECIPE.checkpoint, keep=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        loop.train(config, "run")
+    Image.new("L", (8, 8), 99).save(place / "picture.png")
+    assert len(steps_in(place / "run" / "checkpoints")) >= 2
+    return place
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "place", symlinks=True)
+    return tmp_path / "place" / "run"
+
+
+def nested(path):
+    path.write_text("[" * 100_000)
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_text(""),
+    "cut": lambda path: path.write_text(path.read_text()[: len(path.read_text()) // 2]),
+    "null": lambda path: path.write_text("null"),
+    "list": lambda path: path.write_text("[1, 2]"),
+    "text": lambda path: path.write_text('"text"'),
+    "number": lambda path: path.write_text("1" + "0" * 400),
+    "very long number": lambda path: path.write_text("1" + "0" * 5000),
+    "nan": lambda path: path.write_text("NaN"),
+    "empty object": lambda path: path.write_text("{}"),
+    "other keys": lambda path: path.write_text('{"__proto__": {"a": 1}, "": null}'),
+    "binary": lambda path: path.write_bytes(bytes(range(256))),
+    "nested": nested,
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+}
+"""What is done to a file."""
+
+
+def ask(capfd, *arguments):
+    """Status and words of a command; an exception would be a traceback."""
+    status = cli.main([str(argument) for argument in arguments])
+    told = capfd.readouterr()
+    assert "Traceback" not in told.err
+    return status, told.out, told.err
+
+
+COMMANDS = {
+    "runs": lambda run: ("runs", run.parent),
+    "train": lambda run: ("train", "--workdir", run),
+    "evaluate": lambda run: ("evaluate", run),
+    "predict": lambda run: ("predict", run, run.parent / "picture.png"),
+    "report": lambda run: ("report", run),
+}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Commands look at files as always and compute nothing: an evaluation gives the same for every state."""
+    from resnet_jax.training import evaluation, html_report
+
+    rng = np.random.default_rng(0)
+    labels = np.arange(360, dtype=np.int32) % 10
+    logits = rng.normal(size=(360, 10)).astype(np.float32)
+    means = {"loss": 1.0, "accuracy": 0.5, "count": 360, "macro_recall": 0.5, "macro_f1": 0.5, "top5": 0.9}
+    means |= {"class_accuracy": [0.5] * 10, "class_count": [36] * 10}
+    means["predictions"] = evaluation.Predictions(np.arange(360), logits, labels)
+    monkeypatch.setattr(evaluation, "make_evaluate", lambda *_, **__: lambda state: {"test": dict(means)})
+    monkeypatch.setattr(html_report, "grad_cam", lambda *a: np.zeros((len(a[3]), 8, 8)))
+
+
+NEWEST = "checkpoints/8/"
+SLOW = ("cut", "list", "empty object", "folder")
+TABLE = [
+    ("config.json", {"runs": DAMAGES, "train": DAMAGES, "evaluate": DAMAGES, "report": SLOW}),
+    ("lock", {"runs": DAMAGES}),
+    ("summary.json", {"runs": DAMAGES, "report": SLOW}),
+    ("calibration.json", {"predict": DAMAGES}),
+    ("metrics.jsonl", {"runs": DAMAGES, "report": SLOW}),
+    (f"{NEWEST}checksums.json", {"runs": DAMAGES, "evaluate": SLOW, "predict": SLOW, "report": ["list"]}),
+    (f"{NEWEST}_CHECKPOINT_METADATA", {"runs": DAMAGES, "evaluate": SLOW, "predict": SLOW, "report": ["list"]}),
+]
+"""Files, the commands that read them, and the damages that are tried with each."""
+
+SILENT = {("lock", damage) for damage in DAMAGES} | {("metrics.jsonl", "empty")}
+SILENT |= {(f"{NEWEST}_CHECKPOINT_METADATA", damage) for damage in ("empty object", "other keys")}
+"""What changes nothing that a command says: nobody holds a damaged lock, no line may be there yet, and Orbax needs no
+key of its metadata.
+"""
+
+
+@pytest.mark.parametrize(("name", "commands"), TABLE, ids=[name for name, _ in TABLE])
+def test_a_damaged_file_is_named_by_every_command_that_reads_it(name, commands, whole, tmp_path, capfd, quick):
+    for command, damages in commands.items():
+        for damage in damages:
+            run = tmp_path / f"{damage} {command}" / "run"
+            shutil.copytree(whole, run.parent)
+            if name == "lock":
+                (run / name).write_text("{}")
+            DAMAGES[damage](run / name)
+            status, out, err = ask(capfd, *COMMANDS[command](run))
+            case = (damage, command, status, out, err)
+            assert status == (2 if name == "config.json" and command != "runs" else 0) or damage == "folder", case
+            if (name, damage) not in SILENT:
+                assert name.removeprefix(NEWEST) in out + err and str(run) in out + err, case
+                assert NEWEST not in name or "8" in out + err
+
+
+WRONG = [{"a": []}, [[]], "text", 1e999, -(10**400), None, True]
+
+
+def test_every_field_of_a_recipe_is_checked_and_named():
+    """By its type; what is wrong among values of the right type, `check` says."""
+    taken = 0
+    for section, fields in to_dict(Config()).items():
+        for field in [None, *fields]:
+            for wrong in WRONG:
+                values = json.loads(json.dumps(to_dict(Config())))
+                (values if field is None else values[section])[section if field is None else field] = wrong
+                error = ""
+                try:
+                    config = from_dict(values)
+                except InputError as found:
+                    error = str(found)
+                if error:
+                    assert (section if field is None else f"{section}.{field}") in error and len(error) < 300
+                else:
+                    taken += 1
+                    assert field and getattr(getattr(config, section), field) == wrong
+                    assert wrong in (None, True, "text"), (section, field, wrong)
+    assert taken < 60
+
+
+def test_a_recipe_is_the_same_after_its_file(tmp_path):
+    config = dataclasses.replace(
+        Config(),
+        data=dataclasses.replace(Config().data, image_size=(32, 48), mean=(0, 0.5, 1)),
+        optimizer=dataclasses.replace(Config().optimizer, rate_rules=(("head/.*", 1.0), (".*", 0.1))),
+    )
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_run_with_a_damaged_summary_gets_it_again(run, capfd, quick):
+    before = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text('{"steps": "8"}')
+    status, _, err = ask(capfd, "train", "--workdir", run)
+    assert (
+        status == 0 and f"WARNING: {run / 'summary.json'} is damaged: its content.steps is 'text'".split("'")[0] in err
+    )
+    after = json.loads((run / "summary.json").read_text())
+    assert after["steps"] == before["steps"] and after["test"] == before["test"] and after["best"] == before["best"]
+
+
+def test_no_line_that_can_be_read_is_dropped(run, capfd, quick):
+    file, aside = run / "metrics.jsonl", run / "metrics.jsonl.damaged"
+    lines = file.read_bytes().splitlines()
+    bad = [b"{", b"[]", b'{"step": "7"}', b'{"step": 7, "a": "<b>"}', b"\xff\x00", b"[" * 100_000, b'{"step": 1']
+    mixed = [bad[0], lines[0], bad[1], bad[2], lines[1], bad[3], *lines[2:], *bad[4:]]
+    file.write_bytes(b"\n".join(mixed))
+    (run / "summary.json").unlink()
+    expected = [json.loads(line) for line in lines]
+    assert read_lines(file) == expected
+    status, _, err = ask(capfd, "train", "--workdir", run)
+    assert status == 0 and f"{len(bad)} lines of {file} cannot be read and were moved to {aside}" in err
+    assert [json.loads(line) for line in file.read_text().splitlines()] == expected
+    assert sorted(aside.read_bytes().splitlines()) == sorted(bad)
+
+
+def test_a_damaged_best_checkpoint_is_refused_where_it_is_asked_for(run, capfd, quick):
+    best = json.loads((run / "summary.json").read_text())["best"]["step"]
+    (run / "checkpoints" / str(best) / "checksums.json").write_text("[]")
+    status, _, err = ask(capfd, "evaluate", run, "--best")
+    assert status == 2 and f"the checkpoint of step {best} in {run} is damaged: checksums.json" in err
+    status, _, err = ask(capfd, "predict", run, run.parent / "picture.png")
+    assert status == 0 and (best == 8) == (f"checkpoint of step {best} in {run} is damaged" in err)
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_the_next(tmp_path):
+    """By a run that goes on: whenever one is read, a newer one has come and it is gone."""
+    read = []
+
+    def save(step):
+        (tmp_path / str(step)).mkdir()
+        for name in ("state", "_CHECKPOINT_METADATA"):
+            (tmp_path / str(step) / name).write_text("{}")
+        seal(tmp_path / str(step), {})
+        shutil.rmtree(tmp_path / str(step - 1), ignore_errors=True)
+
+    def look(step):
+        read.append(step)
+        if step < 5:
+            save(step + 1)
+        with unreadable_is_damaged():
+            return (tmp_path / str(step) / "state").read_text()
+
+    save(1)
+    assert newest_sound(tmp_path, look) == ("{}", {})
+    assert read == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("name", ["checksums.json", "_CHECKPOINT_METADATA"])
+def test_a_run_goes_on_beside_a_damaged_checkpoint(name, step, run, capfd):
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / str(step) / name).write_text("[]")
+    status, _, err = ask(capfd, "train", "--workdir", run, "--log.no_report")
+    assert status == 0 and f"the checkpoint of step {step} is damaged ({name} is damaged" in err
+    assert (run / "damaged" / f"{step}-0").is_dir() and 8 in steps_in(run / "checkpoints")
+
+
+LINKED = ["config.json", "metrics.jsonl", "metrics.jsonl.damaged", "summary.json", "curves.png", "report.html"]
+LINKED += ["calibration.json", "measures.json", "config.json.new", "metrics.jsonl.new", "lock.new", "summary.json.new"]
+
+
+def test_links_in_a_run_lead_nothing_out_of_it(run, capfd, quick):
+    outside = run.parent / "outside"
+    outside.mkdir()
+    for name in LINKED:
+        target = outside / name
+        if (run / name).exists():
+            shutil.copy(run / name, target)
+            (run / name).unlink()
+        else:
+            target.write_text("as it was")
+        (run / name).symlink_to(target)
+    (run / "summary.json").unlink()
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to(outside / "metrics.jsonl")
+    with (outside / "metrics.jsonl").open("a") as file:
+        file.write("torn")
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    status, _, err = ask(capfd, "train", "--workdir", run)
+    assert status == 0 and not any((run / name).is_symlink() for name in ("config.json", "metrics.jsonl")), err
+    for command in ("train", "report", "runs"):
+        ask(capfd, *COMMANDS[command](run))
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/8"])
+def test_a_link_to_checkpoints_elsewhere_is_refused(name, run, capfd):
+    (run / name).rename(run.parent / "elsewhere")
+    (run / name).symlink_to(run.parent / "elsewhere")
+    (run / "summary.json").unlink()
+    for command in ("train", "evaluate", "predict", "report"):
+        status, _, err = ask(capfd, *COMMANDS[command](run))
+        assert status == 2 and f"{run / name} is a link to {run.parent / 'elsewhere'}" in err, (command, err)
+    _, out, _ = ask(capfd, "runs", run.parent)
+    assert "damaged" in out and "is a link to" in out
+    link = run.parent / "link to the run"
+    link.symlink_to(run)
+    assert ask(capfd, "runs", run.parent)[0] == 0
+
+
+def test_the_folder_of_a_run_may_be_a_link(run, capfd, quick):
+    link = run.parent / "link"
+    link.symlink_to(run)
+    for command in ("train", "evaluate", "predict", "report"):
+        assert ask(capfd, *COMMANDS[command](link))[0] == 0, command
