@@ -43,7 +43,7 @@ def predict_command(arguments: Sequence[str]) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from resnet_jax.inference import Predictor, find_files, predict_files
+    from resnet_jax.inference import NOT_FINITE, Predictor, find_files, predict_files
     from resnet_jax.models.vit import ViT
 
     paths = list(find_files(options.paths))
@@ -65,7 +65,8 @@ def predict_command(arguments: Sequence[str]) -> int:
             if cam:
                 draw_cam(predictor, path, int(row.argmax()), cam / f"{i:05d}-{path.stem}.png")
     for path, reason in bad:
-        print(f"error: {path} cannot be decoded ({reason})", file=sys.stderr)
+        what = reason if reason == NOT_FINITE else f"cannot be decoded ({reason})"
+        print(f"error: {path} {what}", file=sys.stderr)
     return 1 if bad else 0
 
 

@@ -29,7 +29,7 @@ from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing
 LARGE_PART, SMALL_PART = 8, 64
 """Images that a CPU takes at once: of 96 x 96 pixels or more, and smaller ones."""
 
-NOT_FINITE = "the network gives probabilities that are not finite"
+NOT_FINITE = "has probabilities that are not finite"
 
 CONSTANT = 8 * 2**20
 """Bytes of all parameters up to which they are constants of a CPU's program; a call pays for each array it is given."""
@@ -186,7 +186,7 @@ class Predictor:
         parts = [self.probabilities(prepared[i : i + batch]) for i in range(0, len(prepared), batch)]
         found = np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
         if len(bad := np.flatnonzero(~np.isfinite(found).all(1))):
-            raise InputError(f"{NOT_FINITE}: {len(bad)} of {len(found)} images, the first is number {bad[0]}")
+            raise InputError(f"image {bad[0]} {NOT_FINITE}, one of {len(bad)} such images: the weights are damaged")
         return found
 
 

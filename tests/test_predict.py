@@ -97,6 +97,27 @@ def test_the_command_answers_and_lists_what_it_cannot_read(run, capsys, tmp_path
     assert capsys.readouterr().out.split()[:2] == [str(dark), "dark"]
 
 
+def test_probabilities_that_are_not_finite_are_an_error_and_never_written(run, capsys):
+    """Of weights that are finite and too large."""
+    weights = find_weights(str(run / "run"))
+    large = weights.tensors | {"fc.weight": np.full_like(weights.tensors["fc.weight"], 3e38)}
+    save_tensors(run / "large.safetensors", dataclasses.replace(weights, tensors=large), "safetensors")
+    files = sorted((run / "data").rglob("*.png"))[:3]
+    with pytest.raises(rj.InputError, match="image 0 has probabilities that are not finite, one of 3"):
+        Predictor.from_source(run / "large.safetensors")(files)
+    assert main(["predict", str(run / "large.safetensors"), *map(str, files), "--format", "json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("not finite") == 3
+
+
+def test_outputs_without_a_name_get_one(run):
+    weights = find_weights(str(run / "run"))
+    weights = dataclasses.replace(weights, class_names=weights.class_names[:1])
+    save_tensors(run / "one.safetensors", weights, "safetensors")
+    predictor = Predictor.from_source(run / "one.safetensors")
+    assert predictor.class_names == ("dark", "class 1") and predictor([]).shape == (0, 2)
+
+
 def test_only_regular_files_are_opened(run, capsys, tmp_path):
     pipe, good = tmp_path / "pipe.png", run / "data" / "dark" / "01.png"
     os.mkfifo(pipe)
@@ -111,30 +132,9 @@ def test_only_regular_files_are_opened(run, capsys, tmp_path):
         assert f"{name} cannot be decoded (it is no regular file)" in err
 
 
-def test_probabilities_that_are_not_finite_are_an_error_and_never_written(run, capsys):
-    """Of weights that are finite and too large."""
-    weights = find_weights(str(run / "run"))
-    large = weights.tensors | {"fc.weight": np.full_like(weights.tensors["fc.weight"], 3e38)}
-    save_tensors(run / "large.safetensors", dataclasses.replace(weights, tensors=large), "safetensors")
-    files = sorted((run / "data").rglob("*.png"))[:3]
-    with pytest.raises(rj.InputError, match="not finite: 3 of 3 images, the first is number 0"):
-        Predictor.from_source(run / "large.safetensors")(files)
-    assert main(["predict", str(run / "large.safetensors"), *map(str, files), "--format", "json"]) == 1
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("not finite") == 3
-
-
 def test_the_home_of_nobody_is_named():
     with pytest.raises(rj.InputError, match="no such home"):
         list(find_files(["~nosuchuser/*.png"]))
-
-
-def test_outputs_without_a_name_get_one(run):
-    weights = find_weights(str(run / "run"))
-    weights = dataclasses.replace(weights, class_names=weights.class_names[:1])
-    save_tensors(run / "one.safetensors", weights, "safetensors")
-    predictor = Predictor.from_source(run / "one.safetensors")
-    assert predictor.class_names == ("dark", "class 1") and predictor([]).shape == (0, 2)
 
 
 def test_what_names_nothing_is_refused(run, capsys, tmp_path):

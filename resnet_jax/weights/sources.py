@@ -89,6 +89,8 @@ def find_weights(source: str, name: str | None = None, checkpoint: str | None = 
 
 
 def _found(source: str, checkpoint: str | None) -> Weights:
+    if source.startswith("hf-hub:") and checkpoint is None:
+        return _from_hub(source.removeprefix("hf-hub:"))
     path = local_path(source, "the source of weights")
     if (path / "checkpoints").is_dir():
         return _from_run(path, checkpoint)
@@ -102,8 +104,6 @@ def _found(source: str, checkpoint: str | None) -> Weights:
         raise InputError(f"{source} is neither a file nor a folder")
     if path.suffix in FILES:
         raise InputError(f"{source}: there is no such file")
-    if source.startswith("hf-hub:"):
-        return _from_hub(source.removeprefix("hf-hub:"))
     tag = find_tag(source)
     tensors = read_tensors(_download(tag.repository, "model.safetensors"))
     return Weights(tensors, tag.name, {"num_classes": tag.num_classes}, tag.preprocessing)

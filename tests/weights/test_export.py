@@ -141,9 +141,13 @@ FORMS = ("safetensors", "pth", "stablehlo")
 @pytest.mark.parametrize("form", FORMS)
 def test_exporting_to_a_place_that_cannot_be_written(form, source, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for target in (tmp_path / "file" / f"out.{form}", tmp_path / f"{'x' * 300}.{form}", "/proc/no/out." + form):
+    for target, says in (
+        (tmp_path / "file" / f"out.{form}", "cannot be written"),
+        (f"/proc/no/out.{form}", "cannot be written"),
+        (tmp_path / f"{'x' * 300}.{form}", "File name too long"),
+    ):
         assert main(["export", source, str(target)]) == 2
-        assert "cannot be written" in capsys.readouterr().err
+        assert says in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

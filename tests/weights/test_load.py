@@ -282,13 +282,13 @@ def test_a_damaged_header_of_an_exported_file_is_refused(tmp_path, tensors):
         ("hf-hub:a--b/c", "no name of a repository"),
         ("hf-hub:a/" + "b" * 300, "no name of a repository"),
         ("hf-hub:", "no name of a repository"),
-        ("x" * 300, "no such place"),
-        ("x" * 300 + ".pth", "no such place"),
-        ("~nosuchuser/x", "no such place"),
-        ("~nosuchuser/x.pth", "no such place"),
+        ("x" * 300, "name too long"),
+        ("x" * 300 + ".pth", "name too long"),
+        ("~nosuchuser/x", "no such home"),
+        ("~nosuchuser/x.pth", "no such home"),
         ("/dev/null", "neither a file nor a folder"),
         ("nosuchthing", "`resnet-jax models` lists them"),
-        ("gs://bucket/x.pth", "there is no such file"),
+        ("gs://bucket/x.pth", "remote paths are not supported"),
     ],
 )
 def test_odd_sources_are_words(source, says, monkeypatch, tmp_path):
