@@ -100,7 +100,9 @@ def quick(monkeypatch):
     means = {"loss": 1.0, "accuracy": 0.5, "count": 360, "macro_recall": 0.5, "macro_f1": 0.5, "top5": 0.9}
     means |= {"class_accuracy": [0.5] * 10, "class_count": [36] * 10}
     means["predictions"] = evaluation.Predictions(np.arange(360), logits, labels)
-    monkeypatch.setattr(evaluation, "make_evaluate", lambda *_, **__: lambda state: {"test": dict(means)})
+    monkeypatch.setattr(
+        evaluation, "make_evaluate", lambda _, __, ___, split, *____, **_____: lambda state: {split: dict(means)}
+    )
     monkeypatch.setattr(html_report, "grad_cam", lambda *a: np.zeros((len(a[3]), 8, 8)))
 
 
@@ -112,6 +114,7 @@ TABLE = [
     ("summary.json", {"runs": DAMAGES, "report": SLOW}),
     ("calibration.json", {"predict": DAMAGES}),
     ("metrics.jsonl", {"runs": DAMAGES, "report": SLOW}),
+    ("best.json", {"runs": DAMAGES, "evaluate": SLOW, "predict": SLOW}),
     (f"{NEWEST}checksums.json", {"runs": DAMAGES, "evaluate": SLOW, "predict": SLOW, "report": ["list"]}),
     (f"{NEWEST}_CHECKPOINT_METADATA", {"runs": DAMAGES, "evaluate": SLOW, "predict": SLOW, "report": ["list"]}),
 ]
@@ -133,7 +136,8 @@ def test_a_damaged_file_is_named_by_every_command_that_reads_it(name, commands, 
             if name == "lock":
                 (run / name).write_text("{}")
             DAMAGES[damage](run / name)
-            status, out, err = ask(capfd, *COMMANDS[command](run))
+            newest = ["--checkpoint", "latest"] if name.startswith(NEWEST) and command != "runs" else []
+            status, out, err = ask(capfd, *COMMANDS[command](run), *newest)
             case = (damage, command, status, out, err)
             assert status == (2 if name == "config.json" and command != "runs" else 0) or damage == "folder", case
             if (name, damage) not in SILENT:
@@ -204,10 +208,11 @@ def test_no_line_that_can_be_read_is_dropped(run, capfd, quick):
 def test_a_damaged_best_checkpoint_is_refused_where_it_is_asked_for(run, capfd, quick):
     best = json.loads((run / "summary.json").read_text())["best"]["step"]
     (run / "checkpoints" / str(best) / "checksums.json").write_text("[]")
-    status, _, err = ask(capfd, "evaluate", run, "--best")
-    assert status == 2 and f"the checkpoint of step {best} in {run} is damaged: checksums.json" in err
+    for command in ("evaluate", "predict", "report"):
+        status, _, err = ask(capfd, *COMMANDS[command](run), "--checkpoint", "best")
+        assert status == 2 and f"--checkpoint best of {run}: that of step {best} is damaged: checksums.json" in err
     status, _, err = ask(capfd, "predict", run, run.parent / "picture.png")
-    assert status == 0 and (best == 8) == (f"checkpoint of step {best} in {run} is damaged" in err)
+    assert status == 0 and f"that of step {best} is damaged" in err and "in place of the best one" in err
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_the_next(tmp_path):
