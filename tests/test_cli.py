@@ -91,7 +91,7 @@ def test_the_recipe_of_a_run_is_what_flags_change(tmp_path):
 def test_a_folder_whose_recipe_cannot_be_read_is_named(text, command, capsys, tmp_path):
     (tmp_path / "config.json").write_text(text)
     status, _, err = run([*command, str(tmp_path)], capsys)
-    assert status == 2 and f"{tmp_path / 'config.json'} is damaged: " in err
+    assert status == 2 and f"{tmp_path / 'config.json'} is no recipe of a run: " in err
 
 
 def test_booleans_may_have_a_value():
@@ -196,7 +196,7 @@ def things(tmp_path, monkeypatch):
         ("export net.safetensors file/a.pth", "file/a.pth cannot be written"),
         ("export net.safetensors file/a.safetensors", "file/a.safetensors cannot be written"),
         (f"export net.safetensors {'x' * 250}.safetensors", "File name too long"),
-        (f"export net.safetensors {'x' * 250}.pth", "cannot be written"),
+        (f"export net.safetensors {'x' * 252}.pth", "File name too long"),
         ("export net.safetensors a.txt", "say which with --format"),
         ("models nothing*", "no model matches"),
         ("lab nosuch", "there is no experiment 'nosuch'"),
