@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from resnet_jax.config import InputError
 from resnet_jax.models.registry import create_model
-from resnet_jax.weights.convert import Tensors, adapt_stem, classes_of, fresh_head, from_torch, stem_channels
+from resnet_jax.weights.convert import Tensors, adapt_stem, as_array, classes_of, fresh_head, from_torch, stem_channels
 from resnet_jax.weights.sources import Weights, find_weights
 from resnet_jax.weights.tags import Preprocessing, tags_of
 
@@ -111,6 +112,9 @@ def fit_weights(model: Any, tensors: Tensors, source: str, head: Any = None) -> 
                 f"takes images of {found} channels, the model {model.in_channels}: only weights for RGB can be fitted "
                 f"to others. Give {found} channels (in_channels, or data.channels of a recipe)"
             )
+        for name, tensor in tensors.items():
+            if name.endswith("running_var") and np.any(as_array(name, tensor) < 0):
+                raise InputError(f"{name} holds negative variances: the weights are damaged")
         classes = classes_of(model, tensors)
         if not model.num_classes or classes == model.num_classes:
             return from_torch(model, tensors)
