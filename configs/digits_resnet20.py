@@ -1,6 +1,6 @@
 """ResNet-20 on scikit-learn's handwritten digits: 1,155 training, 282 validation and 360 test images.
 
-Hardware: two CPU cores. Expected time: under a minute, compilation included. Expected test accuracy: 98.5 to 99.7 %.
+Hardware: two CPU cores. Expected time: under a minute, compilation included. Expected test accuracy: about 98 %.
 Source: our own; it is `Config()`, the recipe that `python train.py` runs.
 """
 
