@@ -18,7 +18,7 @@ from typing import Any
 
 from resnet_jax.cli_sources import CHECKPOINT_HELP, export_command, file_to_write, models_command, predict_command
 from resnet_jax.config import Config, InputError, local_path
-from resnet_jax.integrity import to_json
+from resnet_jax.files import to_json
 from resnet_jax.output import say
 from resnet_jax.recipes import starting_recipe
 

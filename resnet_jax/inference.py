@@ -235,7 +235,7 @@ def find_files(words: Sequence[str]) -> Iterator[Path]:
     """The files that paths, folders and patterns such as `a/*.jpg` name; of folders all pictures, by name.
 
     Raises:
-      InputError: one of them names nothing, or a device or pipe.
+      InputError: one of them names nothing.
     """
     from resnet_jax.data.files import Left, pictures_under
 
@@ -243,10 +243,8 @@ def find_files(words: Sequence[str]) -> Iterator[Path]:
         path = local_path(word, "PATH")
         if path.is_dir():
             found = [Path(picture) for picture in pictures_under(path, Left())]
-        elif path.is_file():
-            found = [path]
         elif path.exists():
-            raise InputError(f"{word} is neither a file nor a folder")
+            found = [path]
         else:
             found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
         if not found:

@@ -1,12 +1,7 @@
-"""Whether files are whole: written at once, read as the types that they must hold, or sealed with checksums."""
+"""Whether checkpoints are whole: sealed with checksums by which damage is found."""
 
-import contextlib
 import hashlib
-import json
-import math
 import os
-import secrets
-import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +11,9 @@ import numpy as np
 import xxhash
 
 from resnet_jax.config import InputError
+from resnet_jax.files import read_json, to_json, write_whole
 from resnet_jax.output import say
 from resnet_jax.pages import read_pages
-from resnet_jax.typed import typed
 
 SEAL = "checksums.json"
 LATE = "_CHECKPOINT_METADATA"
@@ -35,81 +30,6 @@ T = TypeVar("T")
 
 class Damaged(Exception):
     """A file is not what was sealed."""
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file such that nobody ever sees half of it, and nothing outside of its folder is touched: a link in its
-    place is replaced, not followed. Characters that UTF-8 cannot hold are written as escapes.
-
-    Raises:
-      OSError: the disk takes no more, or the folder is gone.
-    """
-    data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
-    new = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
-    try:
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
-            file.write(data)
-        os.replace(new, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Returns JSON as every reader takes it: numbers that are infinite or not a number are null."""
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
-
-
-def finite(value: Any) -> Any:
-    """Returns dicts, lists and tuples with None in place of each float that is infinite or not a number."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def parse_json(data: bytes, kind: Any, what: str) -> Any:
-    """Returns JSON as a type, as `typed` does; NaN and Infinity, which older versions wrote, are null.
-
-    Args:
-      what: the value is called in messages.
-
-    Raises:
-      InputError: it is no JSON, or not of this type.
-    """
-    try:
-        value = json.loads(data.decode(), parse_constant=lambda name: None)
-    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise InputError(f"{what} is no JSON: {reason}") from error
-    return typed(value, kind, what)
-
-
-def read_json(path: Path, kind: Any, what: str = "its content") -> Any:
-    """Returns what a JSON file holds as a type, as `typed` does.
-
-    Raises:
-      FileNotFoundError, NotADirectoryError: there is no such file.
-      InputError: it cannot be read, or it holds something else; the message names the file.
-    """
-    try:
-        return parse_json(read_file(path), kind, what)
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except InputError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
-
-
-def read_file(path: Path) -> bytes:
-    """Returns the bytes of an ordinary file; a pipe or a device, which may never end, is an OSError."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError("it is no ordinary file")
-        return file.read()
 
 
 def checkpoints_of(workdir: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.config import Config, InputError, local_path, sides
-from resnet_jax.integrity import read_json
+from resnet_jax.files import read_json
 from resnet_jax.typed import shown, typed
 
 FREE_FIELDS = frozenset(
@@ -129,10 +129,14 @@ def read_recipe(file: Path) -> Config:
       FileNotFoundError, NotADirectoryError: there is no such file.
       InputError: it is not as runs write it.
     """
-    values = read_json(file, dict[str, Any], "the recipe")
-    if missing := [section for section in ("model", "data", "train") if section not in values]:
-        raise InputError(f"{file} is damaged: the recipe has no {', '.join(missing)}")
-    return read_json(file, Config, "the recipe")
+    try:
+        values = read_json(file, dict[str, Any], "the recipe")
+        if missing := [section for section in ("model", "data", "train") if section not in values]:
+            raise InputError(f"it has no {', '.join(missing)}")
+        return from_dict(values)
+    except InputError as error:
+        reason = str(error).removeprefix(f"{file} is damaged: ").removeprefix(f"{file} ")
+        raise InputError(f"{file} is no recipe of a run: {reason}") from error
 
 
 def starting_recipe(file: str | None, workdir: str | None) -> Config:

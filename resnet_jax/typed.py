@@ -1,7 +1,7 @@
 """Values from JSON as the types that are expected of them, or words that say which of them is wrong."""
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from typing import Any
@@ -40,8 +40,8 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
         return _fields(value, kind, where)
     if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
-        _expect(number and math.isfinite(value), value, "a finite number", where)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        _expect(number and abs(value) <= sys.float_info.max, value, "a finite number", where)
         return float(value)
     if kind is int:
         whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < GREATEST

@@ -266,19 +266,20 @@ def test_22_a_bucket_is_refused_with_words(path, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP], ids=lambda n: n.name)
-def test_24_the_warnings_of_a_scheduler_and_a_lost_terminal_save(number, tmp_path):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGUSR1, 1), (signal.SIGHUP, 0)])
+def test_24_the_warnings_of_a_scheduler_and_a_lost_terminal_save(number, workers, tmp_path):
+    """Which go to all processes of a run, its workers too."""
     command = [sys.executable, "-m", "resnet_jax.cli", "train", *QUICK, "--workdir", str(tmp_path / "run")]
     command += ["--train.steps", "100000", "--train.eval_every_epochs", "1e6", "--data.image_size", "8"]
-    environment = os.environ | {"XLA_FLAGS": "", "GLIBC_TUNABLES": ""}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command += ["--data.no_on_device", "--data.workers", str(workers)] if workers else []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": "", "GLIBC_TUNABLES": ""}, **pipes)
     for line in process.stdout:
         if line.startswith("step"):
             break
-    process.send_signal(number)
-    began = time.monotonic()
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and f"stopped by {number.name}" in out and time.monotonic() - began < 60, out + err
+    assert process.returncode == 0 and f"stopped by {number.name}" in out, out + err
 
 
 def test_30_a_narrow_picture_costs_what_its_output_costs(tmp_path):

@@ -91,7 +91,7 @@ def test_the_recipe_of_a_run_is_what_flags_change(tmp_path):
 def test_a_folder_whose_recipe_cannot_be_read_is_named(text, command, capsys, tmp_path):
     (tmp_path / "config.json").write_text(text)
     status, _, err = run([*command, str(tmp_path)], capsys)
-    assert status == 2 and f"{tmp_path / 'config.json'} is no recipe of a run" in err
+    assert status == 2 and f"{tmp_path / 'config.json'} is no recipe of a run: " in err
 
 
 def test_booleans_may_have_a_value():
@@ -139,9 +139,9 @@ def things(tmp_path, monkeypatch):
         ("train --config bad.py", "bad.py, line 2: SyntaxError"),
         ("train --train.batch_size 33", "nearest that does is 32"),
         ("train --train.seed -1", "train.seed must be at least 0, and is -1"),
-        (f"train --train.seed {2**70}", "train.seed must be at most 4294967295"),
-        ("train --train.epochs nan", "train.epochs must be above 0, and is nan"),
-        ("train --optimizer.learning_rate inf", "optimizer.learning_rate must be at least 0"),
+        (f"train --train.seed {2**70}", "train.seed is a whole number of more than 63 bits"),
+        ("train --train.epochs nan", "train.epochs is nan; it must be a finite number"),
+        ("train --optimizer.learning_rate inf", "optimizer.learning_rate is inf; it must be a finite number"),
         ("train --optimizer.learning_rate -1", "optimizer.learning_rate must be at least 0"),
         ("train --data.std 0 0 0", "data.std must be at least 1e-30"),
         ("train --augment.pad -1", "augment.pad must lie in [0, 1024], and is -1"),
@@ -169,10 +169,10 @@ def things(tmp_path, monkeypatch):
         ("plan --memory nonsense", "such as 80GiB"),
         ("plan --memory ''", "such as 80GiB"),
         ("plan --memory 1.2.3GiB", "such as 80GiB"),
-        ("plan --data.std nan nan nan", "data.std must be at least 1e-30"),
+        ("plan --data.std nan nan nan", "data.std[0] is nan; it must be a finite number"),
         ("show-batch", "which file to write"),
         ("show-batch gs://bucket/a.png", "remote paths are not supported yet"),
-        ("show-batch a.png --train.epochs nan", "train.epochs must be above 0"),
+        ("show-batch a.png --train.epochs nan", "train.epochs is nan"),
         ("show-batch file/a.png", "cannot be written"),
         ("evaluate /no/such/run", "holds no run"),
         ("evaluate gs://bucket/run", "remote paths are not supported yet"),
@@ -184,7 +184,6 @@ def things(tmp_path, monkeypatch):
         ("runs file", "there is no such folder"),
         ("predict s3://bucket/run a.png", "remote paths are not supported yet"),
         ("predict net.safetensors https://host/a.png", "remote paths are not supported yet"),
-        ("predict net.safetensors pipe", "no ordinary file"),
         ("predict net.safetensors a.png --top 0", "--top and --batch must be at least 1"),
         ("predict net.safetensors a.png --batch 0", "--top and --batch must be at least 1"),
         ("predict net.safetensors a.png --cam file", "--cam file is a file: name a folder"),
@@ -197,7 +196,7 @@ def things(tmp_path, monkeypatch):
         ("export net.safetensors file/a.pth", "file/a.pth cannot be written"),
         ("export net.safetensors file/a.safetensors", "file/a.safetensors cannot be written"),
         (f"export net.safetensors {'x' * 250}.safetensors", "File name too long"),
-        (f"export net.safetensors {'x' * 250}.pth", "cannot be written"),
+        (f"export net.safetensors {'x' * 252}.pth", "File name too long"),
         ("export net.safetensors a.txt", "say which with --format"),
         ("models nothing*", "no model matches"),
         ("lab nosuch", "there is no experiment 'nosuch'"),
@@ -242,7 +241,7 @@ def test_the_recipe_of_a_run_is_checked_by_every_command(field, command, capsys,
     (tmp_path / "config.json").write_text(json.dumps(recipe))
     (name,) = (f"{section}.{field}" for section, values in field.items() for field in values)
     status, _, err = run([*command.split(), str(tmp_path)], capsys)
-    assert status == 2 and f"{name} must be" in err
+    assert status == 2 and name in err and ("finite number" in err or "must be at least" in err)
 
 
 @pytest.mark.parametrize("error", [MemoryError("64 GiB"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 64 GiB")])

@@ -4,17 +4,23 @@ import dataclasses
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from resnet_jax import cli
 from resnet_jax.config import Config, InputError, LogConfig, TrainConfig
+from resnet_jax.files import to_json
 from resnet_jax.integrity import newest_sound, seal, steps_in
 from resnet_jax.recipes import from_dict, to_dict
 from resnet_jax.training import loop
-from resnet_jax.training.trackers import read_lines
+from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.training.trackers import Tracker, read_lines
+from resnet_jax.training.workdir import better
 from resnet_jax.vectors import unreadable_is_damaged
+
+from .browser import Tags, needs_chromium, tags
 
 RECIPE = dataclasses.replace(
     Config(),
@@ -94,7 +100,9 @@ def quick(monkeypatch):
     means = {"loss": 1.0, "accuracy": 0.5, "count": 360, "macro_recall": 0.5, "macro_f1": 0.5, "top5": 0.9}
     means |= {"class_accuracy": [0.5] * 10, "class_count": [36] * 10}
     means["predictions"] = evaluation.Predictions(np.arange(360), logits, labels)
-    monkeypatch.setattr(evaluation, "make_evaluate", lambda *_, **__: lambda state: {"test": dict(means)})
+    monkeypatch.setattr(
+        evaluation, "make_evaluate", lambda _, __, ___, split, *____, **_____: lambda state: {split: dict(means)}
+    )
     monkeypatch.setattr(html_report, "grad_cam", lambda *a: np.zeros((len(a[3]), 8, 8)))
 
 
@@ -106,6 +114,7 @@ TABLE = [
     ("summary.json", {"runs": DAMAGES, "report": SLOW}),
     ("calibration.json", {"predict": DAMAGES}),
     ("metrics.jsonl", {"runs": DAMAGES, "report": SLOW}),
+    ("best.json", {"runs": DAMAGES, "evaluate": SLOW, "predict": SLOW}),
     (f"{NEWEST}checksums.json", {"runs": DAMAGES, "evaluate": SLOW, "predict": SLOW, "report": ["list"]}),
     (f"{NEWEST}_CHECKPOINT_METADATA", {"runs": DAMAGES, "evaluate": SLOW, "predict": SLOW, "report": ["list"]}),
 ]
@@ -127,7 +136,8 @@ def test_a_damaged_file_is_named_by_every_command_that_reads_it(name, commands, 
             if name == "lock":
                 (run / name).write_text("{}")
             DAMAGES[damage](run / name)
-            status, out, err = ask(capfd, *COMMANDS[command](run))
+            newest = ["--checkpoint", "latest"] if name.startswith(NEWEST) and command != "runs" else []
+            status, out, err = ask(capfd, *COMMANDS[command](run), *newest)
             case = (damage, command, status, out, err)
             assert status == (2 if name == "config.json" and command != "runs" else 0) or damage == "folder", case
             if (name, damage) not in SILENT:
@@ -198,10 +208,11 @@ def test_no_line_that_can_be_read_is_dropped(run, capfd, quick):
 def test_a_damaged_best_checkpoint_is_refused_where_it_is_asked_for(run, capfd, quick):
     best = json.loads((run / "summary.json").read_text())["best"]["step"]
     (run / "checkpoints" / str(best) / "checksums.json").write_text("[]")
-    status, _, err = ask(capfd, "evaluate", run, "--best")
-    assert status == 2 and f"the checkpoint of step {best} in {run} is damaged: checksums.json" in err
+    for command in ("evaluate", "predict", "report"):
+        status, _, err = ask(capfd, *COMMANDS[command](run), "--checkpoint", "best")
+        assert status == 2 and f"--checkpoint best of {run}: that of step {best} is damaged: checksums.json" in err
     status, _, err = ask(capfd, "predict", run, run.parent / "picture.png")
-    assert status == 0 and (best == 8) == (f"checkpoint of step {best} in {run} is damaged" in err)
+    assert status == 0 and f"that of step {best} is damaged" in err and "in place of the best one" in err
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_the_next(tmp_path):
@@ -285,3 +296,70 @@ def test_the_folder_of_a_run_may_be_a_link(run, capfd, quick):
     link.symlink_to(run)
     for command in ("train", "evaluate", "predict", "report"):
         assert ask(capfd, *COMMANDS[command](link))[0] == 0, command
+
+
+ATTACK = "\"'><script>console.log('ran')</script><img src=x onerror=console.log('ran')>{body}{title}"
+
+
+def with_attacks(value):
+    """JSON with the attack in every text and behind every key."""
+    if isinstance(value, dict):
+        return {key: with_attacks(item) for key, item in value.items()} | {ATTACK: ATTACK}
+    return ATTACK if isinstance(value, str) else value
+
+
+def attacked(run):
+    """A run from somebody who put a script wherever a text may stand."""
+    run = run.rename(run.with_name(ATTACK.replace("/", "")))
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(with_attacks(summary)))
+    recipe = json.loads((run / "config.json").read_text())
+    recipe["data"]["data_dir"] = recipe["model"]["pretrained"] = ATTACK
+    recipe["optimizer"]["decay_rules"] = [[".*", 1.0], [ATTACK, 0.0]]
+    (run / "config.json").write_text(json.dumps(recipe))
+    with (run / "metrics.jsonl").open("a") as file:
+        for line in ({ATTACK: 1.0}, {"train/loss": ATTACK}, {"images_per_second": ATTACK}, {"learning_rate": [ATTACK]}):
+            file.write(json.dumps({"step": 8} | line) + "\n")
+    return run
+
+
+def test_nothing_of_a_run_becomes_part_of_the_page(run, capfd, quick):
+    run = attacked(run)
+    status, _, err = ask(capfd, "report", run)
+    page = Tags()
+    page.feed((run / "report.html").read_text())
+    assert status == 0 and "script" not in page.count and page.count["body"] == 1, err
+    text = (run / "report.html").read_text()
+    assert page.rows["run"] > 10 and "&lt;script&gt;" in text and "<img src=x" not in text
+
+
+@needs_chromium
+def test_a_browser_runs_nothing_of_a_run(run, tmp_path, capfd, quick):
+    run = attacked(run)
+    assert ask(capfd, "report", run)[0] == 0
+    shutil.copy(run / "report.html", tmp_path / "report.html")
+    assert "script" not in tags(tmp_path / "report.html", tmp_path).count
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_files_hold_null_for_what_is_not_finite(value, tmp_path):
+    text = to_json({"a": [value, {"b": (value, 1.5)}], "c": value})
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, {"b": [None, 1.5]}], "c": None}
+    tracker = Tracker(tmp_path, 0, tensorboard=False)
+    tracker.write(3, {"train/loss": value, "train/accuracy": 0.5})
+    tracker.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "train/loss": null, "train/accuracy": 0.5}\n'
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(3, {"params": jnp.ones(3)}, {"result": {"loss": value}})
+    found = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+    assert not any(b"NaN" in path.read_bytes() or b"Infinity" in path.read_bytes() for path in found)
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy", "macro_recall"])
+def test_what_is_not_a_number_is_never_the_best(metric):
+    nan = float("nan")
+    for new, old in ((nan, 0.5), (nan, nan), (nan, None), (None, 0.5), (None, None)):
+        assert not better(metric, new, old)
+    for old in (nan, None):
+        assert better(metric, 0.5, old)
+    assert better(metric, 0.4, 0.5) == (metric == "loss") and better(metric, 0.5, 0.4) == (metric != "loss")

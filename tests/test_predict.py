@@ -44,7 +44,7 @@ def run(tmp_path_factory):
         parallel=dataclasses.replace(base.parallel, devices=1),
     )
     summary = rj.train(config, place / "run")
-    assert summary["ema"]["accuracy"] == 1.0
+    assert summary["ema/validation"]["accuracy"] == 1.0
     return place
 
 
@@ -130,6 +130,11 @@ def test_only_regular_files_are_opened(run, capsys, tmp_path):
     assert [json.loads(line)["path"] for line in out.splitlines()] == [str(good)]
     for name in (pipe, "/dev/zero"):
         assert f"{name} cannot be decoded (it is no regular file)" in err
+
+
+def test_the_home_of_nobody_is_named():
+    with pytest.raises(rj.InputError, match="no such home"):
+        list(find_files(["~nosuchuser/*.png"]))
 
 
 def test_what_names_nothing_is_refused(run, capsys, tmp_path):

@@ -191,7 +191,13 @@ def test_other_pictures_and_classes_on_one_are_named_before_the_first_step(tmp_p
     write_pictures(tmp_path / "0" / "pictures", ["cat", "dog"], 10)
     write_pictures(tmp_path / "1" / "pictures", ["cat", "cow"], 20)
     for process in start(tmp_path / "run", 2, more=lambda i: OWN, folder=lambda i: tmp_path / str(i)):
-        ends(process, 2, "number of pictures is", 'class names is ["cat", "dog"] on process 0, ["cat", "cow"]')
+        ends(
+            process,
+            2,
+            "train pictures is",
+            "validation pictures is",
+            'class names is ["cat", "dog"] on process 0, ["cat", "cow"]',
+        )
 
 
 def test_a_bad_picture_on_one_ends_both_with_its_name(tmp_path):

@@ -24,6 +24,7 @@ from resnet_jax.training.metrics import add, eval_sums, means
 settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
 settings.load_profile("same every time")
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
+st.register_type_strategy(int, st.integers(1 - 2**63, 2**63 - 1))
 
 
 def sections(kind):

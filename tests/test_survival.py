@@ -23,6 +23,7 @@ from resnet_jax.training.lock import live_holder
 from resnet_jax.training.trackers import read_lines
 from resnet_jax.training.workdir import describe_run, locked, runs_under
 
+from . import test_processes
 from .training.test_loop import final_state, lines_of
 
 FLAGS = [
@@ -177,6 +178,24 @@ def test_a_run_whose_folder_is_taken_saves_elsewhere_and_says_so(take, tmp_path)
     wait_for(lambda: any(x["step"] > step for x in read_lines(saved / "metrics.jsonl")), process)
     process.terminate()
     finish(process)
+
+
+@pytest.mark.parametrize("what", [signal.SIGUSR1, signal.SIGHUP, "lock"])
+def test_two_processes_save_together_when_one_is_told_or_the_lock_goes(what, tmp_path):
+    folder = tmp_path / "run"
+    running = test_processes.start(folder, 2, 1, more=lambda i: LONG)
+    wait_for(lambda: steps_in(folder / "checkpoints"), running[0])
+    if what == "lock":
+        (folder / "lock").unlink()
+    else:
+        running[1].send_signal(what)
+    told = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [int(what == "lock")] * 2, told
+    (place,) = [path for path in tmp_path.iterdir() if (path != folder) == (what == "lock")]
+    step = max(steps_in(place / "checkpoints"))
+    assert damage(place / "checkpoints" / str(step)) is None
+    for out, err in told:
+        assert f"is saved in {place}" in err if what == "lock" else f"after step {step}, which is saved" in out
 
 
 def test_a_lock_that_another_run_takes_ends_the_first_and_leaves_the_second_alone(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 
 from resnet_jax.config import InputError
 from resnet_jax.data.dataset import Dataset, FileSource, Source, known_labels
-from resnet_jax.integrity import write_whole
+from resnet_jax.files import write_whole
 
 FILE = "pictures.npz"
 """Its name in a run's folder."""

@@ -45,7 +45,12 @@ def check_guard(workers: int) -> None:
 
 
 def end_with_parent(worker: int, workers: int) -> None:
-    """Ends this worker process as soon as the process that started it ends, even if that is killed."""
+    """Ends this worker process as soon as the process that started it ends, even if that is killed, and not before:
+    signals that a scheduler or a terminal sends to all processes of a run are for that one, which saves.
+    """
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

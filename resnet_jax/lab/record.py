@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from resnet_jax.integrity import write_whole
+from resnet_jax.files import write_whole
 from resnet_jax.training.workdir import versions
 
 Rows = list[dict[str, Any]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.config import Config, DataConfig, InputError
-from resnet_jax.integrity import write_whole
+from resnet_jax.files import write_whole
 from resnet_jax.lab.record import Notebook, Options, Rows, save
 from resnet_jax.lab.words import TITLES, WORDS
 from resnet_jax.models.registry import nearest

@@ -13,17 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from resnet_jax.config import InputError
-from resnet_jax.integrity import (
-    Damaged,
-    checkpoints_of,
-    damage,
-    finite,
-    newest_sound,
-    none,
-    read_chosen,
-    seal,
-    steps_in,
-)
+from resnet_jax.files import finite
+from resnet_jax.integrity import Damaged, checkpoints_of, damage, newest_sound, none, read_chosen, seal, steps_in
 from resnet_jax.output import say
 from resnet_jax.packing import addresses, pack
 from resnet_jax.sharding import put

@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from resnet_jax.config import InputError
-from resnet_jax.integrity import parse_json, read_file, to_json
+from resnet_jax.files import parse_json, read_file, to_json
 from resnet_jax.output import say
 
 TOUCHED_EVERY, STALE_AFTER = 20.0, 120.0

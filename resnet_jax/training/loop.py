@@ -24,7 +24,8 @@ from resnet_jax.data.fingerprint import save as save_fingerprint
 from resnet_jax.data.loader import BadImages, check_readable
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.data.watch import check_guard
-from resnet_jax.integrity import BEST, to_json, write_whole
+from resnet_jax.files import to_json, write_whole
+from resnet_jax.integrity import BEST
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.processes import agree, check_one_folder, ending_together, facts_of, start_processes
 from resnet_jax.recipes import check, recorded

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax import output as outputs
-from resnet_jax.config import Config
+from resnet_jax.config import Config, InputError
 from resnet_jax.training.console import Console
 from resnet_jax.training.metrics import Sums, add, means
 from resnet_jax.training.recipe import Plan
@@ -222,6 +222,8 @@ def traced(advance: Advance, config: Config, folder: Path) -> Advance:
     """`advance` that writes a trace of the steps of `log.profile` into `folder/profile`; the device is waited for."""
     if config.log.profile is None:
         return advance
+    if (folder / "profile").is_symlink():
+        raise InputError(f"{folder / 'profile'} is a link, which may lead out of the run's folder: remove it")
     first, last = (int(step) for step in config.log.profile.split(":"))
     running = False
 

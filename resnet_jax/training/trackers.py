@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.config import InputError
-from resnet_jax.integrity import parse_json, read_file, to_json, write_whole
+from resnet_jax.files import parse_json, read_file, to_json, write_whole
 from resnet_jax.output import say
 
 GREATEST = 1e300

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from resnet_jax import __version__
 from resnet_jax.config import Config, InputError
 from resnet_jax.data.dataset import Dataset
-from resnet_jax.integrity import best_of, checkpoints_of, damage, none, read_json, steps_in, to_json, write_whole
+from resnet_jax.files import read_json, to_json, write_whole
+from resnet_jax.integrity import best_of, checkpoints_of, damage, none, steps_in
 from resnet_jax.output import say
 from resnet_jax.recipes import differences, read_recipe, recorded, to_dict
 from resnet_jax.training.checkpoints import Record

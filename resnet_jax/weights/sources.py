@@ -19,7 +19,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from resnet_jax.config import InputError, ModelConfig, local_path, sides
-from resnet_jax.integrity import checkpoints_of, read_chosen, read_file, read_json
+from resnet_jax.files import read_file, read_json
+from resnet_jax.integrity import checkpoints_of, read_chosen
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest, variable_shapes
 from resnet_jax.output import say
 from resnet_jax.recipes import check, from_dict

@@ -212,7 +212,7 @@ def test_labels_of_all_classes_are_taken(files):
 
 def test_a_wrong_label_comes_out_of_a_worker_with_its_name():
     source = dataclasses.replace(SOURCE, labels=np.arange(SIZE))
-    with pytest.raises(InputError, match=r"example \d+ has the label \d+, expected a number from 0 to 4"):
+    with pytest.raises(InputError, match=r"example \d+ of the arrays has the label \d+, expected a number from 0 to 4"):
         list(train_batches(source, recipe(8, workers=1), make_mesh(1), BadImages("error"), range(5), classes=5))
 
 

@@ -30,7 +30,9 @@ def test_parts_that_are_computed_twice_keep_less_and_give_the_same(name, remat):
             logits, moved = model.apply(given, IMAGES, train=True, mutable=["batch_stats"], rngs=rngs)
             return jnp.square(logits).mean(), moved
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+        # Without XLA's optimisation, as in other tests, these are off by 1 % on some processors, remat or not.
+        options = {"xla_backend_optimization_level": 3} if name == "googlenet" else {}
+        return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)(variables["params"])
 
     model = SMALL[name]
     variables = init_variables(model, jax.random.key(0), IMAGES)

@@ -55,18 +55,67 @@ def test_runs_of_every_state_are_listed(tmp_path):
     assert open_workdir(tmp_path / "new", Config()) == tmp_path / "new"
 
 
-def test_tensorboard_reads_what_is_written(tmp_path):
+def events_in(path):
+    """The events of a file; its checksums must be right."""
     from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
 
+    data, events = path.read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        body, after = data[12 : 12 + size], data[12 + size : 16 + size]
+        assert masked_crc32c(data[:8]) == int.from_bytes(data[8:12], "little")
+        assert masked_crc32c(body) == int.from_bytes(after, "little")
+        events.append(Event.FromString(body))
+        data = data[16 + size :]
+    return events
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
     tracker = Tracker(tmp_path, 3, tensorboard=True)
     tracker.write(4, {"train/loss": 0.5})
     tracker.close()
     (path,) = tmp_path.glob("events.out.tfevents.*")
-    data, events = path.read_bytes(), []
-    while data:
-        size = int.from_bytes(data[:8], "little")
-        events.append(Event.FromString(data[12 : 12 + size]))
-        data = data[16 + size :]
+    events = events_in(path)
+    assert events[0].file_version == "brain.Event:2"
     assert events[1].step == 4 and events[1].session_log.status == 1
     (value,) = events[2].summary.value
     assert (events[2].step, value.tag, value.simple_value) == (4, "train/loss", 0.5)
+
+
+def test_events_can_be_read_after_the_disk_was_full(tmp_path):
+    """A file system of 16 kB of the writer's own, full for a while in the middle of it."""
+    code = """
+import os, shutil, sys
+from pathlib import Path
+from resnet_jax.training.trackers import Tracker
+disk, out = Path(sys.argv[1]), sys.argv[2]
+tracker = Tracker(disk, 0, tensorboard=True)
+for step in range(30):
+    if step == 10:
+        with open(disk / "filler", "wb", buffering=0) as filler:
+            try:
+                while True:
+                    filler.write(bytes(512))
+            except OSError:
+                pass
+    if step == 25:
+        (disk / "filler").unlink()
+    tracker.write(step, {f"number/{i}": float(i) for i in range(40)})
+tracker.close()
+for path in disk.iterdir():
+    shutil.copy(path, out)
+"""
+    disk, out = tmp_path / "disk", tmp_path / "out"
+    disk.mkdir()
+    out.mkdir()
+    script = f'mount -t tmpfs -o size=64k tmpfs {disk} || exit 77; "$@"'
+    command = ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-c", code, disk, out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("this system lets no user mount a file system of their own")
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("events.out.tfevents.*")
+    steps = [event.step for event in events_in(path)][1:]
+    assert steps[:10] == [*range(10)] and steps[-5:] == [*range(25, 30)] and len(steps) < 30
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [*range(30)]
