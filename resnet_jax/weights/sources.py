@@ -19,11 +19,12 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from resnet_jax.config import InputError, ModelConfig, local_path, sides
-from resnet_jax.files import read_json
+from resnet_jax.files import read_file, read_json
 from resnet_jax.integrity import checkpoints_of, read_chosen
-from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest
+from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest, variable_shapes
 from resnet_jax.output import say
 from resnet_jax.recipes import check, from_dict
+from resnet_jax.typed import shown, shown_name, typed
 from resnet_jax.weights.convert import as_array, to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag, tags_of
 
@@ -152,17 +153,17 @@ def _described(file: Path, tensors: Mapping[str, Any], where: str) -> Weights:
     """Weights with a `config.json` as timm writes it."""
     where = f"{where}: config.json"
     try:
-        config = _parsed(file.read_text(), where)
-    except (OSError, UnicodeDecodeError) as error:
+        config = _parsed(read_file(file), dict[str, Any], where)
+    except OSError as error:
         raise InputError(f"{where} cannot be read ({error}); fetch it again") from error
     name = config.get("architecture")
     if not isinstance(name, str) or name not in MODELS:
         hint = f"; {nearest(name, MODELS)}" if isinstance(name, str) else ""
         raise InputError(f"{where} names the architecture {name!r}, which is not among our models{hint}")
-    inner, made_with = config.get("pretrained_cfg") or {}, config.get("model_args") or {}
-    for key, value in (("pretrained_cfg", inner), ("model_args", made_with)):
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: {key} is {shortly(value)}, and no object with fields")
+    inner, made_with = (
+        typed(config.get(key), dict[str, Any] | None, f"{where}: {key}") or {}
+        for key in ("pretrained_cfg", "model_args")
+    )
     if others := set(made_with) - HARMLESS:
         raise InputError(f"{where}: model_args has {', '.join(sorted(others))}, which we do not read")
     known = {key: value for part in (config, inner) for key, value in part.items() if value is not None}
@@ -178,20 +179,13 @@ HARMLESS = frozenset({"num_classes", "in_chans", "img_size", "global_pool", "dro
 """Arguments of timm's models that the tensors show, that are read, or that matter in training alone."""
 
 
-def _parsed(text: str, where: str) -> dict[str, Any]:
+def _parsed(data: bytes, kind: Any, where: str) -> Any:
+    """JSON as a type, as `typed` gives it; nan is not taken for null, and so refused where a number is needed."""
     try:
-        parsed = json.loads(text)
+        found = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is no JSON ({error}); fetch it again") from error
-    if not isinstance(parsed, dict):
-        raise InputError(f"{where} is {shortly(parsed)}, and no object with fields")
-    return parsed
-
-
-def shortly(value: Any) -> str:
-    """A value for a message, its first 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
+        raise InputError(f"{where} is no JSON ({error}); fetch or export it again") from error
+    return typed(found, kind, where)
 
 
 def _preprocessing(known: dict[str, Any], name: str, where: str) -> Preprocessing | None:
@@ -206,62 +200,42 @@ def _preprocessing(known: dict[str, Any], name: str, where: str) -> Preprocessin
         "interpolation": known.get("interpolation"),
     }
     if known.get("crop_mode", "center") != "center":
-        raise InputError(f"{where}: crop_mode is {shortly(known['crop_mode'])}, and we have 'center' alone")
+        raise InputError(f"{where}: crop_mode is {shown(known['crop_mode'])}, and we have 'center' alone")
     given = {key: value for key, value in given.items() if value is not None}
     tags = tags_of(name)
     default = asdict(tags[0].preprocessing) if tags else {"eval_crop": 0.875, "interpolation": "bilinear"}
-    return checked_preprocessing(default | given, where) if given else None
+    if not given:
+        return None
+    found: Preprocessing = typed(default | given, Preprocessing, f"{where}: preprocessing")
+    check_preprocessing(found, where)
+    return found
 
 
 def _side(size: Any, where: str) -> Any:
     """[channels, height, width] of timm as a `Size`."""
     if size is None:
         return None
-    if not isinstance(size, list) or len(size) != 3:
-        raise InputError(f"{where}: input_size is {shortly(size)}, and not [channels, height, width]")
-    return size[1] if size[1] == size[2] else tuple(size[1:])
+    _, height, width = typed(size, tuple[int, int, int], f"{where}: input_size")
+    return height if height == width else (height, width)
 
 
-def checked_preprocessing(values: Any, where: str) -> Preprocessing:
-    """Preprocessing out of a file.
-
-    Raises:
-      InputError: a field is missing, unknown or impossible; the message begins with `where`.
-    """
-    fields = Preprocessing.__dataclass_fields__
-    if not isinstance(values, dict) or set(values) != set(fields):
-        found = ", ".join(map(str, values)) if isinstance(values, dict) else shortly(values)
-        raise InputError(f"{where}: preprocessing has {found or 'nothing'}; it must have {', '.join(fields)}")
-    values = _tuples(values)
-    crop = values["eval_crop"]
-    for key, right, rule in (
-        ("mean", _numbers(values["mean"]), "finite numbers"),
-        ("std", _numbers(values["std"]) and min(values["std"]) > 0, "finite numbers above 0"),
-        ("image_size", _is_size(values["image_size"]), f"from 1 to {LARGEST} pixels"),
-        ("eval_image_size", _is_size(values["eval_image_size"]), f"from 1 to {LARGEST} pixels"),
-        ("eval_crop", _numbers((crop,)) and 0 < crop <= 1, "above 0 and at most 1"),
-        ("interpolation", values["interpolation"] in ("bilinear", "bicubic"), "bilinear or bicubic"),
-    ):
-        if not right:
-            raise InputError(f"{where}: {NAMES_IN_TIMM.get(key, key)} is {shortly(values[key])}, and must be {rule}")
-    return Preprocessing(**values)
-
-
-NAMES_IN_TIMM = {
-    "image_size": "input_size (image_size)",
-    "eval_image_size": "input_size or test_input_size (eval_image_size)",
-    "eval_crop": "crop_pct (eval_crop)",
-}
-
-
-def _is_size(size: Any) -> bool:
-    sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
-    return all(type(side) is int and 0 < side <= LARGEST for side in sides)
-
-
-def _numbers(values: Any) -> bool:
-    """Whether it is a tuple of finite numbers, and not empty."""
-    return isinstance(values, tuple) and values != () and all(type(x) in (int, float) and abs(x) < 1e30 for x in values)
+def check_preprocessing(found: Preprocessing, where: str) -> None:
+    """Raises InputError where a field out of a file is impossible; the message begins with `where`."""
+    numbers = {
+        "std": (found.std, "above 0", lambda x: 0 < x < math.inf),
+        "image_size": (sides(found.image_size), f"from 1 to {LARGEST} pixels", lambda x: 0 < x <= LARGEST),
+        "eval_image_size": (sides(found.eval_image_size), f"from 1 to {LARGEST} pixels", lambda x: 0 < x <= LARGEST),
+        "eval_crop": ((found.eval_crop,), "above 0 and at most 1", lambda x: 0 < x <= 1),
+    }
+    for key, (given, rule, right) in numbers.items():
+        if not all(map(right, given)):
+            raise InputError(f"{where}: preprocessing.{key} is {given}; it must be {rule}")
+    if not found.mean or not found.std:
+        raise InputError(f"{where}: preprocessing.mean and std must have a number for each channel")
+    if found.interpolation not in ("bilinear", "bicubic"):
+        raise InputError(
+            f"{where}: preprocessing.interpolation is {shown(found.interpolation)}; it must be bilinear or bicubic"
+        )
 
 
 def _names(labels: Any, where: str) -> tuple[str, ...] | None:
@@ -273,7 +247,7 @@ def _names(labels: Any, where: str) -> tuple[str, ...] | None:
         labels = [numbered.get(i, f"class {i}") for i in range(max(numbered) + 1)]
     if not isinstance(labels, list) or not all(isinstance(name, str | int) for name in labels):
         raise InputError(
-            f"{where}: the names of the classes are {shortly(labels)}; they must be a list of words, or an object of "
+            f"{where}: the names of the classes are {shown(labels)}; they must be a list of words, or an object of "
             "number: word"
         )
     return tuple(map(str, labels))
@@ -283,55 +257,40 @@ def _from_file(path: Path) -> Weights:
     tensors = read_tensors(path)
     if not isinstance(tensors, SafeTensors) or "resnet_jax" not in tensors.metadata:
         return Weights(tensors)
-    return _from_header(tensors, _parsed(tensors.metadata["resnet_jax"], f"{path}: resnet_jax in the header"), path)
-
-
-def _from_header(tensors: Mapping[str, Any], said: dict[str, Any], path: Path) -> Weights:
-    """Weights with what `save_tensors` writes into the header."""
     where = f"{path}: resnet_jax in the header"
-    wanted = ("name", "fields", "preprocessing", "class_names", "several", "calibration")
-    if missing := [key for key in wanted if key not in said]:
-        raise InputError(f"{where} lacks {', '.join(missing)}; export the file again")
-    name, fields, preprocessing = said["name"], said["fields"], said["preprocessing"]
-    if name is not None and (not isinstance(name, str) or name not in MODELS):
-        raise InputError(f"{where} names the model {shortly(name)}, which is not among ours")
-    if not isinstance(fields, dict) or not all(_field_fits(key, value) for key, value in fields.items()):
-        raise InputError(f"{where}: fields of the model are {shortly(fields)}, which are not those of a model")
+    said: Header = _parsed(tensors.metadata["resnet_jax"].encode(), Header, where)
+    name, fields = said["name"], _tuples(said["fields"])
+    preprocessing, calibration = said["preprocessing"], said["calibration"]
     if preprocessing is not None:
-        preprocessing = checked_preprocessing(preprocessing, where)
-    if not isinstance(said["several"], bool):
-        raise InputError(f"{where}: several is {shortly(said['several'])}, and neither true nor false")
-    names = _names(said["class_names"], where)
-    return Weights(
-        tensors, name, fields, preprocessing, names, said["several"], checked_calibration(said["calibration"], where)
-    )
+        check_preprocessing(preprocessing, where)
+    if calibration.temperature <= 0:
+        raise InputError(f"{where}: calibration.temperature is {calibration.temperature}; it must be above 0")
+    if name is not None:
+        check_fields(name, fields, where)
+    return Weights(tensors, name, fields, preprocessing, said["class_names"] or None, said["several"], calibration)
 
 
-def _field_fits(key: str, value: Any) -> bool:
-    """Whether `Weights.fields` can have that field with that value."""
-    if key in ("num_classes", "in_channels", "image_size"):
-        return (type(value) is int and 0 < value <= LARGEST * 4) or (key == "num_classes" and value is None)
+class Header(TypedDict):
+    """What `save_tensors` writes into the header of a safetensors file, as `resnet_jax`."""
+
+    name: str | None
+    fields: dict[str, Any]
+    preprocessing: Preprocessing | None
+    class_names: tuple[str, ...] | None
+    several: bool
+    calibration: Calibration
+
+
+def check_fields(name: str, fields: dict[str, Any], where: str) -> None:
+    """Raises InputError where a model cannot have these fields, or there is no such model."""
     hints = typing.get_type_hints(ModelConfig)
-    if key not in hints or key in ("name", "pretrained", "compute_dtype"):
-        return False
-    kinds = typing.get_args(hints[key]) or (hints[key],)
-    words = [word for kind in kinds for word in typing.get_args(kind) or (kind,)]
-    in_range = type(value) is not float or 0 <= value < 1
-    return in_range and any(type(value) is x if isinstance(x, type) else value == x for x in words)
-
-
-def checked_calibration(values: Any, where: str) -> Calibration:
-    """Calibration out of a file.
-
-    Raises:
-      InputError: a field is missing or impossible; the message begins with `where`.
-    """
-    if isinstance(values, dict) and set(values) == {"temperature", "thresholds"}:
-        values = _tuples(values)
-        temperature, thresholds = values["temperature"], values["thresholds"]
-        if _numbers((temperature,)) and temperature > 0 and (thresholds is None or _numbers(thresholds)):
-            return Calibration(temperature, thresholds)
-    raise InputError(f"{where}: the calibration is {shortly(values)}; it needs a temperature above 0, and thresholds")
+    for key in hints.keys() & fields.keys():
+        typed(fields[key], hints[key], f"{where}: fields.{key}")
+    try:
+        variable_shapes(create_model(name, **fields))
+    except Exception as error:  # whatever flax and JAX raise where a field is not of its type or range
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{where}: {shown_name(name)} cannot have these fields: {reason[:200]}") from error
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -483,7 +442,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     if not isinstance(loaded, dict):
         raise InputError(f"{place} is of type {type(loaded).__name__}, and no state dict: expected names with tensors")
     others = [
-        f"{shortly(key)} ({type(value).__name__})"
+        f"{shown(key)} ({type(value).__name__})"
         for key, value in loaded.items()
         if not isinstance(key, str) or not isinstance(value, torch.Tensor)
     ]
