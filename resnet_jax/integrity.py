@@ -246,7 +246,8 @@ def read_chosen(workdir: Path, read: Callable[[int], T], checkpoint: str | None 
         listed = "; ".join(f"that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
         if named is None:
             raise InputError(f"{workdir} holds no checkpoint; {listed or 'the run ended before its first one'}")
-        raise InputError(f"--checkpoint {checkpoint} of {workdir}: {listed}")
+        step, problem = problems.popitem()
+        raise InputError(f"the checkpoint of step {step} in {workdir} is damaged: {problem}")
     for bad, problem in problems.items():
         say(
             f"WARNING: the checkpoint of step {bad} in {workdir} is damaged ({problem}); taking that of step "

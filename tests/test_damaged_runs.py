@@ -210,9 +210,9 @@ def test_a_damaged_best_checkpoint_is_refused_where_it_is_asked_for(run, capfd, 
     (run / "checkpoints" / str(best) / "checksums.json").write_text("[]")
     for command in ("evaluate", "predict", "report"):
         status, _, err = ask(capfd, *COMMANDS[command](run), "--checkpoint", "best")
-        assert status == 2 and f"--checkpoint best of {run}: that of step {best} is damaged: checksums.json" in err
+        assert status == 2 and f"the checkpoint of step {best} in {run} is damaged: checksums.json" in err
     status, _, err = ask(capfd, "predict", run, run.parent / "picture.png")
-    assert status == 0 and f"that of step {best} is damaged" in err and "in place of the best one" in err
+    assert status == 0 and f"of step {best} in {run} is damaged" in err and "in place of the best one" in err
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_the_next(tmp_path):

@@ -41,7 +41,7 @@ def test_the_latest_and_the_best_stay(tmp_path, metrics, keep, kept):
 def test_a_state_comes_back_with_its_record(tmp_path):
     save_all(tmp_path, {1: 0.9, 2: 0.5})
     for step in (1, 2):
-        state, record = read_checkpoint(tmp_path, STATE, step)
+        state, record = read_checkpoint(tmp_path, STATE, str(step))
         np.testing.assert_array_equal(state["params"], STATE["params"] * step)
         assert record == {"step": step}
     assert read_checkpoint(tmp_path, STATE)[1] == {"step": 2}
@@ -93,7 +93,7 @@ def test_any_damage_is_found_and_the_newest_sound_one_is_taken(tmp_path, harm, c
         harm(newest, np.random.default_rng(seed))
         assert damage(newest) is not None
         with pytest.raises(InputError, match=r"checkpoint of step 2 .* is damaged"):
-            read_checkpoint(tmp_path, STATE, 2)
+            read_checkpoint(tmp_path, STATE, "2")
     assert read_checkpoint(tmp_path, STATE)[1] == {"step": 1}
     assert steps_in(tmp_path / "checkpoints") == [2, 1]  # reading touches nothing
     assert restored_step(tmp_path) == 1
