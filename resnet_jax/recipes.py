@@ -180,7 +180,7 @@ LIMITS: dict[str, str] = {
     "augment.mixup": "[0, 1000]",
     "augment.cutmix": "[0, 1000]",
     "augment.eval_crop": "[0.01, 1]",
-    "optimizer.learning_rate": "[0, 1000000]",
+    "optimizer.learning_rate": "[0, 1e+30]",
     "optimizer.base_batch_size": f"[1, {MOST}]",
     "optimizer.momentum": "[0, 1)",
     "optimizer.weight_decay": "[0, 1000000]",
