@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from importlib import metadata
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,6 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 gc.set_threshold(50_000)  # as the command does
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the runs that tests start would ignore it, too
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -140,7 +140,8 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
             say(f"the run is finished; see it with: resnet-jax evaluate {shlex.quote(str(folder))}")
             show(folder, config)
             return summary
-        check_pictures(folder, config, dataset)
+        if jax.process_index() == 0:  # all processes have the same pictures, which `agree` saw to
+            check_pictures(folder, config, dataset)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
             run = Run(folder, config, plan, model, dataset, metric, mesh, checkpoints, stop, lock)
             record, images_per_second = run_with_rollbacks(run, schedule)
@@ -172,8 +173,7 @@ def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
             )
         say(f"WARNING: {note}", error=True)
         now["train"] = np.unique(np.concatenate([now["train"], before["train"]]), axis=0)
-    if jax.process_index() == 0:
-        save_fingerprint(now, folder)
+    save_fingerprint(now, folder)
 
 
 class NotSaved(RuntimeError):

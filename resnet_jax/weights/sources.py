@@ -286,6 +286,7 @@ def check_fields(name: str, fields: dict[str, Any], where: str) -> None:
     hints = typing.get_type_hints(ModelConfig)
     for key in hints.keys() & fields.keys():
         typed(fields[key], hints[key], f"{where}: fields.{key}")
+    jax.devices()  # raises where there is none, which is no fault of the fields
     try:
         variable_shapes(create_model(name, **fields))
     except Exception as error:  # whatever flax and JAX raise where a field is not of its type or range
