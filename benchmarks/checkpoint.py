@@ -86,7 +86,7 @@ def rounds(folder: Path, size: int, batch: int) -> Callable[[], dict[str, Any]]:
     """
     import jax
 
-    from resnet_jax.integrity import steps_in
+    from resnet_jax.manifest import steps_in
     from resnet_jax.training.checkpoints import Checkpoints
 
     step_function, state, data = prepared(size, batch)

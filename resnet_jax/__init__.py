@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from resnet_jax.models.gradcam import grad_cam
     from resnet_jax.models.registry import create_model, feature_info, list_models
     from resnet_jax.training.loop import train
+    from resnet_jax.training.recipe import restore
     from resnet_jax.weights.convert import from_torch, to_torch
     from resnet_jax.weights.load import load_pretrained
 
@@ -30,6 +31,7 @@ __all__ = [
     "list_models",
     "load_pretrained",
     "make_forward",
+    "restore",
     "to_torch",
     "train",
 ]
@@ -41,6 +43,7 @@ _HOMES = {
     "models.gradcam": ("grad_cam",),
     "models.registry": ("create_model", "feature_info", "list_models"),
     "training.loop": ("train",),
+    "training.recipe": ("restore",),
     "weights.convert": ("from_torch", "to_torch"),
     "weights.load": ("load_pretrained",),
 }

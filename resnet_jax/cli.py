@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.cli_sources import CHECKPOINT_HELP, export_command, file_to_write, models_command, predict_command
-from resnet_jax.config import Config, InputError, local_path
+from resnet_jax.config import Config, InputError, local_path, path_of
 from resnet_jax.files import to_json
 from resnet_jax.output import say
 from resnet_jax.recipes import starting_recipe
@@ -31,7 +31,7 @@ USAGE = """usage: resnet-jax COMMAND ...
   runs      [DIR] [--json]                                                the runs under a folder and their state
   show-batch FILE [flags of train]                                        a picture of what the network sees
   predict   SOURCE PATH... [--top K] [--format table|json|csv] [--cam DIR] classes of pictures
-  export    SOURCE FILE [--format safetensors|pth|stablehlo|onnx]         weights for PyTorch, a program for serving
+  export    SOURCE FILE [--format safetensors|pth|stablehlo|onnx|orbax]   weights for others, a program for serving
   models    [PATTERN] [--json]                                            list the models and their weights
   lab       NAME|all [--quick] [--dataset ..] [--depths ..] [--seeds ..]  see why residual learning works
 
@@ -171,7 +171,7 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Config, str | None]:
     ours.add_argument("--workdir")
     known, flags = ours.parse_known_args(list(arguments))
     if known.workdir is not None:
-        known.workdir = str(local_path(known.workdir, "--workdir"))
+        known.workdir = str(path_of(known.workdir, "--workdir"))
     default = starting_recipe(known.config, known.workdir)
     named = {word.partition("=")[0] for word in flags}
     if "--train.epochs" in named and "--train.steps" not in named:
@@ -326,7 +326,7 @@ def report_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", help=CHECKPOINT_HELP)
     parser.add_argument("--data.dataset", dest="dataset", help="where the run's data lies now")
     options = parser.parse_args(arguments)
-    folder = local_path(options.workdir, "WORKDIR")
+    folder = path_of(options.workdir, "WORKDIR")
     prepare_jax()
     from resnet_jax.training.html_report import make_report
 
@@ -353,7 +353,7 @@ def runs_command(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", nargs="?", default="runs")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     options = parser.parse_args(arguments)
-    folder = local_path(options.folder, "DIR")
+    folder = path_of(options.folder, "DIR")
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
     from resnet_jax.training.workdir import runs_under

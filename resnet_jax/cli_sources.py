@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config import InputError, local_path
+from resnet_jax.config import InputError, local_path, path_of
 
 CHECKPOINT_HELP = "of a run: best, latest or a step; by default the best one where the run selected one"
 
@@ -36,7 +36,7 @@ def predict_command(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if (options.top is not None and options.top < 1) or not 1 <= options.batch <= MOST_AT_ONCE:
         raise InputError(f"--top and --batch must be at least 1, and --batch at most {MOST_AT_ONCE}")
-    local_path(options.source, "SOURCE")
+    path_of(options.source, "SOURCE")
     cam = None if options.cam is None else local_path(options.cam, "--cam")
     if cam and cam.exists() and not cam.is_dir():
         raise InputError(f"--cam {cam} is a file: name a folder")
@@ -120,22 +120,23 @@ def file_to_write(given: str) -> Path:
     return path
 
 
-FORMS = ("safetensors", "pth", "stablehlo", "onnx")
+FORMS = ("safetensors", "pth", "stablehlo", "onnx", "orbax")
 
 
 def export_command(arguments: Sequence[str]) -> int:
     """`resnet-jax export`."""
     parser = argparse.ArgumentParser(
-        prog="resnet-jax export", description="Writes weights under PyTorch's names, or a program for serving."
+        prog="resnet-jax export",
+        description="Writes weights under PyTorch's names or for Orbax, or a program for serving.",
     )
     parser.add_argument("source", help="the folder of a run, a tag, a file: all that --model.pretrained takes")
-    parser.add_argument("file", help="the file to write, such as out.safetensors or out.stablehlo")
+    parser.add_argument("file", help="what to write, such as out.safetensors; with --format orbax a folder")
     parser.add_argument("--format", choices=FORMS, help="by default what the file's name says")
     parser.add_argument("--name", help="the model, where the source does not say")
     parser.add_argument("--checkpoint", help=CHECKPOINT_HELP)
     options = parser.parse_args(arguments)
-    file = file_to_write(options.file)
-    form = options.format or file.suffix.removeprefix(".")
+    form = options.format or Path(options.file).suffix.removeprefix(".")
+    file = path_of(options.file, "FILE") if form == "orbax" else file_to_write(options.file)
     if form not in FORMS:
         raise InputError(f"{file}: end the name with .{', .'.join(FORMS)}, or say which with --format")
     if form in ("stablehlo", "onnx"):
@@ -148,7 +149,7 @@ def export_command(arguments: Sequence[str]) -> int:
     from resnet_jax.weights.export import export
 
     name, count = export(options.source, file, form, options.name, options.checkpoint)
-    print(f"{file}: {name}, {count} tensors under the names of PyTorch")
+    print(f"{file}: {name}, {count} tensors under the names of {'the module' if form == 'orbax' else 'PyTorch'}")
     return 0
 
 

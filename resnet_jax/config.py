@@ -1,5 +1,7 @@
 """The recipe of a run: frozen dataclasses. `Config()` is the digits recipe; every field is a flag."""
 
+import importlib.util
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,36 @@ class InputError(ValueError):
     """Something the user gave is wrong; the message names it and the remedy. Commands end with status 2."""
 
 
+REMOTE = re.compile(r"([A-Za-z][\w+.-]+):/")
+"""How a path that is not on this machine begins; a Path has made one slash of two."""
+
+
+def path_of(given: str | Path, what: str) -> Path:
+    """Returns a path that the user gave, on this machine (`local_path`) or in a bucket (`gs://bucket/run`).
+
+    What is in a bucket is an `etils.epath.Path`, which has pathlib's methods but no links, locks or appending.
+
+    Raises:
+      InputError: as `local_path`; or another scheme than gs, a bucket without a name, or `gcsfs` is not installed.
+    """
+    scheme = REMOTE.match(str(given))
+    if not scheme:
+        return local_path(given, what)
+    if scheme[1] != "gs":
+        raise InputError(f"{what} {given}: of remote paths only gs://BUCKET/PATH is supported; or name a local path")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise InputError(f"{what} {given}: buckets need gcsfs: pip install 'resnet_jax[gcs]'")
+    if not re.match(r"gs://?[^/]", str(given)):
+        raise InputError(f"{what} {given}: give the bucket's name, as in gs://BUCKET/PATH")
+    import fsspec
+    from etils import epath
+
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # others write, too
+    logging.getLogger("gcsfs").setLevel(logging.ERROR)
+    found: Path = epath.Path(re.sub("^gs:/+", "gs://", str(given)))
+    return found
+
+
 def local_path(given: str | Path, what: str) -> Path:
     """Returns a path that the user gave, with `~` expanded; nothing needs to be there.
 
@@ -30,8 +62,8 @@ def local_path(given: str | Path, what: str) -> Path:
     text = str(given)
     if not text.strip():
         raise InputError(f"{what} is empty: name a file or folder")
-    if re.match(r"[A-Za-z][\w+.-]+:/", text):  # a Path has made one slash of two
-        raise InputError(f"{what} {text}: remote paths are not supported yet; name a local folder or file, or a mount")
+    if REMOTE.match(text):
+        raise InputError(f"{what} {text}: this has to be on this machine; name a local folder or file, or a mount")
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import secrets
+import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,52 @@ from resnet_jax.config import InputError
 from resnet_jax.typed import typed
 
 
+def in_bucket(path: Path) -> bool:
+    """Whether a path leads into a bucket, where there are no links, no folders without files, and no appending."""
+    return not isinstance(path, Path)
+
+
+@contextlib.contextmanager
+def bucket_errors() -> Iterator[None]:
+    """Makes an OSError of whatever a bucket raises, such as gcsfs's HttpError where there is no right to it."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {str(error)[:300]}") from error
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file."""
+    found: Any = path.stat()
+    return int(found.length if in_bucket(path) else found.st_size)
+
+
+def modified(path: Path) -> float:
+    """When a file was written, in seconds by the clock of its disk or bucket."""
+    found: Any = path.stat()
+    return float(found.mtime if in_bucket(path) else found.st_mtime_ns / 1e9)
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder and what is in it."""
+    with bucket_errors():
+        folder.rmtree() if in_bucket(folder) else shutil.rmtree(folder)  # type: ignore[attr-defined]
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file such that nobody ever sees half of it, and nothing outside of its folder is touched: a link in its
     place is replaced, not followed. Characters that UTF-8 cannot hold are written as escapes.
 
     Raises:
-      OSError: the disk takes no more, or the folder is gone.
+      OSError: the disk takes no more, the folder is gone, or a bucket does not answer.
     """
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
+    if in_bucket(path):
+        with bucket_errors():
+            path.write_bytes(data)
+        return
     new = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
     try:
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
@@ -82,6 +122,9 @@ def read_json(path: Path, kind: Any, what: str = "its content") -> Any:
 
 def read_file(path: Path) -> bytes:
     """Returns the bytes of an ordinary file; a pipe or a device, which may never end, is an OSError."""
+    if in_bucket(path):
+        with bucket_errors():
+            return path.read_bytes()
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError("it is no ordinary file")

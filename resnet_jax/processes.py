@@ -361,7 +361,7 @@ def start_processes(recipe: ParallelConfig) -> None:
             process,
             coordinator_bind_address=f"127.0.0.1:{service}",
             heartbeat_timeout_seconds=round(4 * LOST_AFTER),  # words come before JAX's own end
-            shutdown_timeout_seconds=round(LOST_AFTER),
+            shutdown_timeout_seconds=round(10 * LOST_AFTER),
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(f"parallel.distributed auto: {error}") from error

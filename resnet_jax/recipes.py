@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config import Config, InputError, local_path, sides
+from resnet_jax.config import Config, InputError, local_path, path_of, sides
 from resnet_jax.files import read_json
 from resnet_jax.typed import shown, typed
 
@@ -108,7 +108,7 @@ def recorded(workdir: str | Path | None) -> Config | None:
     """
     if workdir is None:
         return None
-    file = Path(workdir).expanduser() / "config.json"
+    file = path_of(workdir, "--workdir") / "config.json"
     try:
         config = read_recipe(file)
     except (FileNotFoundError, NotADirectoryError):

@@ -12,13 +12,12 @@ from PIL import Image
 from resnet_jax import cli
 from resnet_jax.config import Config, InputError, LogConfig, TrainConfig
 from resnet_jax.files import to_json
-from resnet_jax.integrity import newest_sound, seal, steps_in
+from resnet_jax.manifest import newest_sound, steps_in, write_manifest
 from resnet_jax.recipes import from_dict, to_dict
 from resnet_jax.training import loop
-from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.training.checkpoints import Checkpoints, unreadable_is_damaged
 from resnet_jax.training.trackers import Tracker, read_lines
 from resnet_jax.training.workdir import better
-from resnet_jax.vectors import unreadable_is_damaged
 
 from .browser import Tags, needs_chromium, tags
 
@@ -115,16 +114,12 @@ TABLE = [
     ("calibration.json", {"predict": DAMAGES}),
     ("metrics.jsonl", {"runs": DAMAGES, "report": SLOW}),
     ("best.json", {"runs": DAMAGES, "evaluate": SLOW, "predict": SLOW}),
-    (f"{NEWEST}checksums.json", {"runs": DAMAGES, "evaluate": SLOW, "predict": SLOW, "report": ["list"]}),
-    (f"{NEWEST}_CHECKPOINT_METADATA", {"runs": DAMAGES, "evaluate": SLOW, "predict": SLOW, "report": ["list"]}),
+    (f"{NEWEST}manifest.json", {"runs": DAMAGES, "evaluate": SLOW, "predict": SLOW, "report": ["list"]}),
 ]
 """Files, the commands that read them, and the damages that are tried with each."""
 
 SILENT = {("lock", damage) for damage in DAMAGES} | {("metrics.jsonl", "empty")}
-SILENT |= {(f"{NEWEST}_CHECKPOINT_METADATA", damage) for damage in ("empty object", "other keys")}
-"""What changes nothing that a command says: nobody holds a damaged lock, no line may be there yet, and Orbax needs no
-key of its metadata.
-"""
+"""What changes nothing that a command says: nobody holds a damaged lock, and no line may be there yet."""
 
 
 @pytest.mark.parametrize(("name", "commands"), TABLE, ids=[name for name, _ in TABLE])
@@ -207,10 +202,10 @@ def test_no_line_that_can_be_read_is_dropped(run, capfd, quick):
 
 def test_a_damaged_best_checkpoint_is_refused_where_it_is_asked_for(run, capfd, quick):
     best = json.loads((run / "summary.json").read_text())["best"]["step"]
-    (run / "checkpoints" / str(best) / "checksums.json").write_text("[]")
+    (run / "checkpoints" / str(best) / "manifest.json").write_text("[]")
     for command in ("evaluate", "predict", "report"):
         status, _, err = ask(capfd, *COMMANDS[command](run), "--checkpoint", "best")
-        assert status == 2 and f"the checkpoint of step {best} in {run} is damaged: checksums.json" in err
+        assert status == 2 and f"the checkpoint of step {best} in {run} is damaged: manifest.json" in err
     status, _, err = ask(capfd, "predict", run, run.parent / "picture.png")
     assert status == 0 and f"of step {best} in {run} is damaged" in err and "in place of the best one" in err
 
@@ -221,9 +216,8 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_the_next(tmp
 
     def save(step):
         (tmp_path / str(step)).mkdir()
-        for name in ("state", "_CHECKPOINT_METADATA"):
-            (tmp_path / str(step) / name).write_text("{}")
-        seal(tmp_path / str(step), {})
+        (tmp_path / str(step) / "state").write_text("{}")
+        write_manifest(tmp_path / str(step))
         shutil.rmtree(tmp_path / str(step - 1), ignore_errors=True)
 
     def look(step):
@@ -239,13 +233,13 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_the_next(tmp
 
 
 @pytest.mark.parametrize("step", [4, 8])
-@pytest.mark.parametrize("name", ["checksums.json", "_CHECKPOINT_METADATA"])
-def test_a_run_goes_on_beside_a_damaged_checkpoint(name, step, run, capfd):
+def test_a_run_goes_on_beside_a_damaged_checkpoint(step, run, capfd):
+    """A newer one than it goes on from is set aside."""
     (run / "summary.json").unlink()
-    (run / "checkpoints" / str(step) / name).write_text("[]")
+    (run / "checkpoints" / str(step) / "manifest.json").write_text("[]")
     status, _, err = ask(capfd, "train", "--workdir", run, "--log.no_report")
-    assert status == 0 and f"the checkpoint of step {step} is damaged ({name} is damaged" in err
-    assert (run / "damaged" / f"{step}-0").is_dir() and 8 in steps_in(run / "checkpoints")
+    assert status == 0 and (f"the checkpoint of step {step} is damaged (manifest.json is damaged" in err) == (step == 8)
+    assert (run / "damaged" / f"{step}-0").is_dir() == (step == 8) and 8 in steps_in(run / "checkpoints")
 
 
 LINKED = ["config.json", "metrics.jsonl", "metrics.jsonl.damaged", "summary.json", "curves.png", "report.html"]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from resnet_jax.cli import MEMORY
 from resnet_jax.config import Config, InputError
-from resnet_jax.integrity import damage, steps_in
+from resnet_jax.manifest import damage, steps_in
 from resnet_jax.training.lock import live_holder
 from resnet_jax.training.trackers import read_lines
 from resnet_jax.training.workdir import describe_run, locked, runs_under
@@ -193,7 +193,7 @@ def test_two_processes_save_together_when_one_is_told_or_the_lock_goes(what, tmp
     else:
         running[1].send_signal(what)
     told = [process.communicate(timeout=120) for process in running]
-    assert [process.returncode for process in running] == [int(what == "lock")] * 2, told
+    assert [process.returncode for process in running] == [int(what == "lock")] * 2, "\n".join(x for _, x in told)
     (place,) = [path for path in tmp_path.iterdir() if (path != folder) == (what == "lock")]
     step = max(steps_in(place / "checkpoints"))
     assert damage(place / "checkpoints" / str(step)) is None

@@ -10,7 +10,7 @@ import numpy as np
 
 from resnet_jax.config import InputError
 from resnet_jax.data.dataset import Dataset, FileSource, Source, known_labels
-from resnet_jax.files import write_whole
+from resnet_jax.files import read_file, write_whole
 
 FILE = "pictures.npz"
 """Its name in a run's folder."""
@@ -68,7 +68,7 @@ def load(folder: Path) -> Fingerprint | None:
       InputError: the file is damaged.
     """
     try:
-        with np.load(folder / FILE, allow_pickle=False) as file:
+        with np.load(io.BytesIO(read_file(folder / FILE)), allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
     except FileNotFoundError:
         return None

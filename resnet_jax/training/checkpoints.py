@@ -1,27 +1,43 @@
-"""Checkpoints with Orbax: written beside the run, sealed, the latest and the best are kept, damage is found."""
+"""Checkpoints, as stock Orbax writes and opens them; this file alone knows Orbax.
+
+`checkpoints/STEP/state` of a run's folder holds the tree `step`, `params`, `batch_stats`, `opt_state` and `ema`, and
+`checkpoints/STEP/record`, in JSON, what else belongs to the run. Orbax's V1 interface is not used: it lies under
+`experimental`, and its names still change from one version to the next.
+"""
 
 import contextlib
+import difflib
 import logging
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from resnet_jax.config import InputError
-from resnet_jax.files import finite
-from resnet_jax.integrity import Damaged, checkpoints_of, damage, newest_sound, none, read_chosen, seal, steps_in
+from resnet_jax.files import finite, in_bucket, remove_tree
+from resnet_jax.manifest import (
+    MANIFEST,
+    Damaged,
+    checkpoints_of,
+    damage,
+    is_begun,
+    newest_sound,
+    read_chosen,
+    steps_in,
+    write_manifest,
+)
 from resnet_jax.output import say
-from resnet_jax.packing import addresses, pack
-from resnet_jax.sharding import put
-from resnet_jax.vectors import handlers, items, name_of, read_record, read_state, reader, unreadable_is_damaged
 
 Record: TypeAlias = dict[str, Any]
 """JSON that travels with a state: recipe, class names, best metric, unwritten training sums, what is still owed."""
+
+Template: TypeAlias = Callable[[Record], Any]
+"""Gives shapes, types and shardings of the state to read, from the record beside it."""
 
 NONE, DAMAGED = -1, -2
 
@@ -29,30 +45,32 @@ NONE, DAMAGED = -1, -2
 class Checkpoints:
     """The checkpoints of a run's folder, to save into: the latest `keep` stay, and that of the step `best`.
 
-    What a killed run had begun to write is removed. A save that fails is said and left out; the run goes on.
+    They are written in a thread beside the run. What a killed run had begun to write is removed. A save that fails is
+    said and left out; the run goes on.
 
     Raises:
       InputError: the folder cannot be written, or is a link.
     """
 
     def __init__(self, workdir: Path, keep: int) -> None:
-        self.folder = checkpoints_of(workdir)
+        self.folder, self.keep = checkpoints_of(workdir), keep
         self.best: int | None = None
         self._writing: int | None = None
-        self._vectors: dict[str, np.ndarray] = {}
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        options = ocp.CheckpointManagerOptions(
-            save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
-            preservation_policy=LatestAndBest(keep, self),
-            cleanup_tmp_directories=True,
-            lightweight_initialize=True,  # it would end at the damaged metadata of any checkpoint
+        self._writer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                state=ocp.PyTreeCheckpointHandler(use_compression=False),
+                record=ocp.JsonCheckpointHandler(),
+            ),
             async_options=ocp.AsyncOptions(
-                post_finalization_callback=self._seal,
+                post_finalization_callback=self._complete,
                 create_directories_asynchronously=False,  # where they cannot be made, Orbax would wait for them
             ),
         )
         try:
-            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers())
+            if jax.process_index() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_begun("*")
         except OSError as error:
             raise InputError(f"{self.folder} cannot be written: {error.strerror or error}") from error
 
@@ -62,33 +80,35 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.settle()
         with contextlib.suppress(OSError):  # the folder may be gone
-            self._manager.close()
+            self._remove_old()
+            self._writer.close()
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint; waits for the one that is being written."""
         self.settle()
-        return next((step for step in steps_in(self.folder) if damage(self.folder / str(step), none) is None), None)
+        sound = (step for step in steps_in(self.folder) if damage(self.folder / str(step), contents=False) is None)
+        return next(sound, None)
 
     def save(self, step: int, state: Any, record: Record) -> None:
-        """Starts to write a checkpoint and returns once the state has been copied, to memory that the next one uses."""
+        """Starts to write a checkpoint and returns once the state has been copied."""
         self.settle()
-        packed, index = pack(state, self._vectors)
-        self._vectors = packed["whole"]
         self._writing = step
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree_of(state)), record=ocp.args.JsonSave(finite(record)))
         try:
-            self._manager.save(step, args=items(packed, index, finite(record)), force=True)
+            self._writer.save(self.folder / str(step), items, force=True)
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # Orbax and TensorStore have many kinds for a disk that takes no more
             self._failed(error)
 
     def settle(self) -> None:
-        """Waits until what is being written is there, or says that it could not be written."""
+        """Waits until what is being written is there, or says that it could not be written; removes older ones."""
         if self._writing is None:
             return
         try:
-            self._manager.wait_until_finished()
+            self._writer.wait_until_finished()
             self._writing = None
+            self._remove_old()
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:
@@ -97,10 +117,10 @@ class Checkpoints:
     def has(self, step: int) -> bool:
         """Whether there is a checkpoint of a step; waits for the one that is being written."""
         self.settle()
-        return step in steps_in(self.folder)
+        return (self.folder / str(step) / MANIFEST).exists()
 
-    def read(self, step: int, template: Any) -> Any:
-        """Reads the state of a step, like `template`.
+    def read(self, step: int, template: Template) -> Any:
+        """Reads the state of a step.
 
         Raises:
           InputError: the checkpoint is damaged.
@@ -108,13 +128,10 @@ class Checkpoints:
         self.settle()
         if problem := damage(self.folder / str(step)):
             raise InputError(f"the checkpoint of step {step} is damaged: {problem}")
-        return _read(self._manager, template, step)[0]
+        return _read(self.folder, template, step)[0]
 
-    def restore(self, template: Callable[[], Any]) -> tuple[Any, Record, int] | None:
+    def restore(self, template: Template) -> tuple[Any, Record, int] | None:
         """State, record and step of the newest sound checkpoint; damaged newer ones are moved aside.
-
-        Args:
-          template: gives shapes, types and shardings of the state; is called where there is one.
 
         Returns:
           None where there are no checkpoints.
@@ -123,14 +140,12 @@ class Checkpoints:
           InputError: there are some and none is sound; nothing is touched then.
         """
         if jax.process_count() == 1:
-            found, problems = newest_sound(self.folder, lambda step: _read(self._manager, template(), step))
-            if problems := problems | self._damaged_below(found and found[2]):
-                self._set_aside(problems, found and found[2])
-                self._manager.reload()
+            found, problems = newest_sound(self.folder, lambda step: _read(self.folder, template, step))
+            self._set_aside(problems, found and found[2])
             return found
         step = self._agreed_step()
         try:
-            return None if step is None else _read(self._manager, template(), step)
+            return None if step is None else _read(self.folder, template, step)
         except Damaged as error:
             raise InputError(
                 f"process {jax.process_index()} does not find what process 0 finds in {self.folder} ({error}): it must "
@@ -141,34 +156,21 @@ class Checkpoints:
         """Step of the newest checkpoint that is sound to process 0, which reads all of it."""
         from jax.experimental import multihost_utils
 
-        def whole(step: int) -> int:
-            if problem := damage(self.folder / str(step)):
-                raise Damaged(problem)
-            return step
-
         told, problem = NONE, None
         if jax.process_index() == 0:
             try:
-                found, problems = newest_sound(self.folder, whole)
-                if problems := problems | self._damaged_below(found):
-                    self._set_aside(problems, found)
+                found, problems = newest_sound(self.folder, lambda step: step)
+                self._set_aside(problems, found)
                 told = NONE if found is None else found
             except InputError as error:
                 told, problem = DAMAGED, error
         step = int(multihost_utils.broadcast_one_to_all(np.int32(told)))
         if step == DAMAGED:
             raise problem or InputError(f"no checkpoint in {self.folder} is sound; process 0 says more")
-        self._manager.reload()
         return None if step == NONE else step
 
-    def _damaged_below(self, sound: int | None) -> dict[int, str]:
-        """What can be seen of damage in checkpoints older than a sound one: Orbax would end at some of it."""
-        older = [step for step in steps_in(self.folder) if sound is not None and step < sound]
-        problems = {step: damage(self.folder / str(step), none) for step in older}
-        return {step: problem for step, problem in problems.items() if problem}
-
     def _set_aside(self, problems: dict[int, str], sound: int | None) -> None:
-        if sound is None:
+        if problems and sound is None:
             listed = "; ".join(f"step {bad}: {problem}" for bad, problem in problems.items())
             raise InputError(
                 f"no checkpoint in {self.folder} is sound ({listed}). Nothing was changed. Put back a copy of one, or "
@@ -177,11 +179,11 @@ class Checkpoints:
         for bad, problem in problems.items():
             aside = self.folder.with_name("damaged")
             try:
-                if aside.is_symlink():
+                if not in_bucket(aside) and aside.is_symlink():
                     raise OSError(f"{aside} is a link")
                 aside.mkdir(exist_ok=True)
-                place = aside / f"{bad}-{len(list(aside.iterdir()))}"
-                os.replace(self.folder / str(bad), place)
+                place = next(path for i in count() if not (path := aside / f"{bad}-{i}").exists())
+                (self.folder / str(bad)).rename(place)
             except OSError as error:
                 raise InputError(
                     f"the checkpoint of step {bad} is damaged ({problem}) and cannot be moved to {aside}: {error}"
@@ -192,22 +194,31 @@ class Checkpoints:
                 error=True,
             )
 
-    def _seal(self) -> None:
-        """Runs in Orbax's thread when all is written, before the folder gets its final name."""
+    def _complete(self) -> None:
+        """Runs in Orbax's thread when all is written, before the folder counts as a checkpoint for Orbax."""
         if jax.process_index() == 0:
-            known = {name_of(vector): values.view(np.uint8).data for vector, values in self._vectors.items()}
-            for folder in self.folder.glob(f"{self._writing}.orbax-checkpoint-tmp*"):
-                seal(folder, known)
+            begun = [*self.folder.glob(f"{self._writing}{ocp.utils.TMP_DIR_SUFFIX}*"), self.folder / str(self._writing)]
+            write_manifest(begun[0])
+
+    def _remove_old(self) -> None:
+        if jax.process_index() == 0:
+            whole = [step for step in steps_in(self.folder) if (self.folder / str(step) / MANIFEST).exists()]
+            for step in whole[self.keep :]:
+                if step != self.best:
+                    remove_tree(self.folder / str(step))
+
+    def _remove_begun(self, step: int | str) -> None:
+        begun = list(self.folder.glob(f"{step}{ocp.utils.TMP_DIR_SUFFIX}*"))
+        begun += [path for path in self.folder.glob(str(step)) if path.name.isdigit() and is_begun(path)]
+        for path in begun:
+            with contextlib.suppress(OSError):
+                remove_tree(path)
 
     def _failed(self, error: Exception) -> None:
         step, self._writing = self._writing, None
-        self._vectors = {}  # another of them may still be on its way
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if jax.process_index() == 0:
-            for left in (self.folder / str(step), *self.folder.glob(f"{step}.orbax-checkpoint-tmp*")):
-                shutil.rmtree(left, ignore_errors=True)
-        with contextlib.suppress(OSError, ValueError):  # the folder may be gone, or an older checkpoint damaged
-            self._manager.reload()
+            self._remove_begun(str(step))
         say(
             f"WARNING: the checkpoint of step {step} could not be written ({reason[0][:600]}). The run goes on and "
             f"tries again at the next interval; the last checkpoint is that of step {self.latest()}",
@@ -215,49 +226,114 @@ class Checkpoints:
         )
 
 
-class LatestAndBest:
-    """Orbax's policy of what is kept."""
-
-    def __init__(self, keep: int, checkpoints: Checkpoints) -> None:
-        self.keep, self.checkpoints = keep, checkpoints
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """One answer for each checkpoint, the oldest first."""
-        newest = [info.step for info in checkpoints][-self.keep :]
-        return [info.step in newest or info.step == self.checkpoints.best for info in checkpoints]
+def tree_of(state: Any) -> dict[str, Any]:
+    """Returns the arrays of a state as nested dicts by their addresses, such as `tree["opt_state"]["1"]["trace"]`."""
+    return unflatten_dict({tuple(address.split("/")): leaf for address, leaf in leaves_of(state).items()})
 
 
-def read_checkpoint(workdir: Path, template: Any, checkpoint: str | None = "latest") -> tuple[Any, Record]:
-    """A checkpoint's state like `template` and its record; arguments and errors as for `read_chosen`.
+def leaves_of(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by their addresses, such as `params/stage1/block1/conv1/kernel`."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
+
+
+def read_checkpoint(workdir: Path, template: Template, checkpoint: str | None = "latest") -> tuple[Any, Record]:
+    """A checkpoint's state and record; arguments and errors as for `read_chosen`.
 
     Nothing is touched, so the run may be under way.
     """
     folder = checkpoints_of(workdir)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    return read_chosen(workdir, lambda step: _read(folder, template, step)[:2], checkpoint)
 
-    def read(step: int) -> tuple[Any, Record]:
-        with reader(folder) as manager:
-            return _read(manager, template, step)[:2]
+
+def read_variables(workdir: Path, checkpoint: str | None) -> tuple[int, Record, dict[str, Any]]:
+    """Returns step and record of a checkpoint, and its `params` and `batch_stats`, those of the moving average where
+    there is one; arguments and errors as for `read_chosen`.
+    """
+    folder = checkpoints_of(workdir)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def read(step: int) -> tuple[int, Record, dict[str, Any]]:
+        with unreadable_is_damaged():
+            there = shapes_in(folder / str(step))
+            begin = "ema/" if any(address.startswith("ema/") for address in there) else ""
+            kinds = (f"{begin}params/", f"{begin}batch_stats/")
+            wanted = {
+                address: jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=here)
+                for address, kind in there.items()
+                if address.startswith(kinds)
+            }
+            found = read_leaves(folder / str(step), wanted)
+            variables = {tuple(address.removeprefix(begin).split("/")): leaf for address, leaf in found.items()}
+            return step, read_record(folder / str(step)), unflatten_dict(variables)
 
     return read_chosen(workdir, read, checkpoint)
 
 
-def _read(manager: ocp.CheckpointManager, template: Any, step: int) -> tuple[Any, Record, int]:
-    with unreadable_is_damaged():
-        record, index = read_record(manager, step)
-        whole = {name: tuple(shape) for rows in index.values() for name, shape in rows}
-    wanted = dict(zip(addresses(template), jax.tree.leaves(template), strict=True))
-    for name, array in wanted.items():
-        if whole.get(name, array.shape) != array.shape:
-            raise InputError(f"{name} is {whole[name]} in the checkpoint of step {step}, not {array.shape}")
+def write_tree(tree: Any, folder: Path) -> None:
+    """Writes a tree of arrays as stock Orbax does, to be opened with `StandardCheckpointer().restore(folder)`.
 
-    def place(arrays: dict[str, Any]) -> dict[str, Any]:
-        names = [name for name in arrays if name in wanted]
-        return put({name: arrays[name] for name in names}, {name: wanted[name].sharding for name in names})
+    Raises:
+      InputError: there is something in the folder, or it cannot be written.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(folder if in_bucket(folder) else folder.absolute(), tree)
+    except Exception as error:  # Orbax and TensorStore have many kinds
+        raise InputError(f"{folder} cannot be written: {str(error).strip().splitlines()[0][:300]}") from error
 
-    spread = {name: array for name, array in wanted.items() if name not in whole}
+
+def _read(folder: Path, template: Template, step: int) -> tuple[Any, Record, int]:
     with unreadable_is_damaged():
-        found = read_state(manager, step, index, spread, place)
-    if missing := [name for name in wanted if name not in found]:
-        raise InputError(f"the checkpoint of step {step} has no {', '.join(missing[:3])}")
-    return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in wanted]), record, step
+        record, there = read_record(folder / str(step)), shapes_in(folder / str(step))
+    shapes = template(record)
+    wanted = leaves_of(shapes)
+    if problems := differences(there, wanted):
+        raise InputError(f"the checkpoint of step {step} in {folder} is of another model: {'; '.join(problems)}")
+    with unreadable_is_damaged():
+        found = read_leaves(folder / str(step), wanted)
+    return jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in wanted]), record, step
+
+
+def differences(there: dict[str, Any], wanted: dict[str, Any], most: int = 8) -> list[str]:
+    """Returns what a checkpoint lacks of what is asked for, or has in another shape, in words."""
+    found = []
+    for address, leaf in wanted.items():
+        if address not in there:
+            nearest = difflib.get_close_matches(address, there, 2, 0.5)
+            found.append(f"it has no {address}" + (f" (but {' and '.join(nearest)})" if nearest else ""))
+        elif tuple(there[address].shape) != leaf.shape:
+            found.append(f"{address} is {tuple(there[address].shape)} there, and {leaf.shape} in the model")
+    return found if len(found) <= most else [*found[:most], f"and {len(found) - most} more"]
+
+
+def shapes_in(folder: Path) -> dict[str, Any]:
+    """Returns what Orbax knows of each array of a checkpoint (`shape`, `dtype`), by address."""
+    return flatten_dict(ocp.PyTreeCheckpointer().metadata(folder / "state").item_metadata.tree, sep="/")
+
+
+def read_leaves(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Reads arrays of a checkpoint, by address, onto the shardings that are given with their shapes."""
+    tree = unflatten_dict(wanted, sep="/")
+    args = ocp.args.PyTreeRestore(
+        tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+    )
+    return flatten_dict(ocp.PyTreeCheckpointer().restore(folder / "state", args), sep="/")
+
+
+def read_record(folder: Path) -> Record:
+    """Reads what a checkpoint holds beside the state."""
+    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "record")
+
+
+@contextlib.contextmanager
+def unreadable_is_damaged() -> Iterator[None]:
+    """Turns whatever Orbax raises over files that it does not understand, which is of many kinds, into Damaged."""
+    try:
+        yield
+    except (InputError, Damaged, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise Damaged(f"it cannot be read ({type(error).__name__}: {reason[:300]})") from error

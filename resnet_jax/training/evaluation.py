@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, local_path
+from resnet_jax.config import Config, InputError, path_of
 from resnet_jax.data.dataset import Dataset, default_split, listed, with_outputs
 from resnet_jax.data.fingerprint import changes, described, fingerprint
 from resnet_jax.data.fingerprint import load as load_fingerprint
@@ -247,7 +247,7 @@ def open_run(
     Raises:
       InputError: the folder holds no run or no such checkpoint, or other data than the run's.
     """
-    folder = local_path(folder, "WORKDIR")
+    folder = path_of(folder, "WORKDIR")
     config = recorded(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
@@ -268,7 +268,7 @@ def open_run(
     found = with_outputs(found, model.num_classes)
     without_rules = replace(config.optimizer, decay_rules=((".*", 0.0),), rate_rules=())  # a stranger's are not run
     template = sharded_shapes(state_maker(replace(config, optimizer=without_rules), model, lambda step: 0.0), mesh)
-    state, record = read_checkpoint(folder, template, checkpoint)
+    state, record = read_checkpoint(folder, lambda _: template, checkpoint)
     names = names_of_outputs(model.num_classes, found.class_names, config.data.dataset)
     if record["class_names"] != list(names):
         raise InputError(f"{config.data.dataset} has other classes than the run: {listed(found.class_names)}")

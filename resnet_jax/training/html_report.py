@@ -19,7 +19,7 @@ from resnet_jax.data.on_device import normalize
 from resnet_jax.data.show import as_shown, overlay
 from resnet_jax.data.transforms import fit
 from resnet_jax.files import to_json, write_whole
-from resnet_jax.integrity import best_of
+from resnet_jax.manifest import best_of
 from resnet_jax.models.gradcam import grad_cam
 from resnet_jax.models.vit import ViT
 from resnet_jax.output import say

@@ -4,6 +4,8 @@ It is the file `lock` in the folder, which says who holds it. Where the disk sup
 lets go of it when its process ends, however that ends. Other hosts may not see that, and some disks have no `flock`, so
 the holder also touches the file every `TOUCHED_EVERY` seconds, and whoever waits watches whether it changes. Clocks of
 different hosts are never compared.
+
+In a bucket the lock is an object that the holder writes anew every `TOUCHED_EVERY` seconds with a greater `beat`.
 """
 
 import contextlib
@@ -15,12 +17,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from resnet_jax.config import InputError
-from resnet_jax.files import parse_json, read_file, to_json
+from resnet_jax.files import in_bucket, modified, parse_json, read_file, to_json, write_whole
 from resnet_jax.output import say
 
 TOUCHED_EVERY, STALE_AFTER = 20.0, 120.0
@@ -28,6 +30,9 @@ TOUCHED_EVERY, STALE_AFTER = 20.0, 120.0
 
 WATCHED_FOR = 2.5 * TOUCHED_EVERY
 """Seconds for which such a lock is watched before it counts as left behind."""
+
+SETTLED_AFTER = 2.0
+"""Seconds after which of several runs that start at once in a bucket each has seen the others."""
 
 LOOKED_EVERY = 1.0
 """Seconds at least from one look at whether the lock is still there to the next."""
@@ -46,6 +51,7 @@ class Holder:
       start: what tells it from a later process of the same number; None where the system does not say.
       kernel: the running system and the container, whose process numbers these are; None where unknown.
       token: drawn anew for each lock.
+      beat: how often the holder has written it, in a bucket.
     """
 
     host: str
@@ -53,6 +59,7 @@ class Holder:
     start: str | None = None
     kernel: str | None = None
     token: str | None = None
+    beat: int = 0
 
 
 class Lock:
@@ -112,15 +119,94 @@ class Lock:
         os.close(self._descriptor)
 
 
+class BucketLock:
+    """A lock that is held in a bucket, with the methods of `Lock`."""
+
+    def __init__(self, path: Path, holder: Holder) -> None:
+        self.path, self.holder = path, holder
+        self._lost = False
+
+    def lost(self, now: bool = False) -> bool:
+        """Whether another run has taken the lock, or it was removed; a bucket that does not answer leaves it as it was.
+
+        Args:
+          now: look, in place of what the last touch found.
+        """
+        if now and not self._lost:
+            with contextlib.suppress(OSError):
+                found = read_holder_or_fail(self.path)
+                self._lost = found is None or found.token != self.holder.token
+        return self._lost
+
+    def moved_to(self) -> None:
+        """Nothing is moved in a bucket."""
+
+    def touch(self) -> None:
+        """Shows others that the run goes on."""
+        if not self.lost(now=True):
+            self.holder = replace(self.holder, beat=self.holder.beat + 1)
+            with contextlib.suppress(OSError):
+                write_whole(self.path, to_json(asdict(self.holder)))
+
+    def release(self) -> None:
+        """Removes the object, unless it is no longer this lock's."""
+        if not self.lost(now=True):
+            with contextlib.suppress(Exception):
+                self.path.unlink()
+
+
+def acquire_in_bucket(path: Path) -> BucketLock:
+    """Takes a lock in a bucket, from a run that left it behind if need be.
+
+    Of several that start at the same time the last one to write has it: each looks again after a while.
+
+    Raises:
+      InputError: another run holds it.
+      OSError: the bucket cannot be written.
+    """
+    before = read_holder_or_fail(path)
+    if before is not None:
+        alive = alive_here(before)
+        if alive is None:
+            who = f"process {before.pid} on {before.host}"
+            say(f"{path} is that of {who}; watching for {WATCHED_FOR:.0f} s whether it goes on")
+            until = time.monotonic() + WATCHED_FOR
+            while not alive and time.monotonic() < until:
+                time.sleep(min(2.0, WATCHED_FOR / 10))
+                alive = read_holder(path) not in (before, None)
+        if alive:
+            refuse(path, before)
+    ours = Holder(socket.gethostname(), os.getpid(), start_of(os.getpid()), kernel(), secrets.token_hex(8))
+    write_whole(path, to_json(asdict(ours)))
+    time.sleep(SETTLED_AFTER)
+    lock = BucketLock(path, ours)
+    if lock.lost(now=True):
+        refuse(path, read_holder(path))
+    return lock
+
+
+def read_holder_or_fail(path: Path) -> Holder | None:
+    """What a lock's object says; None where there is none, or it says nothing that can be read.
+
+    Raises:
+      OSError: the bucket does not answer.
+    """
+    try:
+        found: Holder = parse_json(read_file(path), Holder, "the lock")
+    except (FileNotFoundError, InputError):
+        return None
+    return found
+
+
 @contextlib.contextmanager
-def hold(path: Path) -> Iterator[Lock]:
+def hold(path: Path) -> Iterator[Lock | BucketLock]:
     """Holds the lock of this path while it lasts.
 
     Raises:
       InputError: another run holds it.
       OSError: its file cannot be written.
     """
-    lock, done = acquire(path), threading.Event()
+    lock, done = acquire_in_bucket(path) if in_bucket(path) else acquire(path), threading.Event()
 
     def touch() -> None:
         while not done.wait(TOUCHED_EVERY):
@@ -296,6 +382,8 @@ def live_holder(path: Path) -> Holder | None:
     holder = read_holder(path)
     if holder and (alive := alive_here(holder)) is not None:
         return holder if alive else None
+    if in_bucket(path):
+        return holder if holder and abs(time.time() - modified(path)) < STALE_AFTER else None
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -313,7 +401,7 @@ def refuse(path: Path, holder: Holder | None) -> None:
     """Raises InputError with who holds a lock."""
     who = f"process {holder.pid} on {holder.host}" if holder else "a process that is just starting"
     with contextlib.suppress(OSError):
-        who += f", which touched it at {datetime.fromtimestamp(os.stat(path).st_mtime):%Y-%m-%d %H:%M:%S} the last time"
+        who += f", which touched it at {datetime.fromtimestamp(modified(path)):%Y-%m-%d %H:%M:%S} the last time"
     raise InputError(
         f"{path.parent} is in use by {who}; wait for it, stop it, or give another --workdir. If there is no such "
         f"process, remove {path}"

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, local_path
+from resnet_jax.config import Config, InputError, path_of
 from resnet_jax.data.dataset import Dataset, with_outputs
 from resnet_jax.data.fingerprint import changes, described, digest, fingerprint
 from resnet_jax.data.fingerprint import load as load_fingerprint
@@ -24,8 +24,8 @@ from resnet_jax.data.fingerprint import save as save_fingerprint
 from resnet_jax.data.loader import BadImages, check_readable
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.data.watch import check_guard
-from resnet_jax.files import to_json, write_whole
-from resnet_jax.integrity import BEST
+from resnet_jax.files import in_bucket, modified, to_json, write_whole
+from resnet_jax.manifest import BEST
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.processes import agree, check_one_folder, ending_together, facts_of, start_processes
 from resnet_jax.recipes import check, recorded
@@ -46,7 +46,7 @@ from resnet_jax.training.evaluation import (
     served,
 )
 from resnet_jax.training.html_report import make_report
-from resnet_jax.training.lock import Lock
+from resnet_jax.training.lock import BucketLock, Lock
 from resnet_jax.training.optimizers import make_schedule
 from resnet_jax.training.probe import computes_features_once, make_features
 from resnet_jax.training.recipe import (
@@ -103,7 +103,7 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     check_guard(config.data.workers)
     start_processes(config.parallel)
     check(config)
-    workdir = None if workdir is None else local_path(workdir, "--workdir")
+    workdir = None if workdir is None else path_of(workdir, "--workdir")
     config = complete(config, recorded(workdir))
     agree(facts_of(config))
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
@@ -208,7 +208,7 @@ def show(folder: Path, config: Config) -> None:
 
 def newer(path: Path, other: Path) -> bool:
     """Whether a file is there and was written no earlier than another one."""
-    return path.is_file() and path.stat().st_mtime_ns >= other.stat().st_mtime_ns
+    return path.is_file() and modified(path) >= modified(other)
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class Run:
     mesh: Mesh
     checkpoints: Checkpoints
     stop: Stop
-    lock: Lock | None
+    lock: Lock | BucketLock | None
 
 
 def run_with_rollbacks(run: Run, schedule: optax.Schedule) -> tuple[Record, float]:
@@ -257,7 +257,7 @@ def begin(run: Run) -> tuple[TrainState, Record]:
     """A new state and record, or those of the newest sound checkpoint."""
     config, mesh = run.config, run.mesh
     new_state = state_maker(config, run.model, lambda step: 0.0)
-    found = run.checkpoints.restore(lambda: sharded_shapes(new_state, mesh))
+    found = run.checkpoints.restore(lambda _: sharded_shapes(new_state, mesh))
     if found is None:
         state = put_state(in_form(with_weights(new_state(), config, run.model), config), mesh)
         names = names_of_outputs(run.model.num_classes, run.dataset.class_names, config.data.dataset)
@@ -380,7 +380,7 @@ def look_at_test(
     if record["selected"] != record["step"]:
         shapes = sharded_shapes(state_maker(run.config, run.model, lambda step: 0.0), run.mesh)
         try:
-            chosen = stacked(run.checkpoints.read(record["selected"], shapes), run)
+            chosen = stacked(run.checkpoints.read(record["selected"], lambda _: shapes), run)
         except InputError as error:
             say(f"WARNING: {error}; the last step counts in its place", error=True)
             record["selected"] = record["step"]
@@ -419,7 +419,7 @@ def end_early(run: Run, state: TrainState, step: int, record: Record) -> NoRetur
     place = run.lock.moved_to() if run.lock is not None and jax.process_count() == 1 else None
     held: Any = contextlib.nullcontext()  # its lock moved with it
     if place is None:
-        folder = run.folder.absolute()
+        folder = run.folder if in_bucket(run.folder) else run.folder.absolute()
         place = folder.with_name(f"{folder.name}-saved-{told(int(time.time()))}")
         held = locked(place, run.config)
     saved: Path | None = None

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -12,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, ModelConfig, sides
+from resnet_jax.config import Config, InputError, ModelConfig, path_of, sides
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model, model_fields, stride_of, variable_shapes
 from resnet_jax.models.stacking import block_by_block, stack_blocks
-from resnet_jax.recipes import check
+from resnet_jax.recipes import check, recorded
 from resnet_jax.sharding import state_sharding
+from resnet_jax.training.checkpoints import Record, read_checkpoint
 from resnet_jax.training.optimizers import make_optimizer, rate_of
 from resnet_jax.training.state import TrainState, copies, create_state
 from resnet_jax.weights.load import fit_weights, preprocessing_of
@@ -225,3 +227,31 @@ def sharded_shapes(new_state: Callable[[], TrainState], mesh: Mesh) -> Any:
     shapes = jax.eval_shape(new_state)
     place = state_sharding(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, place)
+
+
+def restore(run: str | Path, step: int | None = None) -> tuple[TrainState, int]:
+    """Reads the state of a run, as its recipe's model and optimizer have it, on the first device of this process.
+
+    Args:
+      run: its folder; nothing in it is touched, and the run may be under way.
+      step: of a checkpoint that is kept; None takes the newest sound one.
+
+    Returns:
+      The state (blocks one by one, also of a run with `model.scan`) and its step.
+
+    Raises:
+      InputError: the folder holds no run or no such checkpoint, it is damaged, or of another model than the recipe's.
+    """
+    folder = path_of(run, "run")
+    config = recorded(folder)
+    if config is None:
+        raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
+    check(config)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def shapes(record: Record) -> Any:
+        new = state_maker(config, build_model(config, len(record["class_names"])), lambda step: 0.0)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(new))
+
+    state, _ = read_checkpoint(folder, shapes, "latest" if step is None else str(step))
+    return state, int(state.step)

@@ -14,6 +14,7 @@ import numpy as np
 
 from resnet_jax import output as outputs
 from resnet_jax.config import Config, InputError
+from resnet_jax.files import in_bucket
 from resnet_jax.training.console import Console
 from resnet_jax.training.metrics import Sums, add, means
 from resnet_jax.training.recipe import Plan
@@ -102,6 +103,8 @@ class Report:
             self._now = Interval()
         if not all_finite((state.params, state.batch_stats)):
             self._diverged(int(state.step))
+        if self._tracker is not None:
+            self._tracker.flush()
         return None if self._carried is None else {name: float(value) for name, value in self._carried.items()}
 
     def evaluation(self, step: int, result: dict[str, dict[str, Any]]) -> None:
@@ -222,6 +225,8 @@ def traced(advance: Advance, config: Config, folder: Path) -> Advance:
     """`advance` that writes a trace of the steps of `log.profile` into `folder/profile`; the device is waited for."""
     if config.log.profile is None:
         return advance
+    if in_bucket(folder):
+        raise InputError(f"log.profile: a trace needs a folder on this machine, and the run is in {folder}")
     if (folder / "profile").is_symlink():
         raise InputError(f"{folder / 'profile'} is a link, which may lead out of the run's folder: remove it")
     first, last = (int(step) for step in config.log.profile.split(":"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.config import InputError
-from resnet_jax.files import parse_json, read_file, to_json, write_whole
+from resnet_jax.files import in_bucket, parse_json, read_file, to_json, write_whole
 from resnet_jax.output import say
 
 GREATEST = 1e300
@@ -22,6 +22,8 @@ GREATEST = 1e300
 
 class Tracker:
     """Writes numbers of a step to `metrics.jsonl`, one object a line, and to TensorBoard.
+
+    In a bucket nothing can be appended to: there both are written whole at each `flush`.
 
     Opening it on a run that resumes at `step` drops the lines beyond that step, with `owed` the evaluation of that
     step, and that of the test split, so that each is there once; what cannot be read goes into
@@ -43,11 +45,14 @@ class Tracker:
             ]
             if damaged:
                 aside = path.with_name(f"{path.name}.damaged")
-                before = read_file(aside) if aside.is_file() and not aside.is_symlink() else b""
+                linked = not in_bucket(aside) and aside.is_symlink()
+                before = read_file(aside) if aside.is_file() and not linked else b""
                 write_whole(aside, before + b"".join(line + b"\n" for line in damaged))
                 say(f"WARNING: {len(damaged)} lines of {path} cannot be read and were moved to {aside}", error=True)
-            write_whole(path, "".join(to_json(line) + "\n" for line in kept))
-            self._file = new_file(path, os.O_APPEND)
+            whole = "".join(to_json(line) + "\n" for line in kept)
+            write_whole(path, whole)
+            self._path, self._whole = path, bytearray(whole.encode())
+            self._file = None if in_bucket(path) else new_file(path, os.O_APPEND)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
         self._waiting: list[bytes] = []
@@ -56,18 +61,37 @@ class Tracker:
     def write(self, step: int, numbers: dict[str, Any]) -> None:
         """Appends one line: the step and its numbers; those that are not finite are null."""
         self._waiting.append((to_json({"step": step} | numbers) + "\n").encode())
-        while self._waiting and append_whole(self._file, self._waiting[0]):
+        while self._waiting and self._append(self._waiting[0]):
             self._waiting.pop(0)
         if self._events is not None:
             self._events.write(step, numbers)
 
     def close(self) -> None:
         """Flushes everything."""
-        while self._waiting and append_whole(self._file, self._waiting.pop(0)):
+        while self._waiting and self._append(self._waiting.pop(0)):
             pass
-        os.close(self._file)
+        self.flush()
+        if self._file is not None:
+            os.close(self._file)
         if self._events is not None:
             self._events.close()
+
+    def flush(self) -> None:
+        """Writes what a bucket does not have yet; where that fails it is said, and tried again at the next call."""
+        if self._file is not None:
+            return
+        try:
+            write_whole(self._path, bytes(self._whole))
+            if self._events is not None:
+                self._events.flush()
+        except OSError as error:
+            say(f"WARNING: {self._path} could not be written ({error}); it is tried again later", error=True)
+
+    def _append(self, line: bytes) -> bool:
+        if self._file is not None:
+            return append_whole(self._file, line)
+        self._whole += line
+        return True
 
 
 def new_file(path: Path, flags: int) -> int:
@@ -99,8 +123,10 @@ class Events:
         self._checksum: Callable[[bytes], int] = masked_crc32c
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(3)}"
         self._file: int | None = None
-        with contextlib.suppress(OSError):
-            self._file = new_file(workdir / name, os.O_APPEND | os.O_EXCL)
+        self._path, self._whole = workdir / name, bytearray()
+        if not in_bucket(workdir):
+            with contextlib.suppress(OSError):
+                self._file = new_file(self._path, os.O_APPEND | os.O_EXCL)
         self._begun = False
         self._begin = {"step": step + 1, "session_log": {"status": 1}} if step else None
 
@@ -118,6 +144,15 @@ class Events:
             os.close(self._file)
             self._file = None
 
+    def flush(self) -> None:
+        """Writes the file whole, in a bucket.
+
+        Raises:
+          OSError: the bucket does not take it.
+        """
+        if self._whole:
+            write_whole(self._path, bytes(self._whole))
+
     def _start(self) -> bool:
         """Writes how the file begins; TensorBoard drops what a killed run wrote beyond the step of `_begin`."""
         return self._add(file_version="brain.Event:2") and (self._begin is None or self._add(**self._begin))
@@ -128,7 +163,11 @@ class Events:
         data = Event(wall_time=time.time(), **content).SerializeToString()
         length = struct.pack("<Q", len(data))
         sums = [struct.pack("<I", self._checksum(part)) for part in (length, data)]
-        return self._file is not None and append_whole(self._file, length + sums[0] + data + sums[1])
+        whole = length + sums[0] + data + sums[1]
+        if in_bucket(self._path):
+            self._whole += whole
+            return True
+        return self._file is not None and append_whole(self._file, whole)
 
 
 @contextlib.contextmanager

@@ -14,14 +14,14 @@ import jax
 from jax.sharding import Mesh
 
 from resnet_jax import __version__
-from resnet_jax.config import Config, InputError
+from resnet_jax.config import Config, InputError, path_of
 from resnet_jax.data.dataset import Dataset
-from resnet_jax.files import read_json, to_json, write_whole
-from resnet_jax.integrity import best_of, checkpoints_of, damage, none, steps_in
+from resnet_jax.files import in_bucket, read_json, to_json, write_whole
+from resnet_jax.manifest import best_of, checkpoints_of, damage, steps_in
 from resnet_jax.output import say
 from resnet_jax.recipes import differences, read_recipe, recorded, to_dict
 from resnet_jax.training.checkpoints import Record
-from resnet_jax.training.lock import Lock, hold, live_holder
+from resnet_jax.training.lock import BucketLock, Lock, hold, live_holder
 from resnet_jax.training.trackers import split_lines
 
 
@@ -34,7 +34,7 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
     if workdir is None and jax.process_count() > 1:
         raise InputError("a run of several processes needs --workdir, the same folder for all of them")
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.name}"
-    folder = Path("runs") / stamp if workdir is None else Path(workdir).expanduser()
+    folder = Path("runs") / stamp if workdir is None else path_of(workdir, "--workdir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if previous := recorded(folder):
@@ -52,7 +52,7 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, config: Config) -> Iterator[Lock | None]:
+def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
     """Holds `folder/lock` while it lasts, and writes the recipe. The first process alone does; others get None.
 
     Raises:
@@ -178,12 +178,15 @@ def versions() -> dict[str, str]:
 
 
 def runs_under(folder: Path) -> list[dict[str, Any]]:
-    """The runs under a folder: `folder`, `model`, `data`, `step`, `steps`, `best`, `state`, `problem`, by name.
+    """The runs under a folder, at any depth, in a bucket in it and right below it: `folder`, `model`, `data`, `step`,
+    `steps`, `best`, `state`, `problem`, by name.
 
     `state` is `running`, `finished`, `stopped` (the same command goes on), or `damaged` (a file cannot be read, or no
     checkpoint is sound); `problem` then says which.
     """
-    return [describe_run(path.parent) for path in sorted(folder.rglob("config.json")) if is_run(path.parent)]
+    patterns = ("config.json", "*/config.json") if in_bucket(folder) else ("**/config.json",)
+    found = sorted(path.parent for pattern in patterns for path in folder.glob(pattern))
+    return [describe_run(path) for path in found if is_run(path)]
 
 
 def is_run(folder: Path) -> bool:
@@ -200,7 +203,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
         config = read_recipe(folder / "config.json")
         row |= {"model": config.model.name, "data": config.data.dataset}
         there = steps_in(checkpoints_of(folder))
-        problems = {step: damage(folder / "checkpoints" / str(step), none) for step in there}
+        problems = {step: damage(folder / "checkpoints" / str(step), contents=False) for step in there}
         steps = [step for step in there if problems[step] is None]
         best = best_of(folder) or {"metric": None, "value": None}
         row |= {"step": max(steps, default=0), "metric": best["metric"], "best": best["value"]}

@@ -1,4 +1,4 @@
-"""Weights back out: files that timm and torchvision load strictly."""
+"""Weights back out: files that timm and torchvision load strictly, and folders that stock Orbax opens."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors import SafetensorError
 
@@ -21,11 +22,13 @@ from resnet_jax.weights.sources import Weights, find_weights
 def export(
     source: str, path: Path, form: str, name: str | None = None, checkpoint: str | None = None
 ) -> tuple[str, int]:
-    """Writes the weights of a source to a file, under the names that timm and torchvision use.
+    """Writes the weights of a source, under the names that timm and torchvision use, or those of the module.
 
     Args:
       source: as for `load_pretrained`; of a run the moving average, if it kept one.
-      form: `safetensors`, which also carries model, preprocessing and class names in its header, or `pth`.
+      path: of the file; for `orbax` of a new folder.
+      form: `safetensors`, which also carries model, preprocessing and class names in its header, `pth`, or `orbax`: the
+        tree `{"params", "batch_stats"}`, float32, for `StandardCheckpointer().restore(path)`.
       name: of the model, where the source does not say.
       checkpoint: of a run, as for `find_weights`.
 
@@ -38,7 +41,13 @@ def export(
     weights = find_weights(source, name, checkpoint)
     name, fields = model_of(weights, source)
     model = create_model(name, **fields)
-    tensors = to_torch(model, fit_weights(model, weights.tensors, source))
+    variables = fit_weights(model, weights.tensors, source)
+    if form == "orbax":
+        from resnet_jax.training.checkpoints import write_tree
+
+        write_tree(variables, path)
+        return name, len(jax.tree.leaves(variables))
+    tensors = to_torch(model, variables)
     names = weights.class_names and names_of_outputs(fields["num_classes"], weights.class_names, source)
     look = preprocessing_of(weights, source)
     with written_beside(path) as beside:

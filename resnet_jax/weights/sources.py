@@ -16,11 +16,9 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
-from resnet_jax.config import InputError, ModelConfig, local_path, sides
+from resnet_jax.config import InputError, ModelConfig, path_of, sides
 from resnet_jax.files import read_file, read_json
-from resnet_jax.integrity import checkpoints_of, read_chosen
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest, variable_shapes
 from resnet_jax.output import say
 from resnet_jax.recipes import check, from_dict
@@ -92,7 +90,7 @@ def find_weights(source: str, name: str | None = None, checkpoint: str | None = 
 def _found(source: str, checkpoint: str | None) -> Weights:
     if source.startswith("hf-hub:") and checkpoint is None:
         return _from_hub(source.removeprefix("hf-hub:"))
-    path = local_path(source, "the source of weights")
+    path = path_of(source, "the source of weights")
     if (path / "checkpoints").is_dir():
         return _from_run(path, checkpoint)
     if checkpoint is not None:
@@ -300,25 +298,11 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _from_run(folder: Path, checkpoint: str | None) -> Weights:
     """The moving average of a run's checkpoint, or its parameters where there is no average."""
-    from resnet_jax.vectors import read_record, read_state, reader
+    from resnet_jax.training.checkpoints import read_variables
 
-    place = checkpoints_of(folder)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def read(step: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        with reader(place) as manager:
-            record, index = read_record(manager, step)
-            known = manager.item_metadata(step)["state"].tree["spread"]
-            spread = {name: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here) for name, m in known.items()}
-            return step, record, read_state(manager, step, index, spread, lambda arrays: arrays)
-
-    step, record, arrays = read_chosen(folder, read, checkpoint)
+    step, record, variables = read_variables(folder, checkpoint)
     config = from_dict(record["recipe"])
     check(config)
-    state = unflatten_dict(arrays, sep=".")
-    found = state.get("ema", state)
-    variables = {name: found[name] for name in ("params", "batch_stats") if name in found}
     fields: dict[str, Any] = {"num_classes": variables["params"]["head"]["bias"].shape[0]}
     fields |= model_fields(replace(config.model, scan=False))
     fields |= {} if config.data.channels == 3 else {"in_channels": config.data.channels}

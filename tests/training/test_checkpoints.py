@@ -1,15 +1,26 @@
 import json
 import shutil
+import subprocess
+import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from resnet_jax.config import InputError
-from resnet_jax.integrity import SEAL, damage, steps_in
-from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
+import resnet_jax
+from resnet_jax.cli import main
+from resnet_jax.config import Config, InputError, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
+from resnet_jax.manifest import MANIFEST, damage, steps_in
+from resnet_jax.training.checkpoints import Checkpoints, leaves_of, read_checkpoint
+from resnet_jax.training.loop import train
 
 STATE = {"params": jnp.arange(600.0)}
+
+
+def state_like(record):
+    return STATE
 
 
 def save_all(folder, metrics, keep=9):
@@ -41,23 +52,23 @@ def test_the_latest_and_the_best_stay(tmp_path, metrics, keep, kept):
 def test_a_state_comes_back_with_its_record(tmp_path):
     save_all(tmp_path, {1: 0.9, 2: 0.5})
     for step in (1, 2):
-        state, record = read_checkpoint(tmp_path, STATE, str(step))
+        state, record = read_checkpoint(tmp_path, state_like, str(step))
         np.testing.assert_array_equal(state["params"], STATE["params"] * step)
         assert record == {"step": step}
-    assert read_checkpoint(tmp_path, STATE)[1] == {"step": 2}
+    assert read_checkpoint(tmp_path, state_like)[1] == {"step": 2}
 
 
 def restored_step(folder):
     """What a run that goes on in a folder begins with."""
     with Checkpoints(folder, 9) as checkpoints:
-        found = checkpoints.restore(lambda: STATE)
+        found = checkpoints.restore(state_like)
     return found and found[2]
 
 
 def test_no_checkpoint_is_said(tmp_path):
     assert restored_step(tmp_path) is None
     with pytest.raises(InputError, match="holds no checkpoint; the run ended before its first one"):
-        read_checkpoint(tmp_path, STATE)
+        read_checkpoint(tmp_path, state_like)
 
 
 def files_of(folder):
@@ -70,7 +81,7 @@ def truncate(folder, rng):
 
 
 def flip_a_byte(folder, rng):
-    path = folder / rng.choice([SEAL, *json.loads((folder / SEAL).read_text())])
+    path = folder / rng.choice([MANIFEST, *json.loads((folder / MANIFEST).read_text())])
     data = bytearray(path.read_bytes())
     data[rng.integers(len(data))] ^= 0x10
     path.write_bytes(data)
@@ -93,8 +104,8 @@ def test_any_damage_is_found_and_the_newest_sound_one_is_taken(tmp_path, harm, c
         harm(newest, np.random.default_rng(seed))
         assert damage(newest) is not None
         with pytest.raises(InputError, match=r"checkpoint of step 2 .* is damaged"):
-            read_checkpoint(tmp_path, STATE, "2")
-    assert read_checkpoint(tmp_path, STATE)[1] == {"step": 1}
+            read_checkpoint(tmp_path, state_like, "2")
+    assert read_checkpoint(tmp_path, state_like)[1] == {"step": 1}
     assert steps_in(tmp_path / "checkpoints") == [2, 1]  # reading touches nothing
     assert restored_step(tmp_path) == 1
     assert steps_in(tmp_path / "checkpoints") == [1] and (tmp_path / "damaged" / "2-0").is_dir()
@@ -116,8 +127,133 @@ def test_a_step_that_was_damaged_is_saved_again(tmp_path):
     save_all(tmp_path, {1: None, 2: None})
     truncate(tmp_path / "checkpoints" / "2", np.random.default_rng(0))
     with Checkpoints(tmp_path, 9) as checkpoints:
-        state, record, step = checkpoints.restore(lambda: STATE)
+        state, record, step = checkpoints.restore(state_like)
         assert (record, step) == ({"step": 1}, 1)
         checkpoints.save(2, state, {"again": True})
     assert steps_in(tmp_path / "checkpoints") == [2, 1] and damage(tmp_path / "checkpoints" / "2") is None
-    assert read_checkpoint(tmp_path, STATE)[1] == {"again": True}
+    assert read_checkpoint(tmp_path, state_like)[1] == {"again": True}
+
+
+def test_any_flipped_byte_is_found_or_changes_nothing(tmp_path):
+    save_all(tmp_path, {3: None})
+    folder, rng = tmp_path / "checkpoints" / "3", np.random.default_rng(0)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    unseen = 0
+    for i in range(200):
+        path = files[i % len(files)]
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(data)
+        if damage(folder) is None:
+            unseen += 1
+            state, record = read_checkpoint(tmp_path, state_like)
+            assert record == {"step": 3}
+            np.testing.assert_array_equal(state["params"], STATE["params"] * 3)
+        path.write_bytes(whole)
+    assert unseen < 200 * 3 / len(files)  # what Orbax writes after the manifest
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of eight devices with a moving average."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    config = Config(
+        model=ModelConfig(name="cifar_resnet8"),
+        train=TrainConfig(steps=3, batch_size=32, ema_decay=0.9, metric="none"),
+        schedule=ScheduleConfig(warmup_epochs=0.0),
+        log=LogConfig(tensorboard=False, report=False),
+    )
+    train(config, folder)
+    return folder
+
+
+STOCK = """
+import json, sys
+sys.modules["resnet_jax"] = None  # cannot be imported
+import jax, numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.experimental import v1
+run, step, file = sys.argv[1:]
+path = f"{run}/checkpoints/{step}/state"
+
+def flat(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in leaves}
+
+tree = ocp.StandardCheckpointer().restore(path)
+whole = flat(tree)
+assert type(tree) is dict and set(tree) == {"step", "params", "batch_stats", "opt_state", "ema"}
+
+manager = ocp.CheckpointManager(f"{run}/checkpoints")
+assert manager.latest_step() == int(step)
+managed = flat(manager.restore(int(step))["state"])
+
+mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
+split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+part = {"head": {"bias": tree["params"]["head"]["bias"], "kernel": tree["params"]["head"]["kernel"]}}
+here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), {"params": part})
+wanted["params"]["head"]["kernel"] = jax.ShapeDtypeStruct((64, 10), np.float32, sharding=split)
+args = ocp.args.PyTreeRestore(
+    wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+)
+partial = ocp.PyTreeCheckpointer().restore(path, args)
+assert set(partial) == {"params"} and set(partial["params"]) == {"head"}
+assert partial["params"]["head"]["kernel"].sharding == split
+
+newer = v1.load_checkpointables(f"{run}/checkpoints/{step}")
+assert newer["record"]["recipe"]["model"]["name"] == "cifar_resnet8"
+for other in (managed, flat(newer["state"]), flat(partial)):
+    for name, values in other.items():
+        np.testing.assert_array_equal(values, whole[name])
+np.savez(file, **whole)
+"""
+
+
+def test_stock_orbax_opens_a_run_where_this_package_is_not(run, tmp_path):
+    file = tmp_path / "arrays.npz"
+    command = [sys.executable, "-W", "ignore", "-c", STOCK, str(run), "3", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    state, step = resnet_jax.restore(run)
+    ours = leaves_of(state)
+    with np.load(file) as theirs:
+        assert step == 3 and set(theirs.files) == set(ours)
+        for name, values in ours.items():
+            assert theirs[name].dtype == values.dtype
+            np.testing.assert_array_equal(theirs[name], values)
+
+
+def test_weights_are_exported_for_orbax_alone(run, tmp_path):
+    assert main(["export", str(run), str(tmp_path / "weights"), "--format", "orbax"]) == 0
+    found = ocp.StandardCheckpointer().restore(tmp_path / "weights")
+    state, _ = resnet_jax.restore(run)
+    assert set(found) == {"params", "batch_stats"}
+    jax.tree.map(np.testing.assert_array_equal, found, dict(state.ema))
+    assert main(["export", str(run), str(tmp_path / "weights"), "--format", "orbax"]) == 2  # something is there
+
+
+def test_a_state_of_another_model_is_compared_with_it(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    recipe = json.loads((run / "config.json").read_text())
+    recipe["model"] |= {"name": "cifar_resnet14", "num_classes": 12}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(recipe))
+    with pytest.raises(InputError) as error:
+        resnet_jax.restore(tmp_path / "run")
+    words = str(error.value)
+    assert "it has no params/stage1/block2/conv1/kernel (but params/stage1/block1/conv1/kernel" in words
+    assert "params/head/bias is (10,) there, and (12,) in the model" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [("checksums.json", "{}", "older layout"), ("commit_success.txt", "", "another program's")],
+)
+def test_other_checkpoints_are_named_and_left_alone(name, content, words, tmp_path):
+    folder = tmp_path / "checkpoints" / "5"
+    folder.mkdir(parents=True)
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=words):
+        restored_step(tmp_path)
+    assert [path.name for path in folder.iterdir()] == [name]

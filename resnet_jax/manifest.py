@@ -1,26 +1,24 @@
-"""Whether checkpoints are whole: sealed with checksums by which damage is found."""
+"""Which checkpoints a run has, and whether they are whole: each has a manifest, by which damage is found."""
 
 import hashlib
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
-
-import numpy as np
-import xxhash
+from typing import TypedDict, TypeVar
 
 from resnet_jax.config import InputError
-from resnet_jax.files import read_json, to_json, write_whole
+from resnet_jax.files import in_bucket, read_json, size_of, to_json, write_whole
 from resnet_jax.output import say
-from resnet_jax.pages import read_pages
 
-SEAL = "checksums.json"
-LATE = "_CHECKPOINT_METADATA"
-"""What Orbax writes once more when a folder is sealed already: only its form is looked at."""
+MANIFEST = "manifest.json"
+"""Size and SHA-256 of every other file in a checkpoint's folder, by name; written last, so that it makes it count."""
 
-VECTORS = "state/whole."
-"""How names of vectors begin: they are nearly all of a checkpoint, and `read_sound` looks at them while it reads."""
+LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""What Orbax writes after the manifest, and nothing here reads."""
+
+OLDER = "checksums.json"
+"""What checkpoints of an older layout have in the manifest's place."""
 
 TRIES = 20
 """How often checkpoints are looked for anew that a run deletes while they are read."""
@@ -29,7 +27,7 @@ T = TypeVar("T")
 
 
 class Damaged(Exception):
-    """A file is not what was sealed."""
+    """A file is not what was saved."""
 
 
 def checkpoints_of(workdir: Path) -> Path:
@@ -38,6 +36,8 @@ def checkpoints_of(workdir: Path) -> Path:
     Raises:
       InputError: it, or a checkpoint in it, is a link, which may lead out of the run's folder.
     """
+    if in_bucket(workdir):
+        return workdir / "checkpoints"
     folder = workdir.resolve() / "checkpoints"
     try:
         entries = [folder, *folder.iterdir()] if folder.is_dir() else [folder]
@@ -51,70 +51,39 @@ def checkpoints_of(workdir: Path) -> Path:
     return folder
 
 
-def seal(folder: Path, known: dict[str, memoryview]) -> None:
-    """Writes size and hash (XXH3) of every file under a folder into its `checksums.json`.
+def write_manifest(folder: Path) -> None:
+    """Writes the manifest of a checkpoint's folder."""
+    names = [name for name in _files(folder) if name not in LATER]
+    with ThreadPoolExecutor(4) as pool:
+        sums = pool.map(lambda name: _sum(folder / name), names)
+        write_whole(folder / MANIFEST, to_json(dict(zip(names, sums, strict=True))))
+
+
+def damage(folder: Path, contents: bool = True) -> str | None:
+    """Returns what is wrong with a checkpoint's folder, naming the file; None if nothing is.
 
     Args:
-      known: contents of some files, by their names, which are not read.
+      contents: whether files are read, or their sizes alone compared.
     """
-    sums = {name: (data.nbytes, xxhash.xxh3_64_hexdigest(data)) for name, data in known.items()}
-    sums |= {str(name): _sum(folder / name) for name in _files(folder) if str(name) not in known}
-    write_whole(folder / SEAL, to_json(sums))
-
-
-def every(name: str) -> bool:
-    """All files are read."""
-    return True
-
-
-def but_vectors(name: str) -> bool:
-    """All files but the vectors are read."""
-    return not name.startswith(VECTORS)
-
-
-def none(name: str) -> bool:
-    """No file is read: sizes alone count."""
-    return False
-
-
-def sums_in(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and hash that a file had when its folder was sealed, by name.
-
-    Raises:
-      FileNotFoundError: the folder was not sealed.
-      InputError: its `checksums.json` is damaged.
-    """
-    sums = read_json(folder / SEAL, dict[str, tuple[int, str]])
-    if outside := next((name for name in sums if os.path.isabs(name) or ".." in Path(name).parts), None):
-        raise InputError(f"{folder / SEAL} is damaged: {outside!r} lies outside of the folder")
-    return sums
-
-
-def damage(folder: Path, read: Callable[[str], bool] = every) -> str | None:
-    """What is wrong with a sealed folder, naming the file; None if nothing is.
-
-    Args:
-      read: whether a file is read, by its name, or its size alone compared.
-    """
-    name = SEAL
     try:
-        expected = sums_in(folder)
-        if not expected:
-            return f"{SEAL} names no file"
-        name = LATE
-        read_json(folder / LATE, dict[str, Any])
+        expected = read_json(folder / MANIFEST, dict[str, tuple[int, str]])
     except FileNotFoundError:
-        return f"{name} is missing"
-    except InputError as error:
+        if (folder / OLDER).exists():
+            return f"it is of an older layout, with {OLDER}, which is read no more"
+        return f"{MANIFEST} is missing: it is not whole, or another program's"
+    except (NotADirectoryError, InputError) as error:
         return str(error).removeprefix(f"{folder}{os.sep}")
+    if not expected:
+        return f"{MANIFEST} names no file"
+    if outside := next((name for name in expected if os.path.isabs(name) or ".." in Path(name).parts), None):
+        return f"{MANIFEST} is damaged: {outside!r} lies outside of the folder"
 
     def problem(name: str) -> str | None:
-        size, checksum = expected[name]
         try:
-            found = os.path.getsize(folder / name)
-            if found != size:
-                return f"{name} has {found} bytes in place of {size}"
-            return f"{name} has other contents" if read(name) and _sum(folder / name)[1] != checksum else None
+            size = size_of(folder / name)
+            if size != expected[name][0]:
+                return f"{name} has {size} bytes in place of {expected[name][0]}"
+            return f"{name} has other contents" if contents and _sum(folder / name) != expected[name] else None
         except OSError:
             return f"{name} is missing or cannot be read"
 
@@ -124,8 +93,13 @@ def damage(folder: Path, read: Callable[[str], bool] = every) -> str | None:
 
 def steps_in(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, sound or not, the newest first."""
-    names = [path.name for path in folder.glob("*")]
-    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
+    found = [path for path in folder.glob("*") if path.name.isascii() and path.name.isdigit() and not is_begun(path)]
+    return sorted((int(path.name) for path in found), reverse=True)
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a checkpoint in a bucket is still being written; on a disk it has another name until it is whole."""
+    return in_bucket(folder) and not any((folder / name).exists() for name in (MANIFEST, *LATER[1:]))
 
 
 BEST = "best.json"
@@ -171,21 +145,6 @@ def checkpoint_step(folder: Path, wanted: str) -> int:
     return step
 
 
-def read_sound(folder: Path, name: str, checksum: str) -> np.ndarray:
-    """The bytes of a file that has this hash.
-
-    Raises:
-      Damaged: it has another one, or it cannot be read.
-    """
-    try:
-        found = read_pages(folder / name)
-    except OSError as error:
-        raise Damaged(f"{name} is missing or cannot be read") from error
-    if xxhash.xxh3_64_hexdigest(found.data) != checksum:
-        raise Damaged(f"{name} has other contents")
-    return found
-
-
 def newest_sound(
     folder: Path, read: Callable[[int], T], steps: Callable[[], Iterable[int]] | None = None
 ) -> tuple[T | None, dict[int, str]]:
@@ -195,7 +154,7 @@ def newest_sound(
     is looked at again.
 
     Args:
-      read: is given a step of which all but the vectors is sound, and may find it damaged.
+      read: is given a step that is sound; it may raise Damaged all the same, as where it is deleted meanwhile.
       steps: gives those to try in place of all, one after the other.
 
     Raises:
@@ -205,7 +164,7 @@ def newest_sound(
         problems: dict[int, str] = {}
         there = steps_in(folder)
         for step in there if steps is None else steps():
-            problem = damage(folder / str(step), but_vectors)
+            problem = damage(folder / str(step))
             try:
                 if problem is None:
                     return read(step), problems
@@ -257,10 +216,19 @@ def read_chosen(workdir: Path, read: Callable[[int], T], checkpoint: str | None 
     return found[1]
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.name not in (SEAL, LATE))
+def _files(folder: Path) -> list[str]:
+    inside = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    return [
+        name
+        for path in inside
+        for name in ([f"{path.name}/{deeper}" for deeper in _files(path)] if path.is_dir() else [path.name])
+    ]
 
 
 def _sum(path: Path) -> tuple[int, str]:
-    with path.open("rb", buffering=0) as file:
-        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
+    whole, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            whole.update(block)
+            size += len(block)
+    return size, whole.hexdigest()

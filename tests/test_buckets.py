@@ -1,0 +1,127 @@
+"""Runs in a bucket: an emulator of Google's over loopback, which tests start themselves."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from resnet_jax.cli import main
+from resnet_jax.config import InputError, path_of
+from resnet_jax.manifest import damage, steps_in
+from resnet_jax.training.lock import hold
+from resnet_jax.training.recipe import restore
+from resnet_jax.training.trackers import read_lines
+from resnet_jax.training.workdir import runs_under
+
+FLAGS = [
+    "--model.name", "cifar_resnet8", "--train.steps", "40", "--train.batch_size", "32", "--train.ema_decay", "0.9",
+    "--parallel.devices", "1", "--schedule.warmup_epochs", "0", "--train.eval_every_epochs", "0.5",
+    "--checkpoint.every_steps", "10", "--log.every_steps", "2", "--log.no_report",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The address of an empty bucket, which this process and those that it starts find at an emulator."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("emulator.py")), str(port)]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    names = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any"}
+    os.environ.update(names)
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except OSError:
+            assert server.poll() is None
+            time.sleep(0.1)
+    yield "gs://bucket1"
+    server.kill()
+    server.wait()
+    for name in names:
+        del os.environ[name]
+
+
+def train(workdir, *flags):
+    command = [sys.executable, "-W", "ignore", "-m", "resnet_jax.cli", "train", "--workdir", workdir, *FLAGS, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | {"GLIBC_TUNABLES": ""}, **pipes)
+
+
+def test_a_run_in_a_bucket_is_killed_goes_on_and_is_the_same_as_on_a_disk(bucket, tmp_path, capsys):
+    folder = path_of(f"{bucket}/runs/a", "the run")
+    process = train(str(folder))
+    while not steps_in(folder / "checkpoints"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    with pytest.raises(InputError, match=f"in use by process {process.pid} on"), hold(folder / "lock"):
+        pass
+    process.kill()
+    process.communicate()
+    for workdir in (str(folder), str(tmp_path / "run")):
+        process = train(workdir)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, out + err
+        assert ("resuming at step" in out) == workdir.startswith("gs://")
+    (ours, step), (theirs, _) = restore(str(folder)), restore(tmp_path / "run")
+    assert step == 40
+    chex.assert_trees_all_equal(jax.device_get(ours), jax.device_get(theirs))
+    lines = [[{k: v for k, v in line.items() if "/loss" in k} for line in read_lines(place / "metrics.jsonl")]
+             for place in (folder, tmp_path / "run")]  # fmt: skip
+    assert lines[0] == lines[1] and len(lines[0]) >= 20
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.json", "metrics.jsonl", "summary.json", "curves.png", "best.json", "checkpoints"}
+    assert "lock" not in names and any(name.startswith("events.out") for name in names)
+    assert [run["state"] for run in runs_under(folder.parent)] == ["finished"]
+    Image.new("L", (8, 8), 99).save(tmp_path / "picture.png")
+    for command in (["evaluate", "{}", "--json"], ["predict", "{}", str(tmp_path / "picture.png"), "--format", "json"]):
+        shown = []
+        for place in (folder, tmp_path / "run"):
+            capsys.readouterr()
+            assert main([word.format(place) for word in command]) == 0
+            out = capsys.readouterr().out
+            shown.append(json.loads(out[out.index("{") :]))
+        assert shown[0] == shown[1]
+    assert main(["export", str(folder), f"{bucket}/weights", "--format", "orbax"]) == 0
+    weights = ocp.StandardCheckpointer().restore(path_of(f"{bucket}/weights", "the weights"))
+    jax.tree.map(np.testing.assert_array_equal, weights, dict(theirs.ema))
+    flags = ["--train.steps", "50"]  # of another recipe
+    assert main(["train", "--workdir", str(folder), *FLAGS, *flags]) == 2
+    (newest, *_) = steps_in(folder / "checkpoints")
+    assert damage(folder / "checkpoints" / str(newest)) is None
+    file = folder / "checkpoints" / str(newest) / "record" / "metadata"
+    file.write_bytes(file.read_bytes().replace(b"cifar", b"CIFAR"))
+    assert damage(folder / "checkpoints" / str(newest)) == "record/metadata has other contents"
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("gs://nosuch/run", "cannot be written"),
+        ("gs://", "give the bucket's name"),
+        ("s3://bucket1/run", "only gs://BUCKET/PATH is supported"),
+    ],
+)
+def test_a_bucket_that_is_not_there_is_named(bucket, path, words, capsys):
+    assert main(["train", "--workdir", path, *FLAGS]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_without_gcsfs_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="gcs"):
+        path_of("gs://bucket1/run", "--workdir")
