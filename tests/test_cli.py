@@ -294,10 +294,10 @@ def test_a_device_that_is_not_there_is_a_sentence(things):
     command = [sys.executable, "-c", EACH_DEVICE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     lines = iter(done.stderr.splitlines())
-    for platform in ("rubbish", "cuda", "tpu"):
+    for device in ("rubbish", "cuda", "tpu"):
         for line in ("train --workdir run", "predict net.safetensors a.png"):
-            assert f"JAX_PLATFORMS={platform}: JAX finds no such device here" in next(lines), done.stderr
-            assert next(lines) == f"{platform} {line} 2"
+            assert f"JAX_PLATFORMS={device}: JAX finds no such device here" in next(lines), done.stderr
+            assert next(lines) == f"{device} {line} 2"
 
 
 @pytest.mark.parametrize("home", ["/proc/nosuch", None])
