@@ -97,7 +97,7 @@ def test_several_steps_in_one_call_are_the_steps_one_by_one(devices, streamed):
     make = make_streamed_step if streamed else make_device_step
     start = jax.jit(lambda: new_state(model, optimizer), out_shardings=replicated(mesh))
     results = []
-    for most, calls in ((1, (1, 1, 1, 1)), (3, (3, 1)), (5, (2, 2))):
+    for most, calls in ((1, (1, 1, 1, 1)), (3, (3, 1))):
         state = start()
         step = jax.jit(make(train_step, CONFIG, most, batch_sharding(mesh)), donate_argnums=0)
         losses: list[float] = []
@@ -108,8 +108,7 @@ def test_several_steps_in_one_call_are_the_steps_one_by_one(devices, streamed):
             losses.extend(np.asarray(sums["loss"][:n]))
         results.append((jax.device_get(state), np.asarray(losses)))
     assert step._cache_size() == 1
-    for other in results[1:]:
-        chex.assert_trees_all_close(results[0], other, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_trains_and_keeps_float32_state():
