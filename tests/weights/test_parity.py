@@ -141,8 +141,8 @@ def test_torchvision_at_full_depth(name, size):
     close(jax.jit(model.apply)(variables, images), expected, 1e-4, "logits")
 
 
-COMBINED = ("resnet50c", "resnet50s", "wide_resnet50_2", "seresnext26d_32x4d", "seresnextaa101d_32x8d", "senet154",
-            "ecaresnetlight", "resnetblur18", "resnetv2_18d", "resnetv2_50t", "densenetblur121d")  # fmt: skip
+COMBINED = ("resnet50c", "resnet50s", "wide_resnet50_2", "seresnext26d_32x4d", "seresnextaa101d_32x8d",
+            "ecaresnetlight", "resnetblur18", "resnetv2_50t")  # fmt: skip
 """Their parts are each in another network too, whose gradients are compared."""
 
 
