@@ -2,6 +2,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -112,12 +113,19 @@ def test_a_misspelt_flag_names_the_nearest(capsys):
 SMALL = "train --model.name cifar_resnet8 --train.batch_size 32"
 
 
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    file = tmp_path_factory.mktemp("network") / "net.safetensors"
+    save_small_network(file)
+    return file
+
+
 @pytest.fixture
-def things(tmp_path, monkeypatch):
+def things(tmp_path, monkeypatch, network):
     """The current folder, with a small network and with things that are in the way."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # `plan` changes it
-    save_small_network(tmp_path / "net.safetensors")
+    shutil.copy(network, tmp_path)
     Image.new("RGB", (8, 8)).save("a.png")
     Path("file").write_text("x")
     Path("folder.pth").mkdir()
@@ -265,13 +273,31 @@ def test_export_that_fails_leaves_the_old_file(capsys, things, monkeypatch):
 PROCESS = [sys.executable, "-m", "resnet_jax.cli"]
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu", "rubbish"])
-@pytest.mark.parametrize("line", ["train --workdir run", "predict net.safetensors a.png"])
-def test_a_device_that_is_not_there_is_a_sentence(platform, line, things):
-    environment = os.environ | {"JAX_PLATFORMS": platform}
-    done = subprocess.run([*PROCESS, *line.split()], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"JAX_PLATFORMS={platform}: JAX finds no such device here" in done.stderr
+EACH_DEVICE = """
+import os
+import sys
+
+import jax
+
+from resnet_jax import cli
+
+for platform in ("rubbish", "cuda", "tpu"):
+    os.environ["JAX_PLATFORMS"] = platform
+    jax.config.update("jax_platforms", platform)
+    for line in ("train --workdir run", "predict net.safetensors a.png"):
+        print(platform, line, cli.main(line.split()), file=sys.stderr)
+"""
+
+
+def test_a_device_that_is_not_there_is_a_sentence(things):
+    environment = os.environ | {"JAX_PLATFORMS": "rubbish"}
+    command = [sys.executable, "-c", EACH_DEVICE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    lines = iter(done.stderr.splitlines())
+    for device in ("rubbish", "cuda", "tpu"):
+        for line in ("train --workdir run", "predict net.safetensors a.png"):
+            assert f"JAX_PLATFORMS={device}: JAX finds no such device here" in next(lines), done.stderr
+            assert next(lines) == f"{device} {line} 2"
 
 
 @pytest.mark.parametrize("home", ["/proc/nosuch", None])
@@ -279,6 +305,7 @@ def test_without_a_home_a_run_goes_on_without_a_cache_and_says_so_once(home, tmp
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HOME", "XDG", "JAX_C"))}
     start = [sys.executable, "-c", NO_HOME if home is None else "from resnet_jax import cli; cli.run()"]
     flags = [*SMALL.split(), "--train.steps", "2", "--schedule.warmup_epochs", "0", "--workdir", str(tmp_path / "run")]
+    flags += ["--parallel.devices", "1", "--train.metric", "none", "--log.no_report", "--log.no_tensorboard"]
     environment |= {} if home is None else {"HOME": home}
     done = subprocess.run([*start, *flags], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and (tmp_path / "run" / "curves.png").is_file(), done.stderr
@@ -348,13 +375,14 @@ def test_models_lists_cost_and_weights(capsys):
     assert [tag["default"] for tag in row["tags"]] == [True, False]
 
 
-def test_a_run_from_the_shell(tmp_path):
-    """The real processes: train, evaluate as a table and as JSON."""
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+def test_a_run_from_the_shell(tmp_path, capsys, monkeypatch):
+    """Real processes train, the second one with what the first one compiled; then it is evaluated."""
+    one = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    environment = os.environ | {"XLA_FLAGS": one, "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
     environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     del environment["JAX_COMPILATION_CACHE_DIR"]
     flags = ["--workdir", "run", "--model.name", "cifar_resnet8", "--train.steps", "6"]
-    flags += ["--schedule.warmup_epochs", "0", "--train.batch_size", "32"]
+    flags += ["--schedule.warmup_epochs", "0", "--train.batch_size", "32", "--log.no_report"]
     shell = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
     train = subprocess.run([sys.executable, ROOT / "train.py", *flags], **shell)
     assert train.returncode == 0, train.stderr
@@ -366,12 +394,12 @@ def test_a_run_from_the_shell(tmp_path):
     if not known_on_cpu(OPTION):  # then its trial fails, and is not kept
         missed = [line for line in missed if "jit_trial" not in line]
     assert second.returncode == 0 and "cache hit" in second.stderr and not missed
-    command = [sys.executable, "-m", "resnet_jax.cli", "evaluate", "run"]
-    table = subprocess.run([*command, "--per-class"], **shell)
-    assert table.returncode == 0 and "360 images" in table.stdout and "top-5" in table.stdout, table.stderr
-    listed = subprocess.run([sys.executable, "-m", "resnet_jax.cli", "runs", "."], **shell).stdout.splitlines()
+    monkeypatch.chdir(tmp_path)
+    status, table, _ = run(["evaluate", "run", "--per-class"], capsys)
+    assert status == 0 and "360 images" in table and "top-5" in table
+    listed = run(["runs", "."], capsys)[1].splitlines()
     assert [line.split()[:2] for line in listed] == [["run", "finished"], ["second", "finished"]]
-    result = json.loads(subprocess.run([*command, "--json"], **shell).stdout)
+    result = json.loads(run(["evaluate", "run", "--json"], capsys)[1])
     assert result["test"]["count"] == 360 and result["step"] == 6
-    again = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--train.seed", "1"], **shell)
-    assert again.returncode == 2 and "train.seed: 0 -> 1" in again.stderr
+    status, _, err = run(["train", *flags, "--train.seed", "1"], capsys)
+    assert status == 2 and "train.seed: 0 -> 1" in err

@@ -49,8 +49,8 @@ def test_gradients_along_a_network_are_those_of_autodiff(digits, kind, norm):
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     shapes = [(8, 8 // 2**s, 8 // 2**s, 16 * 2**s) for s in (0, 0, 1, 1, 2, 2)]
-    expected = jax.grad(loss)({name: jnp.zeros(shape) for name, shape in zip(names, shapes, strict=True)})
-    found = gradients.gradients_along(model, variables, images, labels)
+    expected = jax.jit(jax.grad(loss))({name: jnp.zeros(shape) for name, shape in zip(names, shapes, strict=True)})
+    found = jax.jit(lambda v: gradients.gradients_along(model, v, images, labels))(variables)
     np.testing.assert_allclose(found, [jnp.linalg.norm(expected[name]) for name in names], rtol=1e-3)
 
 
@@ -132,7 +132,8 @@ def test_directions_have_the_norms_of_the_filters(digits):
     state, _ = fit(model, digits, config, points=1)
     batch = pixels(digits, 32, config)
     losses = landscape.plane(model, variables_of(state), [direction, direction], batch, 10)(np.asarray([0.0, 0.5]), 0.0)
-    logits, _ = model.apply(variables_of(state), batch[0], train=True, mutable=["batch_stats"])
+    apply = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
+    logits, _ = apply(variables_of(state), batch[0])
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
     assert float(losses[0]) == pytest.approx(float(expected), rel=1e-4)
     assert losses[1] != losses[0]

@@ -32,7 +32,7 @@ def test_a_training_step_through_the_bridge_is_the_linen_step():
         logits, moved = module.apply(variables, images, train=True, mutable=["batch_stats"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), moved["batch_stats"]
 
-    (expected, moved), grads = jax.value_and_grad(linen_loss, has_aux=True)(params)
+    (expected, moved), grads = jax.jit(jax.value_and_grad(linen_loss, has_aux=True))(params)
     np.testing.assert_allclose(step(model, optimizer), expected, rtol=1e-5)
     after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     jax.tree.map(lambda p, g, a: np.testing.assert_allclose(a, p - 0.1 * g, atol=1e-5), params, grads, after)

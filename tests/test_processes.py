@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -113,23 +114,25 @@ def same_as(workdir, expected):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    finish(start(folder, 1, 1))
-    return folder
+    """A run of one process, and a copy of its folder as it was at its first checkpoint."""
+    folder = tmp_path_factory.mktemp("alone")
+    running = start(folder / "run", 1, 1)
+    while not any((folder / "run").glob(CHECKPOINT)):
+        assert running[0].poll() is None, running[0].communicate()
+        time.sleep(0.02)
+    running[0].send_signal(signal.SIGSTOP)
+    shutil.copytree(folder / "run", folder / "part", ignore=shutil.ignore_patterns("lock*"))
+    running[0].send_signal(signal.SIGCONT)
+    finish(running)
+    return folder / "run", folder / "part"
 
 
-@pytest.mark.parametrize(("strategy", "told"), [("shard_map", "flags"), ("pmap", "environment")])
-def test_two_processes_train_what_one_trains(strategy, told, tmp_path, alone):
-    finish(start(tmp_path / "run", 2, 2, lambda i: ["--parallel.strategy", strategy], told))
-    same_as(tmp_path / "run", alone)
-
-
-def test_when_the_first_process_dies_the_other_ends_and_one_alone_goes_on(tmp_path, alone):
-    running = start(tmp_path / "run", 2, 2)
-    kill_after(CHECKPOINT, running, tmp_path / "run", victim=0)
-    ends(running[1], 1, "error: process 0 was lost", "start the same command again in all processes")
-    finish(start(tmp_path / "run", 1, 4))
-    same_as(tmp_path / "run", alone)
+def test_two_processes_go_on_with_the_run_of_one_and_train_what_one_trains(tmp_path, alone):
+    whole, part = alone
+    shutil.copytree(part, tmp_path / "run")
+    assert max(steps_in(part / "checkpoints")) < 24 and not (part / "summary.json").exists()
+    finish(start(tmp_path / "run", 2, 2, lambda i: ["--parallel.strategy", "pmap"], "environment"))
+    same_as(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize(
@@ -138,17 +141,18 @@ def test_when_the_first_process_dies_the_other_ends_and_one_alone_goes_on(tmp_pa
     ids=["starting", "compiling", "while the other one is told to stop"],
 )
 def test_a_process_that_is_killed_ends_the_other_with_a_sentence(sign, victim, also, tmp_path):
-    running = start(tmp_path / "run", 2)
+    running = start(tmp_path / "run", 2, 2)
     kill_after(sign, running, tmp_path / "run", victim, also)
     ends(running[1 - victim], 1, f"error: process {victim} was lost")
 
 
-def test_two_go_on_where_one_was_killed_and_stop_together_when_one_is_told(tmp_path, alone):
+def test_when_the_first_dies_the_other_ends_two_go_on_and_stop_together_and_one_alone_goes_on(tmp_path, alone):
     """Told while they compile: it takes a second until all know, as long as these steps do."""
-    running = start(tmp_path / "run", 1, 1)
-    kill_after(CHECKPOINT, running, tmp_path / "run", victim=0)
-    first = max(steps_in(tmp_path / "run" / "checkpoints"))
     running = start(tmp_path / "run", 2, 2)
+    kill_after(CHECKPOINT, running, tmp_path / "run", victim=0)
+    ends(running[1], 1, "error: process 0 was lost", "start the same command again in all processes")
+    first = max(steps_in(tmp_path / "run" / "checkpoints"))
+    running = start(tmp_path / "run", 2, 2, lambda i: ["--parallel.strategy", "shard_map"])
     while "resuming at step" not in (line := running[0].stdout.readline()):
         assert line, running[0].communicate()
     running[1].send_signal(signal.SIGTERM)
@@ -156,8 +160,8 @@ def test_two_go_on_where_one_was_killed_and_stop_together_when_one_is_told(tmp_p
     assert running[0].returncode == running[1].returncode == 0, err
     step = max(steps_in(tmp_path / "run" / "checkpoints"))
     assert f"stopped by SIGTERM after step {step}, which is saved" in out and first < step < 24
-    finish(start(tmp_path / "run", 1, 4))
-    same_as(tmp_path / "run", alone)
+    finish(start(tmp_path / "run", 1))
+    same_as(tmp_path / "run", alone[0])
 
 
 def test_fields_that_differ_are_named_before_the_first_step(tmp_path):

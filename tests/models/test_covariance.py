@@ -14,6 +14,7 @@ from resnet_jax.models.covariance import normalized_product
 from resnet_jax.models.layers import batch_moments, normalized
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.sharding import make_mesh
+from resnet_jax.training.state import init_variables
 
 RNG = np.random.default_rng(0)
 MIX = RNG.normal(size=(6, 6))
@@ -132,7 +133,8 @@ def ways():
     fields = {"stage_sizes": (2, 2), "widths": (16, 32), "stem": "3x3", "stem_pool": "none", "num_classes": 8}
     model = ResNet(**fields, zero_init_last=False)
     images = jnp.zeros((16, 16, 16, 3))
-    stats = model.init(jax.random.key(0), images)["batch_stats"]
+    variables = init_variables(model, jax.random.key(0), images)
+    stats = variables["batch_stats"]
 
     def gradients(model):
         def loss(params, images):
@@ -141,7 +143,7 @@ def ways():
 
         return jax.jit(jax.grad(loss, has_aux=True))
 
-    half, params = gradients(model.clone(dtype=jnp.bfloat16)), model.init(jax.random.key(0), images)["params"]
+    half, params = gradients(model.clone(dtype=jnp.bfloat16)), variables["params"]
     anywhere = [export.DisabledSafetyCheck.platform()]
     lowered = {name: export.export(half, platforms=[name], disabled_checks=anywhere) for name in ("cuda", "tpu")}
     return model, {name: way(params, images) for name, way in lowered.items()}, gradients(model)
@@ -163,7 +165,7 @@ def test_a_network_of_it_learns_as_well_in_bfloat16(ways):
     for seed in range(4):
         noise = jax.random.normal(jax.random.key(seed), (16, 4, 4, 3))
         images = jax.image.resize(noise, (16, 16, 16, 3), "cubic")
-        params = model.init(jax.random.key(seed), images)["params"]
+        params = init_variables(model, jax.random.key(seed), images)["params"]
         whole = jax.tree.leaves(jax.device_get(exact(params, images)))
         errors = {
             name: np.array(

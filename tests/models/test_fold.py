@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from resnet_jax import create_model, fold_batch_norm
+from resnet_jax.training.state import init_variables
 
 IMAGES = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
 
@@ -15,7 +16,7 @@ IMAGES = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
 def test_folded_networks_have_the_same_logits(name):
     small = {"stage_sizes": (1, 1), "widths": (16, 32), "num_classes": 7}
     model = create_model(name, **small)
-    variables = model.init(jax.random.key(0), IMAGES)
+    variables = init_variables(model, jax.random.key(0), IMAGES)
     rng = np.random.default_rng(1)
 
     def trained(path, leaf):
@@ -26,8 +27,8 @@ def test_folded_networks_have_the_same_logits(name):
     variables = jax.tree_util.tree_map_with_path(trained, variables)
     folded, folded_variables = fold_batch_norm(model, variables)
     assert "batch_stats" not in folded_variables
-    expected = model.apply(variables, IMAGES)
-    actual = folded.apply(folded_variables, IMAGES)
+    expected = jax.jit(model.apply)(variables, IMAGES)
+    actual = jax.jit(folded.apply)(folded_variables, IMAGES)
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
     norms = str(jax.tree.structure(folded_variables)).count("'scale'")
     assert norms == (3 if model.preact else 0)  # the first norm of each block, and the last of all

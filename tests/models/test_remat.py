@@ -15,14 +15,13 @@ from resnet_jax.training.state import init_variables
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 16, 3)), jnp.float32)
 SMALL = {
     "densenet": DenseNet((4, 3), growth=8, stem="3x3", num_classes=5, act="silu"),
-    "googlenet": GoogLeNet((((8, 8, 8, 4, 4, 4),) * 3, ((8, 8, 8, 4, 4, 4),)), "3x3", num_classes=5, act="silu"),
+    "googlenet": GoogLeNet((((8, 8, 8, 4, 4, 4),) * 2, ((8, 8, 8, 4, 4, 4),)), "3x3", num_classes=5, act="silu"),
     "vit": ViT(4, 16, 4, 2, 32, image_size=16, num_classes=5),
 }
 
 
-@pytest.mark.parametrize("remat", ["block", "stage"])
 @pytest.mark.parametrize("name", SMALL)
-def test_parts_that_are_computed_twice_keep_less_and_give_the_same(name, remat):
+def test_parts_that_are_computed_twice_keep_less_and_give_the_same(name):
     def gradient(model):
         def loss(params):
             given = variables | {"params": params}
@@ -36,9 +35,11 @@ def test_parts_that_are_computed_twice_keep_less_and_give_the_same(name, remat):
 
     model = SMALL[name]
     variables = init_variables(model, jax.random.key(0), IMAGES)
-    twice = model.clone(remat=remat)
-    chex.assert_trees_all_close(gradient(twice), gradient(model), rtol=1e-4, atol=1e-6)
-    assert kept_bytes(twice, variables, IMAGES) < 0.6 * kept_bytes(model, variables, IMAGES)
+    expected, kept = gradient(model), kept_bytes(model, variables, IMAGES)
+    for remat in ("block", "stage"):
+        twice = model.clone(remat=remat)
+        chex.assert_trees_all_close(gradient(twice), expected, rtol=1e-4, atol=1e-6)
+        assert kept_bytes(twice, variables, IMAGES) < 0.6 * kept, remat
     with pytest.raises(ValueError, match="remat 'all' is unknown"):
         model.clone(remat="all").init(jax.random.key(0), IMAGES)
 
@@ -50,6 +51,6 @@ def test_memory_of_a_densenet_grows_with_its_layers_and_not_with_their_square():
         return kept_bytes(model, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes), IMAGES)
 
     def bend(remat):
-        return kept(18, remat) - 2 * kept(12, remat) + kept(6, remat)
+        return kept(9, remat) - 2 * kept(6, remat) + kept(3, remat)
 
     assert bend("block") == 0 and bend("none") > 0

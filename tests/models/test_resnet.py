@@ -1,3 +1,5 @@
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from resnet_jax import create_model
 from resnet_jax.models.blocks import BOTTLENECK, PreactBlock, ResidualBlock, Shortcut
 from resnet_jax.models.layers import DropPath
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.training.state import init_variables
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
 
@@ -44,7 +47,7 @@ def test_endpoint_shapes(name):
 def test_zeroed_branches_leave_the_identity(block, shortcut):
     """With every branch at zero a stage of identity blocks returns its input exactly: the idea of the whole thing."""
     model = tiny(block=block, preact=True, shortcut=shortcut, stage_sizes=(4, 4))
-    variables = model.init(jax.random.key(0), IMAGES)
+    variables = init_variables(model, jax.random.key(0), IMAGES)
     kernels = {"basic": ("conv2",), "bottleneck": ("conv3",)}[block]
     for stage in ("stage1", "stage2"):
         for branch in variables["params"][stage].values():
@@ -60,8 +63,8 @@ def test_zeroed_branches_leave_the_identity(block, shortcut):
 
 def test_zeroed_stages_of_identity_blocks_pass_the_stem_through():
     model = tiny(preact=True, stage_sizes=(5,), widths=(8,))
-    variables = model.init(jax.random.key(0), IMAGES)
-    _, taps = model.apply(variables, IMAGES, endpoints=True)
+    variables = init_variables(model, jax.random.key(0), IMAGES)
+    _, taps = jax.jit(partial(model.apply, endpoints=True))(variables, IMAGES)
     np.testing.assert_array_equal(taps["stage1"], taps["stem"])
 
 
@@ -75,7 +78,7 @@ def test_shortcut_a_subsamples_and_pads_channels_without_parameters():
 
 def test_plain_blocks_have_no_shortcut_and_start_alive():
     model = tiny(shortcut="none")
-    variables = model.init(jax.random.key(0), IMAGES)
+    variables = init_variables(model, jax.random.key(0), IMAGES)
     assert "shortcut" not in variables["params"]["stage2"]["block1"]
     assert np.all(variables["params"]["stage2"]["block1"]["norm2"]["scale"] == 1)
     plain, residual = create_model("cifar_plain20"), create_model("cifar_resnet20")
@@ -85,7 +88,7 @@ def test_plain_blocks_have_no_shortcut_and_start_alive():
 
 def test_jit_and_no_jit_agree():
     model = tiny()
-    variables = model.init(jax.random.key(0), IMAGES)
+    variables = init_variables(model, jax.random.key(0), IMAGES)
 
     def run(variables, images):
         return model.apply(variables, images, train=True, mutable=["batch_stats"])
@@ -97,17 +100,18 @@ def test_jit_and_no_jit_agree():
 
 def test_train_moves_running_statistics_and_evaluation_uses_them():
     model = tiny()
-    variables = model.init(jax.random.key(0), IMAGES)
-    _, moved = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
+    variables = init_variables(model, jax.random.key(0), IMAGES)
+    _, moved = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))(variables, IMAGES)
     before, after = variables["batch_stats"]["stem"]["norm"], moved["batch_stats"]["stem"]["norm"]
     assert np.abs(after["mean"] - before["mean"]).max() > 1e-3
-    first = model.apply(variables | moved, IMAGES)
-    np.testing.assert_allclose(first[:1], model.apply(variables | moved, IMAGES[:1]), rtol=1e-4, atol=1e-5)
+    apply = jax.jit(model.apply)
+    first = apply(variables | moved, IMAGES)
+    np.testing.assert_allclose(first[:1], apply(variables | moved, IMAGES[:1]), rtol=1e-4, atol=1e-5)
 
 
 def test_a_norm_can_be_frozen_while_the_rest_trains():
     model = tiny(norm="frozen_batch")
-    variables = model.init(jax.random.key(0), IMAGES)
+    variables = init_variables(model, jax.random.key(0), IMAGES)
 
     def loss(params):
         logits, moved = model.apply(
@@ -115,7 +119,7 @@ def test_a_norm_can_be_frozen_while_the_rest_trains():
         )
         return jnp.square(logits).sum(), moved
 
-    grads, moved = jax.grad(loss, has_aux=True)(variables["params"])
+    grads, moved = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
     chex.assert_trees_all_equal(moved["batch_stats"], variables["batch_stats"])
     assert not np.any(grads["stem"]["norm"]["scale"]) and not np.any(grads["stem"]["norm"]["bias"])
     assert np.any(grads["stem"]["conv"]["kernel"]) and np.any(grads["head"]["kernel"])
@@ -130,14 +134,14 @@ def test_features_without_a_head():
 
 def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
     model = tiny(dtype=jnp.bfloat16)
-    variables = model.init(jax.random.key(0), IMAGES)
+    variables = init_variables(model, jax.random.key(0), IMAGES)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     (logits, taps), moved = model.apply(variables, IMAGES, train=True, endpoints=True, mutable=["batch_stats"])
     assert taps["stage1"].dtype == jnp.bfloat16 and taps["features"].dtype == jnp.float32
     assert logits.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype("float32")}
-    exact = tiny().apply(variables, IMAGES)
-    np.testing.assert_allclose(model.apply(variables, IMAGES), exact, atol=0.05 * np.abs(exact).max())
+    exact = jax.jit(tiny().apply)(variables, IMAGES)
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, IMAGES), exact, atol=0.05 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("field", [{"shortcut": "E"}, {"stem": "9x9"}, {"norm": "layer"}])
@@ -157,8 +161,9 @@ def test_drop_path_leaves_out_whole_images_and_keeps_the_mean():
 
 def test_dropout_and_drop_path_act_in_training_only():
     model = tiny(drop_rate=0.5, drop_path_rate=0.5, zero_init_last=False)
-    variables = model.init(jax.random.key(0), IMAGES)
+    variables = init_variables(model, jax.random.key(0), IMAGES)
 
+    @jax.jit
     def logits(seed):
         rngs = {"dropout": jax.random.key(seed)}
         return model.apply(variables, IMAGES, train=True, mutable=["batch_stats"], rngs=rngs)[0]

@@ -108,7 +108,9 @@ def test_weights_come_and_go_in_either_form(tmp_path):
     chex.assert_trees_all_equal(tensors, to_torch(model, variables))
     chex.assert_trees_all_equal(from_torch(looped, tensors), stacked)
     folded, values = fold_batch_norm(looped, stacked)
-    np.testing.assert_allclose(folded.apply(values, IMAGES), model.apply(variables, IMAGES), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(folded.apply)(values, IMAGES), jax.jit(model.apply)(variables, IMAGES), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_pretrained_weights_enter_a_looped_model(tmp_path):

@@ -151,9 +151,10 @@ def test_sharpness_aware_steps_take_the_gradient_of_the_worst_point_near_by():
         logits = model.apply({"params": params, "batch_stats": state.batch_stats}, jnp.asarray(pixels, jnp.float32))
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
-    grads = jax.grad(loss)(state.params)
+    gradient = jax.jit(jax.grad(loss))
+    grads = gradient(state.params)
     length = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
-    worst = jax.grad(loss)(jax.tree.map(lambda p, g: p + 0.1 * g / length, state.params, grads))
+    worst = gradient(jax.tree.map(lambda p, g: p + 0.1 * g / length, state.params, grads))
     expected = jax.tree.map(lambda p, g: p - 0.5 * g, state.params, worst)
     optimizer = make_optimizer(config.optimizer, optax.constant_schedule(0.5))
     after, _ = jax.jit(make_train_step(model, optimizer, config))(state, batch)

@@ -12,7 +12,7 @@ from resnet_jax.data.on_device import draw_batch
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.sharding import batch_sharding, make_mesh, put_batch, replicated
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
-from resnet_jax.training.state import create_state
+from resnet_jax.training.state import create_state, init_variables
 from resnet_jax.training.step import make_device_step, make_eval_step, make_streamed_step, make_train_step
 
 RNG = np.random.default_rng(0)
@@ -59,14 +59,14 @@ def test_the_gradient_is_that_of_finite_differences():
         optimizer=dataclasses.replace(CONFIG.optimizer, weight_decay=0.0, momentum=0.0, nesterov=False),
     )
     model, optimizer = net(), make_optimizer(config.optimizer, optax.constant_schedule(1.0))
-    state = new_state(model, optimizer)
-    after, _ = make_train_step(model, optimizer, config)(state, BATCH)
+    state, step = new_state(model, optimizer), jax.jit(make_train_step(model, optimizer, config))
+    after, _ = step(state, BATCH)
     gradient = jax.tree.map(lambda a, b: a - b, state.params, after.params)
     length = float(optax.tree.norm(gradient))
 
     def loss(shift):
         params = jax.tree.map(lambda p, g: p + shift * g / length, state.params, gradient)
-        _, sums = make_train_step(model, optimizer, config)(state.replace(params=params), BATCH)
+        _, sums = step(state.replace(params=params), BATCH)
         return float(sums["loss"]) / 16
 
     numeric = (loss(3e-3) - loss(-3e-3)) / 6e-3
@@ -75,12 +75,12 @@ def test_the_gradient_is_that_of_finite_differences():
 
 def test_ema_starts_fast_and_ends_at_its_decay():
     model, optimizer = net(), make_optimizer(CONFIG.optimizer, optax.constant_schedule(0.1))
-    state = new_state(model, optimizer)
-    after, _ = make_train_step(model, optimizer, CONFIG)(state, BATCH)
+    state, step = new_state(model, optimizer), jax.jit(make_train_step(model, optimizer, CONFIG))
+    after, _ = step(state, BATCH)
     expected = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, state.params, after.params)
     chex.assert_trees_all_close(after.ema["params"], expected, rtol=1e-4, atol=1e-6)
     late = state.replace(step=jnp.int32(10_000))
-    after, _ = make_train_step(model, optimizer, CONFIG)(late, BATCH)
+    after, _ = step(late, BATCH)
     expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, state.batch_stats, after.batch_stats)
     chex.assert_trees_all_close(after.ema["batch_stats"], expected, rtol=1e-4, atol=1e-6)
 
@@ -97,7 +97,7 @@ def test_several_steps_in_one_call_are_the_steps_one_by_one(devices, streamed):
     make = make_streamed_step if streamed else make_device_step
     start = jax.jit(lambda: new_state(model, optimizer), out_shardings=replicated(mesh))
     results = []
-    for most, calls in ((1, (1, 1, 1, 1)), (3, (3, 1)), (5, (2, 2))):
+    for most, calls in ((1, (1, 1, 1, 1)), (3, (3, 1))):
         state = start()
         step = jax.jit(make(train_step, CONFIG, most, batch_sharding(mesh)), donate_argnums=0)
         losses: list[float] = []
@@ -108,8 +108,7 @@ def test_several_steps_in_one_call_are_the_steps_one_by_one(devices, streamed):
             losses.extend(np.asarray(sums["loss"][:n]))
         results.append((jax.device_get(state), np.asarray(losses)))
     assert step._cache_size() == 1
-    for other in results[1:]:
-        chex.assert_trees_all_close(results[0], other, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_trains_and_keeps_float32_state():
@@ -123,7 +122,7 @@ def test_bfloat16_trains_and_keeps_float32_state():
 
 def test_masked_examples_do_not_count():
     model = net()
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    variables = init_variables(model, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     step = jax.jit(lambda *given: make_eval_step(model, CONFIG)(*given)[0])
     whole = step(variables, BATCH | {"mask": np.ones(16, bool)})
     padded = {name: np.concatenate([values[:5], values[:11]]) for name, values in BATCH.items()}
@@ -140,9 +139,10 @@ def test_evaluation_with_flips_does_not_tell_left_from_right():
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     config = dataclasses.replace(CONFIG, augment=AugmentConfig(eval_flip=True))
     mirrored = BATCH | {"image": BATCH["image"][:, :, ::-1]}
+    steps = {False: jax.jit(make_eval_step(model, CONFIG)), True: jax.jit(make_eval_step(model, config))}
     sums = {
-        (flips, which): make_eval_step(model, c)(variables, batch | {"mask": np.ones(16, bool)})[0]["loss"]
-        for flips, c in ((False, CONFIG), (True, config))
+        (flips, which): step(variables, batch | {"mask": np.ones(16, bool)})[0]["loss"]
+        for flips, step in steps.items()
         for which, batch in (("as it is", BATCH), ("mirrored", mirrored))
     }
     assert abs(sums[True, "as it is"] - sums[True, "mirrored"]) < 1e-4

@@ -16,6 +16,7 @@ from resnet_jax.cli import main
 from resnet_jax.config import Config, DataConfig, FinetuneConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
 from resnet_jax.recipes import load_config
 from resnet_jax.training.loop import train
+from resnet_jax.training.state import init_variables
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import Weights, find_weights
 
@@ -47,7 +48,7 @@ def test_timm_loads_a_run_of_ours_strictly(run, tmp_path, form):
     images = images_for(size=32)
     with torch.no_grad():
         expected = module(nchw(images))
-    close(model.apply(variables, images), expected, 1e-4, "logits")
+    close(jax.jit(model.apply)(variables, images), expected, 1e-4, "logits")
     again, same = load_pretrained(str(path), "test_resnet")
     jax.tree.map(np.testing.assert_array_equal, same, variables)
     if form == "safetensors":
@@ -130,7 +131,7 @@ def source(tmp_path_factory):
     """A file that says which model it holds."""
     file = tmp_path_factory.mktemp("source") / "in.safetensors"
     model = create_model("test_resnet")
-    variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    variables = init_variables(model, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     save_tensors(file, Weights(to_torch(model, variables), "test_resnet", {}), "safetensors")
     return str(file)
 

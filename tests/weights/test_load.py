@@ -16,6 +16,7 @@ from resnet_jax import InputError, Predictor, create_model, load_pretrained, to_
 from resnet_jax.config import Config
 from resnet_jax.recipes import from_dict, to_dict
 from resnet_jax.training.recipe import build_model
+from resnet_jax.training.state import init_variables
 from resnet_jax.weights.export import export, save_tensors
 from resnet_jax.weights.load import names_of_outputs, preprocessing_of
 from resnet_jax.weights.sources import Weights, find_weights
@@ -27,7 +28,7 @@ TAG = "test_resnet.r160_in1k"
 @pytest.fixture(scope="module")
 def tensors():
     model = create_model("test_resnet")
-    variables = model.init(jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))
+    variables = init_variables(model, jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))
     return to_torch(model, variables)
 
 
@@ -144,7 +145,7 @@ def test_a_file_with_the_head_swapped_and_grey_images(file, tensors, caplog):
     assert "1000 classes, the model 5: its head is made anew" in caplog.text
     assert variables["params"]["head"]["kernel"].shape == (96, 5)
     same(model, variables, tensors, apart=("conv1.0.weight", "fc.weight", "fc.bias"))
-    model.apply(variables, np.zeros((1, 32, 32, 1), np.float32))
+    jax.eval_shape(model.apply, variables, np.zeros((1, 32, 32, 1), np.float32))
     model, variables = load_pretrained(str(file), "test_resnet")
     same(model, variables, tensors)
 

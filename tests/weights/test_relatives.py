@@ -16,6 +16,7 @@ from resnet_jax.models.googlenet import AuxiliaryHead, Chain, mean_of_parts
 from resnet_jax.models.layers import Conv, make_norm
 from resnet_jax.models.registry import variable_shapes
 from resnet_jax.training.recipe import build_model, state_maker
+from resnet_jax.training.state import init_variables
 from resnet_jax.training.step import make_train_step, prepare, step_key
 from resnet_jax.weights.convert import from_torch
 from resnet_jax.weights.export import save_tensors
@@ -43,7 +44,7 @@ def test_a_transformer_gives_torchvisions_logits_and_goes_back(transformer, tmp_
     images = images_for(size=64)
     with torch.no_grad():
         expected = transformer(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
-    np.testing.assert_allclose(model.apply(variables, images), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, images), expected, atol=1e-4 * np.abs(expected).max())
     tensors = to_torch(model, variables)
     for name, tensor in transformer.state_dict().items():
         np.testing.assert_array_equal(tensors[name], tensor.numpy())
@@ -58,8 +59,8 @@ def test_a_transformer_without_shortcuts_tells_images_apart_less():
 
     def difference(shortcut):
         model = create_model("vit_tiny", image_size=32, depth=8, width=48, heads=3, mlp=96, shortcut=shortcut)
-        variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-        _, taps = model.apply(variables, images_for(size=32), endpoints=True)
+        variables = init_variables(model, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        _, taps = jax.jit(lambda v, x, m=model: m.apply(v, x, endpoints=True))(variables, images_for(size=32))
         features = taps["features"] / jnp.linalg.norm(taps["features"], axis=-1, keepdims=True)
         return float(jnp.linalg.norm(features[0] - features[1]))
 
