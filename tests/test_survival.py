@@ -133,11 +133,12 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(undisturbed, tmp_path):
 
 
 def test_under_nohup_a_terminal_that_goes_ends_nothing(tmp_path):
-    process = start(tmp_path, *PLACES["device"], before="trap '' HUP")
+    flags = [*PLACES["device"], "--train.steps", "60", "--train.eval_every_epochs", "2"]
+    process = start(tmp_path, *flags, before="trap '' HUP")
     wait_for(lambda: steps_in(tmp_path / "checkpoints"), process)
     process.send_signal(signal.SIGHUP)
     finish(process)
-    assert max(steps_in(tmp_path / "checkpoints")) == 240
+    assert max(steps_in(tmp_path / "checkpoints")) == 60
 
 
 LONG = ["--train.steps", "100000", "--schedule.warmup_epochs", "0", "--train.eval_every_epochs", "100000"]
@@ -177,13 +178,14 @@ def test_a_run_whose_folder_is_taken_saves_elsewhere_and_says_so(take, tmp_path)
     assert damage(saved / "checkpoints" / str(step)) is None and not (saved / "lock").exists()
     if take is not remove_the_lock:  # the folder is not made anew, and nothing is put beside what others put there
         assert not folder.exists() or [path.name for path in folder.iterdir()] == ["notes.txt"]
-    process = start(saved, recipe=[])
-    wait_for(lambda: any(x["step"] > step for x in read_lines(saved / "metrics.jsonl")), process)
-    process.terminate()
-    finish(process)
+    if take is delete:
+        process = start(saved, recipe=[])
+        wait_for(lambda: any(x["step"] > step for x in read_lines(saved / "metrics.jsonl")), process)
+        process.terminate()
+        finish(process)
 
 
-@pytest.mark.parametrize("what", [signal.SIGUSR1, signal.SIGHUP, "lock"])
+@pytest.mark.parametrize("what", [signal.SIGUSR1, "lock"])
 def test_two_processes_save_together_when_one_is_told_or_the_lock_goes(what, tmp_path):
     folder = tmp_path / "run"
     running = test_processes.start(folder, 2, 1, more=lambda i: LONG)
@@ -215,11 +217,11 @@ def test_a_lock_that_another_run_takes_ends_the_first_and_leaves_the_second_alon
 
 @pytest.mark.parametrize("redirect", ["> /dev/full 2>&1", ">&- 2>&-"])
 def test_a_run_that_cannot_print_goes_on_to_its_end(redirect, tmp_path):
-    flags = [*FLAGS, *PLACES["device"], "--train.steps", "60"]
+    flags = [*FLAGS, *PLACES["device"], "--train.steps", "20"]
     command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(tmp_path / "run"), *flags]
     process = subprocess.Popen(["sh", "-c", f'exec "$@" {redirect}', "sh", *command], env=ALONE)
     assert process.wait(240) == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 60
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 20
     for name in ("metrics.jsonl", "config.json", "summary.json"):
         for line in (tmp_path / "run" / name).read_text().splitlines() if name == "metrics.jsonl" else ():
             assert json.loads(line)["step"]
@@ -304,7 +306,7 @@ def test_a_full_or_read_only_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
     disk, out = tmp_path / "disk", tmp_path / "run"
     disk.mkdir()
     command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", f"{disk}/run", *FLAGS, *PLACES["device"]]
-    command += ["--train.steps", "900"]
+    command += ["--train.steps", "600", "--train.eval_every_epochs", "2"]
     script = f'mount -t tmpfs -o size=12m tmpfs {disk} && "$@"; status=$?; cp -r {disk}/run {out}; exit $status'
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(["unshare", "-rm", "sh", "-c", script, "sh", *command], env=ALONE, **pipes)
@@ -337,9 +339,9 @@ def test_a_full_or_read_only_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
     finish(process)
     said = "".join(lines)
     assert ("No space left" in said or "RESOURCE_EXHAUSTED" in said) and "goes on and tries again" in said
-    assert max(steps_in(out / "checkpoints")) == 900 and damage(out / "checkpoints" / "900") is None
+    assert max(steps_in(out / "checkpoints")) == 600 and damage(out / "checkpoints" / "600") is None
     logged = [line["step"] for line in read_lines(out / "metrics.jsonl") if "train/loss" in line]
-    assert logged == [*range(7, 900, 7), 900]
+    assert logged == [*range(7, 600, 7), 600]
     best = json.loads((out / "summary.json").read_text())["best"]
     assert best["step"] in steps_in(out / "checkpoints")
 
@@ -401,7 +403,7 @@ def test_nothing_is_left_of_a_run_that_is_killed_with_workers(tmp_path):
 
 
 def test_a_run_with_few_open_files_evaluates_as_often_as_it_likes(tmp_path):
-    flags = ["--data.no_on_device", "--train.steps", "160", "--train.eval_every_epochs", "0.05"]
+    flags = ["--data.no_on_device", "--train.steps", "80", "--train.eval_every_epochs", "0.03"]
     finish(start(tmp_path, *flags, before="ulimit -n 128"))
     assert sum("ema/validation/loss" in line for line in read_lines(tmp_path / "metrics.jsonl")) >= 70
 

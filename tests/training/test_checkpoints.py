@@ -11,7 +11,7 @@ import pytest
 
 import resnet_jax
 from resnet_jax.cli import main
-from resnet_jax.config import Config, InputError, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
+from resnet_jax.config import Config, InputError, LogConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from resnet_jax.manifest import MANIFEST, damage, steps_in
 from resnet_jax.training.checkpoints import Checkpoints, leaves_of, read_checkpoint
 from resnet_jax.training.loop import train
@@ -156,12 +156,13 @@ def test_any_flipped_byte_is_found_or_changes_nothing(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of eight devices with a moving average."""
+    """A finished run of two devices with a moving average."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     config = Config(
         model=ModelConfig(name="cifar_resnet8"),
         train=TrainConfig(steps=3, batch_size=32, ema_decay=0.9, metric="none"),
         schedule=ScheduleConfig(warmup_epochs=0.0),
+        parallel=ParallelConfig(devices=2),
         log=LogConfig(tensorboard=False, report=False),
     )
     train(config, folder)
