@@ -16,6 +16,8 @@ from resnet_jax.manifest import MANIFEST, damage, steps_in
 from resnet_jax.training.checkpoints import Checkpoints, leaves_of, read_checkpoint
 from resnet_jax.training.loop import train
 
+from ..conftest import ROOT
+
 STATE = {"params": jnp.arange(600.0)}
 
 
@@ -224,6 +226,17 @@ def test_stock_orbax_opens_a_run_where_this_package_is_not(run, tmp_path):
         for name, values in ours.items():
             assert theirs[name].dtype == values.dtype
             np.testing.assert_array_equal(theirs[name], values)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_the_readme_opens_a_run_with_orbax(run):
+    blocks = (ROOT / "README.md").read_text().split("```python\n")
+    (code,) = [block.partition("```")[0] for block in blocks if "ocp.CheckpointManager(" in block]
+    assert len(code.strip().splitlines()) <= 5
+    names = {}
+    exec(code.replace("/absolute/path/of/runs/b", str(run)), names)
+    state, _ = resnet_jax.restore(run)
+    np.testing.assert_array_equal(names["kernel"], state.params["stem"]["conv"]["kernel"])
 
 
 def test_weights_are_exported_for_orbax_alone(run, tmp_path):

@@ -141,12 +141,7 @@ def test_torchvision_at_full_depth(name, size):
     close(jax.jit(model.apply)(variables, images), expected, 1e-4, "logits")
 
 
-COMBINED = ("resnet50c", "resnet50s", "wide_resnet50_2", "seresnext26d_32x4d", "seresnextaa101d_32x8d",
-            "ecaresnetlight", "resnetblur18", "resnetv2_50t")  # fmt: skip
-"""Their parts are each in another network too, whose gradients are compared."""
-
-
-@pytest.mark.parametrize("name", [name for name in TIMM if name not in COMBINED])
+@pytest.mark.parametrize("name", TIMM)
 def test_a_training_step(name):
     """Loss, every gradient and the running statistics after one step.
 
