@@ -4,7 +4,6 @@ import argparse
 import atexit
 import gc
 import io
-import json
 import multiprocessing
 import os
 import shutil
@@ -261,7 +260,7 @@ def plan_command(arguments: Sequence[str]) -> int:
     needs = forecast(config, options.devices)
     if memory is not None:
         needs |= {"memory": memory, "fits": needs["total"] <= memory}
-    print(json.dumps(needs, indent=2) if options.json else format_plan(needs))
+    print(to_json(needs, indent=2) if options.json else format_plan(needs))
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.config import InputError, local_path, path_of
+from resnet_jax.files import in_bucket
 
 CHECKPOINT_HELP = "of a run: best, latest or a step; by default the best one where the run selected one"
 
@@ -136,7 +137,9 @@ def export_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", help=CHECKPOINT_HELP)
     options = parser.parse_args(arguments)
     form = options.format or Path(options.file).suffix.removeprefix(".")
-    file = path_of(options.file, "FILE") if form == "orbax" else file_to_write(options.file)
+    file = path_of(options.file, "FILE")
+    if form != "orbax" and not in_bucket(file):
+        file = file_to_write(options.file)
     if form not in FORMS:
         raise InputError(f"{file}: end the name with .{', .'.join(FORMS)}, or say which with --format")
     if form in ("stablehlo", "onnx"):

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.config import InputError, local_path
+from resnet_jax.config import InputError, path_of
 from resnet_jax.data.on_device import normalize
+from resnet_jax.files import in_bucket
 from resnet_jax.models.fold import fold_batch_norm
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
@@ -240,11 +241,13 @@ def find_files(words: Sequence[str]) -> Iterator[Path]:
     from resnet_jax.data.files import Left, pictures_under
 
     for word in words:
-        path = local_path(word, "PATH")
+        path = path_of(word, "PATH")
         if path.is_dir():
-            found = [Path(picture) for picture in pictures_under(path, Left())]
+            found = [path_of(picture, "PATH") for picture in pictures_under(path, Left())]
         elif path.exists():
             found = [path]
+        elif in_bucket(path):
+            found = []
         else:
             found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
         if not found:

@@ -237,7 +237,7 @@ def check(config: Config) -> None:
         if wrong:
             raise InputError(message)
     for name, path in _paths(config).items():
-        local_path(path, name)
+        (local_path if name == "data.data_dir" or config.data.dataset.startswith("tfds:") else path_of)(path, name)
 
 
 def _each(value: Any) -> tuple[Any, ...]:

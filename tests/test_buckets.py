@@ -1,6 +1,7 @@
 """Runs in a bucket: an emulator of Google's over loopback, which tests start themselves."""
 
 import importlib.util
+import io
 import json
 import os
 import socket
@@ -106,6 +107,33 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_the_same_as_on_a_disk(bucket
     file = folder / "checkpoints" / str(newest) / "record" / "metadata"
     file.write_bytes(file.read_bytes().replace(b"cifar", b"CIFAR"))
     assert damage(folder / "checkpoints" / str(newest)) == "record/metadata has other contents"
+
+
+def test_pictures_tables_and_weights_lie_in_a_bucket(bucket, tmp_path, capsys):
+    data, rows = path_of(f"{bucket}/data", "the data"), ["path,label"]
+    for name, grey in (("dark", 40), ("light", 200)):
+        for i in range(12):
+            file = io.BytesIO()
+            Image.new("L", (8, 8), grey + i).save(file, "PNG")
+            (data / "train" / name / f"{i}.png").write_bytes(file.getvalue())
+            rows.append(f"train/{name}/{i}.png,{name}")
+    (data / "train" / ".DS_Store").write_bytes(b"x")
+    (data / "table.csv").write_text("\n".join(rows))
+    flags = ["--model.name", "cifar_resnet8", "--train.steps", "4", "--train.batch_size", "8", "--data.image_size", "8"]
+    flags += ["--schedule.warmup_epochs", "0", "--log.no_report", "--log.no_tensorboard", "--data.workers", "0"]
+    for kind, place in (("folder", "data"), ("csv", "data/table.csv")):
+        run = str(tmp_path / kind)
+        assert main(["train", "--workdir", run, "--data.dataset", f"{kind}:{bucket}/{place}", *flags]) == 0
+        assert "2 classes" in capsys.readouterr().out
+    assert main(["export", run, f"{bucket}/net.safetensors"]) == 0
+    capsys.readouterr()
+    shown = []
+    for source in (run, f"{bucket}/net.safetensors"):
+        assert main(["predict", source, f"{data}/train/light", "--format", "csv"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and f"{bucket}/data/train/light/3.png" in shown[0]
+    assert main(["train", "--workdir", run, "--data.dataset", f"folder:{bucket}/nothing", *flags]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

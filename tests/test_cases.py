@@ -257,8 +257,8 @@ def test_14_one_value_a_channel_is_a_warning(tmp_path, capsys):
     assert "WARNING" in out.out + out.err and "one value" in out.out + out.err
 
 
-@pytest.mark.parametrize("path", ["gs://my-bucket/run1", "s3://bucket/run"])
-def test_22_a_bucket_is_refused_with_words(path, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("path", ["az://my-bucket/run1", "s3://bucket/run"])
+def test_22_what_is_remote_and_no_bucket_of_google_is_refused_with_words(path, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in (
         ["train", *QUICK, "--workdir", path], ["predict", path, "x.png"], ["evaluate", path],

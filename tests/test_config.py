@@ -63,8 +63,8 @@ def test_differences_leave_out_what_does_not_change_the_result():
         ("data", {"workers": -1}, r"\[0, 1024\]"),
         ("data", {"synthetic_size": 0}, "at least 1"),
         ("data", {"dataset": "synthetic", "synthetic_size": 10**9}, "GiB of memory"),
-        ("data", {"dataset": "folder:gs://b/x"}, "remote paths are not supported"),
-        ("data", {"data_dir": "s3://b/x"}, "remote paths are not supported"),
+        ("data", {"dataset": "folder:gs://b/x"}, "has to be on this machine"),
+        ("data", {"data_dir": "s3://b/x"}, "has to be on this machine"),
         ("data", {"data_dir": "~nosuchuser/x"}, "no such home"),
         ("augment", {"pad": -1}, r"\[0, 1024\]"),
         ("augment", {"area": (0.9, 0.1)}, "least share comes first"),
@@ -187,7 +187,7 @@ def test_paths_that_are_none_of_this_machine_are_refused(path):
 
 
 def test_a_remote_path_is_refused_as_an_object_too():
-    with pytest.raises(InputError, match="remote paths are not supported"):
+    with pytest.raises(InputError, match="has to be on this machine"):
         local_path(Path("gs://bucket/x"), "--workdir")
 
 

@@ -21,7 +21,7 @@ from resnet_jax.training import forecast, loop, show_batch
 from .small import save_small_network
 
 NUMBERS = ("0", "-1", "-3", "1", "2", "7", "nan", "inf", "-inf", "1e308", "1e-300", "0.5", "1.5", "9" * 30, "x", "")
-WORDS = ("", " ", "x", "~nosuchuser/x", "gs://bucket/x", "s3://b/x", "file:///x", "é\u2028", "a b", "x" * 300, "20:1")
+WORDS = ("", " ", "x", "~nosuchuser/x", "az://bucket/x", "s3://b/x", "file:///x", "é\u2028", "a b", "x" * 300, "20:1")
 OF_FIELD = {
     "model.name": ("cifar_resnet8", "resnet10t", "densenet121", "vit_small_patch16_224", "rsnet50", ""),
     "data.dataset": (

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from resnet_jax.config import InputError
 from resnet_jax.data.dataset import SPLIT_NAMES, Dataset, FileSource, listed, split_of
+from resnet_jax.files import bucket_errors, in_bucket
 
 LITTER = frozenset({"__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin"})
 """What systems leave among pictures, in lower case; so does every name that begins with a dot."""
@@ -58,6 +59,40 @@ def printable(text: str) -> str:
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
+class Entry(NamedTuple):
+    """What a folder holds: its kind is `folder`, `file`, `gone` (a link whose target is not there) or `other`."""
+
+    name: str
+    path: str
+    kind: str
+
+
+def entries_of(folder: Path) -> list[Entry]:
+    """The entries of a folder by name; links are what they lead to.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    found = []
+    try:
+        if in_bucket(folder):
+            import fsspec
+
+            with bucket_errors():
+                for info in fsspec.filesystem("gs").ls(os.fspath(folder), detail=True):
+                    path, kind = f"gs://{info['name'].rstrip('/')}", info["type"]
+                    if path != os.fspath(folder):  # an object that stands for the folder itself
+                        found.append(Entry(path.rpartition("/")[2], path, "folder" if kind == "directory" else kind))
+        else:
+            for entry in os.scandir(folder):
+                gone = entry.is_symlink() and not os.path.exists(entry.path)
+                kind = "gone" if gone else "folder" if os.path.isdir(entry.path) else "file"
+                found.append(Entry(entry.name, entry.path, kind if kind != "file" or entry.is_file() else "other"))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror or error}") from error
+    return sorted(found)
+
+
 def is_litter(name: str) -> bool:
     """Whether a file or folder of this name is what systems and editors leave among pictures."""
     return name.startswith(".") or name.lower() in LITTER
@@ -73,49 +108,42 @@ def pictures_under(folder: Path, left: Left) -> Iterator[str]:
       InputError: a folder cannot be read.
     """
 
-    def walk(path: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-        try:
+    def walk(path: Path, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+        entries, here = entries_of(path), above
+        if not in_bucket(path):
             status = os.stat(path)
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        if (status.st_dev, status.st_ino) in above:
-            left.add(path, "a link that leads back to a folder above it")
-            return
-        here = above | {(status.st_dev, status.st_ino)}
+            if (status.st_dev, status.st_ino) in above:
+                left.add(str(path), "a link that leads back to a folder above it")
+                return
+            here = above | {(status.st_dev, status.st_ino)}
         for entry in entries:
             if is_litter(entry.name):
                 left.add(entry.path, "hidden" if entry.name.startswith(".") else "left by a system")
-            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                yield from walk(entry.path, here)
-            elif entry.is_symlink() and not os.path.exists(entry.path):
+            elif entry.kind == "folder":
+                yield from walk(path / entry.name, here)
+            elif entry.kind == "gone":
                 left.add(entry.path, "a link whose target is gone")
             elif (suffix := os.path.splitext(entry.name)[1].lower()) not in picture_suffixes():
                 left.add(entry.path, f"not a picture's suffix: {suffix or 'none'}")
-            elif not entry.is_file():
+            elif entry.kind == "other":
                 left.add(entry.path, "not a file")
             else:
                 yield entry.path
 
-    above = [os.stat(parent) for parent in folder.absolute().parents]
-    return walk(str(folder), frozenset((status.st_dev, status.st_ino) for status in above))
+    above = [] if in_bucket(folder) else [os.stat(parent) for parent in folder.absolute().parents]
+    return walk(folder, frozenset((status.st_dev, status.st_ino) for status in above))
 
 
 def _folders(root: Path, left: Left) -> dict[str, Path]:
     """The folders in a folder by name, without litter."""
-    try:
-        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"{root} cannot be read: {error.strerror}") from error
     found = {}
-    for entry in entries:
+    for entry in entries_of(root):
         if is_litter(entry.name):
             left.add(entry.path, "hidden" if entry.name.startswith(".") else "left by a system")
-        elif os.path.isdir(entry.path):
-            found[entry.name] = Path(entry.path)
+        elif entry.kind == "folder":
+            found[entry.name] = root / entry.name
         else:
-            gone = entry.is_symlink() and not os.path.exists(entry.path)
-            left.add(entry.path, "a link whose target is gone" if gone else "beside the folders")
+            left.add(entry.path, "a link whose target is gone" if entry.kind == "gone" else "beside the folders")
     return found
 
 
@@ -220,20 +248,25 @@ def table_dataset(file: Path) -> Dataset:
 
     Where a label holds a semicolon, every image has a set of labels, and an empty label is none.
     """
-    rows = _table(file)
+    rows, there = _table(file), None
+    if in_bucket(file):
+        import fsspec
+
+        there = {f"gs://{path}" for path in fsspec.filesystem("gs").find(os.fspath(file.parent))}
     several = any(";" in row["label"] for row in rows)
     pictures: dict[str, list[Picture]] = {"train": [], "validation": [], "test": []}
     seen: set[str] = set()
     for number, row in enumerate(rows, start=2):
         where = f"{file}, line {number}"
         path, labels = os.path.normpath(os.path.join(file.parent, row["path"])), _labels(row["label"])
+        path = path if there is None else path.replace("gs:/", "gs://", 1)  # of which normpath has made one slash
         split = split_of(row["split"] or "train")
         if split is None:
             known = ", ".join(names[0] for names in SPLIT_NAMES.values())
             raise InputError(f"{where}: split {row['split']!r} is unknown; give {known}")
         if path in seen:
             raise InputError(f"{where}: {path} is there twice; leave one of the lines out")
-        if "\0" in path or not os.path.isfile(path):
+        if "\0" in path or not (os.path.isfile(path) if there is None else path in there):
             raise InputError(f"{where}: there is no file {path}")
         if not labels and not several:
             raise InputError(f"{where}: {path} has no label; every picture needs one")

@@ -2,15 +2,14 @@
 
 import hashlib
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, path_of
 from resnet_jax.data.dataset import Dataset, FileSource, Source, known_labels
-from resnet_jax.files import read_file, write_whole
+from resnet_jax.files import read_file, size_of, write_whole
 
 FILE = "pictures.npz"
 """Its name in a run's folder."""
@@ -37,7 +36,7 @@ def _rows(source: Source, names: np.ndarray) -> np.ndarray:
     order = np.argsort(keys, kind="stable")
     if isinstance(source, FileSource):
         for i in order[:SIZED].tolist():
-            rows[i, 2] = os.path.getsize(source.paths[i])
+            rows[i, 2] = size_of(path_of(source.paths[i], "a picture"))
     return rows[order]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.config import DataConfig, InputError, Size, local_path, sides
+from resnet_jax.config import DataConfig, InputError, Size, path_of, sides
 from resnet_jax.data.dataset import (
     SPLIT_NAMES,
     ArraySource,
@@ -45,9 +45,9 @@ def load_dataset(config: DataConfig, seed: int, hold_out: bool = True, prepare: 
     elif config.dataset == "synthetic":
         found = _synthetic(config, seed)
     elif kind == "folder" and rest:
-        found = folder_dataset(local_path(rest, "data.dataset"))
+        found = folder_dataset(path_of(rest, "data.dataset"))
     elif kind == "csv" and rest:
-        found = table_dataset(local_path(rest, "data.dataset"))
+        found = table_dataset(path_of(rest, "data.dataset"))
     elif kind == "tfds" and rest:
         found = _tfds(rest, config, prepare)
     else:

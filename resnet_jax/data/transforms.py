@@ -6,6 +6,7 @@ are not lost.
 
 import io
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageSequence
 from PIL.JpegImagePlugin import JpegImageFile
 
-from resnet_jax.config import AugmentConfig, Size, sides
+from resnet_jax.config import AugmentConfig, Size, path_of, sides
 from resnet_jax.data.policy import color_jitter, erase, rand_augment, trivial_augment
 
 try:
@@ -89,6 +90,11 @@ def _errors_as_bad_image() -> Iterator[None]:
 @contextmanager
 def _opened(raw: Raw, channels: int) -> Iterator[Picture]:
     """An image of which only the header is read as yet, or an array's picture."""
+    if not isinstance(raw, Path) and isinstance(raw, str | os.PathLike) and os.fspath(raw).startswith("gs://"):
+        place = path_of(os.fspath(raw), "a picture")
+        raw = place.read_bytes()
+        if place.suffix.lower() == ".npy":
+            raw = np.load(io.BytesIO(raw), allow_pickle=False)
     if isinstance(raw, np.ndarray) or (isinstance(raw, str | Path) and Path(raw).suffix.lower() == ".npy"):
         yield _from_array(raw if isinstance(raw, np.ndarray) else np.load(raw, allow_pickle=False), channels)
     elif isinstance(raw, Image.Image):

@@ -1,15 +1,15 @@
 """Running experiments, and the page that shows them."""
 
 import base64
-import json
+import shlex
 import time
 from html import escape
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from resnet_jax.config import Config, DataConfig, InputError
-from resnet_jax.files import write_whole
+from resnet_jax.files import read_json, write_whole
 from resnet_jax.lab.record import Notebook, Options, Rows, save
 from resnet_jax.lab.words import TITLES, WORDS
 from resnet_jax.models.registry import nearest
@@ -51,25 +51,50 @@ def run(name: str, folder: Path, options: Options) -> dict[str, Any]:
 
 def write_page(folder: Path) -> Path:
     """`index.html` with every experiment whose record lies in the folder, in English and Japanese."""
-    sections = []
-    for name in EXPERIMENTS:
-        if not (folder / f"{name}.json").exists():
-            continue
-        record = json.loads((folder / f"{name}.json").read_text())
-        picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        english, japanese = TITLES[name]
-        module: Any = import_module(f"resnet_jax.lab.{name}")
-        table = as_table(name, module.table(record["rows"])) if hasattr(module, "table") else ""
-        how = f"{record['command']} · {record['hardware']} · {record['seconds']:.0f} s · {record['commit'] or ''}"
-        sections.append(
-            f'<section id="{name}"><h2>{escape(english)} <span lang="ja">{escape(japanese)}</span></h2>'
-            f'<img src="data:image/png;base64,{picture}" alt="{escape(english)}">'
-            f'{table}<p>{escape(WORDS[name][0])}</p><p lang="ja">{escape(WORDS[name][1])}</p>'
-            f"<small>Data: {escape(record['options']['dataset'])}. <code>{escape(how)}</code></small></section>"
-        )
+    there = [name for name in EXPERIMENTS if (folder / f"{name}.json").exists()]
+    sections = [section(folder, name) for name in there]
     page = (Path(__file__).with_name("page.html")).read_text()
     write_whole(folder / "index.html", page.replace("{body}", "\n".join(sections)))
     return folder / "index.html"
+
+
+class Shown(TypedDict):
+    """What the page shows of an experiment's record."""
+
+    command: str
+    hardware: str
+    seconds: float
+    commit: str | None
+    options: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def section(folder: Path, name: str) -> str:
+    """HTML of an experiment, from its record and picture.
+
+    Raises:
+      InputError: one of them is damaged or missing.
+    """
+    file = folder / f"{name}.json"
+    record: Shown = read_json(file, Shown)
+    english, japanese = TITLES[name]
+    module: Any = import_module(f"resnet_jax.lab.{name}")
+    try:
+        picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        table = as_table(name, module.table(record["rows"])) if hasattr(module, "table") else ""
+        dataset = record["options"]["dataset"]
+    except (KeyError, IndexError, TypeError, ValueError, OSError) as error:
+        raise InputError(
+            f"{file} or its picture is damaged ({type(error).__name__}: {error}); remove it and run: "
+            f"resnet-jax lab {name} --out {shlex.quote(str(folder))}"
+        ) from error
+    how = f"{record['command']} · {record['hardware']} · {record['seconds']:.0f} s · {record['commit'] or ''}"
+    return (
+        f'<section id="{name}"><h2>{escape(english)} <span lang="ja">{escape(japanese)}</span></h2>'
+        f'<img src="data:image/png;base64,{picture}" alt="{escape(english)}">'
+        f'{table}<p>{escape(WORDS[name][0])}</p><p lang="ja">{escape(WORDS[name][1])}</p>'
+        f"<small>Data: {escape(str(dataset))}. <code>{escape(how)}</code></small></section>"
+    )
 
 
 def as_table(name: str, rows: Rows) -> str:

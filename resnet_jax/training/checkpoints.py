@@ -139,35 +139,32 @@ class Checkpoints:
         Raises:
           InputError: there are some and none is sound; nothing is touched then.
         """
-        if jax.process_count() == 1:
-            found, problems = newest_sound(self.folder, lambda step: _read(self.folder, template, step))
-            self._set_aside(problems, found and found[2])
-            return found
-        step = self._agreed_step()
+        step = self._newest()
         try:
             return None if step is None else _read(self.folder, template, step)
         except Damaged as error:
             raise InputError(
-                f"process {jax.process_index()} does not find what process 0 finds in {self.folder} ({error}): it must "
-                "be one folder for all of them"
+                f"process {jax.process_index()} cannot read the checkpoint of step {step} in {self.folder} ({error}), "
+                "which process 0 finds sound: it must be one folder for all processes"
             ) from error
 
-    def _agreed_step(self) -> int | None:
-        """Step of the newest checkpoint that is sound to process 0, which reads all of it."""
-        from jax.experimental import multihost_utils
-
-        told, problem = NONE, None
+    def _newest(self) -> int | None:
+        """Step of the newest checkpoint that is sound to process 0, which reads all of it and sets newer ones aside."""
+        found, problem = NONE, None
         if jax.process_index() == 0:
             try:
-                found, problems = newest_sound(self.folder, lambda step: step)
-                self._set_aside(problems, found)
-                told = NONE if found is None else found
+                step, problems = newest_sound(self.folder, lambda step: step)
+                self._set_aside(problems, step)
+                found = NONE if step is None else step
             except InputError as error:
-                told, problem = DAMAGED, error
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(told)))
-        if step == DAMAGED:
+                found, problem = DAMAGED, error
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        if found == DAMAGED:
             raise problem or InputError(f"no checkpoint in {self.folder} is sound; process 0 says more")
-        return None if step == NONE else step
+        return None if found == NONE else found
 
     def _set_aside(self, problems: dict[int, str], sound: int | None) -> None:
         if problems and sound is None:

@@ -235,6 +235,14 @@ class FinishedRun:
             )
 
 
+def mesh_for(batch_size: int) -> Mesh:
+    """Returns a mesh over all devices, or over as many of this process's as a batch divides over."""
+    if jax.process_count() > 1:
+        check_batch(batch_size, make_mesh())
+        return make_mesh()
+    return make_mesh(max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0))
+
+
 def open_run(
     folder: Path,
     checkpoint: str | None = None,
@@ -254,8 +262,7 @@ def open_run(
     if dataset is not None:
         config = replace(config, data=replace(config.data, dataset=dataset))
     check(config)
-    mesh = make_mesh()
-    check_batch(config.train.batch_size, mesh)
+    mesh = mesh_for(config.train.batch_size)
     selects = config.train.metric != "none"
     found = load_dataset(config.data, config.train.seed, hold_out=selects, prepare=False)
     seen, now = load_fingerprint(folder), fingerprint(found)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from resnet_jax.config import InputError
+from resnet_jax.files import in_bucket, write_whole
 from resnet_jax.models.registry import create_model
 from resnet_jax.weights.convert import to_torch
 from resnet_jax.weights.load import fit_weights, model_of, names_of_outputs, preprocessing_of
@@ -65,6 +67,15 @@ def written_beside(path: Path) -> Iterator[Path]:
       InputError: `path` is a folder or a device, cannot be written, or the disk is full; what was there stays.
     """
 
+    if in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            beside = Path(folder) / path.name
+            yield beside
+            try:
+                write_whole(path, beside.read_bytes())
+            except OSError as error:
+                raise InputError(f"{path} cannot be written: {error}") from error
+        return
     try:
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():

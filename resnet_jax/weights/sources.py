@@ -1,11 +1,14 @@
 """Finding weights: a published tag, the Hugging Face hub, a file, a folder, a run of ours."""
 
 import argparse
+import atexit
 import json
 import logging
 import math
 import pickle
 import re
+import shutil
+import tempfile
 import typing
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config import InputError, ModelConfig, path_of, sides
-from resnet_jax.files import read_file, read_json
+from resnet_jax.files import in_bucket, read_file, read_json
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest, variable_shapes
 from resnet_jax.output import say
 from resnet_jax.recipes import check, from_dict
@@ -95,6 +98,8 @@ def _found(source: str, checkpoint: str | None) -> Weights:
         return _from_run(path, checkpoint)
     if checkpoint is not None:
         raise InputError(f"--checkpoint {checkpoint}: {source} is no folder of a run, and nothing else has checkpoints")
+    if in_bucket(path) and path.is_file():
+        path = fetched(path)
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
@@ -106,6 +111,21 @@ def _found(source: str, checkpoint: str | None) -> Weights:
     tag = find_tag(source)
     tensors = read_tensors(_download(tag.repository, "model.safetensors"))
     return Weights(tensors, tag.name, {"num_classes": tag.num_classes}, tag.preprocessing)
+
+
+def fetched(path: Path) -> Path:
+    """Returns a copy on this machine of a file in a bucket, under its name, which stays until the process ends.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        (folder / path.name).write_bytes(read_file(path))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    return folder / path.name
 
 
 def _download(repository: str, name: str) -> Path:

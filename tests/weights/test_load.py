@@ -290,7 +290,7 @@ def test_a_damaged_header_of_an_exported_file_is_refused(tmp_path, tensors):
         ("~nosuchuser/x.pth", "no such home"),
         ("/dev/null", "neither a file nor a folder"),
         ("nosuchthing", "`resnet-jax models` lists them"),
-        ("gs://bucket/x.pth", "remote paths are not supported"),
+        ("s3://bucket/x.pth", "only gs://BUCKET/PATH is supported"),
     ],
 )
 def test_odd_sources_are_words(source, says, monkeypatch, tmp_path):
