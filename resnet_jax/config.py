@@ -45,7 +45,7 @@ def path_of(given: str | Path, what: str) -> Path:
     from etils import epath
 
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # others write, too
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     found: Path = epath.Path(re.sub("^gs:/+", "gs://", str(given)))
     return found
 

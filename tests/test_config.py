@@ -63,7 +63,7 @@ def test_differences_leave_out_what_does_not_change_the_result():
         ("data", {"workers": -1}, r"\[0, 1024\]"),
         ("data", {"synthetic_size": 0}, "at least 1"),
         ("data", {"dataset": "synthetic", "synthetic_size": 10**9}, "GiB of memory"),
-        ("data", {"dataset": "folder:gs://b/x"}, "has to be on this machine"),
+        ("data", {"dataset": "folder:az://b/x"}, "only gs://BUCKET/PATH is supported"),
         ("data", {"data_dir": "s3://b/x"}, "has to be on this machine"),
         ("data", {"data_dir": "~nosuchuser/x"}, "no such home"),
         ("augment", {"pad": -1}, r"\[0, 1024\]"),

@@ -30,7 +30,7 @@ OF_FIELD = {
         "folder:",
         "folder:/no",
         "csv:.",
-        "folder:gs://b/x",
+        "folder:az://b/x",
         "tfds:gs://b/x",
         "web",
     ),
@@ -206,7 +206,7 @@ def test_export_with_any_flags_ends_in_words(folder, source, place, form):
 @given(
     name=st.sampled_from(("degradation", "landscape", "nosuch", "")),
     flag=st.sampled_from(("--seeds", "--depths", "--out", "--dataset")),
-    value=st.sampled_from((*NUMBERS, *WORDS, "20,56", "1,,2", "file", "file/x", "folder:gs://b/x")),
+    value=st.sampled_from((*NUMBERS, *WORDS, "20,56", "1,,2", "file", "file/x", "folder:az://b/x")),
 )
 def test_lab_with_any_flags_ends_in_words(folder, name, flag, value):
     check_words(["lab", name, flag, value])
