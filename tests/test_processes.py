@@ -128,10 +128,17 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_go_on_with_the_run_of_one_and_train_what_one_trains(tmp_path, alone):
+    """From its sound checkpoint, though a newer one is damaged, which process 0 finds and sets aside."""
     whole, part = alone
     shutil.copytree(part, tmp_path / "run")
-    assert max(steps_in(part / "checkpoints")) < 24 and not (part / "summary.json").exists()
+    sound = max(steps_in(part / "checkpoints"))
+    assert sound < 24 and not (part / "summary.json").exists()
+    newer = tmp_path / "run" / "checkpoints" / str(sound + 1)
+    shutil.copytree(newer.with_name(str(sound)), newer)
+    largest = max((path for path in newer.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(b"?" + largest.read_bytes()[1:])
     finish(start(tmp_path / "run", 2, 2, lambda i: ["--parallel.strategy", "pmap"], "environment"))
+    assert (tmp_path / "run" / "damaged" / f"{sound + 1}-0").is_dir()
     same_as(tmp_path / "run", whole)
 
 
