@@ -1,4 +1,4 @@
-"""Google's storage over loopback, in memory: `python emulator.py PORT`.
+"""Google's storage over loopback: `python emulator.py PORT FOLDER`, which keeps in the folder what is written.
 
 What the emulator lacks and TensorStore needs of the real service is added: reads say the object's generation, and a
 write with a condition on it fails where it does not hold.
@@ -41,4 +41,5 @@ insert = objects.insert
 replaced = {objects.download: read(objects.download), objects.get: read(objects.get), insert: write}
 for _, methods in server.HANDLERS:
     methods.update({method: replaced.get(handler, handler) for method, handler in methods.items()})
-server.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="bucket1").run()
+port, folder = sys.argv[1:]
+server.create_server("127.0.0.1", int(port), in_memory=False, data_dir=folder, default_bucket="bucket1").run()

@@ -32,29 +32,48 @@ FLAGS = [
 ]  # fmt: skip
 
 
+class Emulator:
+    """Google's storage in a process of its own, which may go away for a while."""
+
+    def __init__(self, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder = folder
+        self.start()
+
+    def start(self):
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("emulator.py"))]
+        self.process = subprocess.Popen([*command, str(self.port), str(self.folder)], stderr=subprocess.DEVNULL)
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return
+            except OSError:
+                assert self.process.poll() is None
+                time.sleep(0.1)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
 @pytest.fixture(scope="module")
-def bucket():
-    """The address of an empty bucket, which this process and those that it starts find at an emulator."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("emulator.py")), str(port)]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
+def emulator(tmp_path_factory):
+    """An emulator with a bucket, at which this process and those that it starts find `gs://bucket1`."""
+    found = Emulator(tmp_path_factory.mktemp("storage"))
+    url = f"http://127.0.0.1:{found.port}"
     names = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any"}
-    os.environ.update(names)
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            break
-        except OSError:
-            assert server.poll() is None
-            time.sleep(0.1)
-    yield "gs://bucket1"
-    server.kill()
-    server.wait()
-    for name in names:
-        del os.environ[name]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in names.items():
+            patch.setenv(name, value)
+        yield found
+    found.kill()
+
+
+@pytest.fixture
+def bucket(emulator):
+    return "gs://bucket1"
 
 
 def train(workdir, *flags):
@@ -107,6 +126,22 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_the_same_as_on_a_disk(bucket
     file = folder / "checkpoints" / str(newest) / "record" / "metadata"
     file.write_bytes(file.read_bytes().replace(b"cifar", b"CIFAR"))
     assert damage(folder / "checkpoints" / str(newest)) == "record/metadata has other contents"
+
+
+def test_a_bucket_that_does_not_answer_for_a_while_costs_no_step(emulator, bucket):
+    folder = path_of(f"{bucket}/runs/b", "the run")
+    process = train(str(folder))
+    while not steps_in(folder / "checkpoints"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    emulator.kill()
+    time.sleep(4)
+    emulator.start()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    (newest, *_) = steps_in(folder / "checkpoints")
+    assert newest == 40 and damage(folder / "checkpoints" / "40") is None
+    assert [x["step"] for x in read_lines(folder / "metrics.jsonl") if "train/loss" in x] == [*range(2, 41, 2)]
 
 
 def test_pictures_tables_and_weights_lie_in_a_bucket(bucket, tmp_path, capsys):
