@@ -326,7 +326,12 @@ def read_record(folder: Path) -> Record:
 
 @contextlib.contextmanager
 def unreadable_is_damaged() -> Iterator[None]:
-    """Turns whatever Orbax raises over files that it does not understand, which is of many kinds, into Damaged."""
+    """Turns whatever Orbax raises over files that it does not understand, which is of many kinds, into Damaged; what it
+    warns of, such as that an item has no metadata of its own, is not shown.
+    """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except (InputError, Damaged, jax.errors.JaxRuntimeError):
@@ -334,3 +339,5 @@ def unreadable_is_damaged() -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise Damaged(f"it cannot be read ({type(error).__name__}: {reason[:300]})") from error
+    finally:
+        logger.setLevel(level)

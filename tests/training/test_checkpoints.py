@@ -51,13 +51,14 @@ def test_the_latest_and_the_best_stay(tmp_path, metrics, keep, kept):
     assert steps_in(tmp_path / "checkpoints") == kept
 
 
-def test_a_state_comes_back_with_its_record(tmp_path):
+def test_a_state_comes_back_with_its_record_and_without_a_word(tmp_path, caplog):
     save_all(tmp_path, {1: 0.9, 2: 0.5})
     for step in (1, 2):
         state, record = read_checkpoint(tmp_path, state_like, str(step))
         np.testing.assert_array_equal(state["params"], STATE["params"] * step)
         assert record == {"step": step}
     assert read_checkpoint(tmp_path, state_like)[1] == {"step": 2}
+    assert not caplog.records
 
 
 def restored_step(folder):
