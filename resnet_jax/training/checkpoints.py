@@ -114,6 +114,19 @@ class Checkpoints:
         except Exception as error:
             self._failed(error)
 
+    def abandon(self) -> None:
+        """Removes what was being written when the run's folder was taken away, with the folders that this made anew."""
+        step = self._writing
+        self.settle()
+        if step is None or jax.process_index() != 0 or (self.folder.parent / "config.json").exists():
+            return
+        self._remove_begun(str(step))
+        with contextlib.suppress(OSError):
+            if (self.folder / str(step)).exists():
+                remove_tree(self.folder / str(step))
+            for folder in (self.folder, self.folder.parent):
+                folder.rmdir()  # where nothing else is in it
+
     def has(self, step: int) -> bool:
         """Whether there is a checkpoint of a step; waits for the one that is being written."""
         self.settle()

@@ -416,6 +416,7 @@ def end_early(run: Run, state: TrainState, step: int, record: Record) -> NoRetur
         if not run.checkpoints.has(step):
             run.checkpoints.save(step, unstack_blocks(state), record)
         raise Stopped(run.folder, step, run.stop.signal or 0, run.checkpoints.has(step))
+    run.checkpoints.abandon()
     place = run.lock.moved_to() if run.lock is not None and jax.process_count() == 1 else None
     held: Any = contextlib.nullcontext()  # its lock moved with it
     if place is None:
