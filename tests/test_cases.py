@@ -1,7 +1,7 @@
 """Inputs of users on which this product once failed, each with what is right. One example stands for a kind.
 
-Those of weights (15, 17, 18) are in `weights/test_sources.py`, pixels beside timm's (19) in `data/test_transforms.py`, no
-home (23) in `test_cli.py`, a metric of nan (13) and a folder that grows (27) in `training/test_selection.py`.
+Those of weights (15, 17, 18) are in `weights/test_sources.py`, pixels beside timm's (19) in `data/test_transforms.py`,
+no home (23) in `test_cli.py`, a metric of nan (13) and a folder that grows (27) in `training/test_selection.py`.
 """
 
 import io
