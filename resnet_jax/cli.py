@@ -107,6 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if problem := no_device():
             return fail(problem)
         raise
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] == "gcsfs":  # such as its HttpError, where there is no right
+            return fail(f"the bucket cannot be used: {first_line(error)}")
+        raise
 
 
 NO_MEMORY = (

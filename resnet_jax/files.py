@@ -16,13 +16,13 @@ from resnet_jax.typed import typed
 
 
 def in_bucket(path: Path) -> bool:
-    """Whether a path leads into a bucket, where there are no links, no folders without files, and no appending."""
+    """Returns whether a path leads into a bucket, which has no links, no folders without files, and no appending."""
     return not isinstance(path, Path)
 
 
 @contextlib.contextmanager
 def bucket_errors() -> Iterator[None]:
-    """Makes an OSError of whatever a bucket raises, such as gcsfs's HttpError where there is no right to it."""
+    """Turns whatever a bucket raises into an OSError, such as gcsfs's HttpError where there is no right to it."""
     try:
         yield
     except OSError:
@@ -32,13 +32,13 @@ def bucket_errors() -> Iterator[None]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file."""
+    """Returns the size of a file in bytes."""
     found: Any = path.stat()
     return int(found.length if in_bucket(path) else found.st_size)
 
 
 def modified(path: Path) -> float:
-    """When a file was written, in seconds by the clock of its disk or bucket."""
+    """Returns when a file was written, in seconds since 1970 by the clock of its disk or bucket."""
     found: Any = path.stat()
     return float(found.mtime if in_bucket(path) else found.st_mtime_ns / 1e9)
 

@@ -92,13 +92,13 @@ def damage(folder: Path, contents: bool = True) -> str | None:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, sound or not, the newest first."""
+    """Returns the steps of the checkpoints in a folder, sound or not, the newest first."""
     found = [path for path in folder.glob("*") if path.name.isascii() and path.name.isdigit() and not is_begun(path)]
     return sorted((int(path.name) for path in found), reverse=True)
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether a checkpoint in a bucket is still being written; on a disk it has another name until it is whole."""
+    """Returns whether a checkpoint in a bucket is still being written; on a disk it has another name until then."""
     return in_bucket(folder) and not any((folder / name).exists() for name in (MANIFEST, *LATER[1:]))
 
 
@@ -127,7 +127,7 @@ def best_of(folder: Path) -> Best | None:
 
 
 def checkpoint_step(folder: Path, wanted: str) -> int:
-    """Step that `best` or a number means in a run's folder.
+    """Returns the step that `best` or a number means in a run's folder.
 
     Raises:
       InputError: it is something else, or the run has no such checkpoint.
@@ -148,7 +148,7 @@ def checkpoint_step(folder: Path, wanted: str) -> int:
 def newest_sound(
     folder: Path, read: Callable[[int], T], steps: Callable[[], Iterable[int]] | None = None
 ) -> tuple[T | None, dict[int, str]]:
-    """What a function reads in the newest sound checkpoint of a folder, and what is wrong with each newer one.
+    """Returns what a function reads in the newest sound checkpoint of a folder, and what is wrong with each newer one.
 
     A run that goes on meanwhile deletes checkpoints as newer ones come: where the folder changes while it is read, it
     is looked at again.

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import chex
+import gcsfs
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -188,3 +189,12 @@ def test_without_gcsfs_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="gcs"):
         path_of("gs://bucket1/run", "--workdir")
+
+
+def test_a_bucket_without_a_right_to_it_is_a_sentence(monkeypatch, capsys):
+    def refuse(folder):
+        raise gcsfs.retry.HttpError({"code": 403, "message": "no right to read"})
+
+    monkeypatch.setattr("etils.epath.gpath.PosixGPath.is_dir", refuse)
+    assert main(["runs", "gs://bucket1/runs"]) == 2
+    assert "error: the bucket cannot be used: no right to read" in capsys.readouterr().err
