@@ -95,8 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; resnet-jax train --workdir FOLDER goes on from the last checkpoint", status=130)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        return 0
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads has seen enough, such as `head`
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            return 0
+        raise  # another pipe is broken
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except MemoryError as error:

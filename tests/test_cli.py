@@ -12,6 +12,7 @@ import jax
 import pytest
 from PIL import Image
 
+from resnet_jax import cli
 from resnet_jax.cli import MEMORY, main, parse_recipe, spelt_out
 from resnet_jax.config import Config, ParallelConfig
 from resnet_jax.recipes import load_config, to_dict
@@ -334,6 +335,17 @@ def test_a_closed_pipe_is_no_traceback():
         process.stdout.close()
         err = process.stderr.read()
     assert process.returncode == 0 and not err
+
+
+def test_another_pipe_that_breaks_is_not_taken_for_the_output(capsys, monkeypatch):
+    """As that to the process that keeps shared memory, or to a worker: a run did not end as it should."""
+
+    def broken(_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(cli.COMMANDS, "models", broken)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["models"])
 
 
 def test_a_batch_norm_that_sees_one_value_a_channel_is_a_warning(capsys, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,19 @@ def check_guard(workers: int) -> None:
             f"data.workers is {workers}, and each worker process imports {script or 'the script'} again, which does "
             f"all of its work once more: put the work under `{GUARD}`, or set data.workers to 0"
         )
+
+
+def keep_tracker(workers: int) -> None:
+    """Starts Python's own process that looks after shared memory, deaf to the signals that a scheduler or a terminal
+    sends to all processes of a run: if it dies, whoever next uses shared memory gets a BrokenPipeError.
+    """
+    if workers:
+        deaf_to = (signal.SIGUSR1, signal.SIGHUP)
+        signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)
+        try:
+            resource_tracker.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf_to)
 
 
 def end_with_parent(worker: int, workers: int) -> None:

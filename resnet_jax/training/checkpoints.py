@@ -56,7 +56,8 @@ class Checkpoints:
         self.folder, self.keep = checkpoints_of(workdir), keep
         self.best: int | None = None
         self._writing: int | None = None
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio"):  # where a save fails, each of its parts would log a traceback
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 state=ocp.PyTreeCheckpointHandler(use_compression=False),

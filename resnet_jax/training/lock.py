@@ -253,8 +253,8 @@ def acquire(path: Path) -> Lock:
                 lock.release()
                 continue
             return lock
-        except FileExistsError:
-            continue
+        except (FileExistsError, FileNotFoundError):
+            continue  # another one was quicker to take it, or to take it away
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
@@ -348,7 +348,8 @@ def create_alone(path: Path, before: Holder | None) -> int:
     """Opens a new file where the disk has no `flock`, in place of that of a holder who left it behind.
 
     Raises:
-      FileExistsError: another process was quicker.
+      FileExistsError: another process was quicker,
+      FileNotFoundError: or is just replacing it.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
     os.rename(path, aside)

@@ -23,7 +23,7 @@ from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import save as save_fingerprint
 from resnet_jax.data.loader import BadImages, check_readable
 from resnet_jax.data.sources import load_dataset
-from resnet_jax.data.watch import check_guard
+from resnet_jax.data.watch import check_guard, keep_tracker
 from resnet_jax.files import in_bucket, modified, to_json, write_whole
 from resnet_jax.manifest import BEST
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
@@ -101,6 +101,7 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     """
     began = time.perf_counter()
     check_guard(config.data.workers)
+    keep_tracker(config.data.workers)
     start_processes(config.parallel)
     check(config)
     workdir = None if workdir is None else path_of(workdir, "--workdir")

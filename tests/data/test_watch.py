@@ -119,3 +119,29 @@ def test_a_script_without_workers_may_do_its_work_anywhere(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT.replace("WORKERS", "0"))
     ended = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120)
     assert ended.stdout == "(4, 4, 4, 3)\n" * 3, ended.stderr
+
+
+def test_the_keeper_of_shared_memory_outlives_the_warnings_of_a_scheduler():
+    """It is a process of Python's own, in the group to which they go; without it the next batch breaks a pipe."""
+    script = """
+import os, signal, subprocess
+from multiprocessing.shared_memory import SharedMemory
+from resnet_jax.data.watch import keep_tracker
+
+keep_tracker(0)
+def children():
+    return open(f"/proc/self/task/{os.getpid()}/children").read().split()
+
+assert not children()
+keep_tracker(1)
+(keeper,) = children()
+for number in (signal.SIGUSR1, signal.SIGHUP):
+    os.kill(int(keeper), number)
+memory = SharedMemory(create=True, size=8)
+memory.close()
+memory.unlink()
+assert children() == [keeper] and open(f"/proc/{keeper}/stat").read().split()[2] != "Z"
+print("there")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "there\n", done.stderr
