@@ -6,6 +6,7 @@ import gc
 import io
 import multiprocessing
 import os
+import select
 import shutil
 import signal
 import sys
@@ -95,12 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; resnet-jax train --workdir FOLDER goes on from the last checkpoint", status=130)
     except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # who reads has seen enough, such as `head`
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-            return 0
-        raise  # another pipe is broken
+        if not nobody_reads():
+            raise  # another pipe is broken
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except MemoryError as error:
@@ -115,6 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__module__.partition(".")[0] == "gcsfs":  # such as its HttpError, where there is no right
             return fail(f"the bucket cannot be used: {first_line(error)}")
         raise
+
+
+def nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has seen enough, such as `head`."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 NO_MEMORY = (
