@@ -43,9 +43,9 @@ def prepared(size: int, batch: int) -> tuple[Any, Any, Any]:
     import numpy as np
 
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
-    from resnet_jax.sharding import compiler_options, run_in_caller
     from resnet_jax.training.optimizers import make_optimizer
     from resnet_jax.training.recipe import build_model, state_maker
+    from resnet_jax.training.sharding import compiler_options, run_in_caller
     from resnet_jax.training.step import make_train_step
 
     run_in_caller()
@@ -87,8 +87,8 @@ def rounds(folder: Path, size: int, batch: int) -> Callable[[], dict[str, Any]]:
     """
     import jax
 
-    from resnet_jax.manifest import steps_in
     from resnet_jax.training.checkpoints import Checkpoints
+    from resnet_jax.training.manifest import steps_in
 
     step_function, state, data = prepared(size, batch)
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

@@ -75,8 +75,8 @@ def ours(name: str, folder: str, epochs: int, seeds: int) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from resnet_jax.sharding import compiler_options, run_in_caller
     from resnet_jax.training.metrics import add, means
+    from resnet_jax.training.sharding import compiler_options, run_in_caller
     from resnet_jax.training.step import make_eval_step
 
     run_in_caller()
@@ -116,9 +116,9 @@ def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, several: i
     import jax
 
     from resnet_jax import config as c
-    from resnet_jax.sharding import batch_sharding, compiler_options, make_mesh
     from resnet_jax.training.optimizers import make_optimizer, make_schedule
     from resnet_jax.training.recipe import build_model, state_maker
+    from resnet_jax.training.sharding import batch_sharding, compiler_options, make_mesh
     from resnet_jax.training.step import make_device_step, make_train_step
 
     config = c.Config(

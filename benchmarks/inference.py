@@ -17,7 +17,7 @@ def jax_forward(name: str, batch: int, size: int, classes: int, dtype: str, exam
     import jax
 
     from benchmarks.flax_example import network
-    from resnet_jax.inference import make_forward
+    from resnet_jax.predict.predictor import make_forward
 
     images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
     model = network(name, classes, dtype, example)

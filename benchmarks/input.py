@@ -121,7 +121,7 @@ def our_batches(folder: str, workers: int, batch: int) -> Any:
     from resnet_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
     from resnet_jax.data.dataset import FileSource
     from resnet_jax.data.loader import BadImages, train_batches
-    from resnet_jax.sharding import make_mesh
+    from resnet_jax.training.sharding import make_mesh
 
     files = files_in(folder)
     config = dataclasses.replace(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.models.convolution import plain_operations
+from resnet_jax.ops.convolution import plain_operations
 
 
 def measure_limits(dtype: str) -> dict[str, float]:

@@ -22,9 +22,9 @@ def scaled_step(name: str, size: int, each: int, dtype: str, devices: int, strat
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
     from resnet_jax.data.loader import BadImages
     from resnet_jax.data.sources import load_dataset
-    from resnet_jax.sharding import make_mesh, put_state
     from resnet_jax.training.advance import make_advance
     from resnet_jax.training.recipe import build_model, state_maker
+    from resnet_jax.training.sharding import make_mesh, put_state
 
     data = DataConfig("synthetic", image_size=size, synthetic_size=2 * each * devices, synthetic_classes=10)
     config = Config(

@@ -30,7 +30,7 @@ IMPORTS = {
 DEPTH = """
 import jax, jax.numpy as jnp
 from resnet_jax.config import *
-from resnet_jax.sharding import compiler_options
+from resnet_jax.training.sharding import compiler_options
 from resnet_jax.training.recipe import build_model, in_form, state_maker
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.step import make_train_step

@@ -39,8 +39,8 @@ def jax_train_step(
 
     from benchmarks.flax_example import network
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-    from resnet_jax.sharding import batch_sharding, compiler_options, make_mesh, run_in_caller
     from resnet_jax.training.optimizers import make_optimizer
+    from resnet_jax.training.sharding import batch_sharding, compiler_options, make_mesh, run_in_caller
     from resnet_jax.training.state import create_state
     from resnet_jax.training.step import make_device_step, make_streamed_step, make_train_step
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from resnet_jax.config import Config, InputError
-    from resnet_jax.inference import Predictor, make_forward
-    from resnet_jax.models.fold import fold_batch_norm
-    from resnet_jax.models.gradcam import grad_cam
     from resnet_jax.models.registry import create_model, feature_info, list_models
+    from resnet_jax.predict.fold_batch_norm import fold_batch_norm
+    from resnet_jax.predict.gradcam import grad_cam
+    from resnet_jax.predict.predictor import Predictor, make_forward
     from resnet_jax.training.loop import train
     from resnet_jax.training.recipe import restore
     from resnet_jax.weights.convert import from_torch, to_torch
@@ -38,10 +38,10 @@ __all__ = [
 
 _HOMES = {
     "config": ("Config", "InputError"),
-    "inference": ("Predictor", "make_forward"),
-    "models.fold": ("fold_batch_norm",),
-    "models.gradcam": ("grad_cam",),
     "models.registry": ("create_model", "feature_info", "list_models"),
+    "predict.fold_batch_norm": ("fold_batch_norm",),
+    "predict.gradcam": ("grad_cam",),
+    "predict.predictor": ("Predictor", "make_forward"),
     "training.loop": ("train",),
     "training.recipe": ("restore",),
     "weights.convert": ("from_torch", "to_torch"),

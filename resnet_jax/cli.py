@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.cli_sources import CHECKPOINT_HELP, export_command, file_to_write, models_command, predict_command
+from resnet_jax.cli_weights import CHECKPOINT_HELP, export_command, file_to_write, models_command, predict_command
 from resnet_jax.config import Config, InputError, local_path, path_of
 from resnet_jax.files import to_json
 from resnet_jax.output import say
@@ -228,9 +228,9 @@ def train_command(arguments: Sequence[str]) -> int:
     config, workdir = parse_recipe(arguments)
     prepare_jax()
     from resnet_jax.data.watch import Stalled
+    from resnet_jax.runs.progress import Diverged
+    from resnet_jax.runs.signals import FolderLost, Stopped
     from resnet_jax.training.loop import NotSaved, train
-    from resnet_jax.training.report import Diverged
-    from resnet_jax.training.signals import FolderLost, Stopped
 
     try:
         train(config, workdir)
@@ -268,7 +268,7 @@ def plan_command(arguments: Sequence[str]) -> int:
     )
     config, _ = parse_recipe(flags)
     prepare_jax()
-    from resnet_jax.training.forecast import forecast, parse_memory
+    from resnet_jax.runs.plan import forecast, parse_memory
 
     memory = None if options.memory is None else parse_memory(options.memory)
     needs = forecast(config, options.devices)
@@ -341,7 +341,7 @@ def report_command(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     folder = path_of(options.workdir, "WORKDIR")
     prepare_jax()
-    from resnet_jax.training.html_report import make_report
+    from resnet_jax.runs.report_page import make_report
 
     print(make_report(folder, options.checkpoint, options.dataset))
     return 0
@@ -354,7 +354,7 @@ def show_batch_command(arguments: Sequence[str]) -> int:
         raise InputError("say which file to write: resnet-jax show-batch out.png [--config FILE] [flags of train]")
     file = file_to_write(files[0])
     config, _ = parse_recipe([word for word in arguments if word != files[0]])
-    from resnet_jax.training.show_batch import show_batch
+    from resnet_jax.runs.show_batch import show_batch
 
     print(show_batch(config, file))
     return 0
@@ -369,7 +369,7 @@ def runs_command(arguments: Sequence[str]) -> int:
     folder = path_of(options.folder, "DIR")
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
-    from resnet_jax.training.workdir import runs_under
+    from resnet_jax.runs.folder import runs_under
 
     rows = runs_under(folder)
     if options.json:
@@ -388,7 +388,7 @@ def runs_command(arguments: Sequence[str]) -> int:
 
 def lab_command(arguments: Sequence[str]) -> int:
     """`resnet-jax lab`."""
-    from resnet_jax.lab.words import TITLES
+    from resnet_jax.lab.captions import TITLES
 
     listed = "\n".join(f"  {name:<16}{titles[0]}" for name, titles in TITLES.items())
     parser = argparse.ArgumentParser(
@@ -425,7 +425,7 @@ def prepare_jax() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told another place, and `run_in_caller`."""
     import jax
 
-    from resnet_jax.sharding import run_in_caller
+    from resnet_jax.training.sharding import run_in_caller
 
     run_in_caller()
     if jax.config.values.get("jax_compilation_cache_dir") is not None:

@@ -20,11 +20,11 @@ from PIL import Image
 
 from resnet_jax.cli import main
 from resnet_jax.config import InputError, path_of
-from resnet_jax.manifest import damage, steps_in
-from resnet_jax.training.lock import hold
+from resnet_jax.runs.folder import runs_under
+from resnet_jax.runs.lock import hold
+from resnet_jax.runs.trackers import read_lines
+from resnet_jax.training.manifest import damage, steps_in
 from resnet_jax.training.recipe import restore
-from resnet_jax.training.trackers import read_lines
-from resnet_jax.training.workdir import runs_under
 
 FLAGS = [
     "--model.name", "cifar_resnet8", "--train.steps", "40", "--train.batch_size", "32", "--train.ema_decay", "0.9",

@@ -21,8 +21,8 @@ from resnet_jax.cli import main
 from resnet_jax.config import DataConfig, InputError
 from resnet_jax.data.dataset import labels_of
 from resnet_jax.data.sources import load_dataset
-from resnet_jax.inference import find_files
-from resnet_jax.training.trackers import read_lines
+from resnet_jax.predict.predictor import find_files
+from resnet_jax.runs.trackers import read_lines
 
 QUICK = [
     "--model.name", "cifar_resnet8", "--parallel.devices", "1", "--train.batch_size", "4", "--train.steps", "3",

@@ -12,11 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from resnet_jax import cli, inference, serving, sharding
+from resnet_jax import cli
 from resnet_jax.config import Config
 from resnet_jax.lab.record import Notebook
+from resnet_jax.predict import predictor as inference
+from resnet_jax.predict import serving
 from resnet_jax.recipes import LIMITS
-from resnet_jax.training import forecast, loop, show_batch
+from resnet_jax.runs import plan as forecast
+from resnet_jax.runs import show_batch
+from resnet_jax.training import loop, sharding
 
 from .small import save_small_network
 

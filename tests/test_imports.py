@@ -10,7 +10,7 @@ import resnet_jax as rj
 face = [getattr(rj, name) for name in rj.__all__ if name not in ("train", "restore")]
 from resnet_jax.data import on_device
 from resnet_jax.training import losses, optimizers, state, step
-import resnet_jax.sharding
+import resnet_jax.training.sharding
 heavy = "grain tensorflow_datasets PIL cv2 tyro rich matplotlib sklearn orbax huggingface_hub tensorboardX torch"
 print([name for name in heavy.split() if name in sys.modules])
 """

@@ -15,10 +15,10 @@ import pytest
 from resnet_jax import InputError
 from resnet_jax.cli import main
 from resnet_jax.lab import gradients, landscape, lesion, relatives, response
+from resnet_jax.lab.captions import WORDS
 from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
 from resnet_jax.lab.record import Notebook, Options
 from resnet_jax.lab.run import EXPERIMENTS, write_page
-from resnet_jax.lab.words import WORDS
 from resnet_jax.models.blocks import PreactBlock, ResidualBlock
 from resnet_jax.models.registry import count_parameters
 from resnet_jax.training.state import init_variables

@@ -16,7 +16,7 @@ from PIL import Image
 import resnet_jax as rj
 from resnet_jax.cli import main
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.training.trackers import read_lines
+from resnet_jax.runs.trackers import read_lines
 from tests.browser import needs_chromium, screenshot, tags
 
 RNG = np.random.default_rng(0)
@@ -157,7 +157,7 @@ NETWORKS = {
 def test_operations_of_the_family_are_translated(fields, tmp_path):
     """With values that tell: a pool without its border, say, would pass with a network that starts as zero."""
     pytest.importorskip("onnxruntime", reason="needs jax2onnx and onnxruntime")
-    from resnet_jax.serving import write_onnx
+    from resnet_jax.predict.serving import write_onnx
 
     model = ResNet(stage_sizes=(1, 1), widths=(32, 64), num_classes=5, **fields)
     images = jax.random.normal(jax.random.key(0), (3, 33, 33, 3))

@@ -15,7 +15,7 @@ from resnet_jax.data.dataset import Dataset, Source, labels_of
 from resnet_jax.data.order import alternately, balanced_table, example_index
 from resnet_jax.data.transforms import BadImage, augment, decode, fit
 from resnet_jax.data.watch import Stalled, awaited, check_guard, end_with_parent, name_what_hangs
-from resnet_jax.sharding import put_batch
+from resnet_jax.training.sharding import put_batch
 
 Batch = dict[str, np.ndarray]
 

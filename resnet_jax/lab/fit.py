@@ -23,10 +23,10 @@ from resnet_jax.data.dataset import default_split
 from resnet_jax.data.loader import BadImages, whole_split
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.registry import create_model
-from resnet_jax.sharding import batch_sharding, compiler_options, make_mesh, replicated
 from resnet_jax.training.metrics import add, means
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
 from resnet_jax.training.recipe import state_maker
+from resnet_jax.training.sharding import batch_sharding, compiler_options, make_mesh, replicated
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.step import make_device_step, make_eval_step, make_train_step
 

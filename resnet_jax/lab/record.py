@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from resnet_jax.files import write_whole
-from resnet_jax.training.workdir import versions
+from resnet_jax.runs.folder import versions
 
 Rows = list[dict[str, Any]]
 

@@ -10,8 +10,8 @@ from typing import Any, TypedDict
 
 from resnet_jax.config import Config, DataConfig, InputError
 from resnet_jax.files import read_json, write_whole
+from resnet_jax.lab.captions import TITLES, WORDS
 from resnet_jax.lab.record import Notebook, Options, Rows, save
-from resnet_jax.lab.words import TITLES, WORDS
 from resnet_jax.models.registry import nearest
 from resnet_jax.recipes import check
 

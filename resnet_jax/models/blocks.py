@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.attention import attend
-from resnet_jax.models.convolution import stored, stored_relu
 from resnet_jax.models.layers import BatchNorm, Conv, DropPath, convolved_and_normed
 from resnet_jax.models.pooling import anti_alias, average_pool
+from resnet_jax.ops.convolution import stored, stored_relu
 
 Array = jax.Array
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resnet_jax.models.convolution import conv2d, own_ways
-from resnet_jax.models.covariance import WIDER, normalized_product
+from resnet_jax.ops.convolution import conv2d, own_ways
+from resnet_jax.ops.covariance import WIDER, normalized_product
 
 Array = jax.Array
 Dtype = Any

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.models.convolution import by_platform
+from resnet_jax.ops.convolution import by_platform
 
 Array = jax.Array
 

@@ -16,14 +16,14 @@ from jax.sharding import Mesh
 from resnet_jax.config import Config, InputError
 from resnet_jax.data.dataset import Dataset, labels_of
 from resnet_jax.data.loader import BadImages, sampling_table, train_batches, whole_split
-from resnet_jax.sharding import batch_sharding, compiler_options, put_everywhere, replicated, state_sharding
+from resnet_jax.runs.progress import Advance
 from resnet_jax.training.finetune import make_phases
+from resnet_jax.training.linear_probe import head_of, whole_features
 from resnet_jax.training.losses import class_weights
 from resnet_jax.training.metrics import Sums
 from resnet_jax.training.optimizers import make_optimizer
-from resnet_jax.training.probe import head_of, whole_features
 from resnet_jax.training.recipe import in_form, state_maker
-from resnet_jax.training.report import Advance
+from resnet_jax.training.sharding import batch_sharding, compiler_options, put_everywhere, replicated, state_sharding
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.step import draw, make_device_step, make_pmap_step, make_streamed_step, make_train_step
 

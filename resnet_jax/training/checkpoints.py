@@ -20,7 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from resnet_jax.config import InputError
 from resnet_jax.files import finite, in_bucket, remove_tree
-from resnet_jax.manifest import (
+from resnet_jax.output import say
+from resnet_jax.training.manifest import (
     MANIFEST,
     Damaged,
     checkpoints_of,
@@ -31,7 +32,6 @@ from resnet_jax.manifest import (
     steps_in,
     write_manifest,
 )
-from resnet_jax.output import say
 
 Record: TypeAlias = dict[str, Any]
 """JSON that travels with a state: recipe, class names, best metric, unwritten training sums, what is still owed."""

@@ -25,17 +25,23 @@ from resnet_jax.data.loader import BadImages, check_readable
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.data.watch import check_guard, keep_tracker
 from resnet_jax.files import in_bucket, modified, to_json, write_whole
-from resnet_jax.manifest import BEST
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
-from resnet_jax.processes import agree, check_one_folder, ending_together, facts_of, start_processes
 from resnet_jax.recipes import check, recorded
-from resnet_jax.sharding import (
-    cached_where_sound,
-    check_batch,
-    make_mesh,
-    put_state,
-    state_sharding,
+from resnet_jax.runs.folder import (
+    better,
+    device_name,
+    ended,
+    finish,
+    locked,
+    new_record,
+    open_workdir,
 )
+from resnet_jax.runs.lock import BucketLock, Lock
+from resnet_jax.runs.processes import agree, check_one_folder, ending_together, facts_of, start_processes
+from resnet_jax.runs.progress import Advance, Diverged, Report, say, traced
+from resnet_jax.runs.report_page import make_report
+from resnet_jax.runs.signals import FolderLost, Stop, Stopped, stop_signals
+from resnet_jax.runs.trackers import draw_curves
 from resnet_jax.training.advance import make_advance
 from resnet_jax.training.checkpoints import Checkpoints, Record
 from resnet_jax.training.evaluation import (
@@ -45,10 +51,9 @@ from resnet_jax.training.evaluation import (
     selecting_metric,
     served,
 )
-from resnet_jax.training.html_report import make_report
-from resnet_jax.training.lock import BucketLock, Lock
+from resnet_jax.training.linear_probe import computes_features_once, make_features
+from resnet_jax.training.manifest import BEST
 from resnet_jax.training.optimizers import make_schedule
-from resnet_jax.training.probe import computes_features_once, make_features
 from resnet_jax.training.recipe import (
     Plan,
     build_model,
@@ -61,19 +66,14 @@ from resnet_jax.training.recipe import (
     state_maker,
     with_weights,
 )
-from resnet_jax.training.report import Advance, Diverged, Report, say, traced
-from resnet_jax.training.signals import FolderLost, Stop, Stopped, stop_signals
-from resnet_jax.training.state import TrainState
-from resnet_jax.training.trackers import draw_curves
-from resnet_jax.training.workdir import (
-    better,
-    device_name,
-    ended,
-    finish,
-    locked,
-    new_record,
-    open_workdir,
+from resnet_jax.training.sharding import (
+    cached_where_sound,
+    check_batch,
+    make_mesh,
+    put_state,
+    state_sharding,
 )
+from resnet_jax.training.state import TrainState
 from resnet_jax.weights.load import names_of_outputs
 
 

@@ -18,9 +18,9 @@ from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model, model_fields, stride_of, variable_shapes
 from resnet_jax.models.stacking import block_by_block, stack_blocks
 from resnet_jax.recipes import check, recorded
-from resnet_jax.sharding import state_sharding
 from resnet_jax.training.checkpoints import Record, read_checkpoint
 from resnet_jax.training.optimizers import make_optimizer, rate_of
+from resnet_jax.training.sharding import state_sharding
 from resnet_jax.training.state import TrainState, copies, create_state
 from resnet_jax.weights.load import fit_weights, preprocessing_of
 from resnet_jax.weights.sources import Weights, find_weights

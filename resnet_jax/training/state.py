@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from resnet_jax.sharding import known_on_cpu
+from resnet_jax.training.sharding import known_on_cpu
 
 PyTree = Any
 

@@ -21,7 +21,7 @@ from resnet_jax.data.loader import (
     whole_split,
 )
 from resnet_jax.data.on_device import draw_batch
-from resnet_jax.sharding import make_mesh
+from resnet_jax.training.sharding import make_mesh
 
 SIZE = 37
 SOURCE = ArraySource(
@@ -114,7 +114,7 @@ import dataclasses
 from resnet_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
 from resnet_jax.data.loader import BadImages, train_batches
 from resnet_jax.data.dataset import ArraySource
-from resnet_jax.sharding import make_mesh
+from resnet_jax.training.sharding import make_mesh
 import numpy as np
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ import numpy as np
 from resnet_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
 from resnet_jax.data.loader import BadImages, train_batches
 from resnet_jax.data.sources import ArraySource
-from resnet_jax.sharding import make_mesh
+from resnet_jax.training.sharding import make_mesh
 
 data, train = DataConfig(image_size=4, on_device=False, workers=WORKERS), TrainConfig(batch_size=4)
 config = Config(data=data, augment=AugmentConfig(crop="none"), train=train)

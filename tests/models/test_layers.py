@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.models import convolution, winograd
-from resnet_jax.models.convolution import conv2d, of_quarters, plain_operations, stored, stored_relu
 from resnet_jax.models.layers import BatchNorm, GroupNorm
 from resnet_jax.models.pooling import average_pool, max_pool
 from resnet_jax.models.registry import create_model
-from resnet_jax.sharding import compiler_options
+from resnet_jax.ops import convolution, winograd
+from resnet_jax.ops.convolution import conv2d, of_quarters, plain_operations, stored, stored_relu
+from resnet_jax.training.sharding import compiler_options
 from resnet_jax.training.state import init_variables
 
 X = np.random.default_rng(0).normal(1.0, 2.0, size=(4, 9, 9, 32)).astype(np.float32)

@@ -12,9 +12,9 @@ import pytest
 import resnet_jax
 from resnet_jax.cli import main
 from resnet_jax.config import Config, InputError, LogConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig
-from resnet_jax.manifest import MANIFEST, damage, steps_in
 from resnet_jax.training.checkpoints import Checkpoints, leaves_of, read_checkpoint
 from resnet_jax.training.loop import train
+from resnet_jax.training.manifest import MANIFEST, damage, steps_in
 
 from ..conftest import ROOT
 

@@ -20,11 +20,12 @@ from resnet_jax.config import (
 )
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.registry import create_model
-from resnet_jax.sharding import make_mesh
-from resnet_jax.training import advance, loop, probe
+from resnet_jax.training import advance, loop
+from resnet_jax.training import linear_probe as probe
 from resnet_jax.training.finetune import make_phases, part_numbers
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.recipe import build_model, state_maker
+from resnet_jax.training.sharding import make_mesh
 from resnet_jax.training.state import path_map
 from resnet_jax.training.step import make_train_step
 

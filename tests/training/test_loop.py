@@ -14,15 +14,15 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, ParallelConfig, TrainConfig
 from resnet_jax.recipes import from_dict, to_dict
-from resnet_jax.sharding import make_mesh
+from resnet_jax.runs.progress import Diverged
+from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training import loop
 from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
 from resnet_jax.training.evaluation import evaluate_run
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.recipe import build_model, sharded_shapes, state_maker
-from resnet_jax.training.report import Diverged
+from resnet_jax.training.sharding import make_mesh
 from resnet_jax.training.step import make_train_step
-from resnet_jax.training.trackers import read_lines
 
 TIMINGS = ("images_per_second", "data_wait")
 

@@ -15,9 +15,9 @@ from resnet_jax.cli import main
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, ModelConfig, ParallelConfig
 from resnet_jax.data.fingerprint import Change, changes, fingerprint, trained_on
 from resnet_jax.data.sources import load_dataset
+from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training import loop
 from resnet_jax.training.evaluation import evaluate_run
-from resnet_jax.training.trackers import read_lines
 from resnet_jax.weights.load import load_pretrained
 
 SHADES = {"dark": 40, "light": 210}

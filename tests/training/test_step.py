@@ -10,8 +10,8 @@ import pytest
 from resnet_jax.config import AugmentConfig, Config, ModelConfig, TrainConfig
 from resnet_jax.data.on_device import draw_batch
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.sharding import batch_sharding, make_mesh, put_batch, replicated
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
+from resnet_jax.training.sharding import batch_sharding, make_mesh, put_batch, replicated
 from resnet_jax.training.state import create_state, init_variables
 from resnet_jax.training.step import make_device_step, make_eval_step, make_streamed_step, make_train_step
 

@@ -16,10 +16,10 @@ from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.recipes import check
-from resnet_jax.sharding import cached_where_sound, make_mesh, put_state, state_sharding
 from resnet_jax.training.advance import make_advance, steps_per_call
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.recipe import state_maker
+from resnet_jax.training.sharding import cached_where_sound, make_mesh, put_state, state_sharding
 from resnet_jax.training.state import create_state
 
 RNG = np.random.default_rng(0)

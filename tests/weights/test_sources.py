@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from resnet_jax import InputError, Predictor, load_pretrained, serving
+from resnet_jax import InputError, Predictor, load_pretrained
 from resnet_jax.cli import main
 from resnet_jax.data.transforms import fit
+from resnet_jax.predict import serving
 
 from .torch_twins import close, images_for, nchw, randomize, timm, torch
 

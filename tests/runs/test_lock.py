@@ -11,9 +11,9 @@ from dataclasses import asdict
 import pytest
 
 from resnet_jax.config import Config, InputError
-from resnet_jax.training import lock as locks
-from resnet_jax.training.lock import Holder, acquire, hold, kernel, live_holder, start_of
-from resnet_jax.training.workdir import locked
+from resnet_jax.runs import lock as locks
+from resnet_jax.runs.folder import locked
+from resnet_jax.runs.lock import Holder, acquire, hold, kernel, live_holder, start_of
 
 HERE = Holder(socket.gethostname(), os.getpid(), start_of(os.getpid()), kernel(), "mine")
 ELSEWHERE = Holder("elsewhere", 7, "1", "another-boot pid:[1]", "theirs")
@@ -22,7 +22,7 @@ SERVE = """
 import sys
 from pathlib import Path
 from resnet_jax.config import InputError
-from resnet_jax.training import lock
+from resnet_jax.runs import lock
 lock.TOUCHED_EVERY = 0.1
 def no_flock(*_):
     raise OSError(95, "Operation not supported")

@@ -9,8 +9,8 @@ import pytest
 
 from resnet_jax.cli import MEMORY
 from resnet_jax.config import InputError, ParallelConfig
-from resnet_jax.processes import start_processes
-from resnet_jax.sharding import check_batch, make_mesh, put_batch
+from resnet_jax.runs.processes import start_processes
+from resnet_jax.training.sharding import check_batch, make_mesh, put_batch
 
 
 def test_a_batch_is_split_over_all_devices():
@@ -46,7 +46,7 @@ def test_a_process_id_in_the_environment_that_is_no_number_is_named(monkeypatch)
 
 FAULTS = """
 import resource, jax, jax.numpy as jnp
-from resnet_jax.sharding import run_in_caller
+from resnet_jax.training.sharding import run_in_caller
 run_in_caller()
 wide, narrow = jnp.ones((8, 1, 3, 3)), jnp.ones((1, 8, 3, 3))
 convolve = lambda x, kernel: jax.lax.conv(x, kernel, (1, 1), "SAME")

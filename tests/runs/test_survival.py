@@ -17,13 +17,13 @@ from PIL import Image
 
 from resnet_jax.cli import MEMORY
 from resnet_jax.config import Config, InputError
-from resnet_jax.manifest import damage, steps_in
-from resnet_jax.training.lock import live_holder
-from resnet_jax.training.trackers import read_lines
-from resnet_jax.training.workdir import describe_run, locked, runs_under
+from resnet_jax.runs.folder import describe_run, locked, runs_under
+from resnet_jax.runs.lock import live_holder
+from resnet_jax.runs.trackers import read_lines
+from resnet_jax.training.manifest import damage, steps_in
 
+from ..training.test_loop import final_state, lines_of
 from . import test_processes
-from .training.test_loop import final_state, lines_of
 
 FLAGS = [
     "--model.name", "cifar_resnet8", "--train.steps", "240", "--train.batch_size", "32", "--train.ema_decay", "0.9",

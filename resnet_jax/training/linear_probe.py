@@ -14,7 +14,7 @@ from resnet_jax.data.dataset import Source
 from resnet_jax.data.loader import BadImages, Batch, eval_batches, placed
 from resnet_jax.data.on_device import normalize
 from resnet_jax.models.pooling import Classifier
-from resnet_jax.sharding import compiler_options, replicated
+from resnet_jax.training.sharding import compiler_options, replicated
 
 Features = Callable[[Any, dict[str, Any]], dict[str, Any]]
 """Variables, and a batch with `image` -> the batch with `feature` in its place, float32 [batch, channel]."""

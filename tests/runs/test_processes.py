@@ -17,10 +17,10 @@ from PIL import Image
 
 from resnet_jax import Config, InputError, load_pretrained
 from resnet_jax.config import ParallelConfig
-from resnet_jax.manifest import steps_in
-from resnet_jax.processes import identity, split_address
-from resnet_jax.training.trackers import read_lines
-from resnet_jax.training.workdir import locked
+from resnet_jax.runs.folder import locked
+from resnet_jax.runs.processes import identity, split_address
+from resnet_jax.runs.trackers import read_lines
+from resnet_jax.training.manifest import steps_in
 from tests.conftest import ROOT
 
 FLAGS = [

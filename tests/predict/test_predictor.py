@@ -11,7 +11,7 @@ from resnet_jax.training.state import init_variables
 
 @pytest.mark.parametrize(("count", "constant"), [(1, 2**20), (1, 0), (64, 2**20), (130, 2**20), (256, 0)])
 def test_forward_in_parts_has_the_logits_of_the_module(count, constant, monkeypatch):
-    monkeypatch.setattr("resnet_jax.inference.CONSTANT", constant)
+    monkeypatch.setattr("resnet_jax.predict.predictor.CONSTANT", constant)
     model = rj.create_model("cifar_resnet20", stage_sizes=(1, 1, 1))
     images = jax.random.normal(jax.random.key(1), (count, 16, 16, 3))
     variables = init_variables(model, jax.random.key(0), images)

@@ -10,10 +10,10 @@ import pytest
 from jax import export, lax
 from jax.sharding import PartitionSpec
 
-from resnet_jax.models.covariance import normalized_product
 from resnet_jax.models.layers import batch_moments, normalized
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.sharding import make_mesh
+from resnet_jax.ops.covariance import normalized_product
+from resnet_jax.training.sharding import make_mesh
 from resnet_jax.training.state import init_variables
 
 RNG = np.random.default_rng(0)

@@ -44,8 +44,8 @@ def predict_command(arguments: Sequence[str]) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from resnet_jax.inference import NOT_FINITE, Predictor, find_files, predict_files
     from resnet_jax.models.vit import ViT
+    from resnet_jax.predict.predictor import NOT_FINITE, Predictor, find_files, predict_files
 
     paths = list(find_files(options.paths))
     predictor = Predictor.from_source(options.source, options.name, options.flip, options.checkpoint)
@@ -102,7 +102,7 @@ def draw_cam(predictor: Any, path: Path, label: int, file: Path) -> None:
     import numpy as np
 
     from resnet_jax.data.show import overlay
-    from resnet_jax.models.gradcam import grad_cam
+    from resnet_jax.predict.gradcam import grad_cam
 
     seen = predictor.prepare(str(path))
     (heat,) = grad_cam(predictor.model, predictor.variables, predictor.normalized([seen]), jnp.asarray([label]))
@@ -143,7 +143,7 @@ def export_command(arguments: Sequence[str]) -> int:
     if form not in FORMS:
         raise InputError(f"{file}: end the name with .{', .'.join(FORMS)}, or say which with --format")
     if form in ("stablehlo", "onnx"):
-        from resnet_jax.serving import export_program
+        from resnet_jax.predict.serving import export_program
 
         said = export_program(options.source, file, form, options.name, options.checkpoint)
         taken = f"{said['dtype']} pixels {said['input']}"

@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from resnet_jax.training.charts import line_chart
+from resnet_jax.runs.charts import line_chart
 
 
 @pytest.mark.parametrize("log", [False, True])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resnet_jax.models import winograd
+from resnet_jax.ops import winograd
 
 Array = jax.Array
 

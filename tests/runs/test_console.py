@@ -1,4 +1,4 @@
-from resnet_jax.training.console import Console
+from resnet_jax.runs.console import Console
 
 
 def test_the_last_step_is_one_line_with_its_own_evaluation(capsys):

@@ -12,9 +12,16 @@ import optax
 from resnet_jax.config import Config, InputError, sides
 from resnet_jax.models.registry import create_model
 from resnet_jax.recipes import check
-from resnet_jax.sharding import batch_sharding, check_batch, compiler_options, make_mesh, replicated, state_sharding
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.recipe import build_model, complete, images_per_statistic, in_form, state_maker
+from resnet_jax.training.sharding import (
+    batch_sharding,
+    check_batch,
+    compiler_options,
+    make_mesh,
+    replicated,
+    state_sharding,
+)
 from resnet_jax.training.step import make_train_step
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")

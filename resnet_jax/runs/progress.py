@@ -15,11 +15,11 @@ import numpy as np
 from resnet_jax import output as outputs
 from resnet_jax.config import Config, InputError
 from resnet_jax.files import in_bucket
-from resnet_jax.training.console import Console
+from resnet_jax.runs.console import Console
+from resnet_jax.runs.trackers import Tracker
 from resnet_jax.training.metrics import Sums, add, means
 from resnet_jax.training.recipe import Plan
 from resnet_jax.training.state import TrainState
-from resnet_jax.training.trackers import Tracker
 
 
 class Diverged(RuntimeError):

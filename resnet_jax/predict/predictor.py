@@ -19,10 +19,10 @@ from jax import lax
 from resnet_jax.config import InputError, path_of
 from resnet_jax.data.on_device import normalize
 from resnet_jax.files import in_bucket
-from resnet_jax.models.fold import fold_batch_norm
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.sharding import compiler_options
+from resnet_jax.predict.fold_batch_norm import fold_batch_norm
+from resnet_jax.training.sharding import compiler_options
 from resnet_jax.weights.load import fit_weights, model_of, names_of_outputs, preprocessing_of
 from resnet_jax.weights.sources import find_weights
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing

@@ -7,8 +7,8 @@ import pytest
 
 from resnet_jax.config import Config
 from resnet_jax.recipes import to_dict
-from resnet_jax.training.trackers import Tracker, read_lines
-from resnet_jax.training.workdir import open_workdir, runs_under
+from resnet_jax.runs.folder import open_workdir, runs_under
+from resnet_jax.runs.trackers import Tracker, read_lines
 
 
 @pytest.mark.parametrize("first", ["", "import torch"])
@@ -17,7 +17,7 @@ def test_tensorboard_brings_no_torch_and_takes_none_away(tmp_path, first):
     code = f"""{first}
 import sys
 from pathlib import Path
-from resnet_jax.training.trackers import Events
+from resnet_jax.runs.trackers import Events
 events = Events(Path(sys.argv[1]), 0)
 print("torch" in sys.modules)
 import torch
@@ -88,7 +88,7 @@ def test_events_can_be_read_after_the_disk_was_full(tmp_path):
     code = """
 import os, shutil, sys
 from pathlib import Path
-from resnet_jax.training.trackers import Tracker
+from resnet_jax.runs.trackers import Tracker
 disk, out = Path(sys.argv[1]), sys.argv[2]
 tracker = Tracker(disk, 0, tensorboard=True)
 for step in range(30):

@@ -16,7 +16,7 @@ import resnet_jax as rj
 from resnet_jax.cli import main
 from resnet_jax.config import Config, DataConfig, TrainConfig
 from resnet_jax.data.transforms import fit
-from resnet_jax.inference import Predictor, find_files, predict_files
+from resnet_jax.predict.predictor import Predictor, find_files, predict_files
 from resnet_jax.training.state import init_variables
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import find_weights
@@ -148,7 +148,7 @@ def test_what_names_nothing_is_refused(run, capsys, tmp_path):
 @pytest.mark.parametrize("stage", [None, "stage2"])
 def test_grad_cam_is_that_of_torch(stage):
     """By hand with torch's autograd, on timm's network with the same weights."""
-    from .weights.torch_twins import timm, torch
+    from ..weights.torch_twins import timm, torch
 
     model = rj.create_model("test_resnet", num_classes=7)
     images = jnp.asarray(RNG.normal(size=(3, 64, 96, 3)), jnp.float32)

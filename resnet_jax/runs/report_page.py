@@ -19,16 +19,16 @@ from resnet_jax.data.on_device import normalize
 from resnet_jax.data.show import as_shown, overlay
 from resnet_jax.data.transforms import fit
 from resnet_jax.files import to_json, write_whole
-from resnet_jax.manifest import best_of
-from resnet_jax.models.gradcam import grad_cam
 from resnet_jax.models.vit import ViT
 from resnet_jax.output import say
+from resnet_jax.predict.gradcam import grad_cam
 from resnet_jax.recipes import to_dict
-from resnet_jax.training.charts import line_chart, reliability_chart
+from resnet_jax.runs.charts import line_chart, reliability_chart
+from resnet_jax.runs.folder import read_summary
+from resnet_jax.runs.trackers import points, read_lines
 from resnet_jax.training.evaluation import FinishedRun, Predictions, open_run, served
+from resnet_jax.training.manifest import best_of
 from resnet_jax.training.measures import fit_calibration, measure, probabilities
-from resnet_jax.training.trackers import points, read_lines
-from resnet_jax.training.workdir import read_summary
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration
 
 MISTAKES, THUMBNAIL = 12, 112

@@ -12,14 +12,14 @@ from PIL import Image
 from resnet_jax import cli
 from resnet_jax.config import Config, InputError, LogConfig, TrainConfig
 from resnet_jax.files import to_json
-from resnet_jax.manifest import newest_sound, steps_in, write_manifest
 from resnet_jax.recipes import from_dict, to_dict
+from resnet_jax.runs.folder import better
+from resnet_jax.runs.trackers import Tracker, read_lines
 from resnet_jax.training import loop
 from resnet_jax.training.checkpoints import Checkpoints, unreadable_is_damaged
-from resnet_jax.training.trackers import Tracker, read_lines
-from resnet_jax.training.workdir import better
+from resnet_jax.training.manifest import newest_sound, steps_in, write_manifest
 
-from .browser import Tags, needs_chromium, tags
+from ..browser import Tags, needs_chromium, tags
 
 RECIPE = dataclasses.replace(
     Config(),

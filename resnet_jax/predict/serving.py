@@ -16,10 +16,10 @@ import numpy as np
 
 from resnet_jax.config import InputError, sides
 from resnet_jax.data.on_device import normalize
-from resnet_jax.inference import Predictor, to_probabilities
-from resnet_jax.models.convolution import plain_operations
-from resnet_jax.models.fold import fold_batch_norm
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.ops.convolution import plain_operations
+from resnet_jax.predict.fold_batch_norm import fold_batch_norm
+from resnet_jax.predict.predictor import Predictor, to_probabilities
 from resnet_jax.weights.export import written_beside
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

@@ -14,8 +14,8 @@ from resnet_jax.data.on_device import per_channel
 from resnet_jax.data.show import as_shown
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.recipes import check
-from resnet_jax.sharding import batch_sharding, make_mesh, put_everywhere
 from resnet_jax.training.recipe import build_model, complete
+from resnet_jax.training.sharding import batch_sharding, make_mesh, put_everywhere
 from resnet_jax.training.step import draw, prepare
 from resnet_jax.weights.load import names_of_outputs
 

@@ -1,0 +1,1 @@
+"""Networks for use: pictures in, probabilities out; where a network looks; programs for serving."""
