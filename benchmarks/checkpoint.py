@@ -160,8 +160,8 @@ def report(case: str, found: dict[str, list[float]], size: int) -> None:
             for name, times in found.items()]  # fmt: skip
     print_table(rows)
     middles = {name: statistics.median(values) for name, values in ratios.items()}
-    said = ", ".join(f"{name} {middles[name]:.2f}" for name in RATIOS)
-    print(f"{size / 1e6:.0f} MB; {said}")
+    printed = ", ".join(f"{name} {middles[name]:.2f}" for name in RATIOS)
+    print(f"{size / 1e6:.0f} MB; {printed}")
     write("checkpoint", rows, bytes=size, ratios={n: {"median": middles[n], "all": ratios[n]} for n in ratios})
 
 

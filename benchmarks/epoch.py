@@ -81,9 +81,9 @@ def ours(name: str, folder: str, epochs: int, seeds: int) -> Any:
 
     run_in_caller()
     train, test = arrays(folder)
-    several, steps = in_a_call(), steps_in(epochs, len(train["label"]))
+    multilabel, steps = in_a_call(), steps_in(epochs, len(train["label"]))
     data = jax.device_put(train)
-    prepared = [prepare(name, data, seed, epochs, steps, several) for seed in range(seeds)]
+    prepared = [prepare(name, data, seed, epochs, steps, multilabel) for seed in range(seeds)]
     model, config = prepared[0][2:]
     evaluate = jax.jit(make_eval_step(model, config), compiler_options=compiler_options())
     left = iter(prepared)
@@ -94,8 +94,8 @@ def ours(name: str, folder: str, epochs: int, seeds: int) -> Any:
 
         def advance(count: int) -> None:
             nonlocal state
-            for _ in range(count // several):
-                state, sums = run(state, data, several)
+            for _ in range(count // multilabel):
+                state, sums = run(state, data, multilabel)
             jax.block_until_ready((state, sums))
 
         def accuracy() -> float:
@@ -111,7 +111,7 @@ def ours(name: str, folder: str, epochs: int, seeds: int) -> Any:
     return call
 
 
-def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, several: int) -> tuple[Any, Any, Any, Any]:
+def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, multilabel: int) -> tuple[Any, Any, Any, Any]:
     """What makes the first state of a seed, the compiled steps, the model and the recipe."""
     import jax
 
@@ -131,10 +131,10 @@ def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, several: i
     )
     model, schedule = build_model(config, 10), make_schedule(config, steps, steps / epochs)
     train_step = make_train_step(model, make_optimizer(config.optimizer, schedule), config)
-    device_step = make_device_step(train_step, config, several, batch_sharding(make_mesh(1)))
+    device_step = make_device_step(train_step, config, multilabel, batch_sharding(make_mesh(1)))
     new_state = state_maker(config, model, schedule)
     run = jax.jit(device_step, donate_argnums=0, compiler_options=compiler_options())
-    return new_state, run.lower(new_state(), data, several).compile(), model, config
+    return new_state, run.lower(new_state(), data, multilabel).compile(), model, config
 
 
 def torch_epochs(name: str, folder: str, epochs: int, seeds: int) -> Any:

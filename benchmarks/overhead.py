@@ -28,20 +28,20 @@ def host_rows(rounds: int) -> list[dict[str, Any]]:
     zero = {"loss": np.float32(0), "accuracy": np.float32(0), "count": np.float32(96)}
     step = jax.jit(lambda state, data, n: (state, jax.tree.map(jnp.asarray, zero)), donate_argnums=0)
     rows, arrays = [], len(jax.tree.leaves((state, data)))
-    for several in (1, STEPS_PER_CALL):
-        seconds, number = [], jnp.int32(several)
+    for n in (1, STEPS_PER_CALL):
+        seconds, number = [], jnp.int32(n)
         for _ in range(1 + rounds):
             parts, under_way = [], ()
             began = time.perf_counter()
-            for i in range(0, 1000, several):
+            for i in range(0, 1000, n):
                 state, sums = step(state, data, number)
-                parts.append((i, several, sums))
+                parts.append((i, n, sums))
                 jax.block_until_ready(under_way)
                 under_way = sums
             jax.block_until_ready(state)
             seconds.append((time.perf_counter() - began) / 1000)
         times = {"seconds": [1 / (1e6 * s) for s in seconds[1:]], "setup": seconds[0]}
-        case = f"host time of a step, {several} a call{' (the default)' if several > 1 else ''}"
+        case = f"host time of a step, {n} a call{' (the default)' if n > 1 else ''}"
         rows.append(row(case, "resnet_jax", times, 1, "us") | {"unit": "us", "arrays": arrays})
     return rows
 

@@ -26,7 +26,7 @@ def jax_train_step(
     dtype: str,
     example: bool,
     options: bool,
-    several: int = 1,
+    multilabel: int = 1,
     calls: int = 1,
 ) -> Any:
     """Training steps with ours, or with the same step around Flax's example network.
@@ -46,7 +46,7 @@ def jax_train_step(
 
     if not example:
         run_in_caller()
-    drawn = several > 1 and size == 32
+    drawn = multilabel > 1 and size == 32
     config = Config(
         model=ModelConfig(name=name, compute_dtype=dtype),
         data=DataConfig(image_size=size, on_device=drawn),
@@ -59,15 +59,15 @@ def jax_train_step(
     state = jax.jit(lambda: create_state(model, optimizer, jax.random.key(0), (size, size, 3), ema=False))()
     chosen = compiler_options() if options else {}
     function = make_train_step(model, optimizer, config)
-    if several > 1:
+    if multilabel > 1:
         make = make_device_step if drawn else make_streamed_step
-        function = make(function, config, several, batch_sharding(make_mesh(1)))
+        function = make(function, config, multilabel, batch_sharding(make_mesh(1)))
     step_function = jax.jit(function, donate_argnums=0, compiler_options=chosen)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     data = jax.device_put({"image": images, "label": rng.integers(0, classes, batch, dtype=np.int32)})
-    batches = data if drawn else (data,) * several
-    given = (batches, jax.device_put(np.int32(several))) if several > 1 else (data,)
+    batches = data if drawn else (data,) * multilabel
+    given = (batches, jax.device_put(np.int32(multilabel))) if multilabel > 1 else (data,)
 
     def step() -> dict[str, float]:
         nonlocal state
@@ -75,7 +75,7 @@ def jax_train_step(
         for _ in range(calls):
             state, sums = step_function(state, *given)
         jax.block_until_ready((state, sums))
-        return {"seconds": (time.perf_counter() - began) / several / calls}
+        return {"seconds": (time.perf_counter() - began) / multilabel / calls}
 
     return step
 
@@ -116,11 +116,11 @@ def contenders(common: dict[str, Any]) -> list[Contender]:
     """All that take part in one case."""
     small, gpu = common["size"] == 32, has_gpu()
     if small:  # steps in a call of ours, as the loop has them, and steps until a wait
-        several, steps = (50, 50) if gpu else (5, 1)
+        multilabel, steps = (50, 50) if gpu else (5, 1)
     else:
-        several, steps = (1, STEPS["gpu"]) if gpu else (STEPS["cpu"], STEPS["cpu"])
+        multilabel, steps = (1, STEPS["gpu"]) if gpu else (STEPS["cpu"], STEPS["cpu"])
     one = common | {"example": False, "options": True, "calls": steps}
-    ours = one | {"several": several, "calls": max(1, steps // several)}
+    ours = one | {"multilabel": multilabel, "calls": max(1, steps // multilabel)}
     theirs = common | {"steps": steps}
     found = [
         Contender("resnet_jax", jax_train_step, ours, MEMORY, OURS),
@@ -134,7 +134,7 @@ def contenders(common: dict[str, Any]) -> list[Contender]:
             Contender("system's memory", jax_train_step, ours, imports=OURS),
             Contender("no options", jax_train_step, ours | {"options": False}, MEMORY, OURS),
         ]
-    if several > 1:
+    if multilabel > 1:
         found.append(Contender("one step a call", jax_train_step, one, MEMORY, OURS))
     return found
 

@@ -26,7 +26,9 @@ def predict_command(arguments: Sequence[str]) -> int:
     parser.add_argument("source", help="the folder of a run, a tag, a file: all that --model.pretrained takes")
     parser.add_argument("paths", nargs="+", help="files, folders, or patterns such as 'a/*.jpg'")
     parser.add_argument(
-        "--top", type=int, help="so many classes of each picture; by default one, or with several labels those it has"
+        "--top",
+        type=int,
+        help="how many classes of each picture to print; by default one, or with several labels those it has",
     )
     parser.add_argument("--flip", action="store_true", help="look at each picture mirrored too, and take the mean")
     parser.add_argument("--format", choices=tuple(WRITERS), default="table", help="json is one object a line")
@@ -61,7 +63,7 @@ def predict_command(arguments: Sequence[str]) -> int:
             if row is None:
                 bad.append((path, reason))
                 continue
-            best = predictor.said(row) if options.top is None else row.argsort()[::-1][: options.top]
+            best = predictor.predicted_classes(row) if options.top is None else row.argsort()[::-1][: options.top]
             write((path, [(predictor.class_names[k], float(row[k])) for k in best]))
             if cam:
                 draw_cam(predictor, path, int(row.argmax()), cam / f"{i:05d}-{path.stem}.png")
@@ -145,9 +147,9 @@ def export_command(arguments: Sequence[str]) -> int:
     if form in ("stablehlo", "onnx"):
         from resnet_jax.predict.serving import export_program
 
-        said = export_program(options.source, file, form, options.name, options.checkpoint)
-        taken = f"{said['dtype']} pixels {said['input']}"
-        print(f"{file}: takes {taken}, gives {len(said['class_names'])} probabilities; checked on 100 pictures")
+        metadata = export_program(options.source, file, form, options.name, options.checkpoint)
+        taken = f"{metadata['dtype']} pixels {metadata['input']}"
+        print(f"{file}: takes {taken}, gives {len(metadata['class_names'])} probabilities; checked on 100 pictures")
         return 0
     from resnet_jax.weights.export import export
 

@@ -99,8 +99,8 @@ class ModelConfig:
     zero_init_last: bool = True
     """Every residual branch starts at zero."""
     remat: Literal["none", "block", "stage"] = "none"
-    """What is computed a second time on the way back instead of being kept: saves memory, costs time. With scan, stage
-    takes groups of blocks, for very deep networks."""
+    """What the backward pass computes again instead of keeping it: saves memory, costs time. With scan, stage takes
+    groups of blocks, for very deep networks."""
     scan: bool = False
     """Compile the equal blocks of a ResNet's stage once and run them in a loop: compile time no longer grows with
     depth."""
@@ -255,7 +255,7 @@ class FinetuneConfig:
     layer_decay: float = 1.0
     """Factor of the learning rate from one stage to the one below it."""
     thaw_every_epochs: float = 2.0
-    """In gradual, after so many epochs the next stage is thawed."""
+    """In gradual, after this number of epochs the next stage is thawed."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ class TrainConfig:
     accuracy, or where images have several labels map, the mean over the classes of average precision. none: nothing is
     selected, and the last step is what counts."""
     patience: int | None = None
-    """End after so many evaluations on the validation split without a better one."""
+    """End after this number of evaluations on the validation split without a better one."""
 
 
 @dataclass(frozen=True)
@@ -307,14 +307,14 @@ class ParallelConfig:
     """The devices that share the work."""
 
     devices: int | None = None
-    """Use the first so many devices; None for all."""
+    """Use the first devices, of that number,; None for all."""
     strategy: Literal["jit", "shard_map", "pmap"] = "jit"
     """How the step is split: jit leaves it to XLA; shard_map and pmap run a function for each device."""
     batch_norm: str = "global"
     """Whose statistics batch normalisation takes: global (the whole batch), local (each device's), or ghost:N (groups
     of N images)."""
     fsdp: int = 1
-    """Parameters, averages and optimizer state are spread over so many devices; needs jit."""
+    """Parameters, averages and optimizer state are spread over this number of devices; needs jit."""
     distributed: Literal["auto", "off"] = "off"
     """auto: join the processes of the cluster that JAX detects (SLURM, Open MPI, Kubernetes, Cloud TPU), or of the
     coordinator below."""

@@ -142,8 +142,8 @@ def test_onnx_runtime_computes_the_same(run, folder, tmp_path):
     pixels = np.stack([predictor.prepare(str(path)) for path in files])
     found = session.run(None, {session.get_inputs()[0].name: pixels})[0]
     np.testing.assert_allclose(found, predictor(files), atol=1e-5)
-    said = session.get_modelmeta().custom_metadata_map
-    assert json.loads(said["class_names"]) == ["across", "along", "plain"]
+    predicted = session.get_modelmeta().custom_metadata_map
+    assert json.loads(predicted["class_names"]) == ["across", "along", "plain"]
 
 
 NETWORKS = {
@@ -204,9 +204,9 @@ def test_several_labels_from_a_table(tmp_path, capsys):
         main(["predict", str(tmp_path / "run"), *(str(tmp_path / f"{i}.png") for i in range(40)), "--format", "json"])
         == 0
     )
-    said = [{row["name"] for row in json.loads(line)["classes"]} for line in capsys.readouterr().out.splitlines()]
+    predicted = [{row["name"] for row in json.loads(line)["classes"]} for line in capsys.readouterr().out.splitlines()]
     truth = [set(row[1].split(";")) - {""} for row in rows[1:41]]
-    assert np.mean([a == b for a, b in zip(said, truth, strict=True)]) > 0.85
+    assert np.mean([a == b for a, b in zip(predicted, truth, strict=True)]) > 0.85
 
 
 @pytest.mark.parametrize("kind", ["16-bit grey", "5 channels"])

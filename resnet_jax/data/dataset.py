@@ -120,7 +120,7 @@ class Dataset:
     validation: Source | None
     test: Source | None
     class_names: tuple[str, ...]
-    several: bool = False
+    multilabel: bool = False
     notes: tuple[str, ...] = ()
 
     def splits(self) -> dict[str, Source]:
@@ -130,7 +130,7 @@ class Dataset:
 
     def label_classes(self) -> int:
         """Returns how many classes a label counts, or how many 0 and 1 it holds."""
-        return len(self.train[0][1]) if self.several else len(self.class_names)  # type: ignore[arg-type]
+        return len(self.train[0][1]) if self.multilabel else len(self.class_names)  # type: ignore[arg-type]
 
     def split(self, name: str) -> Source:
         """A split by its name.
@@ -204,7 +204,7 @@ def with_validation(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     notes, labels = dataset.notes, known_labels(source)
     if labels is not None:
         here, there = (
-            part.any(0) if dataset.several else np.bincount(part, minlength=len(names))
+            part.any(0) if dataset.multilabel else np.bincount(part, minlength=len(names))
             for part in (labels[~mask], labels[mask])
         )
         if lost := [name for name, n in zip(names, here, strict=True) if not n]:
@@ -229,7 +229,7 @@ def with_outputs(dataset: Dataset, outputs: int) -> Dataset:
             f"model.num_classes {outputs} is below the {len(dataset.class_names)} classes of the data: give as many or "
             "more, or leave it out"
         )
-    if not dataset.several or not more:
+    if not dataset.multilabel or not more:
         return dataset
 
     def widened(source: Source | None) -> Source | None:

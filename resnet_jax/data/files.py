@@ -213,7 +213,7 @@ def _dataset(
     where: Path,
     pictures: dict[str, list[Picture]],
     left: Left,
-    several: bool = False,
+    multilabel: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Dataset:
     """A dataset of pictures by split; classes are those of the training split.
@@ -233,14 +233,14 @@ def _dataset(
         if unknown := sorted({label for row in rows for label in row.labels} - set(number)):
             raise InputError(f"{where}: its {split} split has classes that train lacks: {listed(unknown)}")
         labels: Any = (number[row.labels[0]] for row in rows)
-        if several:
+        if multilabel:
             labels = (tuple(int(name in row.labels) for name in names) for row in rows)
         return FileSource(tuple(row.path for row in rows), tuple(labels), tuple(row.key for row in rows))
 
     train = source("train")
     assert train is not None
     root = where if where.is_dir() else where.parent
-    return Dataset(train, source("validation"), source("test"), names, several, (*notes, *left.notes(root)))
+    return Dataset(train, source("validation"), source("test"), names, multilabel, (*notes, *left.notes(root)))
 
 
 def table_dataset(file: Path) -> Dataset:
@@ -253,7 +253,7 @@ def table_dataset(file: Path) -> Dataset:
         import fsspec
 
         there = {f"gs://{path}" for path in fsspec.filesystem("gs").find(os.fspath(file.parent))}
-    several = any(";" in row["label"] for row in rows)
+    multilabel = any(";" in row["label"] for row in rows)
     pictures: dict[str, list[Picture]] = {"train": [], "validation": [], "test": []}
     seen: set[str] = set()
     for number, row in enumerate(rows, start=2):
@@ -268,16 +268,16 @@ def table_dataset(file: Path) -> Dataset:
             raise InputError(f"{where}: {path} is there twice; leave one of the lines out")
         if "\0" in path or not (os.path.isfile(path) if there is None else path in there):
             raise InputError(f"{where}: there is no file {path}")
-        if not labels and not several:
+        if not labels and not multilabel:
             raise InputError(f"{where}: {path} has no label; every picture needs one")
         seen.add(path)
         pictures[split].append(Picture(path, os.path.normpath(row["path"]), labels))
     if rows and not pictures["train"]:
         raise InputError(f"{file}: no line belongs to the training split; give some the split train")
-    if not several:
+    if not multilabel:
         for own in pictures.values():
             own.sort(key=lambda picture: picture.labels)
-    return _dataset(file, pictures, Left(), several)
+    return _dataset(file, pictures, Left(), multilabel)
 
 
 def _table(file: Path) -> list[dict[str, str]]:

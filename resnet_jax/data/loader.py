@@ -101,7 +101,7 @@ class TrainExample:
 
 @lru_cache(maxsize=64)
 def _drawn(start: int, count: int, size: int, seed: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and turns of so many positions, since they cost little more together than one alone."""
+    """Indices and augmentation seeds of this number of positions, which together cost little more than one."""
     positions = np.arange(start, start + count, dtype=np.uint32) // np.uint32(repeats)
     indices = example_index(positions, size, seed)
     return indices, alternately(positions, indices, size, seed)
@@ -237,7 +237,7 @@ def sampling_table(dataset: Dataset, sampling: str) -> np.ndarray | None:
     """
     if sampling == "natural":
         return None
-    if dataset.several:
+    if dataset.multilabel:
         raise InputError("data.sampling balanced needs one label an image; weigh classes with train.class_weights")
     labels = labels_of(dataset.train)
     if missing := sorted(set(range(len(dataset.class_names))) - set(labels.tolist())):
@@ -260,7 +260,7 @@ def train_batches(
 
     Args:
       table: of `sampling_table`.
-      classes: every label is checked to be one of so many.
+      classes: every label is checked to be below this.
 
     Raises:
       InputError: an image cannot be decoded and `data.on_bad_image` is error, a label is none of `classes`, or worker

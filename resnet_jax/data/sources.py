@@ -71,7 +71,7 @@ def _check_labels(dataset: Dataset) -> None:
     for name, source in dataset.splits().items():
         if not len(source):
             raise InputError(f"the {name} split has no examples")
-        if dataset.several:
+        if dataset.multilabel:
             continue
         labels, places = known_labels(source), np.arange(len(source))
         if labels is None:
@@ -86,7 +86,7 @@ def _check_labels(dataset: Dataset) -> None:
 
 
 def _spread(size: int, most: int) -> np.ndarray:
-    """At most so many places, evenly over a split of `size`, the first and the last among them."""
+    """At most `most` places, evenly over a split of `size`, the first and the last among them."""
     return np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(int))
 
 

@@ -33,7 +33,7 @@ Picture = Any
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 SPARE = 3
-"""A photograph is decoded smaller than it is while so many pixels are left for one of the training image's, in each
+"""A photograph is decoded smaller while this number of pixels is left for one of the training image's, in each
 direction. With three the mean difference from the full decoding is 0.4 of 255, below 1 for each of 100 photographs;
 with two it is 0.7."""
 
@@ -50,8 +50,8 @@ ORIENTATIONS = {
 the file, t if they are exchanged."""
 
 MOST_PIXELS = 2**24
-"""A picture is resized whole, and its centre cut out then, while that takes so many pixels at most, or 16 times those
-of the result. Of longer pictures only the part that is cut out is resized."""
+"""A picture is resized whole, and its centre cut out then, while that takes at most this number of pixels, or 16 times
+those of the result. Of longer pictures only the part that is cut out is resized."""
 
 LONG_SIDE = 2**14
 """Pillow holds the corners of a box as float32: where a side is longer, the part around the box is cut out first."""

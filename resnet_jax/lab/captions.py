@@ -45,7 +45,7 @@ WORDS = {
     ),
     "memory": (
         "What a compiled training step needs besides the state. Keeping all activations costs memory in proportion to the "
-        "depth; computing blocks a second time on the way back pays it with a part of the time. Equal blocks in a loop compile "
+        "depth; computing blocks a second time in the backward pass pays it with a part of the time. Equal blocks in a loop compile "
         "as fast for a thousand layers as for twenty.",
         "コンパイル済みの学習 1 ステップに、状態とは別に必要なメモリ。すべての活性を残すと深さに比例して増える。逆伝播の際に"
         "ブロックを計算し直せば、時間と引き換えに減らせる。同じ形のブロックをループにすれば、千層でも二十層と同じ速さで"

@@ -56,7 +56,7 @@ class Data:
 
 
 def load(dataset: str, train: int | None = None, test: int | None = None) -> Data:
-    """The digits (8 x 8 pixels), or any `data.dataset` of a recipe at 32 x 32; the first so many images of each split
+    """The digits (8 x 8 pixels), or any `data.dataset` of a recipe at 32 x 32; the first `size` images of each split
     in a random order that is always the same.
     """
     size = 8 if dataset == "digits" else 32
@@ -162,7 +162,7 @@ def evaluator(model: nn.Module, config: Config) -> Callable[[Any, dict[str, np.n
 
 
 def pixels(data: Data, count: int, config: Config) -> tuple[jax.Array, np.ndarray]:
-    """The first so many training images as a network takes them, and their labels."""
+    """The first training images as a network takes them, and their labels."""
     from resnet_jax.data.on_device import normalize
 
     images = jnp.asarray(data.train["image"][:count])

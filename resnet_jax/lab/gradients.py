@@ -74,8 +74,8 @@ def with_variance(variables: Any, gain: float) -> Any:
     def scaled(path: str, leaf: jax.Array) -> jax.Array:
         if leaf.ndim != 4:
             return leaf
-        taps, fan_in, fan_out = leaf.shape[0] * leaf.shape[1], leaf.shape[2], leaf.shape[3]
-        return leaf * jnp.sqrt(gain / (taps * fan_in) * (taps * fan_out) / 2.0)
+        window, fan_in, fan_out = leaf.shape[0] * leaf.shape[1], leaf.shape[2], leaf.shape[3]
+        return leaf * jnp.sqrt(gain / (window * fan_in) * (window * fan_out) / 2.0)
 
     return variables | {"params": path_map(scaled, variables["params"])}
 

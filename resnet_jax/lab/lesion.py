@@ -86,7 +86,7 @@ def gated_accuracy(model: Any, data: Any, blocks: list[tuple[int, int]]) -> Any:
 
 
 def swapped(variables: Any, size: int, pairs: int, rng: np.random.Generator) -> Any:
-    """Variables in which so many pairs of equal blocks within stages have changed places; no block moves twice."""
+    """Variables in which a number of pairs of equal blocks within stages have changed places; no block moves twice."""
     moved = {kind: dict(values) for kind, values in variables.items()}
     later = [rng.permutation(np.arange(2, size + 1)) for _ in range(3)]
     possible = [(s, row[i], row[i + 1]) for s, row in enumerate(later, start=1) for i in range(0, len(row) - 1, 2)]

@@ -26,7 +26,7 @@ RELATIVES: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def rows(book: Notebook) -> Rows:
-    """`name`, `seed`, `parameters`, `macs`, `layers`, `kept` (bytes an image for the way back), rates, errors."""
+    """`name`, `seed`, `parameters`, `macs`, `layers`, `kept` (bytes an image for the backward pass), rates, errors."""
     options = book.options
     data = load(options.dataset)
     epochs = 8.0 if options.quick else 40.0
@@ -62,7 +62,7 @@ def one(name: str, data: Any, epochs: float, seed: int) -> Rows:
 
 
 def kept_bytes(model: Any, variables: Any, images: jax.Array) -> int:
-    """Bytes of activations that are kept between the way there and the way back, from shapes alone."""
+    """Bytes of activations that are kept between forward and backward pass, from shapes alone."""
 
     def backward(params: Any, images: jax.Array) -> Any:
         def loss(params: Any) -> jax.Array:

@@ -48,7 +48,7 @@ class EfficientChannelAttention(nn.Module):
         return x * nn.sigmoid(y)[:, None, None].astype(x.dtype)
 
 
-def attend(x: Array, kind: str, ratio: float) -> Array:
+def channel_attention(x: Array, kind: str, ratio: float) -> Array:
     """Applies the attention of that kind as a module called `attention`. To be called in a compact module."""
     if kind not in ATTENTIONS:
         raise ValueError(f"attention {kind!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
@@ -110,7 +110,7 @@ def _distances(side: int, window: int) -> Array:
     return places[None, :] - places[:, None] + window - 1
 
 
-def attentive(conv: Callable[..., Any], heads: int, dtype: Any) -> Callable[..., Any]:
+def with_self_attention(conv: Callable[..., Any], heads: int, dtype: Any) -> Callable[..., Any]:
     """A maker of convolutions that gives spatial attention in place of every 3x3."""
 
     def make(features: int, kernel: int, strides: int = 1, dilation: int = 1, groups: int = 1, **options: Any) -> Any:

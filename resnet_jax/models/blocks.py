@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.models.attention import attend
+from resnet_jax.models.attention import channel_attention
 from resnet_jax.models.layers import BatchNorm, Conv, DropPath, convolved_and_normed
 from resnet_jax.models.pooling import anti_alias, average_pool
 from resnet_jax.ops.convolution import stored, stored_relu
@@ -74,7 +74,7 @@ class ResidualBlock(nn.Module):
       dilation, first_dilation: distance of the taps of the 3x3 convolutions, and of the strided one.
       shortcut: `A`, `B`, `C`, `D` as in `Shortcut`, or `none`: the plain block.
       shortcut_kernel: size of a projection that shrinks the image.
-      attention, attention_ratio: what weights the branch's channels at its end, as in `attend`.
+      attention, attention_ratio: what weights the branch's channels at its end, as in `channel_attention`.
       anti_alias: low pass in front of the stride: `none`, `average`, `blur`.
       drop_path: share of the images whose branch is left out when training.
       zero_init_last: the branch starts as zero (the last scale is 0), so the block starts as its shortcut.
@@ -115,7 +115,7 @@ class ResidualBlock(nn.Module):
                 y = self.act(y)
             if smooth:
                 y = anti_alias(y, self.anti_alias, self.strides)
-        y = DropPath(self.drop_path)(attend(y, self.attention, self.attention_ratio), train)
+        y = DropPath(self.drop_path)(channel_attention(y, self.attention, self.attention_ratio), train)
         if self.shortcut != "none":
             y = y + shortcut_of(self, self.norm)(x, train)
         return stored_relu(y) if self.act is nn.relu else stored(self.act(y))
@@ -159,7 +159,7 @@ class PreactBlock(nn.Module):
             y = self.conv(
                 conv.features, conv.kernel, conv.strides, conv.dilation, conv.groups, name=f"conv{i}", **zero
             )(y)
-        y = DropPath(self.drop_path)(attend(y, self.attention, self.attention_ratio), train)
+        y = DropPath(self.drop_path)(channel_attention(y, self.attention, self.attention_ratio), train)
         if self.shortcut == "none":
             return y
         start = first if projects(self.shortcut, x.shape[-1], self.features, self.strides) else x

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
 from resnet_jax.models.pooling import average_pool, pool_and_classify
-from resnet_jax.models.resnet import Stem, StemPool, check_channels, check_remat, kept_from
+from resnet_jax.models.resnet import Stem, StemPool, check_channels, check_remat, maybe_remat
 
 Array = jax.Array
 
@@ -71,7 +71,7 @@ class DenseNet(nn.Module):
       growth: channels that each layer adds; twice as many leave the stem.
       stem: as in `ResNet`; `3x3` is a bare convolution that nothing halves, for small images.
       anti_alias: low pass in the stem's pool: `none`, `average` or `blur`.
-      remat: `block` or `stage`: layers, or stages, are computed a second time on the way back; or `none`.
+      remat: `block` or `stage`: layers, or stages, are computed a second time in the backward pass; or `none`.
       act, norm, unbiased_variance, ghost, axis_name, drop_rate, global_pool, in_channels, num_classes, dtype: as
         in `ResNet`.
     """
@@ -101,16 +101,16 @@ class DenseNet(nn.Module):
         norm, act = make_norm(self), ACTIVATIONS[self.act]
         small = self.stem == "3x3"
         x = Stem(self.stem, 2 * self.growth, small, conv, norm, act, name="stem")(images, train)
-        taps = {"stem": x}
+        collected = {"stem": x}
         x = StemPool("none" if small else "max", self.anti_alias, conv, norm, act, name="stem_pool")(x, train)
-        layer = partial(kept_from(DenseLayer, self.remat == "block"), self.growth, conv, norm, act)
-        stage = kept_from(DenseStage, self.remat == "stage")
+        layer = partial(maybe_remat(DenseLayer, self.remat == "block"), self.growth, conv, norm, act)
+        stage = maybe_remat(DenseStage, self.remat == "stage")
         for i, size in enumerate(self.stage_sizes, start=1):
             x = stage(size, layer, name=f"stage{i}")(x, train)
             if i == len(self.stage_sizes):
                 x = act(norm(name="norm")(x, train))
-            taps[f"stage{i}"] = x
+            collected[f"stage{i}"] = x
             if i < len(self.stage_sizes):
                 x = Transition(conv, norm, act, name=f"transition{i}")(x, train)
-        taps["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
-        return (out, taps) if endpoints else out
+        collected["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
+        return (out, collected) if endpoints else out

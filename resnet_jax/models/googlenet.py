@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
 from resnet_jax.models.pooling import max_pool, pool_and_classify
-from resnet_jax.models.resnet import check_channels, check_remat, kept_from
+from resnet_jax.models.resnet import check_channels, check_remat, maybe_remat
 
 Array = jax.Array
 
@@ -115,7 +115,7 @@ class GoogLeNet(nn.Module):
       stem: `7x7` shrinks images by eight before stage 1; `3x3`, for small ones, by nothing.
       auxiliary: two more heads, behind the first and the fourth module of stage 2, which put logits into the collection
         `auxiliary_logits` when training; their losses count 0.3 in training here.
-      remat: `block` or `stage`: modules, or stages, are computed a second time on the way back; or `none`. A stage
+      remat: `block` or `stage`: modules, or stages, are computed a second time in the backward pass; or `none`. A stage
         that auxiliary heads look into is kept.
       norm, unbiased_variance, ghost, axis_name, act, drop_rate, global_pool, in_channels, num_classes, dtype: as in
         `ResNet`.
@@ -145,12 +145,12 @@ class GoogLeNet(nn.Module):
         conv = partial(Conv, dtype=self.dtype, kernel_init=init)
         norm = make_norm(self, epsilon=1e-3)
         chain = partial(Chain, conv=conv, norm=norm, act=ACTIVATIONS[self.act])
-        module = partial(kept_from(Inception, self.remat == "block"), chain=chain)
-        stage = kept_from(InceptionStage, self.remat == "stage")
+        module = partial(maybe_remat(Inception, self.remat == "block"), chain=chain)
+        stage = maybe_remat(InceptionStage, self.remat == "stage")
         small = self.stem == "3x3"
         x = chain(((sum(self.widths[0][0][k] for k in (0, 2, 4, 5)) // 4, 3, 1),) if small else ((64, 7, 2),),
                   name="stem1")(images, train)  # fmt: skip
-        taps = {"stem": x}
+        collected = {"stem": x}
         if not small:
             x = chain(((64, 1, 1), (192, 3, 1)), name="stem2")(ceil_max_pool(x, 3), train)
         for i, widths in enumerate(self.widths, start=1):
@@ -161,9 +161,9 @@ class GoogLeNet(nn.Module):
                 self._auxiliary([inside["block1"], inside["block4"]], chain, train)
             else:
                 x = stage(widths, module, name=f"stage{i}")(x, train)
-            taps[f"stage{i}"] = x
-        taps["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
-        return (out, taps) if endpoints else out
+            collected[f"stage{i}"] = x
+        collected["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
+        return (out, collected) if endpoints else out
 
     def _auxiliary(self, maps: list[Array], chain: Any, train: bool) -> None:
         """Puts the logits of the auxiliary heads on some maps into their collection."""

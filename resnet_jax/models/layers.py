@@ -68,7 +68,7 @@ class BatchNorm(nn.Module):
       unbiased_variance: the running variance takes n / (n - 1) times the variance of the batch, as PyTorch does;
         otherwise the biased one, as Flax does. Normalisation itself uses the biased one in both.
       frozen: always the running statistics, never moved, and no gradient to scale and bias.
-      ghost: statistics over groups of so many images in turn (Hoffer et al. 2017); the running ones move by the mean
+      ghost: statistics over groups of this number of images (Hoffer et al. 2017); the running ones move by the mean
         over the groups. None: over all of the batch.
       axis_name: of the mapped axis.
     """
@@ -111,8 +111,8 @@ class BatchNorm(nn.Module):
     def _move(self, running_mean: Any, running_var: Any, mean: Array, var: Array, count: int) -> None:
         count *= 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         correction = count / max(count - 1, 1) if self.unbiased_variance else 1.0
-        running_mean.value = moved(running_mean.value, mean, self.momentum)
-        running_var.value = moved(running_var.value, var, self.momentum, correction)
+        running_mean.value = update_running_average(running_mean.value, mean, self.momentum)
+        running_var.value = update_running_average(running_var.value, var, self.momentum, correction)
 
 
 def convolved_and_normed(conv: nn.Module, norm: nn.Module, x: Array, train: bool) -> Array:
@@ -164,7 +164,7 @@ def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]
 
 
 @partial(jax.jit, static_argnames=("momentum", "correction"))
-def moved(running: Array, found: Array, momentum: float, correction: float = 1.0) -> Array:
+def update_running_average(running: Array, found: Array, momentum: float, correction: float = 1.0) -> Array:
     """A running statistic [channel] after a batch of which `found` holds one or, in ghost batches, several."""
     return momentum * running + (1 - momentum) * correction * found.reshape(-1, *running.shape).mean(0)
 

@@ -116,9 +116,9 @@ def feature_info(model: Any) -> list[Feature]:
         raise InputError("a transformer has tokens of one width throughout, and no maps")
     images = jax.ShapeDtypeStruct((1, 256, 256, model.in_channels), jnp.float32)
     maps = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), jnp.zeros(images.shape), endpoints=True))
-    taps = maps[0][1]
-    names = ["stem", *sorted(name for name in taps if name.startswith("stage"))]
-    return [Feature(name, taps[name].shape[-1], 256 // taps[name].shape[1]) for name in names]
+    collected = maps[0][1]
+    names = ["stem", *sorted(name for name in collected if name.startswith("stage"))]
+    return [Feature(name, collected[name].shape[-1], 256 // collected[name].shape[1]) for name in names]
 
 
 def stride_of(model: Any) -> int:

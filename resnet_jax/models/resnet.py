@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.models.attention import attentive
+from resnet_jax.models.attention import with_self_attention
 from resnet_jax.models.blocks import BASIC, BOTTLENECK, PreactBlock, ResidualBlock
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
 from resnet_jax.models.pooling import ANTI_ALIASES, anti_alias, max_pool, pool_and_classify
@@ -86,7 +86,7 @@ class Stage(nn.Module):
       drop_paths: one rate a block; their number is the number of blocks.
       first_dilation: of the first block's strided convolution.
       scan: the blocks after the first one are one, compiled once and run in a loop (`stacking.py`).
-      in_groups: that loop keeps the inputs of groups of blocks alone for the way back.
+      in_groups: that loop keeps the inputs of groups of blocks alone for the backward pass.
     """
 
     block: Any
@@ -129,7 +129,7 @@ class ResNet(nn.Module):
       widths: channels inside each stage's blocks.
       cardinality: groups of the bottleneck's 3x3.
       base_width: width of a group's 3x3 in the first stage; (1, 64) is the plain bottleneck.
-      reduce_first: a bottleneck's first convolution is so many times narrower than its second.
+      reduce_first: a bottleneck's first convolution is narrower by this factor than its second.
       stem: `7x7`, `3x3`, `deep` or `deep_tiered`.
       stem_width: channels that leave the stem.
       stem_pool: what halves them: `max` (3x3), `max_zero` (with a border of zeros), `conv`, or `none`.
@@ -146,8 +146,8 @@ class ResNet(nn.Module):
       standardized: kernels are standardised before they are used.
       act: `relu`, `silu`, `gelu` or `identity`.
       zero_init_last: every branch starts at zero. Without effect on plain blocks.
-      remat: `block` or `stage`: those, and the stem, are computed a second time on the way back instead of being kept;
-        or `none`. `stage` with `scan` is for very deep stages: groups of about the root of their blocks are computed
+      remat: `block` or `stage`: those, and the stem, are computed again in the backward pass instead of being kept; or
+        `none`. `stage` with `scan` is for very deep stages: groups of about the root of their blocks are computed
         again, and then each block, so that memory grows with the root of the depth.
       scan: the equal blocks of a stage are compiled once and run in a loop, with their variables stacked as
         `stack_blocks` does: compile time no longer grows with depth.
@@ -210,22 +210,22 @@ class ResNet(nn.Module):
         self._check()
         conv = partial(Conv, dtype=self.dtype, standardized=self.standardized)
         norm, act = make_norm(self), ACTIVATIONS[self.act]
-        stem = kept_from(Stem, self.remat != "none")
+        stem = maybe_remat(Stem, self.remat != "none")
         x = stem(self.stem, self.stem_width, self.preact, conv, norm, act, name="stem")(images, train)
-        taps = {"stem": x}
+        collected = {"stem": x}
         x = StemPool(self.stem_pool, self.anti_alias, conv, norm, act, name="stem_pool")(x, train)
         strides = self._strides()
         for i, rates in enumerate(self._drop_paths()):
-            looks = self.self_attention and i == len(self.stage_sizes) - 1
-            layer = attentive(conv, self.self_attention, self.dtype) if looks else conv
+            in_last_stage = self.self_attention and i == len(self.stage_sizes) - 1
+            layer = with_self_attention(conv, self.self_attention, self.dtype) if in_last_stage else conv
             block = partial(self._block(i), conv=layer, norm=norm, act=act)
-            stage = kept_from(Stage, self.remat == "stage" and not self.scan)
+            stage = maybe_remat(Stage, self.remat == "stage" and not self.scan)
             x = stage(block, rates, *strides[i], self.scan, self._in_groups, name=f"stage{i + 1}")(x, train)
-            taps[f"stage{i + 1}"] = x
+            collected[f"stage{i + 1}"] = x
         if self.preact:
             x = act(norm(name="norm")(x, train))
-        taps["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
-        return (out, taps) if endpoints else out
+        collected["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
+        return (out, collected) if endpoints else out
 
     @property
     def _in_groups(self) -> bool:
@@ -271,7 +271,7 @@ class ResNet(nn.Module):
         inner = width * self.base_width // 64 * self.cardinality
         smooth: dict[str, Any] = {} if self.preact else {"anti_alias": self.anti_alias}
         return partial(
-            kept_from(PreactBlock if self.preact else ResidualBlock, self.remat == "block" or self._in_groups),
+            maybe_remat(PreactBlock if self.preact else ResidualBlock, self.remat == "block" or self._in_groups),
             features=width * expansion,
             kernels=kernels,
             width=inner,
@@ -286,8 +286,8 @@ class ResNet(nn.Module):
         )
 
 
-def kept_from(module: Any, remat: bool) -> Any:
-    """The module's class, with `remat` one whose insides are computed again on the way back (Chen et al. 2016)."""
+def maybe_remat(module: Any, remat: bool) -> Any:
+    """The module's class, with `remat` one whose insides are computed again in the backward pass (Chen et al. 2016)."""
     return nn.remat(module, static_argnums=(2,)) if remat else module
 
 

@@ -42,8 +42,8 @@ def unstack_blocks(tree: Any) -> Any:
 def run_stacked(block: Any, x: jax.Array, train: bool, count: int, in_groups: bool) -> jax.Array:
     """What comes out of `count` equal blocks in a row, in a loop; the variables of `block` are stacked.
 
-    With `in_groups` a loop over groups runs loops over their blocks, and groups are computed again on the way back:
-    some 2 sqrt(count) inputs of blocks are kept instead of `count` (Chen et al. 2016, section 4).
+    With `in_groups` a loop over groups runs loops over their blocks, and groups are computed again in the backward
+    pass: some 2 sqrt(count) inputs of blocks are kept instead of `count` (Chen et al. 2016, section 4).
     """
 
     def once(block: Any, x: jax.Array, real: jax.Array | None) -> tuple[jax.Array, None]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from resnet_jax.models.attention import attention_weights
 from resnet_jax.models.layers import Dtype
 from resnet_jax.models.pooling import classify
-from resnet_jax.models.resnet import check_channels, check_remat, kept_from
+from resnet_jax.models.resnet import check_channels, check_remat, maybe_remat
 
 Array = jax.Array
 
@@ -84,7 +84,7 @@ class ViT(nn.Module):
       mlp: width inside the dense part of a block.
       image_size: side of the images; positions are learned for this size alone.
       shortcut: as in `EncoderBlock`.
-      remat: `block` or `stage`: blocks, or all of them together, are computed a second time on the way back; or `none`.
+      remat: `block` or `stage`: blocks, or all of them together, are computed again in the backward pass; or `none`.
       drop_rate, in_channels, num_classes, dtype: as in `ResNet`; the dropout is within the blocks too.
     """
 
@@ -118,14 +118,14 @@ class ViT(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)).astype(self.dtype), x], 1)
         position = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width), jnp.float32)
         x = x + position.astype(self.dtype)
-        taps = {"stem": x}
-        block = kept_from(EncoderBlock, self.remat == "block")
+        collected = {"stem": x}
+        block = maybe_remat(EncoderBlock, self.remat == "block")
         block = partial(block, self.heads, self.mlp, self.shortcut, self.drop_rate, self.dtype)
-        encoder = kept_from(Encoder, self.remat == "stage")
-        x = taps["stage1"] = encoder(self.depth, block, name="stage1")(x, train)
+        encoder = maybe_remat(Encoder, self.remat == "stage")
+        x = collected["stage1"] = encoder(self.depth, block, name="stage1")(x, train)
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
-        taps["features"], out = classify(x[:, 0].astype(jnp.float32), self.drop_rate, self.num_classes, train)
-        return (out, taps) if endpoints else out
+        collected["features"], out = classify(x[:, 0].astype(jnp.float32), self.drop_rate, self.num_classes, train)
+        return (out, collected) if endpoints else out
 
 
 class PatchStem(nn.Module):

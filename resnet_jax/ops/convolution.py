@@ -30,7 +30,7 @@ PIXELS = 2**10
 """Of all images together: with fewer, that is not worth the making of its kernel."""
 
 MANY = 16
-"""So many times as many pixels as channels, and the weight gradient of a 1x1 convolution is faster in two halves."""
+"""With this factor more pixels than channels, and the weight gradient of a 1x1 convolution is faster in two halves."""
 
 FEW = 4
 """Channels of pictures, up to which a GPU convolves faster when four pixels are one."""

@@ -68,13 +68,13 @@ def make_forward(model: nn.Module, variables: Any) -> Callable[[jax.Array], jax.
     return partial(compiled(logits), variables)
 
 
-def to_probabilities(logits: jax.Array, several: bool, temperature: float = 1.0) -> jax.Array:
+def to_probabilities(logits: jax.Array, multilabel: bool, temperature: float = 1.0) -> jax.Array:
     """float32 [batch, classes]: softmax of logits / temperature, or with `several` labels the sigmoid of each.
 
     One logit means a sigmoid, as in `torch.sigmoid(model(x))` after training with `BCEWithLogitsLoss`: [batch, 1], the
     probability of the label 1.
     """
-    return (jax.nn.sigmoid if several or logits.shape[-1] == 1 else jax.nn.softmax)(logits / temperature)
+    return (jax.nn.sigmoid if multilabel or logits.shape[-1] == 1 else jax.nn.softmax)(logits / temperature)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Predictor:
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
     forward: Callable[[jax.Array], jax.Array]
-    several: bool = False
+    multilabel: bool = False
     calibration: Calibration = UNCALIBRATED
     flip: bool = False
 
@@ -127,7 +127,7 @@ class Predictor:
             raise InputError(f"{source} has {len(thresholds)} thresholds for {model.num_classes} outputs")
         names = names_of_outputs(model.num_classes, weights.class_names, str(source))
         forward = make_forward(model, variables)
-        return cls(model, variables, preprocessing, names, forward, weights.several, weights.calibration, flip)
+        return cls(model, variables, preprocessing, names, forward, weights.multilabel, weights.calibration, flip)
 
     @classmethod
     def from_run(cls, folder: str | Path) -> Self:
@@ -158,16 +158,16 @@ class Predictor:
         logits = self.forward(images)
         if self.flip:
             logits = (logits + self.forward(images[:, :, ::-1])) / 2
-        return np.asarray(to_probabilities(logits, self.several, self.calibration.temperature))
+        return np.asarray(to_probabilities(logits, self.multilabel, self.calibration.temperature))
 
-    def said(self, row: np.ndarray) -> np.ndarray:
+    def predicted_classes(self, row: np.ndarray) -> np.ndarray:
         """Of the probabilities of a picture, [classes]: numbers of the classes that it has, the most probable first.
 
         That is one, and of a network with one logit the only one, however improbable; where a picture may have several,
         those that reach their thresholds.
         """
         ranked = row.argsort()[::-1]
-        if not self.several:
+        if not self.multilabel:
             return ranked[:1]
         thresholds = np.broadcast_to(np.asarray(self.calibration.thresholds or 0.5), row.shape)
         return ranked[row[ranked] >= thresholds[ranked]]
@@ -177,7 +177,7 @@ class Predictor:
 
         Args:
           images: paths, bytes of files, arrays [height, width, channel], or Pillow images.
-          batch: so many go through the network at once.
+          batch: this number goes through the network at once.
 
         Raises:
           BadImage: one cannot be decoded.

@@ -54,21 +54,21 @@ def export_program(
     look, channels = predictor.preprocessing, predictor.model.in_channels
     shape = (*sides(look.eval_image_size), channels)
     dtype = np.uint8 if channels == 3 else np.float32
-    said = {
+    metadata = {
         "source": Path(source).name,
         "class_names": predictor.class_names,
         "input": ["batch", *shape],
         "dtype": np.dtype(dtype).name,
-        "several": predictor.several,
+        "multilabel": predictor.multilabel,
         "thresholds": predictor.calibration.thresholds,
         "eval_crop": look.eval_crop,
         "interpolation": look.interpolation,
     }
     write = {"stablehlo": write_stablehlo, "onnx": write_onnx}[form]
     with written_beside(path) as beside:
-        call = write(serve(predictor), shape, dtype, said, beside)
+        call = write(serve(predictor), shape, dtype, metadata, beside)
         agree(call, predictor, shape, dtype)
-    return said
+    return metadata
 
 
 def serve(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
@@ -76,11 +76,11 @@ def serve(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
     model, variables, look = predictor.model, predictor.variables, predictor.preprocessing
     if isinstance(model, ResNet) and model.norm in ("batch", "frozen_batch"):
         model, variables = fold_batch_norm(model, variables)
-    several, temperature = predictor.several, predictor.calibration.temperature
+    multilabel, temperature = predictor.multilabel, predictor.calibration.temperature
 
     def served(pixels: jax.Array) -> jax.Array:
         logits = model.apply(variables, normalize(pixels, look.mean, look.std, model.dtype), train=False)
-        return to_probabilities(logits, several, temperature)
+        return to_probabilities(logits, multilabel, temperature)
 
     return served
 
@@ -88,19 +88,19 @@ def serve(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
 Call = Callable[[np.ndarray], np.ndarray]
 
 
-def write_stablehlo(served: Any, shape: tuple[int, ...], dtype: Any, said: dict[str, Any], path: Path) -> Call:
+def write_stablehlo(served: Any, shape: tuple[int, ...], dtype: Any, metadata: dict[str, Any], path: Path) -> Call:
     """Writes the archive; returns what it computes, read back from it."""
     pixels = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"batch, {', '.join(map(str, shape))}"), dtype)
     program = jax.export.export(jax.jit(served), platforms=PLATFORMS)(pixels)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("program", bytes(program.serialize()))
-        archive.writestr("metadata.json", json.dumps(said, indent=1))
+        archive.writestr("metadata.json", json.dumps(metadata, indent=1))
     with zipfile.ZipFile(path) as archive:
         again = jax.export.deserialize(bytearray(archive.read("program")))
     return lambda pixels: np.asarray(again.call(pixels))
 
 
-def write_onnx(served: Any, shape: tuple[int, ...], dtype: Any, said: dict[str, Any], path: Path) -> Call:
+def write_onnx(served: Any, shape: tuple[int, ...], dtype: Any, metadata: dict[str, Any], path: Path) -> Call:
     """Writes an ONNX model; returns what ONNX Runtime computes with it.
 
     Raises:
@@ -120,7 +120,7 @@ def write_onnx(served: Any, shape: tuple[int, ...], dtype: Any, said: dict[str, 
     except Exception as error:  # whatever it raises where it does not know an operation
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"jax2onnx cannot translate this network ({reason[:200]}); take .stablehlo") from error
-    for key, value in said.items():
+    for key, value in metadata.items():
         graph.metadata_props.add(key=key, value=json.dumps(value))
     onnx.save(graph, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -137,7 +137,7 @@ def agree(call: Call, predictor: Predictor, shape: tuple[int, ...], dtype: Any) 
         look = predictor.preprocessing
         images = normalize(jnp.asarray(part), look.mean, look.std, predictor.model.dtype)
         logits = predictor.model.apply(predictor.variables, images, train=False)
-        wanted = to_probabilities(logits, predictor.several, predictor.calibration.temperature)
+        wanted = to_probabilities(logits, predictor.multilabel, predictor.calibration.temperature)
         off, largest = float(np.abs(call(part) - np.asarray(wanted)).max()), float(wanted.max())
         if not off <= TOLERANCE * largest:
             raise InputError(

@@ -77,13 +77,13 @@ def new_record(config: Config, dataset: Dataset, class_names: tuple[str, ...]) -
     return {
         "recipe": to_dict(config),
         "class_names": list(class_names),
-        "several": dataset.several,
+        "multilabel": dataset.multilabel,
         "best": None,
         "result": None,
         "sums": None,
         "skipped": [],
         "skipped_updates": {"total": 0, "in_row": 0},
-        "owed": False,
+        "eval_pending": False,
         "no_better": 0,
         "rollbacks": 0,
     }

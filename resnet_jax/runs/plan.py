@@ -30,7 +30,7 @@ UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 
 def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
-    """Compiles the step of a recipe from shapes, for so many devices that JAX sees, None for all.
+    """Compiles the step of a recipe from shapes, for this number of the devices that JAX sees, None for all.
 
     Returns:
       `devices`, `parameters` (their number), `flops` (of a step, on all devices, as XLA counts them), in bytes on each

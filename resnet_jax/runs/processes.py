@@ -142,7 +142,7 @@ class Peers:
         self._loop.call_soon_threadsafe(write)
 
     def gather(self, kind: str, seconds: float | None = None) -> dict[int, Any]:
-        """What each process sent of a kind, once all have, or after so many seconds, or once one failed."""
+        """What each process sent of a kind, once all have, or after that number of seconds, or once one failed."""
         with self._changed:
             self._changed.wait_for(lambda: self.cause or len(self._sent[kind]) == self.count, seconds)
             return dict(self._sent[kind])

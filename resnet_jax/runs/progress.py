@@ -63,7 +63,7 @@ class Report:
         last_checkpoint: Callable[[], int | None],
     ) -> None:
         first = jax.process_index() == 0
-        self._tracker = Tracker(folder, step, config.log.tensorboard, record["owed"]) if first else None
+        self._tracker = Tracker(folder, step, config.log.tensorboard, record["eval_pending"]) if first else None
         self._console = Console(step, plan.total, plan.per_epoch, plan.evaluates) if first else None
         self._batch_size, self._per_epoch, self._schedule = config.train.batch_size, plan.per_epoch, schedule
         self._last_checkpoint = last_checkpoint

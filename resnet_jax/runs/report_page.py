@@ -51,15 +51,17 @@ def make_report(folder: Path, checkpoint: str | None = None, dataset: str | None
     split = default_split(run.dataset)
     run.check_unseen(split)
     means = served(run.evaluate(split) or {}, split)[1]
-    said: Predictions = means["predictions"]
+    predictions: Predictions = means["predictions"]
     calibration, fitted_on = UNCALIBRATED, None
     if run.dataset.validation is not None:
         fitted_on = "validation"
-        held_out = said if split == fitted_on else served(run.evaluate(fitted_on) or {}, fitted_on)[1]["predictions"]
+        held_out = (
+            predictions if split == fitted_on else served(run.evaluate(fitted_on) or {}, fitted_on)[1]["predictions"]
+        )
         calibration = fit_calibration(held_out.logits, held_out.labels)
     names = run.class_names
-    plain = measure(said.logits, said.labels, names)
-    found = measure(said.logits, said.labels, names, calibration)
+    plain = measure(predictions.logits, predictions.labels, names)
+    found = measure(predictions.logits, predictions.labels, names, calibration)
     step = int(run.state.step)
     write_whole(folder / "calibration.json", to_json({"step": step} | dataclasses.asdict(calibration)) + "\n")
     loss = means["loss"]
@@ -74,7 +76,7 @@ def make_report(folder: Path, checkpoint: str | None = None, dataset: str | None
         _classes(found),
         _confusion(found, names),
         f"<h2>Calibration</h2><p>{CALIBRATED[fitted_on, split]}</p>{reliability_chart(plain['reliability'])}",
-        _mistakes(run, split, said, calibration),
+        _mistakes(run, split, predictions, calibration),
         _speed(lines, folder),
         _details(run, folder),
     ]
@@ -92,7 +94,7 @@ CALIBRATED = {
     ("validation", "test"): "The temperature was fitted on the validation split, the chart is of the test split.",
     ("validation", "validation"): "The temperature was fitted on the same pictures, which flatters it a little.",
 }
-"""What is said of the calibration, by the splits that it was fitted and measured on."""
+"""What is written of the calibration, by the splits that it was fitted and measured on."""
 
 
 def _heading(run: FinishedRun, folder: Path, step: int, split: str) -> str:
@@ -177,24 +179,28 @@ def _confusion(found: dict[str, Any], names: tuple[str, ...]) -> str:
     return f'<h2>Confusion</h2><div class="wide">{table}</div>'
 
 
-def worst(said: Predictions, temperature: float) -> list[tuple[int, int, float]]:
+def worst(predictions: Predictions, temperature: float) -> list[tuple[int, int, float]]:
     """The most confident mistakes: (place among the predictions, class that is wrong, its probability)."""
-    several = said.labels.ndim == 2
-    p = probabilities(said.logits, several, temperature)
-    wrong = p * (1 - said.labels) if several else np.where(np.arange(p.shape[1]) == said.labels[:, None], 0.0, p)
+    multilabel = predictions.labels.ndim == 2
+    p = probabilities(predictions.logits, multilabel, temperature)
+    wrong = (
+        p * (1 - predictions.labels)
+        if multilabel
+        else np.where(np.arange(p.shape[1]) == predictions.labels[:, None], 0.0, p)
+    )
     label, confidence = wrong.argmax(1), wrong.max(1)
-    mistaken = confidence > 0.5 if several else p.argmax(1) != said.labels
+    mistaken = confidence > 0.5 if multilabel else p.argmax(1) != predictions.labels
     order = np.argsort(-confidence * mistaken)[: min(MISTAKES, int(mistaken.sum()))]
     return [(int(i), int(label[i]), float(confidence[i])) for i in order]
 
 
-def _mistakes(run: FinishedRun, split: str, said: Predictions, calibration: Calibration) -> str:
-    chosen = worst(said, calibration.temperature)
+def _mistakes(run: FinishedRun, split: str, predictions: Predictions, calibration: Calibration) -> str:
+    chosen = worst(predictions, calibration.temperature)
     if not chosen:
         return "<h2>Mistakes</h2><p>There are none.</p>"
     config, source, names = run.config, run.dataset.split(split), run.class_names
     size, look = config.data.eval_image_size or config.data.image_size, config.augment
-    places = [int(said.index[i]) for i, _, _ in chosen]
+    places = [int(predictions.index[i]) for i, _, _ in chosen]
     seen = [fit(source[i][0], size, look.eval_crop, look.interpolation, config.data.channels) for i in places]
     model: Any = run.model
     images = normalize(jnp.asarray(np.stack(seen)), config.data.mean, config.data.std, model.dtype)
@@ -204,7 +210,7 @@ def _mistakes(run: FinishedRun, split: str, said: Predictions, calibration: Cali
         spoke = list(np.asarray(grad_cam(model, variables, images, jnp.asarray([label for _, label, _ in chosen]))))
     cards = []
     for (i, label, confidence), place, picture, heat in zip(chosen, places, seen, spoke, strict=True):
-        truth = said.labels[i]
+        truth = predictions.labels[i]
         true = ", ".join(names[k] for k in np.flatnonzero(truth)) if truth.ndim else names[truth]
         where = escape(Path(source.describe(place)).name)
         cards.append(

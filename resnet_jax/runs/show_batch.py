@@ -20,7 +20,7 @@ from resnet_jax.training.step import draw, prepare
 from resnet_jax.weights.load import names_of_outputs
 
 MOST, COLUMNS, HIGH = 64, 8, 128
-"""Images that are drawn, in so many columns, each at least so many pixels high."""
+"""Images that are drawn, in rows of this length; how high each is at least, in pixels."""
 
 
 def show_batch(config: Config, file: Path) -> Path:

@@ -23,8 +23,8 @@ class Stopped(RuntimeError):
         which = "which is saved" if saved else "which could NOT be saved: what counts is the last checkpoint"
         command = f"resnet-jax train --workdir {shlex.quote(str(folder))}"
         how = command if jax.process_count() == 1 else "the same command in all processes"
-        said = f"stopped by {signal.Signals(number).name} after step {step}, {which}"
-        super().__init__(f"{said}; {how} goes on from there")
+        what = f"stopped by {signal.Signals(number).name} after step {step}, {which}"
+        super().__init__(f"{what}; {how} goes on from there")
 
 
 class FolderLost(RuntimeError):
@@ -89,15 +89,15 @@ def stop_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    several = jax.process_count() > 1
+    multiprocess = jax.process_count() > 1
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    thread = threading.Thread(target=listen, args=(reading, stop, several), daemon=True)
+    thread = threading.Thread(target=listen, args=(reading, stop, multiprocess), daemon=True)
     thread.start()
     caught = [
         number
         for number in CAUGHT
-        if not (several and number == signal.SIGTERM)
+        if not (multiprocess and number == signal.SIGTERM)
         and not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN)
     ]
     handlers = {number: signal.signal(number, lambda *_: None) for number in caught}
@@ -114,7 +114,7 @@ def stop_signals() -> Iterator[Stop]:
         os.close(writing)
 
 
-def listen(pipe: int, stop: Stop, several: bool) -> None:
+def listen(pipe: int, stop: Stop, multiprocess: bool) -> None:
     """Takes the numbers of signals from a pipe until a 0 comes."""
     while number := os.read(pipe, 1)[0]:
         if number == signal.SIGINT and stop.signal == signal.SIGINT:
@@ -125,5 +125,5 @@ def listen(pipe: int, stop: Stop, several: bool) -> None:
         again = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
         with contextlib.suppress(OSError):
             os.write(2, f"\n{signal.Signals(number).name}: saving after this step{again}\n".encode())
-        if several:
+        if multiprocess:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -25,17 +25,17 @@ class Tracker:
 
     In a bucket nothing can be appended to: there both are written whole at each `flush`.
 
-    Opening it on a run that resumes at `step` drops the lines beyond that step, with `owed` the evaluation of that
-    step, and that of the test split, so that each is there once; what cannot be read goes into
+    Opening it on a run that resumes at `step` drops the lines beyond that step, with `eval_pending` the evaluation of
+    that step, and that of the test split, so that each is there once; what cannot be read goes into
     `metrics.jsonl.damaged`. Lines for which the disk has no room wait until it has.
 
     Raises:
       InputError: a file cannot be read or written.
     """
 
-    def __init__(self, workdir: Path, step: int, tensorboard: bool, owed: bool = False) -> None:
+    def __init__(self, workdir: Path, step: int, tensorboard: bool, eval_pending: bool = False) -> None:
         path = workdir / "metrics.jsonl"
-        last = step - 1 if owed else step
+        last = step - 1 if eval_pending else step
         try:
             lines, damaged = split_lines(path)
             kept = [

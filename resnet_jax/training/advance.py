@@ -60,12 +60,12 @@ def make_advance(
     """
     table, classes = sampling_table(dataset, config.data.sampling), dataset.label_classes()
     drawn = config.data.on_device or features is not None
-    several = steps_per_call(config, drawn)
-    program = make_programs(config, model, schedule, dataset, mesh, several, drawn, features is not None)
-    numbers = put_everywhere({n: np.int32(n) for n in range(1, several + 1)}, mesh)
+    most = steps_per_call(config, drawn)
+    program = make_programs(config, model, schedule, dataset, mesh, most, drawn, features is not None)
+    numbers = put_everywhere({n: np.int32(n) for n in range(1, most + 1)}, mesh)
 
     def steps_from(step: int, until: float) -> int:
-        return int(min(several, steps.stop - step, until - step, *(every - step % every for every in ends)))
+        return int(min(most, steps.stop - step, until - step, *(every - step % every for every in ends)))
 
     if not drawn:
         rank, hosts = jax.process_index(), jax.process_count()
@@ -76,7 +76,7 @@ def make_advance(
             n, asked = steps_from(step, until), time.perf_counter()
             given = [next(batches) for _ in range(n)]
             waited = time.perf_counter() - asked
-            return *run(state, given + given[-1:] * (several - n), numbers[n]), n, waited
+            return *run(state, given + given[-1:] * (most - n), numbers[n]), n, waited
 
         return advance_host
 
@@ -160,7 +160,7 @@ def weights_of_classes(config: Config, dataset: Dataset, outputs: int) -> np.nda
     if config.train.class_weights == "none":
         return None
     labels, classes = labels_of(dataset.train), len(dataset.class_names)
-    counts = labels.sum(0)[:classes] if dataset.several else np.bincount(labels, minlength=classes)
+    counts = labels.sum(0)[:classes] if dataset.multilabel else np.bincount(labels, minlength=classes)
     if missing := [name for name, n in zip(dataset.class_names, counts, strict=True) if n == 0]:
         raise InputError(f"train.class_weights: the classes {', '.join(missing)} have no training image")
     weights = class_weights(config.train.class_weights, counts)

@@ -34,7 +34,7 @@ from resnet_jax.training.manifest import (
 )
 
 Record: TypeAlias = dict[str, Any]
-"""JSON that travels with a state: recipe, class names, best metric, unwritten training sums, what is still owed."""
+"""JSON that travels with a state: recipe, class names, best metric, unwritten sums, pending evaluation."""
 
 Template: TypeAlias = Callable[[Record], Any]
 """Gives shapes, types and shardings of the state to read, from the record beside it."""

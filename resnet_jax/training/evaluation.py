@@ -85,7 +85,7 @@ def make_evaluate(
         compiler_options=compiler_options(),
     )
     stored: list[Any] = []
-    keep_logits = keep or dataset.several
+    keep_logits = keep or dataset.multilabel
 
     def batches(variables: Any) -> Iterator[Any]:
         process, classes = (jax.process_index(), jax.process_count()), dataset.label_classes()
@@ -111,7 +111,7 @@ def make_evaluate(
         result = {name: means(add(parts)) for name, parts in sums.items()}
         for name, parts in outputs.items() if keep_logits else ():
             predictions = gathered(parts)
-            if dataset.several:
+            if dataset.multilabel:
                 result[name]["map"] = mean_average_precision(predictions.logits, predictions.labels)
             if keep:
                 result[name]["predictions"] = predictions
@@ -148,7 +148,7 @@ def selecting_metric(config: Config, dataset: Dataset) -> str | None:
                 "give the data one"
             )
         return None
-    return ("map" if dataset.several else "accuracy") if config.train.metric == "auto" else config.train.metric
+    return ("map" if dataset.multilabel else "accuracy") if config.train.metric == "auto" else config.train.metric
 
 
 def served(result: Result, split: str) -> tuple[str, dict[str, Any]]:

@@ -113,9 +113,9 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     dataset = load_dataset(config.data, config.train.seed, hold_out=config.train.metric != "none")
     for note in dataset.notes:
         say(note)
-    if dataset.several and config.train.loss != "binary":
+    if dataset.multilabel and config.train.loss != "binary":
         raise InputError(f"{config.data.dataset} gives images several labels: add --train.loss binary")
-    if config.train.metric == "map" and not dataset.several:
+    if config.train.metric == "map" and not dataset.multilabel:
         raise InputError("train.metric map needs images with several labels; take accuracy, loss or macro_recall")
     pictures = {f"{name} pictures": digest({name: rows[:, :2]}) for name, rows in fingerprint(dataset).items()}
     agree(pictures | {"class names": json.dumps(dataset.class_names)})
@@ -319,13 +319,13 @@ def run_steps(
       evaluate: on the validation split; None where there is none.
 
     Everything is written and found finite before a checkpoint replaces another one. A checkpoint is begun before the
-    evaluation of its step, which it owes until then, so that the two run beside each other. The device is given one
+    evaluation of its step, which is pending until then, so that the two run beside each other. The device is given one
     call beyond the one that it works at, no more, so that slow steps end soon after a signal.
     """
     plan, step = run.plan, int(state.step)
     under_way: Any = ()
-    if record["owed"] and evaluate is not None:
-        assess(run, state, step, record, evaluate, report, bad)
+    if record["eval_pending"] and evaluate is not None:
+        evaluate_step(run, state, step, record, evaluate, report, bad)
     patience = run.config.train.patience or math.inf
     while step < plan.total and record["no_better"] < patience:
         state, sums, n, waited = advance(state, step)
@@ -346,14 +346,14 @@ def run_steps(
         if not evaluates and not due(plan.save_every) and not stopping:
             continue
         record["sums"] = report.settle(state)
-        record |= {"skipped_updates": dict(report.skipped), "skipped": sorted(bad.names), "owed": evaluates}
+        record |= {"skipped_updates": dict(report.skipped), "skipped": sorted(bad.names), "eval_pending": evaluates}
         with report.paused():
             if stopping:
                 end_early(run, state, step, record)
             if due(plan.save_every):
                 run.checkpoints.save(step, unstack_blocks(state), record)
-            if record["owed"] and evaluate is not None:
-                assess(run, state, step, record, evaluate, report, bad)
+            if record["eval_pending"] and evaluate is not None:
+                evaluate_step(run, state, step, record, evaluate, report, bad)
     record["step"] = step
     if step < plan.total:
         say(f"no better for {record['no_better']} evaluations: the run ends")
@@ -394,10 +394,10 @@ def look_at_test(
 
 def lost(run: Run) -> bool:
     """Whether the run has lost its folder, as the first process sees it; all processes ask together."""
-    return bool(told(run.lock is not None and run.lock.lost(now=True)))
+    return bool(broadcast_from_first(run.lock is not None and run.lock.lost(now=True)))
 
 
-def told(number: int) -> int:
+def broadcast_from_first(number: int) -> int:
     """The number that the first process gives, to all of them."""
     if jax.process_count() == 1:
         return number
@@ -422,7 +422,7 @@ def end_early(run: Run, state: TrainState, step: int, record: Record) -> NoRetur
     held: Any = contextlib.nullcontext()  # its lock moved with it
     if place is None:
         folder = run.folder if in_bucket(run.folder) else run.folder.absolute()
-        place = folder.with_name(f"{folder.name}-saved-{told(int(time.time()))}")
+        place = folder.with_name(f"{folder.name}-saved-{broadcast_from_first(int(time.time()))}")
         held = locked(place, run.config)
     saved: Path | None = None
     try:
@@ -435,7 +435,7 @@ def end_early(run: Run, state: TrainState, step: int, record: Record) -> NoRetur
     raise FolderLost(run.folder, step, saved)
 
 
-def assess(
+def evaluate_step(
     run: Run,
     state: TrainState,
     step: int,
@@ -447,13 +447,13 @@ def assess(
     """Evaluates a step on the validation split, and keeps its checkpoint if it is the best so far.
 
     Raises:
-      Stopped: a signal came meanwhile; the step is saved, and owes its evaluation.
+      Stopped: a signal came meanwhile; the step is saved, and its evaluation is pending.
     """
     result = evaluate(state)
     if result is None:
         end_early(run, state, step, record)
     report.evaluation(step, result)
-    record |= {"owed": False, "skipped": sorted(bad.names)}
+    record |= {"eval_pending": False, "skipped": sorted(bad.names)}
     if run.metric is None:
         record["result"] = scalars(result)
         return

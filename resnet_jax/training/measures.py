@@ -10,12 +10,12 @@ BINS = 15
 """Of the calibration error, as in Guo et al. 2017."""
 
 
-def probabilities(logits: np.ndarray, several: bool, temperature: float = 1.0) -> np.ndarray:
+def probabilities(logits: np.ndarray, multilabel: bool, temperature: float = 1.0) -> np.ndarray:
     """float64 [size, classes]: softmax, or with several labels an image, or one logit, the sigmoid of each."""
     from scipy.special import expit, softmax
 
     scaled = logits.astype(np.float64) / temperature
-    return expit(scaled) if several or logits.shape[-1] == 1 else softmax(scaled, axis=-1)
+    return expit(scaled) if multilabel or logits.shape[-1] == 1 else softmax(scaled, axis=-1)
 
 
 def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:
@@ -25,18 +25,18 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:
     """
     from scipy.optimize import minimize_scalar
 
-    several = labels.ndim == 2
-    right = (logits > 0) == (labels > 0) if several else logits.argmax(-1) == labels
+    multilabel = labels.ndim == 2
+    right = (logits > 0) == (labels > 0) if multilabel else logits.argmax(-1) == labels
 
     def loss(log_temperature: float) -> float:
-        p = probabilities(logits, several, float(np.exp(log_temperature))).clip(1e-12, 1 - 1e-12)
-        if several:
+        p = probabilities(logits, multilabel, float(np.exp(log_temperature))).clip(1e-12, 1 - 1e-12)
+        if multilabel:
             return -float(np.mean(labels * np.log(p) + (1 - labels) * np.log1p(-p)))
         return -float(np.log(p[np.arange(len(labels)), labels]).mean())
 
     best = 0.0 if right.all() else minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded").x
     temperature = float(np.exp(best))
-    if not several:
+    if not multilabel:
         return Calibration(temperature)
     p = probabilities(logits, True, temperature)
     return Calibration(temperature, tuple(_best_threshold(p[:, k], labels[:, k]) for k in range(p.shape[1])))
@@ -79,20 +79,20 @@ def measure(
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    several, calibration = labels.ndim == 2, calibration or Calibration()
-    p = probabilities(logits, several, calibration.temperature)
+    multilabel, calibration = labels.ndim == 2, calibration or Calibration()
+    p = probabilities(logits, multilabel, calibration.temperature)
     numbers = np.arange(p.shape[1])
-    if several:
-        said: np.ndarray = p >= np.asarray(calibration.thresholds or 0.5)
-        truth, right = labels > 0, (said == (labels > 0)).all(1)
+    if multilabel:
+        predicted: np.ndarray = p >= np.asarray(calibration.thresholds or 0.5)
+        truth, right = labels > 0, (predicted == (labels > 0)).all(1)
         confidence, hits = np.maximum(p, 1 - p).ravel(), ((p >= 0.5) == truth).ravel()
     else:
-        said = p.argmax(1)
-        truth, right = labels[:, None] == numbers, said == labels
+        predicted = p.argmax(1)
+        truth, right = labels[:, None] == numbers, predicted == labels
         confidence, hits = p.max(1), right
-    target = truth if several else labels
-    rows = precision_recall_fscore_support(target, said, labels=numbers, zero_division=0)
-    macro = precision_recall_fscore_support(target, said, labels=numbers, average="macro", zero_division=0)
+    target = truth if multilabel else labels
+    rows = precision_recall_fscore_support(target, predicted, labels=numbers, zero_division=0)
+    macro = precision_recall_fscore_support(target, predicted, labels=numbers, average="macro", zero_division=0)
     aucs = [_auc(truth[:, k], p[:, k]) for k in numbers]
     known = [auc for auc in aucs if auc is not None]
     reliability, ece = calibration_error(confidence, hits)
@@ -108,12 +108,12 @@ def measure(
         ],
         "reliability": reliability,
     }
-    if several:
+    if multilabel:
         return result | {"map": mean_average_precision(p, labels)}
     if p.shape[1] > 5:
         best = np.argsort(-p, axis=1, kind="stable")[:, :5]
         result["top5"] = float((best == labels[:, None]).any(1).mean())
-    return result | {"confusion": confusion_matrix(labels, said, labels=numbers).tolist()}
+    return result | {"confusion": confusion_matrix(labels, predicted, labels=numbers).tolist()}
 
 
 def _auc(truth: np.ndarray, p: np.ndarray) -> float | None:

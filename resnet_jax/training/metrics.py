@@ -11,19 +11,19 @@ Sums = dict[str, Any]
 TRAIN_SUMS = ("loss", "accuracy", "count")
 
 
-def predicted(logits: Array, several: bool) -> Array:
+def predicted_classes(logits: Array, multilabel: bool) -> Array:
     """bool [batch, classes]: the class with the greatest logit, or with `several` labels or one logit all above 0."""
     return (
         logits > 0
-        if several or logits.shape[-1] == 1
+        if multilabel or logits.shape[-1] == 1
         else jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool)
     )
 
 
 def train_sums(losses: Array, logits: Array, labels: Array) -> Sums:
     """Sums over a batch by `TRAIN_SUMS`; `accuracy` counts examples that are right, with several labels in all."""
-    several = labels.ndim == 2
-    right = (predicted(logits, True) == (labels > 0)).all(-1) if several else logits.argmax(-1) == labels
+    multilabel = labels.ndim == 2
+    right = (predicted_classes(logits, True) == (labels > 0)).all(-1) if multilabel else logits.argmax(-1) == labels
     return {"loss": losses.sum(), "accuracy": right.sum(dtype=jnp.float32), "count": jnp.float32(labels.shape[0])}
 
 
@@ -40,19 +40,19 @@ def eval_sums(losses: Array, logits: Array, labels: Array, mask: Array) -> Sums:
       `loss`, `accuracy`, `top5` (only where there are more than five classes and one label), `count`, and for each
       class [classes] `class_right`, `class_count` and `class_predicted`: those that are both, in truth, by prediction.
     """
-    classes, several = logits.shape[-1], labels.ndim == 2
-    member = labels > 0 if several else jax.nn.one_hot(labels, classes, dtype=bool)
-    member, said = member & mask[:, None], predicted(logits, several) & mask[:, None]
-    right = mask & (member == said).all(-1)
+    classes, multilabel = logits.shape[-1], labels.ndim == 2
+    member = labels > 0 if multilabel else jax.nn.one_hot(labels, classes, dtype=bool)
+    member, predicted = member & mask[:, None], predicted_classes(logits, multilabel) & mask[:, None]
+    right = mask & (member == predicted).all(-1)
     sums = {
         "loss": jnp.where(mask, losses, 0.0).sum(),
         "accuracy": right.sum(dtype=jnp.float32),
         "count": mask.sum(dtype=jnp.float32),
-        "class_right": (member & said).sum(0, dtype=jnp.float32),
+        "class_right": (member & predicted).sum(0, dtype=jnp.float32),
         "class_count": member.sum(0, dtype=jnp.float32),
-        "class_predicted": said.sum(0, dtype=jnp.float32),
+        "class_predicted": predicted.sum(0, dtype=jnp.float32),
     }
-    if classes > 5 and not several:
+    if classes > 5 and not multilabel:
         best = jax.lax.top_k(logits, 5)[1]
         sums["top5"] = (mask & (best == labels[:, None]).any(-1)).sum(dtype=jnp.float32)
     return sums
@@ -84,9 +84,9 @@ def means(total: Sums) -> dict[str, Any]:
     }
     result["count"] = int(count)
     if "class_count" in total:
-        right, there, said = (total[f"class_{name}"] for name in ("right", "count", "predicted"))
+        right, there, predicted = (total[f"class_{name}"] for name in ("right", "count", "predicted"))
         with np.errstate(invalid="ignore", divide="ignore"):
-            recall, f1 = right / there, 2 * right / (there + said)
+            recall, f1 = right / there, 2 * right / (there + predicted)
         result["class_accuracy"] = recall.tolist()
         result["class_count"] = [int(n) for n in there]
         result |= {"macro_recall": float(recall[there > 0].mean()), "macro_f1": float(f1[there > 0].mean())}

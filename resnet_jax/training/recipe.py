@@ -39,7 +39,7 @@ class Plan:
 
 
 def make_plan(config: Config, examples: int, evaluates: bool = True) -> Plan:
-    """The plan of a run over so many training examples. An epoch need not be a whole number of steps."""
+    """The plan of a run over a number of training examples. An epoch need not be a whole number of steps."""
     per_epoch = examples / config.train.batch_size
     total = config.train.steps or max(1, math.ceil(config.train.epochs * per_epoch))
     eval_every = max(1, round(config.train.eval_every_epochs * per_epoch))

@@ -25,13 +25,13 @@ def run_in_caller() -> None:
 
 
 def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
-    """A mesh with the axis `data` over the first so many devices of all processes; None for all.
+    """A mesh with the axis `data` over the first devices, of that number, of all processes; None for all.
 
     Args:
       fsdp: size of a second axis, `fsdp`, over which the state is spread; 1 for none.
 
     Raises:
-      InputError: there are not so many, or they do not divide by `fsdp`.
+      InputError: there are fewer, or they do not divide by `fsdp`.
     """
     present = jax.devices()
     if devices is not None and not 0 < devices <= len(present):

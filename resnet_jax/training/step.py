@@ -67,7 +67,7 @@ def make_update(
 ) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]]:
     """`update(state, images, targets, labels) -> (state, sums)`: gradient, optimizer and averages, for all strategies.
 
-    With `optimizer.sam_rho` the gradient is that at the worst point near by.
+    With `optimizer.sam_rho` the gradient is that at the worst point in the neighbourhood.
 
     Args:
       axis_name: None sees the whole batch; otherwise the function is one device's, and averages over that axis.
@@ -91,8 +91,8 @@ def make_update(
         ema = state.ema
         if ema is not None:
             ema = moving_average(ema, {"params": params, "batch_stats": batch_stats}, state.step, config)
-        moved = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-        return unless_nonfinite(state, moved, sums) if config.train.on_nonfinite == "skip" else (moved, sums)
+        updated = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+        return unless_nonfinite(state, updated, sums) if config.train.on_nonfinite == "skip" else (updated, sums)
 
     return update
 
@@ -106,7 +106,7 @@ def make_gradient(
 ) -> Callable[[PyTree, PyTree, jax.Array, PyTree], tuple[PyTree, PyTree, Sums]]:
     """`gradient(params, batch_stats, key, (images, targets, labels)) -> (gradient, batch_stats, sums)`.
 
-    With `train.accumulate_steps` the batch goes through in so many parts, which saves memory: the gradient is that of
+    With `train.accumulate_steps` the batch goes through in that many parts, which saves memory: the gradient is that of
     the whole batch, but for batch normalisation, which takes the statistics of each part. Arguments: `make_update`.
     """
     loss_of, parts = make_loss(config.train, class_weights), config.train.accumulate_steps
@@ -116,13 +116,13 @@ def make_gradient(
         images, targets, labels, key = part
         given = {"params": without_gradient(params, constant) if frozen else params, "batch_stats": stats}
         with frozen_statistics(constant) if frozen else nullcontext():
-            logits, moved = model.apply(
+            logits, updated = model.apply(
                 given, images, train=True, mutable=["batch_stats", "auxiliary_logits"], rngs={"dropout": key}
             )
         losses = loss_of(logits, targets)
-        for more in jax.tree.leaves(moved.get("auxiliary_logits", {})):
+        for more in jax.tree.leaves(updated.get("auxiliary_logits", {})):
             losses += AUXILIARY * loss_of(more, targets)
-        return losses.mean(), (moved.get("batch_stats", {}), train_sums(losses, logits, labels))
+        return losses.mean(), (updated.get("batch_stats", {}), train_sums(losses, logits, labels))
 
     def gradient(params: PyTree, stats: PyTree, key: jax.Array, batch: PyTree) -> tuple[PyTree, PyTree, Sums]:
         def add_part(carried: PyTree, part: PyTree) -> tuple[PyTree, Sums]:
@@ -194,10 +194,10 @@ def make_pmap_step(
         return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (images, targets, batch["label"]))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        moved = each(state, *prepared(state.step, batch))
+        updated = each(state, *prepared(state.step, batch))
         if whole.is_fully_addressable:
-            return moved
-        return jax.tree.map(of_all_processes, moved)  # pmap gives each process an array of its own devices
+            return updated
+        return jax.tree.map(of_all_processes, updated)  # pmap gives each process an array of its own devices
 
     def of_all_processes(x: jax.Array) -> jax.Array:
         return jax.make_array_from_single_device_arrays(x.shape, whole, [shard.data for shard in x.addressable_shards])

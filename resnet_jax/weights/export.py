@@ -104,15 +104,15 @@ def save_tensors(path: Path, weights: Weights, form: str) -> None:
     if form == "safetensors":
         from safetensors.numpy import save_file
 
-        said = {
+        metadata = {
             "name": weights.name,
             "fields": weights.fields,
             "preprocessing": asdict(weights.preprocessing) if weights.preprocessing else None,
             "class_names": weights.class_names,
-            "several": weights.several,
+            "multilabel": weights.multilabel,
             "calibration": asdict(weights.calibration),
         }
-        save_file(dict(weights.tensors), path, metadata={"format": "pt", "resnet_jax": json.dumps(said)})
+        save_file(dict(weights.tensors), path, metadata={"format": "pt", "resnet_jax": json.dumps(metadata)})
         return
     try:
         import torch

@@ -71,7 +71,7 @@ class Weights:
     fields: dict[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
-    several: bool = False
+    multilabel: bool = False
     calibration: Calibration = UNCALIBRATED
 
 
@@ -276,16 +276,18 @@ def _from_file(path: Path) -> Weights:
     if not isinstance(tensors, SafeTensors) or "resnet_jax" not in tensors.metadata:
         return Weights(tensors)
     where = f"{path}: resnet_jax in the header"
-    said: Header = _parsed(tensors.metadata["resnet_jax"].encode(), Header, where)
-    name, fields = said["name"], _tuples(said["fields"])
-    preprocessing, calibration = said["preprocessing"], said["calibration"]
+    metadata: Header = _parsed(tensors.metadata["resnet_jax"].encode(), Header, where)
+    name, fields = metadata["name"], _tuples(metadata["fields"])
+    preprocessing, calibration = metadata["preprocessing"], metadata["calibration"]
     if preprocessing is not None:
         check_preprocessing(preprocessing, where)
     if calibration.temperature <= 0:
         raise InputError(f"{where}: calibration.temperature is {calibration.temperature}; it must be above 0")
     if name is not None:
         check_fields(name, fields, where)
-    return Weights(tensors, name, fields, preprocessing, said["class_names"] or None, said["several"], calibration)
+    return Weights(
+        tensors, name, fields, preprocessing, metadata["class_names"] or None, metadata["multilabel"], calibration
+    )
 
 
 class Header(TypedDict):
@@ -295,7 +297,7 @@ class Header(TypedDict):
     fields: dict[str, Any]
     preprocessing: Preprocessing | None
     class_names: tuple[str, ...] | None
-    several: bool
+    multilabel: bool
     calibration: Calibration
 
 
@@ -334,7 +336,7 @@ def _from_run(folder: Path, checkpoint: str | None) -> Weights:
     preprocessing = Preprocessing(data.mean, data.std, data.image_size, size, augment.eval_crop, augment.interpolation)
     names = tuple(record["class_names"])
     calibration = read_calibration(folder, step, fields["num_classes"])
-    return Weights(tensors, config.model.name, fields, preprocessing, names, record["several"], calibration)
+    return Weights(tensors, config.model.name, fields, preprocessing, names, record["multilabel"], calibration)
 
 
 class CalibrationFile(TypedDict):

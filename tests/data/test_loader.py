@@ -256,4 +256,4 @@ def test_a_class_that_cannot_be_drawn_is_named():
     with pytest.raises(InputError, match="f has no training image"):
         sampling_table(dataset, "balanced")
     with pytest.raises(InputError, match="needs one label an image"):
-        sampling_table(dataclasses.replace(dataset, several=True), "balanced")
+        sampling_table(dataclasses.replace(dataset, multilabel=True), "balanced")

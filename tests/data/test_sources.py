@@ -359,7 +359,7 @@ def test_a_folder_of_one_class_is_refused(tmp_path):
 def test_a_table_may_give_several_labels(tmp_path):
     rows = ["pictures/a0.png,red;round", "pictures/a1.png,", "pictures/a2.png,round", "pictures/b0.png,red; big"]
     dataset = written(tmp_path, ["path,label,split", *(f"{row},train" for row in rows), "pictures/b1.png,big,val"])
-    assert dataset.several and dataset.class_names == ("big", "red", "round")
+    assert dataset.multilabel and dataset.class_names == ("big", "red", "round")
     np.testing.assert_array_equal(labels_of(dataset.train), [[0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 0]])
     assert dataset.validation[0][1] == (1, 0, 0)
 

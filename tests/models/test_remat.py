@@ -1,4 +1,4 @@
-"""The relatives computed in part a second time on the way back: the same numbers from less memory."""
+"""The relatives computed in part a second time in the backward pass: the same numbers from less memory."""
 
 import chex
 import jax

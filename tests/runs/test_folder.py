@@ -36,9 +36,9 @@ def test_lines_beyond_a_checkpoint_go_and_a_torn_one_too(tmp_path):
         {"step": 5, "test/loss": 3.0},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1'
-    for owed, kept in ((False, lines[:3]), (True, lines[:2])):
+    for eval_pending, kept in ((False, lines[:3]), (True, lines[:2])):
         (tmp_path / "metrics.jsonl").write_text(text)
-        Tracker(tmp_path, 7, tensorboard=False, owed=owed).close()
+        Tracker(tmp_path, 7, tensorboard=False, eval_pending=eval_pending).close()
         assert read_lines(tmp_path / "metrics.jsonl") == kept
 
 

@@ -337,8 +337,10 @@ def test_a_full_or_read_only_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
         assert lines[-1], process.communicate()
     subprocess.run([*enter, f"umount {place}"], check=True)
     finish(process)
-    said = "".join(lines)
-    assert ("No space left" in said or "RESOURCE_EXHAUSTED" in said) and "goes on and tries again" in said
+    predicted = "".join(lines)
+    assert (
+        "No space left" in predicted or "RESOURCE_EXHAUSTED" in predicted
+    ) and "goes on and tries again" in predicted
     assert max(steps_in(out / "checkpoints")) == 600 and damage(out / "checkpoints" / "600") is None
     logged = [line["step"] for line in read_lines(out / "metrics.jsonl") if "train/loss" in line]
     assert logged == [*range(7, 600, 7), 600]

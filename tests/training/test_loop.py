@@ -287,10 +287,10 @@ def test_a_run_that_diverges_goes_back_and_on_more_slowly(tmp_path, dtype, rate,
     else:
         with pytest.raises(Diverged, match=r"learning rate 5e\+29"):
             loop.train(config, tmp_path / "run")
-    said = capsys.readouterr().out
-    assert "with learning rate 256; going back" in said or "1e+30; going back" in said
-    assert 1 <= said.count("going back to step") == said.count("resuming at step") <= 3
-    assert final_state(tmp_path / "run", config)[1]["rollbacks"] == (said.count("going back") if arrives else 0)
+    predicted = capsys.readouterr().out
+    assert "with learning rate 256; going back" in predicted or "1e+30; going back" in predicted
+    assert 1 <= predicted.count("going back to step") == predicted.count("resuming at step") <= 3
+    assert final_state(tmp_path / "run", config)[1]["rollbacks"] == (predicted.count("going back") if arrives else 0)
     logged = [line["step"] for line in lines_of(tmp_path / "run") if "train/loss" in line]
     assert logged == ([7, 14, 20] if arrives else logged) and len(logged) == len(set(logged))
 

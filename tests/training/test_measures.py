@@ -15,19 +15,19 @@ SCORES = (RNG.normal(size=(300, 5)) + 1.2 * SETS - 0.4).astype(np.float32)
 
 
 def test_measures_of_one_label_are_those_of_scikit_learn():
-    found, said = measure(LOGITS, LABELS, tuple("abcdefg")), LOGITS.argmax(1)
+    found, predicted = measure(LOGITS, LABELS, tuple("abcdefg")), LOGITS.argmax(1)
     p = probabilities(LOGITS, False)
     expected = {
-        "accuracy": sk.accuracy_score(LABELS, said),
+        "accuracy": sk.accuracy_score(LABELS, predicted),
         "top5": sk.top_k_accuracy_score(LABELS, LOGITS, k=5),
-        "macro_precision": sk.precision_score(LABELS, said, average="macro"),
-        "macro_recall": sk.balanced_accuracy_score(LABELS, said),
-        "macro_f1": sk.f1_score(LABELS, said, average="macro"),
+        "macro_precision": sk.precision_score(LABELS, predicted, average="macro"),
+        "macro_recall": sk.balanced_accuracy_score(LABELS, predicted),
+        "macro_f1": sk.f1_score(LABELS, predicted, average="macro"),
         "auc": sk.roc_auc_score(LABELS, p, multi_class="ovr"),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-    np.testing.assert_array_equal(found["confusion"], sk.confusion_matrix(LABELS, said))
-    report = sk.classification_report(LABELS, said, target_names=list("abcdefg"), output_dict=True)
+    np.testing.assert_array_equal(found["confusion"], sk.confusion_matrix(LABELS, predicted))
+    report = sk.classification_report(LABELS, predicted, target_names=list("abcdefg"), output_dict=True)
     for row in found["classes"]:
         theirs = report[row["name"]]
         ours = [row["precision"], row["recall"], row["f1"], row["support"]]
@@ -35,11 +35,11 @@ def test_measures_of_one_label_are_those_of_scikit_learn():
 
 
 def test_measures_of_several_labels_are_those_of_scikit_learn():
-    found, said = measure(SCORES, SETS, tuple("abcde")), SCORES > 0
+    found, predicted = measure(SCORES, SETS, tuple("abcde")), SCORES > 0
     expected = {
-        "accuracy": sk.accuracy_score(SETS, said),
+        "accuracy": sk.accuracy_score(SETS, predicted),
         "map": sk.average_precision_score(SETS, SCORES, average="macro"),
-        "macro_f1": sk.f1_score(SETS, said, average="macro"),
+        "macro_f1": sk.f1_score(SETS, predicted, average="macro"),
         "auc": sk.roc_auc_score(SETS, SCORES, average="macro"),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)

@@ -57,10 +57,10 @@ def test_all_that_is_wrong_is_said_at_once():
     del tensors["bn1.bias"]
     with pytest.raises(InputError) as error:
         from_torch(model, tensors)
-    said = str(error.value)
-    assert "missing: layer1.0.conv1.weight (did you mean layer1.0.conv1.wieght?)" in said
-    assert "missing: bn1.bias" in said and "left over: layer1.0.conv1.wieght" in said
-    assert "shape: fc.weight is [1000, 127], the model has [1000, 128]" in said
+    metadata = str(error.value)
+    assert "missing: layer1.0.conv1.weight (did you mean layer1.0.conv1.wieght?)" in metadata
+    assert "missing: bn1.bias" in metadata and "left over: layer1.0.conv1.wieght" in metadata
+    assert "shape: fc.weight is [1000, 127], the model has [1000, 128]" in metadata
 
 
 def test_old_names_wrappers_and_half_precision_are_understood():

@@ -69,8 +69,8 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, capsys):
 
     torch.save({"conv1.weight": Trap()}, tmp_path / "trap.pth")
     assert main(["export", str(tmp_path / "trap.pth"), str(tmp_path / "out.safetensors")]) == 2
-    said = capsys.readouterr()
-    assert "refused" in said.err and "sprung" not in said.out
+    metadata = capsys.readouterr()
+    assert "refused" in metadata.err and "sprung" not in metadata.out
 
 
 def test_a_wrapped_and_damaged_pth(tmp_path, capsys):
@@ -194,6 +194,6 @@ def test_a_bare_file_is_exported_with_the_preprocessing_that_predict_takes(tmp_p
         main(["export", str(tmp_path / "bare.safetensors"), str(tmp_path / "o.safetensors"), "--name", "test_resnet"])
         == 0
     )
-    said = find_weights(str(tmp_path / "o.safetensors")).preprocessing
-    assert said == Predictor.from_source(tmp_path / "bare.safetensors", "test_resnet").preprocessing
-    assert said == find_tag_preprocessing("test_resnet.r160_in1k")
+    metadata = find_weights(str(tmp_path / "o.safetensors")).preprocessing
+    assert metadata == Predictor.from_source(tmp_path / "bare.safetensors", "test_resnet").preprocessing
+    assert metadata == find_tag_preprocessing("test_resnet.r160_in1k")

@@ -254,7 +254,7 @@ HEADER = {
     "fields": {"num_classes": 1000},
     "preprocessing": asdict(tags_of("test_resnet")[0].preprocessing),
     "class_names": None,
-    "several": False,
+    "multilabel": False,
     "calibration": {"temperature": 1.0, "thresholds": None},
 }
 

@@ -295,8 +295,8 @@ def test_one_logit_is_a_sigmoid_in_predict_and_in_programs(tmp_path, capsys, mon
     np.testing.assert_allclose(found, expected, atol=1e-5)
     Image.fromarray(pictures[0]).save(tmp_path / "a.png")
     assert main(["predict", source, str(tmp_path / "a.png"), "--format", "json"]) == 0
-    (said,) = json.loads(capsys.readouterr().out)["classes"]
-    assert said["name"] == "1" and said["probability"] == pytest.approx(expected[0, 0], abs=1e-5)
+    (metadata,) = json.loads(capsys.readouterr().out)["classes"]
+    assert metadata["name"] == "1" and metadata["probability"] == pytest.approx(expected[0, 0], abs=1e-5)
     monkeypatch.setattr(serving, "CHECKED", 36)
     serving.export_program(source, tmp_path / "net.stablehlo", "stablehlo")
     with zipfile.ZipFile(tmp_path / "net.stablehlo") as archive:
