@@ -20,9 +20,9 @@ from resnet_jax.training import loop
 from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
 from resnet_jax.training.evaluation import evaluate_run
 from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.programs import recipe_step
 from resnet_jax.training.recipe import build_model, sharded_shapes, state_maker
 from resnet_jax.training.sharding import make_mesh
-from resnet_jax.training.step import make_train_step
 
 TIMINGS = ("images_per_second", "data_wait")
 
@@ -264,7 +264,7 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(tmp_path, dtype):
 def test_a_skipped_update_leaves_all_of_the_state_but_its_step(tmp_path):
     config = recipe(on_nonfinite="skip")
     model, optimizer = build_model(config, 10), make_optimizer(config.optimizer, lambda step: 0.1)
-    step = jax.jit(make_train_step(model, optimizer, config))
+    step = jax.jit(recipe_step(config, model, optimizer))
     state = state_maker(config, model, lambda step: 0.1)()
     images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
     batch = {"image": images, "label": np.arange(32, dtype=np.int32) % 10, "turn": np.zeros(32, bool)}
@@ -297,25 +297,25 @@ def test_a_run_that_diverges_goes_back_and_on_more_slowly(tmp_path, dtype, rate,
 
 def test_the_device_is_given_one_call_ahead_and_no_more(tmp_path, monkeypatch):
     """With steps that take a while: otherwise a run would end long after a signal."""
-    finished, finished_when_called, make = [], [], loop.make_advance
+    finished, finished_when_called, make = [], [], loop.compile_phases
 
     def slowly(loss):
         time.sleep(0.1)
         finished.append(loss)
         return loss
 
-    def make_slow(*arguments):
-        advance = make(*arguments)
+    def make_slow(*arguments, **options):
+        (steps,) = make(*arguments, **options)
         slow = jax.jit(lambda loss: jax.pure_callback(slowly, jax.typeof(loss), loss))
 
-        def advance_slowly(state, step):
+        def slow_steps(*given):
             finished_when_called.append(len(finished))
-            state, sums, n, waited = advance(state, step)
-            return state, sums | {"loss": slow(sums["loss"])}, n, waited
+            state, sums = steps(*given)
+            return state, sums | {"loss": slow(sums["loss"])}
 
-        return advance_slowly
+        return [slow_steps]
 
-    monkeypatch.setattr(loop, "make_advance", make_slow)
+    monkeypatch.setattr(loop, "compile_phases", make_slow)
     config = recipe(12, steps_per_call=1)
     loop.train(dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=12)), tmp_path / "run")
     assert len(finished) == 12 and all(done >= i - 1 for i, done in enumerate(finished_when_called))
