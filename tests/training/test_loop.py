@@ -24,6 +24,8 @@ from resnet_jax.training.programs import recipe_step
 from resnet_jax.training.recipe import build_model, sharded_shapes, state_maker
 from resnet_jax.training.sharding import make_mesh
 
+pytestmark = pytest.mark.xdist_group("loop")  # one process makes what they share
+
 TIMINGS = ("images_per_second", "data_wait")
 
 
@@ -135,18 +137,18 @@ def test_host_and_device_data_train_alike_on_one_and_eight_devices(tmp_path):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """The default recipe, shortened to half, as a process of its own."""
+    """The default recipe, shortened to a quarter, as a process of its own."""
     folder = tmp_path_factory.mktemp("digits")
-    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(folder), "--train.epochs", "18"]
+    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(folder), "--train.epochs", "9"]
     subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, check=True, capture_output=True)
-    config = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, epochs=18.0))
+    config = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, epochs=9.0))
     return folder, config, json.loads((folder / "summary.json").read_text())
 
 
 def test_digits_are_learned(digits):
     _, _, summary = digits
-    assert summary["test"]["accuracy"] >= 0.97
-    assert summary["ema/test"]["accuracy"] >= 0.97
+    assert summary["test"]["accuracy"] >= 0.9
+    assert summary["ema/test"]["accuracy"] >= 0.9
     assert summary["test"]["count"] == 360 and summary["validation"]["count"] == 282
     assert {"jax", "flax", "python"} <= set(summary["versions"])
     assert summary["images_per_second"] > 0 and summary["skipped_images"]["count"] == 0
@@ -158,7 +160,7 @@ def test_a_run_leaves_its_folder_in_order(digits):
     assert list(folder.glob("events.out.tfevents.*"))
     lines = read_lines(folder / "metrics.jsonl")
     train = [line for line in lines if "train/loss" in line]
-    assert [line["step"] for line in train] == [*range(15, 217, 15), 217]
+    assert [line["step"] for line in train] == [*range(15, 109, 15), 109]
     assert set(train[0]) == {"step", "epoch", "train/loss", "train/accuracy", "learning_rate", *TIMINGS}
     for line, split in zip(lines[-2:], ("validation", "test"), strict=True):
         names = {f"{kind}{split}/{name}" for kind in ("", "ema/") for name in ("loss", "accuracy")}

@@ -29,6 +29,8 @@ from resnet_jax.training.sharding import (
 )
 from resnet_jax.training.state import create_state
 
+pytestmark = pytest.mark.xdist_group("strategies")  # one process makes what they share
+
 RNG = np.random.default_rng(0)
 SPLIT = ArraySource(RNG.integers(0, 256, (80, 8, 8, 3), dtype=np.uint8), RNG.integers(0, 5, 80))
 DATA = Dataset(SPLIT, None, SPLIT, tuple("abcde"))
