@@ -19,7 +19,7 @@ from resnet_jax.models.blocks import PreactBlock
 from resnet_jax.models.densenet import DenseLayer
 from resnet_jax.models.layers import ACTIVATIONS, Conv, make_norm
 from resnet_jax.models.resnet import Stem
-from resnet_jax.training.state import TrainState, init_variables, path_map
+from resnet_jax.training.state import TrainState, path_map
 
 INITS = {"LeCun": 1.0, "He": 2.0, "twice He": 4.0}
 """Variance of a kernel times its fan-in."""
@@ -47,7 +47,7 @@ def rows(book: Notebook) -> Rows:
 
             def at_start(kind: str = kind, norm: str = norm, zero: bool = zero, depth: int = depth) -> Rows:
                 model: Any = cifar_net(kind, depth, data, norm=norm, zero_init_last=zero)
-                variables = init_variables(model, jax.random.key(0), images[:1])
+                variables = jax.jit(model.init)(jax.random.key(0), images[:1])
                 gradients = jax.jit(partial(gradients_along, model))
                 made: Rows = []
                 for init in INITS:
@@ -133,7 +133,7 @@ def gradients_along(model: Any, variables: Any, images: jax.Array, labels: jax.A
 def of_densenet(data: Any, images: jax.Array, labels: Any) -> Rows:
     """The same at the output of each layer of a DenseNet-BC of 40 layers."""
     model = network("cifar_densenet_bc_100_12", data, stage_sizes=(6, 6, 6))
-    variables = init_variables(model, jax.random.key(0), images[:1])
+    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
 
     def forward(deltas: dict[str, Any], variables: Any, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         outputs: dict[str, jax.Array] = {}

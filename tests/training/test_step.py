@@ -14,7 +14,7 @@ from resnet_jax.training.optimizers import make_optimizer, make_schedule
 from resnet_jax.training.programs import draw_from, recipe_eval_step, recipe_step
 from resnet_jax.training.several_steps import steps_on_batches, steps_on_device
 from resnet_jax.training.sharding import batch_sharding, make_mesh, put_batch, replicated
-from resnet_jax.training.state import create_state, init_variables
+from resnet_jax.training.state import create_state
 
 RNG = np.random.default_rng(0)
 DATA = {"image": RNG.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), "label": RNG.integers(0, 7, 40, dtype=np.int32)}
@@ -126,7 +126,7 @@ def test_bfloat16_trains_and_keeps_float32_state():
 
 def test_masked_examples_do_not_count():
     model = net()
-    variables = init_variables(model, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     step = jax.jit(lambda *given: recipe_eval_step(CONFIG, model)(*given)[0])
     whole = step(variables, BATCH | {"mask": np.ones(16, bool)})
     padded = {name: np.concatenate([values[:5], values[:11]]) for name, values in BATCH.items()}
