@@ -1,6 +1,5 @@
 """The numbers of a run: `metrics.jsonl`, and events for TensorBoard."""
 
-import io
 import os
 import secrets
 from pathlib import Path
@@ -231,37 +230,3 @@ def is_number(value: Any) -> bool:
 def points(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     """Returns (step, value) for each line that has a value of this name."""
     return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-
-
-def draw_curves(workdir: Path) -> Path:
-    """Draws loss and accuracy of a run over its steps into `curves.png`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = read_lines(workdir / "metrics.jsonl")
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    styles = (
-        ("train", "train", "#888888"),
-        ("validation", "validation", "#0b62a4"),
-        ("ema/validation", "validation, moving average", "#d1495b"),
-        ("test", "test, at the end", "#0b62a4"),
-        ("ema/test", "test, moving average", "#d1495b"),
-    )
-    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for prefix, label, color in styles:
-            if drawn := points(lines, f"{prefix}/{quantity}"):
-                form = {"marker": "D", "linestyle": ""} if prefix.endswith("test") else {"linewidth": 1.5}
-                axes.plot(*zip(*drawn, strict=True), label=label, color=color, **form)
-        axes.set_xlabel("step")
-        axes.set_title(quantity, loc="left")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        if quantity == "loss":
-            axes.set_yscale("log")
-        elif axes.lines:
-            axes.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    write_whole(workdir / "curves.png", picture.getvalue())
-    return workdir / "curves.png"

@@ -27,6 +27,7 @@ from resnet_jax.data.watch import check_guard, keep_tracker
 from resnet_jax.files import in_bucket, modified, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.recipes import check, recorded
+from resnet_jax.runs.charts import draw_curves
 from resnet_jax.runs.folder import (
     better,
     device_name,
@@ -41,7 +42,6 @@ from resnet_jax.runs.processes import agree, check_one_folder, ending_together, 
 from resnet_jax.runs.progress import Advance, Diverged, Report, say, traced
 from resnet_jax.runs.report_page import make_report
 from resnet_jax.runs.signals import FolderLost, Stop, Stopped, stop_signals
-from resnet_jax.runs.trackers import draw_curves
 from resnet_jax.training.advance import make_advance
 from resnet_jax.training.checkpoints import Checkpoints, Record
 from resnet_jax.training.evaluation import (
