@@ -11,7 +11,7 @@ TITLES = {
     "relatives": ("The relatives", "親戚たち"),
 }
 
-WORDS = {
+CAPTIONS = {
     "degradation": (
         "Networks of the same depth and the same number of parameters, with the same recipe. Without shortcuts the deep ones "
         "have a higher error on the training images themselves: that is no overfitting, they are harder to optimise. With "

@@ -117,5 +117,6 @@ def draw(found: Rows) -> Any:
     titles = ("accuracy without one block", "without several at random", "with pairs of blocks swapped")
     for axis, title, name in zip(axes, titles, ("block", "blocks removed", "pairs"), strict=True):
         axis.set(title=title, xlabel=name, ylim=(0, 1.02))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
     return figure
