@@ -98,7 +98,7 @@ def make_report(folder: Path, checkpoint: str | None = None, dataset: str | None
         curves=_curves(lines),
         classes=calibrated["classes"],
         class_names=names,
-        **_confusion(calibrated, names),
+        **confusion_of(calibrated, names),
         calibrated=CALIBRATED[fitted_on, split],
         reliability_chart=reliability_chart(plain["reliability"]),
         reliability=plain["reliability"],
@@ -152,7 +152,7 @@ def _curves(lines: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _confusion(measures: dict[str, Any], names: tuple[str, ...]) -> dict[str, list[Any]]:
+def confusion_of(measures: dict[str, Any], names: tuple[str, ...]) -> dict[str, list[Any]]:
     """Returns the confusion matrix as rows of cells, or with many classes the most frequent confusions; both are empty
     where images have several labels.
     """

@@ -138,7 +138,7 @@ def open_events(workdir: Path, step: int) -> Any:
             filename_suffix=f".{os.getpid()}.{secrets.token_hex(3)}",
         )
     except OSError as error:
-        say(f"WARNING: no events for TensorBoard: {workdir} cannot be written ({error})", error=True)
+        say(f"WARNING: events for TensorBoard cannot be written to {workdir}: {error}", error=True)
         return None
 
 
