@@ -43,9 +43,9 @@ def draw_curves(workdir: Path) -> Path:
         for prefix, label, colour in styles:
             drawn = [point for point in points(lines, f"{prefix}/{quantity}") if not log or point[1] > 0]
             if drawn:
-                marker = "D" if prefix.endswith("test") else "o" if len(drawn) == 1 else ""
+                marker = "D" if prefix.endswith("test") else "o" if len(drawn) == 1 else "-"
                 x, y = zip(*drawn, strict=True)
-                axes.plot(x, y, marker, ls="" if marker else "-", label=label, color=colour, linewidth=1.5)
+                axes.plot(x, y, marker, label=label, color=colour, linewidth=1.5)
         tidy(axes, "step", log)
         axes.set_title(quantity, loc="left")
         if axes.lines and not log:
@@ -117,20 +117,32 @@ def tidy(axes: Any, x_name: str, log: bool = False, whole: bool = True) -> None:
 
     axes.set_xlabel(x_name)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND, integer=whole))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x or 0:.3g}" if not whole else f"{x:,.0f}" if x == round(x) else "")
+    axes.xaxis.set_major_formatter(whole_number if whole else plain_number)
     if log:
         axes.set_yscale("log")
         axes.set_yticks(log_ticks(*axes.get_ylim()))
         axes.minorticks_off()
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y or 0:.4g}")
+    axes.yaxis.set_major_formatter(plain_number)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, colors=TEXT)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(TEXT)
+
+
+def whole_number(value: float, position: object = None) -> str:
+    """Returns the text of a tick at a whole number, as 20,000, and "" for a tick between two of them."""
+    if abs(value) >= 1e9:
+        return plain_number(value)
+    return f"{round(value):,}" if abs(value - round(value)) < 1e-6 else ""
+
+
+def plain_number(value: float, position: object = None) -> str:
+    """Returns the text of a tick, to four digits; 0 has no sign."""
+    return f"{value or 0:.4g}"
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -37,7 +37,7 @@ def test_a_single_point_is_seen_within_axes_that_fit_it(log):
     chart, dots, lines, (left, top, right, bottom) = marks(line_chart("rate", {"one": [(10, 0.002)]}, "step", log))
     ((x, y),) = dots
     assert x == pytest.approx((left + right) / 2) and top + 30 < y < bottom - 30 and not lines
-    assert len(numbers(chart)) >= 4 and min(numbers(chart)) > 0
+    assert len(numbers(chart)) >= 4 and min(numbers(chart)) > 0 and 10 in numbers(chart)
 
 
 def test_lines_span_their_axes_and_keep_their_colours():
@@ -82,7 +82,19 @@ def test_a_calibrated_network_lies_on_the_diagonal():
     np.testing.assert_allclose(dots, expected, atol=0.1)
 
 
-@pytest.mark.parametrize("lines", [[], [{"step": 3, "train/loss": 0.0, "validation/accuracy": 0.5}]])
+@pytest.mark.parametrize(("step", "text"), [(5, "5"), (20_000, "20,000"), (9 * 10**299, "9e+299")])
+@pytest.mark.parametrize("value", [2.0, 1e-320, 9e299])
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:constrained_layout not applied")
+def test_charts_bear_any_number_of_a_metrics_file(step, text, value):
+    for log in (False, True):
+        assert f">{text}<" in line_chart("loss", {"a": [(step, value)]}, "step", log)
+        assert line_chart("loss", {"a": [(0, 1.0), (step, value)]}, "step", log)
+
+
+TRAINED = [{"step": step, "train/loss": 1.0, "train/accuracy": 0.1} for step in (1, 2)]
+
+
+@pytest.mark.parametrize("lines", [[], [{"step": 3, "train/loss": 0.0, "validation/accuracy": 0.5}], TRAINED])
 def test_curves_are_drawn_of_few_numbers_too(lines, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with Image.open(draw_curves(tmp_path)) as picture:
