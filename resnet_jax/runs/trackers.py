@@ -143,10 +143,10 @@ def open_events(workdir: Path, step: int) -> Any:
 
 
 class EventsFile:
-    """The file of events of a run, into which tensorboardX writes; a full disk is no error of its thread.
+    """Takes what tensorboardX writes and puts it into the run's file of events, without ever raising in its thread.
 
-    On a disk whole events are appended, and kept in memory while there is no room. In a bucket the file is written anew
-    at each flush.
+    On a disk whole events are appended, and kept in memory while there is no room: a failed write would end the thread,
+    and the loop would wait for it for good. In a bucket the file is written anew at each flush.
     """
 
     def __init__(self, path: Path) -> None:
