@@ -15,7 +15,7 @@ import pytest
 from resnet_jax import InputError
 from resnet_jax.cli import main
 from resnet_jax.lab import gradients, landscape, lesion, relatives, response
-from resnet_jax.lab.captions import WORDS
+from resnet_jax.lab.captions import CAPTIONS
 from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
 from resnet_jax.lab.record import Notebook, Options
 from resnet_jax.lab.run import EXPERIMENTS, write_page
@@ -171,11 +171,11 @@ def test_an_experiment_leaves_its_record_and_figures(tmp_path, digits, monkeypat
     assert record["rows"] and record["options"] == {"dataset": "digits", "depths": [8], "seeds": [0], "quick": True}
     assert {path.suffix for path in tmp_path.glob(f"{name}.*")} == {".json", ".csv", ".png", ".svg"}
     page = (tmp_path / "index.html").read_text()
-    assert all(text in page for text in WORDS[name][1:]) and 'lang="ja"' in page and "http" not in page
+    assert all(text in page for text in CAPTIONS[name][1:]) and 'lang="ja"' in page and "http" not in page
 
 
 def test_every_experiment_has_its_words_and_an_unknown_one_is_named(tmp_path, capsys):
-    assert set(WORDS) == set(EXPERIMENTS)
+    assert set(CAPTIONS) == set(EXPERIMENTS)
     assert main(["lab", "lesions", "--out", str(tmp_path)]) == 2
     assert "did you mean lesion" in capsys.readouterr().err
 

@@ -82,7 +82,7 @@ def test_a_probe_keeps_the_network_and_reports_on_its_best_checkpoint(run, weigh
     assert best["metric"] == "validation/macro_f1" and measures["split"] == measures["calibrated_on"] == "validation"
     assert measures["macro_f1"] == pytest.approx(best["value"], abs=1e-6)
     assert measures["accuracy"] == pytest.approx(summary["validation"]["accuracy"], abs=1e-6)
-    assert "test" not in summary and "so that figures of that split flatter it" in (run / "report.html").read_text()
+    assert "test" not in summary and "so the figures of that split are optimistic" in (run / "report.html").read_text()
     assert sum(row["support"] for row in measures["classes"]) == summary["validation"]["count"]
 
 
