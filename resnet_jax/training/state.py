@@ -47,7 +47,7 @@ def create_state(
     """
 
     def new_state(key: jax.Array) -> TrainState:
-        variables = model.init(key, jnp.zeros((1, *image_shape)))
+        variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         averages = {"params": params, "batch_stats": batch_stats} if ema else None
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averages)
