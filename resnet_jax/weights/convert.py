@@ -1,11 +1,8 @@
 """Variables of our models to PyTorch's tensors and back, exactly: values are moved, never computed."""
 
-import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flax.linen as nn
@@ -22,11 +19,11 @@ from resnet_jax.weights.names import Entry, entries, torch_module
 
 Tensors = Mapping[str, Any]
 
+OUTPUTS = 16
+"""Outputs of a convolution that are transposed at once."""
+
 LISTED = 50
 """Names of each kind that an error lists before it counts the rest."""
-
-LARGE, TILE = 2**14, 2**16
-"""Numbers in a tensor that is worth a thread, and in a part of it that a processor's cache holds."""
 
 
 def to_torch(model: Any, variables: Any) -> dict[str, np.ndarray]:
@@ -83,7 +80,10 @@ def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
                 shapes = f"{list(tensor.shape)}, the model has {list(entry.tensor_shape)}"
                 other.append(f"shape: {entry.key} is {shapes}")
     check_tensors({entry.key for entry in wanted}, set(tensors), other)
-    variables = unflatten_dict(_turned(found))
+    arrays = [_converted(entry, tensor) for entry, tensor in found]
+    check_values(zip([entry.key for entry, _ in found], arrays, strict=True))
+    paths = [entry.path for entry, _ in found]
+    variables = unflatten_dict(dict(zip(paths, jax.device_put(arrays), strict=True)))
     if head is not None and model.num_classes:
         variables["params"]["head"] = head
     return stack_blocks(variables) if getattr(model, "scan", False) else variables
@@ -124,60 +124,18 @@ def check_values(arrays: Iterable[tuple[str, np.ndarray]]) -> None:
         raise InputError("the weights are damaged:\n  " + "\n  ".join(wrong[:LISTED] + count))
 
 
-def _turned(found: list[tuple[Entry, np.ndarray]]) -> dict[tuple[str, ...], jax.Array]:
-    """Copies of tensors as our arrays, by their paths, in float32; threads turn the large ones."""
-    large = [pair for pair in found if pair[1].size >= LARGE]
-    small = [pair for pair in found if pair[1].size < LARGE]
-    arrays = [_aligned(entry.shape) for entry, _ in large]
-    parts = min(4, os.cpu_count() or 1)
-    with ThreadPoolExecutor(parts) as threads:
-        list(threads.map(_turn, [arrays[i::parts] for i in range(parts)], [large[i::parts] for i in range(parts)]))
-    arrays += [_view(*pair).copy() for pair in small]
-    found = large + small
-    check_values(zip([entry.key for entry, _ in found], arrays, strict=True))
-    return dict(zip([entry.path for entry, _ in found], jax.device_put(arrays), strict=True))
-
-
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Memory for an array, on a border of 64 bytes, so that JAX takes it on a CPU without another copy."""
-    size = math.prod(shape)
-    memory = np.empty(size + 16, np.float32)
-    first = -memory.ctypes.data % 64 // 4
-    return memory[first : first + size].reshape(shape)
-
-
-def _view(entry: Entry, tensor: np.ndarray) -> np.ndarray:
-    """A tensor as float32, its axes in our order."""
+def _converted(entry: Entry, tensor: np.ndarray) -> np.ndarray:
+    """Returns a copy of a tensor as float32 with the axes of our array: those of a kernel have the outputs last."""
+    array = np.empty(entry.shape, np.float32)
     with np.errstate(over="ignore"):
-        tensor = tensor.astype(np.float32, copy=False)
-    if entry.kept:
-        return tensor
-    return tensor.transpose(2, 3, 1, 0) if len(entry.shape) == 4 else tensor.reshape(entry.shape[::-1]).T
-
-
-def _turn(arrays: list[np.ndarray], pairs: list[tuple[Entry, np.ndarray]]) -> None:
-    """Fills arrays with what `_view` shows; kernels go by parts that a processor's cache holds.
-
-    NumPy has no way for that, and JAX's own takes more than twice as long.
-    """
-    import cv2
-
-    for array, (entry, tensor) in zip(arrays, pairs, strict=True):
-        if entry.kept or array.ndim == 1:
-            array[...] = _view(entry, tensor)
-            continue
-        inputs, outputs = array.shape[-2:]
-        with np.errstate(over="ignore"):
-            rows = np.ascontiguousarray(tensor, np.float32).reshape(outputs, -1)
-        turned = array.reshape(-1, inputs, outputs)
-        places = len(turned)
-        if places == 1:
-            cv2.transpose(rows, turned[0])
-            continue
-        step = max(1, TILE // (outputs * places))
-        for first in range(0, inputs, step):
-            part = cv2.transpose(rows[:, first * places : (first + step) * places])
-            turned[:, first : first + step] = part.reshape(-1, places, outputs).transpose(1, 0, 2)
+        if entry.kept:
+            array[...] = tensor
+        elif array.ndim == 4:
+            for i in range(0, len(tensor), OUTPUTS):  # a few at a time stay in the processor's cache
+                array[..., i : i + OUTPUTS] = tensor[i : i + OUTPUTS].transpose(2, 3, 1, 0)
+        else:
+            array[...] = tensor.reshape(entry.shape[::-1]).T
+    return array
 
 
 def state_dict_names(model: Any, tensors: Tensors) -> dict[str, Any]:
