@@ -11,13 +11,12 @@ import shutil
 import tempfile
 import typing
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config import InputError, ModelConfig, path_of, sides
@@ -32,12 +31,8 @@ from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, fi
 logger = logging.getLogger("resnet_jax")
 
 FILES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_,
-    "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2, "C64": np.complex64,
-    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
-}  # fmt: skip
-"""Types of safetensors."""
+TYPES = ("F64", "F32", "F16", "BF16", "C64", "BOOL", *(f"{kind}{bits}" for kind in "IU" for bits in (8, 16, 32, 64)))
+"""Types of safetensors that are read; of these the floating-point ones can be weights."""
 
 WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
@@ -272,11 +267,13 @@ def _names(labels: Any, where: str) -> tuple[str, ...] | None:
 
 
 def _from_file(path: Path) -> Weights:
-    tensors = read_tensors(path)
-    if not isinstance(tensors, SafeTensors) or "resnet_jax" not in tensors.metadata:
+    if path.suffix != ".safetensors":
+        return Weights(read_tensors(path))
+    tensors, header = read_safetensors(path)
+    if "resnet_jax" not in header:
         return Weights(tensors)
     where = f"{path}: resnet_jax in the header"
-    metadata: Header = _parsed(tensors.metadata["resnet_jax"].encode(), Header, where)
+    metadata: Header = _parsed(header["resnet_jax"].encode(), Header, where)
     name, fields = metadata["name"], _tuples(metadata["fields"])
     preprocessing, calibration = metadata["preprocessing"], metadata["calibration"]
     if preprocessing is not None:
@@ -366,41 +363,29 @@ def read_calibration(folder: Path, step: int, classes: int) -> Calibration:
         return UNCALIBRATED
 
 
-class SafeTensors(Mapping[str, np.ndarray]):
-    """The tensors of a safetensors file as views of the mapped file: nothing is read before it is used.
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns the tensors of a safetensors file by name, as they are stored, and the metadata of its header.
 
     Raises:
-      InputError: the file is damaged, empty or something else, or a tensor that is asked for has a type we do not read.
+      InputError: the file is damaged, empty or something else, or a tensor has none of the types in `TYPES`.
     """
+    from safetensors import SafetensorError, safe_open
 
-    def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="numpy") as checked:
-                self.metadata: dict[str, str] = checked.metadata() or {}
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                self.entries: dict[str, Any] = json.loads(file.read(length))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-        self.entries.pop("__metadata__", None)
-        if not any(math.prod(entry["shape"]) for entry in self.entries.values()):
-            raise InputError(f"{path} holds no tensors")
-        self.bytes = np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length))
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        entry = self.entries[key]
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
-            raise InputError(f"the tensor {key} is {entry['dtype']}: save it as F32, F16 or BF16")
-        return self.bytes[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+    tensors = {}
+    try:
+        # NumPy has no bfloat16 of its own: such tensors come as arrays of JAX
+        with safe_open(path, "numpy") as file, safe_open(path, "flax") as as_jax:
+            metadata = file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118 (this is no dict)
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in TYPES:
+                    raise InputError(f"{path}: the tensor {name} is {dtype}: save it as F32, F16 or BF16")
+                tensors[name] = np.asarray((as_jax if dtype == "BF16" else file).get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+    if not any(tensor.size for tensor in tensors.values()):
+        raise InputError(f"{path} holds no tensors")
+    return tensors, metadata
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
@@ -412,7 +397,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
       InputError: torch is missing, the file is damaged, holds code or no state dict, or a tensor has no plain numbers.
     """
     if path.suffix == ".safetensors":
-        return SafeTensors(path)
+        return read_safetensors(path)[0]
     try:
         import torch
     except ImportError as error:
