@@ -206,7 +206,9 @@ def _batches(
         for batch in awaited(iterator, timeout, explain):
             given += 1
             bad.note(source, batch.pop("bad"))
-            yield put_batch({name: _nameless(values) for name, values in batch.items()}, mesh)
+            if workers:  # JAX would keep shared memory in use, on a CPU to the very end of the process
+                batch = {name: np.array(values) for name, values in batch.items()}
+            yield put_batch(batch, mesh)
     except Stalled:
         stalled = True
         raise
@@ -215,18 +217,7 @@ def _batches(
             iterator.close()
             if workers:
                 del iterator, ds, rows
-                gc.collect()  # grain's workers leave shared memory in reference cycles
-
-
-def _nameless(values: np.ndarray) -> np.ndarray:
-    """Takes the name off shared memory that a worker filled, so that it goes with its last user, however that ends.
-
-    On a CPU JAX's arrays use that memory itself, to the very end of the process; Python would then say that it leaked.
-    """
-    if getattr(values, "_unlink_on_del", False):
-        values.shm.unlink()  # type: ignore[attr-defined]
-        values._unlink_on_del = False  # type: ignore[attr-defined]
-    return values
+                gc.collect()  # the arrays that are still on their way hang in reference cycles of grain
 
 
 def sampling_table(dataset: Dataset, sampling: str) -> np.ndarray | None:
