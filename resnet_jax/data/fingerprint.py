@@ -1,4 +1,6 @@
-"""Which pictures a run was given, split by split, so that it can be told later what was added, lost or moved."""
+"""Which pictures a run was given, split by split, so that it can be told later what was added, lost or moved; and which
+library resized them.
+"""
 
 import hashlib
 import io
@@ -9,10 +11,14 @@ import numpy as np
 
 from resnet_jax.config import InputError, path_of
 from resnet_jax.data.dataset import Dataset, FileSource, Source, known_labels
+from resnet_jax.data.transforms import resizer
 from resnet_jax.files import read_file, size_of, write_whole
 
 FILE = "pictures.npz"
 """Its name in a run's folder."""
+
+RESIZER = "resizer"
+"""Name of the library that resizes, beside the splits."""
 
 SIZED = 64
 """How many files of a split have their size noted, by which other pictures under the same names are found."""
@@ -54,9 +60,9 @@ def digest(found: Fingerprint) -> str:
 
 
 def save(found: Fingerprint, folder: Path) -> None:
-    """Writes a fingerprint into a run's folder, at once or not at all."""
+    """Writes a fingerprint, and the name of the library that resizes, into a run's folder, at once or not at all."""
     content = io.BytesIO()
-    np.savez(content, **found)  # type: ignore[arg-type]
+    np.savez(content, **found, **{RESIZER: np.asarray(resizer())})  # type: ignore[arg-type]
     write_whole(folder / FILE, content.getvalue())
 
 
@@ -66,16 +72,33 @@ def load(folder: Path) -> Fingerprint | None:
     Raises:
       InputError: the file is damaged.
     """
+    found = _arrays(folder)
+    if found is None:
+        return None
+    found.pop(RESIZER, None)
+    if not all(rows.ndim == 2 and rows.shape[1] == 3 and rows.dtype == np.int64 for rows in found.values()):
+        raise InputError(f"{folder / FILE} is damaged; remove it to go on without what it says")
+    return found
+
+
+def other_resizer(folder: Path) -> str | None:
+    """Returns the name of the library that resized the pictures of a run, where it is another one than now; else None.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    before = (_arrays(folder) or {}).get(RESIZER)
+    return None if before is None or str(before) == resizer() else str(before)
+
+
+def _arrays(folder: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(io.BytesIO(read_file(folder / FILE)), allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
+            return {name: file[name] for name in file.files}
     except FileNotFoundError:
         return None
     except Exception as error:  # NumPy and zipfile raise many kinds for a damaged file
         raise InputError(f"{folder / FILE} is damaged ({error}); remove it to go on without what it says") from error
-    if not all(rows.ndim == 2 and rows.shape[1] == 3 and rows.dtype == np.int64 for rows in found.values()):
-        raise InputError(f"{folder / FILE} is damaged; remove it to go on without what it says")
-    return found
 
 
 @dataclass(frozen=True)

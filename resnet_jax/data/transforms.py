@@ -21,7 +21,7 @@ from resnet_jax.data.policy import color_jitter, erase, rand_augment, trivial_au
 
 try:
     import cykooz_resizer as fast
-except ImportError:  # there is no wheel of it for every machine
+except ImportError:  # the extra `fast` is not installed
     fast = None
 
 Raw = Any
@@ -195,13 +195,18 @@ def _as_grey(image: Image.Image) -> np.ndarray:
     return unit(pixels)[..., None]
 
 
+def resizer() -> str:
+    """Returns what resizes training pictures: `cykooz.resizer` where the extra `fast` is installed, else `Pillow`."""
+    return "Pillow" if fast is None else "cykooz.resizer"
+
+
 def resize(
     picture: Picture, size: tuple[int, int], interpolation: str, box: Any = None, exact: bool = False
 ) -> Picture:
     """A picture, or its part `box` (left, top, right, bottom), at height and width `size`.
 
-    Antialiased as in Pillow: the kernel grows where the picture shrinks. Values are Pillow's where `exact` is asked for
-    or `cykooz.resizer` is not installed, else Pillow's to the last bit or two in a third of the time.
+    Antialiased as in Pillow: the kernel grows where the picture shrinks. Pillow resizes where `exact` is asked for or
+    `resizer()` says so, else cykooz.resizer, in a third of the time and with pixels that differ by 1 of 255.
     """
     if box is not None and max(height_width(picture)) > LONG_SIDE:
         picture, box = _part_around(picture, box, size)
