@@ -1,6 +1,4 @@
-"""Which pictures a run was given, split by split, so that it can be told later what was added, lost or moved; and which
-library resized them.
-"""
+"""Notes which images a run was given, by split, and which library resized them; a later start says what changed."""
 
 import hashlib
 import io
@@ -15,13 +13,13 @@ from resnet_jax.data.transforms import resizer
 from resnet_jax.files import read_file, size_of, write_whole
 
 FILE = "pictures.npz"
-"""Its name in a run's folder."""
+"""Name of the file in a run's folder."""
 
 RESIZER = "resizer"
 """Name of the library that resizes, beside the splits."""
 
 SIZED = 64
-"""How many files of a split have their size noted, by which other pictures under the same names are found."""
+"""Of how many files of a split the size is noted, by which other images under the same names are found."""
 
 Fingerprint = dict[str, np.ndarray]
 """Split -> int64 [examples, 3], ordered by key: hash of the key, of its classes' names, bytes of the file or -1."""
@@ -52,7 +50,7 @@ def _hash(text: str) -> int:
 
 
 def digest(found: Fingerprint) -> str:
-    """Hash of a whole fingerprint, hexadecimal."""
+    """Computes a hash of a whole fingerprint, hexadecimal."""
     whole = hashlib.blake2b(digest_size=16)
     for name in sorted(found):
         whole.update(name.encode() + np.ascontiguousarray(found[name]).tobytes())
@@ -103,14 +101,14 @@ def _arrays(folder: Path) -> dict[str, np.ndarray] | None:
 
 @dataclass(frozen=True)
 class Change:
-    """What happened to the examples of a split: counts.
+    """How many examples of a split changed.
 
     Attributes:
-      added, lost: in no split before, or in none now.
-      moved_in, moved_out: from or to another split.
+      added, lost: were in no split before, or are in none now.
+      moved_in, moved_out: came from another split, or went to one.
       relabelled: have another label.
-      resized: of those whose size was noted, how many have another one.
-      kept: are in this split before and now.
+      resized: have another size in bytes, among those whose size was noted.
+      kept: were in this split before and still are.
     """
 
     added: int
@@ -137,7 +135,7 @@ class Change:
 
 
 def changes(old: Fingerprint, new: Fingerprint) -> dict[str, Change]:
-    """What changed from one fingerprint to another, by split; splits without a change are left out."""
+    """Compares two fingerprints and returns the changes by split; splits without a change are left out."""
     found = {}
     for name in sorted(set(old) | set(new)):
         before, now = old.get(name, _NONE), new.get(name, _NONE)
@@ -162,12 +160,12 @@ def changes(old: Fingerprint, new: Fingerprint) -> dict[str, Change]:
 
 
 def trained_on(old: Fingerprint, new: Fingerprint, split: str) -> int:
-    """How many examples of a split as it is now were in the training split of a run."""
+    """Counts the examples of a split, as it is now, that were in the training split of a run."""
     return int(np.isin(new[split][:, 0], old.get("train", _NONE)[:, 0]).sum())
 
 
 def described(found: dict[str, Change]) -> str:
-    """All changes in one line."""
+    """Describes all changes in one line."""
     return "; ".join(f"{name}: {change}" for name, change in found.items())
 
 

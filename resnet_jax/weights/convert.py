@@ -1,4 +1,4 @@
-"""Variables of our models to PyTorch's tensors and back, exactly: values are moved, never computed."""
+"""Converts PyTorch's state dicts to variables of our models and back, exactly: axes are transposed, values stay."""
 
 import re
 from collections import Counter
@@ -23,33 +23,37 @@ OUTPUTS = 16
 """Outputs of a convolution that are transposed at once."""
 
 LISTED = 50
-"""Names of each kind that an error lists before it counts the rest."""
+"""How many names of each kind an error lists before it counts the rest."""
 
 
 def to_torch(model: Any, variables: Any) -> dict[str, np.ndarray]:
-    """A PyTorch state dict as NumPy arrays: what timm's, or torchvision's, model of the same name loads strictly.
+    """Converts variables to a state dict that timm's, or torchvision's, model of the same name loads strictly.
 
     Args:
       model: a module of `create_model`.
       variables: its `{"params", "batch_stats"}`.
+
+    Returns:
+      Name -> NumPy array, with the type of the variable; kernels are [out, in, height, width], or [out, in].
     """
     flat = flatten_dict(unstack_blocks(variables))
     tensors = {}
     for entry in entries(model):
         value = np.asarray(flat[entry.path])
-        turned = value if entry.kept else value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-        tensors[entry.key] = np.ascontiguousarray(turned).reshape(entry.tensor_shape)
+        if not entry.same_axes:
+            value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        tensors[entry.key] = np.ascontiguousarray(value).reshape(entry.tensor_shape)
         if entry.path[-1] == "var":
             tensors[entry.key.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
     return tensors
 
 
 def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
-    """Variables of a model from a PyTorch state dict with the names that `state_dict_names` understands.
+    """Converts a PyTorch state dict to variables of a model.
 
     Args:
-      model: a module of `create_model`; where it has no head, that of the tensors is left out.
-      tensors: name -> NumPy array or tensor; floating-point types other than float32 are converted.
+      model: a module of `create_model`; where it has no head, the head of the tensors is left out.
+      tensors: name -> NumPy array or tensor, with names that `state_dict_names` understands.
       head: `{"kernel", "bias"}` to take in place of the tensors' own.
 
     Returns:
@@ -90,10 +94,10 @@ def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
 
 
 def as_array(name: str, tensor: Any) -> np.ndarray:
-    """A NumPy array as it is, or a tensor of PyTorch as one; floating-point tensors become float32.
+    """Returns a NumPy array as it is, and a tensor of PyTorch as an array; its floating-point types become float32.
 
     Raises:
-      InputError: the tensor has no plain numbers: it is quantised, sparse, nested, complex or on the meta device.
+      InputError: the tensor cannot be an array: it is quantised, sparse, nested, complex or on the meta device.
     """
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
@@ -128,7 +132,7 @@ def _converted(entry: Entry, tensor: np.ndarray) -> np.ndarray:
     """Returns a copy of a tensor as float32 with the axes of our array: those of a kernel have the outputs last."""
     array = np.empty(entry.shape, np.float32)
     with np.errstate(over="ignore"):
-        if entry.kept:
+        if entry.same_axes:
             array[...] = tensor
         elif array.ndim == 4:
             for i in range(0, len(tensor), OUTPUTS):  # a few at a time stay in the processor's cache
@@ -139,7 +143,7 @@ def _converted(entry: Entry, tensor: np.ndarray) -> np.ndarray:
 
 
 def state_dict_names(model: Any, tensors: Tensors) -> dict[str, Any]:
-    """The tensors under the names that today's state dicts of torchvision and timm have for this model.
+    """Renames tensors to the names that today's state dicts of torchvision and timm have for this model.
 
     - A prefix that all tensors of the network carry is removed: DDP, torch.compile, Lightning, averages and modules
       around the network leave `module.`, `_orig_mod.`, `model.`, ... in any order. Other tensors keep their names.
@@ -180,7 +184,7 @@ HEADS = ("fc", "classifier", "head", "heads", "last_linear", "linear", "logits",
 
 
 def in_head(name: str) -> bool:
-    """Whether a tensor of that name, without prefixes, belongs to a head."""
+    """Tells whether a tensor of that name, without prefixes, belongs to a head."""
     return name.partition(".")[0] in HEADS
 
 
@@ -191,12 +195,12 @@ def _modern(key: str) -> str:
 
 
 def _starts(key: str) -> list[int]:
-    """Where the parts of a dotted name begin, and its end if it ends with a dot."""
+    """Returns where the parts of a dotted name begin, and its end if it ends with a dot."""
     return [0, *(i + 1 for i, letter in enumerate(key) if letter == ".")]
 
 
 def _linear(head: dict[str, Any], name: str) -> dict[str, Any]:
-    """A head that is one linear layer under that name, with a bias; any other as it is."""
+    """Renames a head that is one linear layer, and gives it a bias; other heads stay as they are."""
     weights = [key for key in head if key.endswith(".weight")]
     module = weights[0].removesuffix(".weight") if weights else ""
     if not weights or not set(head) <= {f"{module}.weight", f"{module}.bias"}:
@@ -224,7 +228,7 @@ def check_tensors(wanted: set[str], present: set[str], other: list[str]) -> None
 
 
 def _fits(shape: tuple[int, ...], entry: Entry) -> bool:
-    """Whether a tensor has an entry's shape, apart from the two 1s that a dense layer has as a 1x1 convolution."""
+    """Tells whether a tensor has an entry's shape; a dense layer may be a 1x1 convolution."""
     if len(entry.shape) == 2 and len(shape) == 4 and shape[2:] == (1, 1):
         shape = shape[:2]
     target = entry.tensor_shape[:2] if len(entry.shape) == 2 else entry.tensor_shape
@@ -232,12 +236,12 @@ def _fits(shape: tuple[int, ...], entry: Entry) -> bool:
 
 
 def head_key(model: Any) -> str:
-    """Name of the classifier in a state dict, without `.weight` and `.bias`."""
+    """Returns the name of the classifier in a state dict, without `.weight` and `.bias`."""
     return torch_module(model, "head")
 
 
 def classes_of(model: Any, tensors: Tensors) -> int:
-    """Outputs of the head in a state dict; 0 where it has no head."""
+    """Counts the outputs of the head in a state dict; 0 where it has no head."""
     head = [tensor for name, tensor in state_dict_names(model, tensors).items() if in_head(name)]
     return next((tensor.shape[0] for tensor in reversed(head) if len(tensor.shape)), 0)
 
@@ -245,8 +249,8 @@ def classes_of(model: Any, tensors: Tensors) -> int:
 def adapt_stem(model: Any, tensors: Tensors) -> Tensors:
     """Fits the first convolution, made for RGB, to the model's `in_channels`; names are as in `state_dict_names`.
 
-    One channel sees the sum over red, green and blue, so that a grey image gives what it gave as RGB; n channels take
-    the three in turn, scaled by 3 / n. Tensors that fit are left alone.
+    For one channel the kernels of red, green and blue are added, so that the logits of a grey image are those of its
+    RGB; for n channels they are repeated (red, green, blue, red, ...), times 3 / n. Tensors that fit are left alone.
     """
     tensors, key, n = state_dict_names(model, tensors), _stem_key(model), model.in_channels
     if n == 3 or stem_channels(model, tensors) != 3:
@@ -257,7 +261,7 @@ def adapt_stem(model: Any, tensors: Tensors) -> Tensors:
 
 
 def stem_channels(model: Any, tensors: Tensors) -> int | None:
-    """Channels of the images that tensors were made for; None where they lack the first convolution."""
+    """Returns the number of channels of the images that tensors were made for; None without a first convolution."""
     kernel = state_dict_names(model, tensors).get(_stem_key(model))
     return None if kernel is None or len(kernel.shape) != 4 else kernel.shape[1]
 
@@ -267,7 +271,7 @@ def _stem_key(model: Any) -> str:
 
 
 def fresh_head(model: Any) -> Any:
-    """A new classifier, `{"kernel", "bias"}`, drawn as the model's own would be."""
+    """Draws a new classifier, `{"kernel", "bias"}` in float32, as the model's own would be."""
     shape = next(entry.shape for entry in entries(model) if entry.path[1:] == ("head", "kernel"))
     kernel = nn.initializers.lecun_normal()(jax.random.key(0), shape, jnp.float32)
     return {"kernel": kernel, "bias": jnp.zeros(shape[1])}

@@ -1,4 +1,4 @@
-"""Finding weights: a published tag, the Hugging Face hub, a file, a folder, a run of ours."""
+"""Finds weights: a published tag, the Hugging Face hub, a file, a folder, a run of ours."""
 
 import argparse
 import atexit
@@ -38,7 +38,7 @@ WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights"),
 )
-"""Under which keys training scripts save a state dict; the first one counts, moving averages before the rest."""
+"""Keys under which training scripts save a state dict; the first one that is there is taken: moving averages first."""
 
 DEPTH = 4
 """State dicts lie no deeper than this."""
@@ -52,12 +52,12 @@ class Weights:
     """Tensors under PyTorch's names, and what is known of the model they belong to.
 
     Attributes:
-      tensors: name -> array; read from the file when it is asked for.
+      tensors: name -> array.
       name: of the model; None where the source does not say.
       fields: of its module, that differ from the named model's.
       preprocessing: how images are prepared; None where the source does not say.
       class_names: None where the source does not say.
-      several: an image may have several of these classes.
+      multilabel: an image may have several of these classes.
       calibration: of the probabilities.
     """
 
@@ -71,15 +71,16 @@ class Weights:
 
 
 def find_weights(source: str, name: str | None = None, checkpoint: str | None = None) -> Weights:
-    """What a source names: a tag or model (`resnet50.tv2_in1k`, `resnet50`), `hf-hub:OWNER/NAME`, a `.safetensors`,
-    `.pth`, `.pt`, `.ckpt` or `.bin` file, a folder with weights and `config.json`, or the folder of a run.
+    """Reads the weights of a source.
 
     Args:
-      name: of the model, where the source does not say, or says otherwise.
+      source: a tag or model (`resnet50.tv2_in1k`, `resnet50`), `hf-hub:OWNER/NAME`, a `.safetensors`, `.pth`, `.pt`,
+        `.ckpt` or `.bin` file, a folder with weights and `config.json`, or the folder of a run.
+      name: of the model; None takes the one that the source names.
       checkpoint: of a run: `best`, `latest` or a step; None takes the best one where the run selected one.
 
     Raises:
-      InputError: there is no such thing, or it cannot be read; the message says what would help.
+      InputError: there is no such source, or it cannot be read; the message says what would help.
     """
     weights = _found(source, checkpoint)
     return replace(weights, name=name) if name else weights
@@ -109,7 +110,7 @@ def _found(source: str, checkpoint: str | None) -> Weights:
 
 
 def fetched(path: Path) -> Path:
-    """Returns a copy on this machine of a file in a bucket, under its name, which stays until the process ends.
+    """Copies a file in a bucket to this machine, under its name, until the process ends.
 
     Raises:
       InputError: it cannot be read.
@@ -189,7 +190,7 @@ def _described(file: Path, tensors: Mapping[str, Any], where: str) -> Weights:
 
 
 HARMLESS = frozenset({"num_classes", "in_chans", "img_size", "global_pool", "drop_rate", "drop_path_rate"})
-"""Arguments of timm's models that the tensors show, that are read, or that matter in training alone."""
+"""Arguments of timm's models that need no care: the tensors show them, they are read, or only training needs them."""
 
 
 def _parsed(data: bytes, kind: Any, where: str) -> Any:
@@ -225,7 +226,7 @@ def _preprocessing(known: dict[str, Any], name: str, where: str) -> Preprocessin
 
 
 def _side(size: Any, where: str) -> Any:
-    """[channels, height, width] of timm as a `Size`."""
+    """Converts timm's [channels, height, width] to a `Size`."""
     if size is None:
         return None
     _, height, width = typed(size, tuple[int, int, int], f"{where}: input_size")
@@ -252,7 +253,7 @@ def check_preprocessing(found: Preprocessing, where: str) -> None:
 
 
 def _names(labels: Any, where: str) -> tuple[str, ...] | None:
-    """Names of the outputs from a list, or from an object of number -> name, whose gaps are filled."""
+    """Reads the names of the outputs from a list, or from an object of number -> name, whose gaps are filled."""
     if labels is None or labels == [] or labels == {}:
         return None
     if isinstance(labels, dict) and all(re.fullmatch(r"\d{1,6}", key) for key in labels):
@@ -316,7 +317,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_run(folder: Path, checkpoint: str | None) -> Weights:
-    """The moving average of a run's checkpoint, or its parameters where there is no average."""
+    """Reads the moving average of a run's checkpoint, or its parameters where there is no average."""
     from resnet_jax.training.checkpoints import read_variables
 
     step, record, variables = read_variables(folder, checkpoint)
@@ -345,8 +346,9 @@ class CalibrationFile(TypedDict):
 
 
 def read_calibration(folder: Path, step: int, classes: int) -> Calibration:
-    """What the report of a run found for a step, in `calibration.json`, if it found anything. A file that is damaged is
-    named on standard error.
+    """Reads the calibration that the report of a run fitted for a step, from `calibration.json`.
+
+    Where there is none, or the file is damaged, which standard error says, the result is `UNCALIBRATED`.
     """
     file = folder / "calibration.json"
     try:
@@ -389,12 +391,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
-    """The tensors of a file; one of PyTorch is read with torch and only if it holds nothing but data.
+    """Reads the tensors of a file by name. PyTorch's own files are read with torch, and only if they hold data alone.
 
-    Of a training checkpoint that is the first state dict that `WRAPPERS` names, the moving average before the rest.
+    Of a training checkpoint the first state dict that `WRAPPERS` names is taken, so moving averages first.
 
     Raises:
-      InputError: torch is missing, the file is damaged, holds code or no state dict, or a tensor has no plain numbers.
+      InputError: torch is missing, the file is damaged, holds code or no state dict, or a tensor cannot be an array.
     """
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
