@@ -39,7 +39,7 @@ def one_step(name: str, remat: str) -> Any:
         state = state.replace(opt_state=optimizer.init(state.params))
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8)
-        batch = {"image": images, "label": rng.integers(0, 10, BATCH), "turn": np.zeros(BATCH, bool)}
+        batch = {"image": images, "label": rng.integers(0, 10, BATCH), "mirrored": np.zeros(BATCH, bool)}
         began = time.perf_counter()
         step = jax.jit(recipe_step(config, model, optimizer), donate_argnums=0).lower(state, batch).compile()
         compiled = time.perf_counter() - began

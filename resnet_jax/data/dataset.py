@@ -1,4 +1,4 @@
-"""What a dataset is: three splits of raw examples by index, and what of them is held out."""
+"""Datasets: three splits of raw examples by index, and the part of training that is held out for validation."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ SPLIT_NAMES = {
 """What folders and tables call the three splits, in any case."""
 
 Label: TypeAlias = int | tuple[int, ...]
-"""Number of the class, or with several labels an image a 0 or 1 for each class."""
+"""Number of the class; for multilabel data a 0 or 1 for each class."""
 
 
 class Source(Protocol):
@@ -27,13 +27,13 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Any, Label]:
-        """(path, bytes or array of an image; its label)."""
+        """Returns the path, the bytes or the array of an image, and its label."""
 
     def describe(self, index: int) -> str:
-        """What to call the example in a message."""
+        """Returns what to call the example in a message."""
 
     def key(self, index: int) -> str:
-        """What the example is called wherever the data lies: for files the path below the root."""
+        """Returns a name that does not depend on where the data lies: for files the path below the root."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class FileSource:
         return self.keys[index] if self.keys else self.paths[index]
 
     def take(self, indices: np.ndarray) -> "FileSource":
-        """Some of the files, by their indices."""
+        """Returns the source of some of the files, by their indices, int [n]."""
         parts = (self.paths, self.labels, self.keys)
         return FileSource(*(tuple(values[i] for i in indices.tolist()) if values else () for values in parts))
 
@@ -105,14 +105,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits, and the names of the classes that their labels count.
+    """Three splits, and the names of the classes.
 
     Attributes:
-      train: is trained on.
-      validation: selects (the best checkpoint, the end, the calibration); None where nothing does.
-      test: is looked at once, at the end of a run; None where there is none.
+      train: the examples to train on.
+      validation: the examples that select (the best checkpoint, the last step, the calibration); None where there are
+        none.
+      test: the examples that are measured once, at the end of a run; None where there are none.
       class_names: in the order of the labels.
-      several: an image may have several labels, or none.
+      multilabel: an image may have several labels, or none.
       notes: lines that say what was found, held out and left out.
     """
 
@@ -124,7 +125,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     def splits(self) -> dict[str, Source]:
-        """The splits that are there, by name."""
+        """Returns the splits that there are, by name."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: source for name, source in named.items() if source is not None}
 
@@ -133,7 +134,7 @@ class Dataset:
         return len(self.train[0][1]) if self.multilabel else len(self.class_names)  # type: ignore[arg-type]
 
     def split(self, name: str) -> Source:
-        """A split by its name.
+        """Returns a split by its name.
 
         Raises:
           InputError: the data has none of this name.
@@ -157,7 +158,7 @@ def default_split(dataset: Dataset) -> str:
 
 
 def known_labels(source: Source) -> np.ndarray | None:
-    """All labels of a split as `labels_of` gives them; None where they would have to be read from the disk."""
+    """Returns all labels of a split as `labels_of` does; None where they would have to be read from the disk."""
     if isinstance(source, Part):
         known = known_labels(source.source)
         return None if known is None else known[source.indices]
@@ -166,25 +167,30 @@ def known_labels(source: Source) -> np.ndarray | None:
 
 
 def labels_of(source: Source) -> np.ndarray:
-    """All labels of a split, int32 [size], or [size, classes] where there are several; no image is decoded."""
+    """Returns all labels of a split, int32 [size], or [size, classes] for multilabel data; no image is decoded."""
     known = known_labels(source)
     return np.asarray([source[i][1] for i in range(len(source))], np.int32) if known is None else known
 
 
 def split_of(name: str) -> str | None:
-    """Which of the three splits a folder or a word of a table names, in any case; None for another name."""
+    """Returns which of the three splits a folder or a word of a table names, in any case; None for another name."""
     plain = name.strip().lower().replace("-", "_").replace(" ", "_")
     return next((split for split, names in SPLIT_NAMES.items() if plain in names), None)
 
 
 def is_held_out(key: str, fraction: float, seed: int) -> bool:
-    """Whether an example belongs to the share that is held out: a function of its key alone."""
+    """Tells whether an example belongs to the share that is held out; that depends on its key and the seed alone."""
     digest = hashlib.blake2b(f"{seed}:{key}".encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def with_validation(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     """Holds a share of the training split out as validation.
+
+    Args:
+      dataset: without a validation split.
+      fraction: the share, between 0 and 1.
+      seed: of the choice.
 
     Raises:
       InputError: nothing is held out, or a class has nothing left to train on.
@@ -218,7 +224,7 @@ def with_validation(dataset: Dataset, fraction: float, seed: int) -> Dataset:
 
 
 def with_outputs(dataset: Dataset, outputs: int) -> Dataset:
-    """Widens the labels of images with several of them to the outputs of a model, which may be more than the classes.
+    """Fills multilabel labels up with zeros where a model has more outputs than the data has classes.
 
     Raises:
       InputError: the model has fewer outputs than the data has classes.
@@ -243,6 +249,6 @@ def with_outputs(dataset: Dataset, outputs: int) -> Dataset:
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
+    """Joins the first few names, and says how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""Pictures on the disk: folders of classes and tables, with what is left out named."""
+"""Finds images on the disk, in folders of classes or by a table, and names the files that are left out."""
 
 import csv
 import os
@@ -13,14 +13,14 @@ from resnet_jax.data.dataset import SPLIT_NAMES, Dataset, FileSource, listed, sp
 from resnet_jax.files import bucket_errors, in_bucket
 
 LITTER = frozenset({"__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin"})
-"""What systems leave among pictures, in lower case; so does every name that begins with a dot."""
+"""Names, in lower case, of files that operating systems leave among images; names that begin with a dot are others."""
 
 NO_PICTURES = frozenset({"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"})
 """Formats that Pillow knows by name but does not decode by itself."""
 
 
 class Picture(NamedTuple):
-    """A file: its path, what it is called wherever the data lies, and its labels."""
+    """An image file: its path, its path below the root of the data, and its labels."""
 
     path: str
     key: str
@@ -29,7 +29,7 @@ class Picture(NamedTuple):
 
 @cache
 def picture_suffixes() -> frozenset[str]:
-    """Suffixes, in lower case, of what the installed Pillow decodes, and `.npy`."""
+    """Returns the suffixes, in lower case, of the files that the installed Pillow decodes, and `.npy`."""
     from PIL import Image
 
     formats = Image.registered_extensions()
@@ -37,17 +37,17 @@ def picture_suffixes() -> frozenset[str]:
 
 
 @dataclass
-class Left:
-    """Files and folders that are not taken for pictures: path -> reason, in the order in which they were met."""
+class LeftOut:
+    """Files and folders that are not taken for images: path -> reason, in the order in which they were found."""
 
     found: dict[str, str] = field(default_factory=dict)
 
     def add(self, path: str, reason: str) -> None:
-        """Takes one more."""
+        """Adds a file or folder."""
         self.found[path] = reason
 
     def notes(self, root: Path) -> tuple[str, ...]:
-        """A line that counts them and names the first few; none where nothing was left out."""
+        """Returns a line that counts them and names the first few; no line where nothing was left out."""
         if not self.found:
             return ()
         shown = [f"{os.path.relpath(path, root)} ({reason})" for path, reason in self.found.items()]
@@ -60,7 +60,7 @@ def printable(text: str) -> str:
 
 
 class Entry(NamedTuple):
-    """What a folder holds: its kind is `folder`, `file`, `gone` (a link whose target is not there) or `other`."""
+    """An entry of a folder; its kind is `folder`, `file`, `gone` (a link whose target does not exist) or `other`."""
 
     name: str
     path: str
@@ -68,7 +68,7 @@ class Entry(NamedTuple):
 
 
 def entries_of(folder: Path) -> list[Entry]:
-    """The entries of a folder by name; links are what they lead to.
+    """Returns the entries of a folder, sorted by name; the kind of a link is that of its target.
 
     Raises:
       InputError: it cannot be read.
@@ -94,15 +94,17 @@ def entries_of(folder: Path) -> list[Entry]:
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file or folder of this name is what systems and editors leave among pictures."""
+    """Tells whether a file or folder of this name is one that systems and editors leave among images."""
     return name.startswith(".") or name.lower() in LITTER
 
 
-def pictures_under(folder: Path, left: Left) -> Iterator[str]:
-    """Paths of the pictures under a folder, at any depth, by name; links to folders are followed, but not in a circle.
+def pictures_under(folder: Path, left: LeftOut) -> Iterator[str]:
+    """Yields the paths of the images under a folder, at any depth, sorted by name; links to folders are followed, but
+    not to a folder above them.
 
     Args:
-      left: takes what is left out, and why.
+      folder: where to look.
+      left: takes the files that are left out, and why.
 
     Raises:
       InputError: a folder cannot be read.
@@ -134,7 +136,7 @@ def pictures_under(folder: Path, left: Left) -> Iterator[str]:
     return walk(folder, frozenset((status.st_dev, status.st_ino) for status in above))
 
 
-def _folders(root: Path, left: Left) -> dict[str, Path]:
+def _folders(root: Path, left: LeftOut) -> dict[str, Path]:
     """The folders in a folder by name, without litter."""
     found = {}
     for entry in entries_of(root):
@@ -148,10 +150,15 @@ def _folders(root: Path, left: Left) -> dict[str, Path]:
 
 
 def folder_dataset(root: Path) -> Dataset:
-    """`train`, `validation` and `test` with a folder for each class, by any of `SPLIT_NAMES`; or the classes alone."""
+    """Finds the images of a folder that holds `train`, and perhaps `validation` and `test`, by any of `SPLIT_NAMES`,
+    with a folder for each class; or folders of classes alone.
+
+    Raises:
+      InputError: the folder cannot be read, or does not have this form.
+    """
     if not root.is_dir():
         raise InputError(f"data.dataset folder:{root}: there is no such folder")
-    left = Left()
+    left = LeftOut()
     folders = _folders(root, left)
     splits: dict[str, list[str]] = {split: [] for split in SPLIT_NAMES}
     for name in folders:
@@ -187,10 +194,10 @@ def folder_dataset(root: Path) -> Dataset:
 
 def _has_folders(folder: Path) -> bool:
     """Whether there are folders in a folder, litter left aside."""
-    return bool(_folders(folder, Left()))
+    return bool(_folders(folder, LeftOut()))
 
 
-def _class_files(place: Path, root: Path, left: Left) -> list[Picture]:
+def _class_files(place: Path, root: Path, left: LeftOut) -> list[Picture]:
     """The pictures of each class folder in a place, both sorted by name; their keys are paths below the root."""
     folders = _folders(place, left)
     if not folders:
@@ -212,7 +219,7 @@ def _class_files(place: Path, root: Path, left: Left) -> list[Picture]:
 def _dataset(
     where: Path,
     pictures: dict[str, list[Picture]],
-    left: Left,
+    left: LeftOut,
     multilabel: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Dataset:
@@ -244,9 +251,12 @@ def _dataset(
 
 
 def table_dataset(file: Path) -> Dataset:
-    """Columns `path` (relative to the file's folder), `label`, and perhaps `split` (any of `SPLIT_NAMES`).
+    """Reads a CSV file with the columns `path` (relative to its folder), `label`, and perhaps `split` (`SPLIT_NAMES`).
 
-    Where a label holds a semicolon, every image has a set of labels, and an empty label is none.
+    Where any label holds a semicolon, the data is multilabel: each label is a list, and an empty one has no class.
+
+    Raises:
+      InputError: the table cannot be read, or a line is wrong; the message says which.
     """
     rows, there = _table(file), None
     if in_bucket(file):
@@ -277,7 +287,7 @@ def table_dataset(file: Path) -> Dataset:
     if not multilabel:
         for own in pictures.values():
             own.sort(key=lambda picture: picture.labels)
-    return _dataset(file, pictures, Left(), multilabel)
+    return _dataset(file, pictures, LeftOut(), multilabel)
 
 
 def _table(file: Path) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Which pictures a run was given, split by split, so that it can be told later what was added, lost or moved."""
+"""Notes which images a run was given, by split, and which library resized them; a later start says what changed."""
 
 import hashlib
 import io
@@ -9,13 +9,17 @@ import numpy as np
 
 from resnet_jax.config import InputError, path_of
 from resnet_jax.data.dataset import Dataset, FileSource, Source, known_labels
+from resnet_jax.data.transforms import resizer
 from resnet_jax.files import read_file, size_of, write_whole
 
 FILE = "pictures.npz"
-"""Its name in a run's folder."""
+"""Name of the file in a run's folder."""
+
+RESIZER = "resizer"
+"""Name of the library that resizes, beside the splits."""
 
 SIZED = 64
-"""How many files of a split have their size noted, by which other pictures under the same names are found."""
+"""Of how many files of a split the size is noted, by which other images under the same names are found."""
 
 Fingerprint = dict[str, np.ndarray]
 """Split -> int64 [examples, 3], ordered by key: hash of the key, of its classes' names, bytes of the file or -1."""
@@ -46,7 +50,7 @@ def _hash(text: str) -> int:
 
 
 def digest(found: Fingerprint) -> str:
-    """Hash of a whole fingerprint, hexadecimal."""
+    """Computes a hash of a whole fingerprint, hexadecimal."""
     whole = hashlib.blake2b(digest_size=16)
     for name in sorted(found):
         whole.update(name.encode() + np.ascontiguousarray(found[name]).tobytes())
@@ -54,9 +58,9 @@ def digest(found: Fingerprint) -> str:
 
 
 def save(found: Fingerprint, folder: Path) -> None:
-    """Writes a fingerprint into a run's folder, at once or not at all."""
+    """Writes a fingerprint, and the name of the library that resizes, into a run's folder, at once or not at all."""
     content = io.BytesIO()
-    np.savez(content, **found)  # type: ignore[arg-type]
+    np.savez(content, **found, **{RESIZER: np.asarray(resizer())})  # type: ignore[arg-type]
     write_whole(folder / FILE, content.getvalue())
 
 
@@ -66,28 +70,45 @@ def load(folder: Path) -> Fingerprint | None:
     Raises:
       InputError: the file is damaged.
     """
-    try:
-        with np.load(io.BytesIO(read_file(folder / FILE)), allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except FileNotFoundError:
+    found = _arrays(folder)
+    if found is None:
         return None
-    except Exception as error:  # NumPy and zipfile raise many kinds for a damaged file
-        raise InputError(f"{folder / FILE} is damaged ({error}); remove it to go on without what it says") from error
+    found.pop(RESIZER, None)
     if not all(rows.ndim == 2 and rows.shape[1] == 3 and rows.dtype == np.int64 for rows in found.values()):
         raise InputError(f"{folder / FILE} is damaged; remove it to go on without what it says")
     return found
 
 
+def other_resizer(folder: Path) -> str | None:
+    """Returns the name of the library that resized the pictures of a run, where it is another one than now; else None.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    before = (_arrays(folder) or {}).get(RESIZER)
+    return None if before is None or str(before) == resizer() else str(before)
+
+
+def _arrays(folder: Path) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(io.BytesIO(read_file(folder / FILE)), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # NumPy and zipfile raise many kinds for a damaged file
+        raise InputError(f"{folder / FILE} is damaged ({error}); remove it to go on without what it says") from error
+
+
 @dataclass(frozen=True)
 class Change:
-    """What happened to the examples of a split: counts.
+    """How many examples of a split changed.
 
     Attributes:
-      added, lost: in no split before, or in none now.
-      moved_in, moved_out: from or to another split.
+      added, lost: were in no split before, or are in none now.
+      moved_in, moved_out: came from another split, or went to one.
       relabelled: have another label.
-      resized: of those whose size was noted, how many have another one.
-      kept: are in this split before and now.
+      resized: have another size in bytes, among those whose size was noted.
+      kept: were in this split before and still are.
     """
 
     added: int
@@ -114,7 +135,7 @@ class Change:
 
 
 def changes(old: Fingerprint, new: Fingerprint) -> dict[str, Change]:
-    """What changed from one fingerprint to another, by split; splits without a change are left out."""
+    """Compares two fingerprints and returns the changes by split; splits without a change are left out."""
     found = {}
     for name in sorted(set(old) | set(new)):
         before, now = old.get(name, _NONE), new.get(name, _NONE)
@@ -139,12 +160,12 @@ def changes(old: Fingerprint, new: Fingerprint) -> dict[str, Change]:
 
 
 def trained_on(old: Fingerprint, new: Fingerprint, split: str) -> int:
-    """How many examples of a split as it is now were in the training split of a run."""
+    """Counts the examples of a split, as it is now, that were in the training split of a run."""
     return int(np.isin(new[split][:, 0], old.get("train", _NONE)[:, 0]).sum())
 
 
 def described(found: dict[str, Change]) -> str:
-    """All changes in one line."""
+    """Describes all changes in one line."""
     return "; ".join(f"{name}: {change}" for name, change in found.items())
 
 

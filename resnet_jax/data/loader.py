@@ -1,4 +1,6 @@
-"""From sources to batches: order, transforms and workers on grain, then arrays on the mesh."""
+"""Makes batches of a dataset: examples in their order, augmented by threads or worker processes of grain, as arrays on
+the mesh.
+"""
 
 import gc
 import os
@@ -12,7 +14,7 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import AugmentConfig, Config, InputError, Size, sides
 from resnet_jax.data.dataset import Dataset, Source, labels_of
-from resnet_jax.data.order import alternately, balanced_table, example_index
+from resnet_jax.data.order import balanced_table, example_index, is_mirrored
 from resnet_jax.data.transforms import BadImage, augment, decode, fit
 from resnet_jax.data.watch import Stalled, awaited, check_guard, end_with_parent, name_what_hangs
 from resnet_jax.training.sharding import put_batch
@@ -22,17 +24,27 @@ Batch = dict[str, np.ndarray]
 
 @dataclass
 class BadImages:
-    """What could not be decoded, by name; `policy` error ends the run at the first one, skip goes on."""
+    """The images that could not be decoded.
+
+    Attributes:
+      policy: `error` ends the run at the first one, `skip` goes on.
+      names: what they are called.
+      channels: of the recipe, by which they are decoded.
+    """
 
     policy: str
     names: set[str] = field(default_factory=set)
     channels: int = 3
 
     def note(self, source: Source, indices: np.ndarray) -> None:
-        """Takes indices of a batch's bad examples, -1 for a good one.
+        """Adds the names of a batch's bad examples.
+
+        Args:
+          source: of the examples.
+          indices: int [batch], the index in `source` of a bad example, -1 for a good one.
 
         Raises:
-          InputError: the policy is error and there is a bad one.
+          InputError: there is a bad one and the policy is `error`.
         """
         for index in indices[indices >= 0].tolist():
             if self.policy == "error":
@@ -52,11 +64,21 @@ class BadImages:
 
 @dataclass(frozen=True)
 class TrainExample:
-    """Maps a place in this host's row of examples to the example, augmented.
+    """Maps the number of an example on this host, counted from the run's beginning, to the augmented example.
 
-    Host `rank` takes the places [rank * share, (rank + 1) * share) of every batch, so that the batches are the same
-    for any number of hosts. With a `table`, as `balanced_table` gives it, the order is that of its places. Labels are
-    checked as in `checked_label`.
+    Host `rank` takes the examples [rank * share, (rank + 1) * share) of every batch, so that batches are the same for
+    any number of hosts.
+
+    Attributes:
+      source: of raw examples.
+      recipe: of the augmentation.
+      image_size: of the result.
+      seed: of order and augmentation.
+      share: examples of a batch that this host makes.
+      rank, hosts: number of this host, and how many there are.
+      channels: of the images.
+      table: as `balanced_table` returns it; None takes the examples of `source`.
+      classes: labels are checked as in `checked_label`.
     """
 
     source: Source
@@ -71,14 +93,14 @@ class TrainExample:
     classes: int | None = None
 
     def __call__(self, place: int) -> dict[str, Any]:
-        first, turn, position = self._example(place)
+        first, mirrored, position = self._example(place)
         size = len(self.source)
         for tries in range(size):
             index = (first + tries) % size
             raw, label = self.source[index]
             rng = np.random.default_rng([self.seed, position])
             try:
-                image = augment(raw, rng, self.image_size, self.recipe, turn, self.channels)
+                image = augment(raw, rng, self.image_size, self.recipe, mirrored, self.channels)
             except BadImage:
                 continue
             checked = checked_label(label, self.classes, self.source, index)
@@ -86,30 +108,33 @@ class TrainExample:
         raise InputError("none of the training images can be decoded")
 
     def name(self, place: int) -> str:
-        """What to call the example at a place."""
+        """Returns what to call the example in a message."""
         return self.source.describe(self._example(place)[0])
 
     def _example(self, place: int) -> tuple[int, bool, int]:
-        """Index of the example at a place, whether it is mirrored in turn, and its position in the endless row."""
+        """Returns the index of an example, whether alternating flips mirror it, and its position in the whole run."""
         step, offset = divmod(place, self.share)
         start = (step * self.hosts + self.rank) * self.share
         size = len(self.source if self.table is None else self.table)
-        indices, turns = _drawn(start, self.share, size, self.seed, self.recipe.repeats)
+        indices, mirrored = _order_of_batch(start, self.share, size, self.seed, self.recipe.repeats)
         index = int(indices[offset])
-        return index if self.table is None else int(self.table[index]), bool(turns[offset]), start + offset
+        return index if self.table is None else int(self.table[index]), bool(mirrored[offset]), start + offset
 
 
 @lru_cache(maxsize=64)
-def _drawn(start: int, count: int, size: int, seed: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and augmentation seeds of this number of positions, which together cost little more than one."""
+def _order_of_batch(start: int, count: int, size: int, seed: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `example_index` and `is_mirrored` of `count` positions from `start`, which cost little more than one."""
     positions = np.arange(start, start + count, dtype=np.uint32) // np.uint32(repeats)
     indices = example_index(positions, size, seed)
-    return indices, alternately(positions, indices, size, seed)
+    return indices, is_mirrored(positions, indices, size, seed)
 
 
 @dataclass(frozen=True)
 class EvalExample:
-    """Maps a place in this host's row to an example of a split, `mask` False where there is none or it is bad."""
+    """Maps the number of an example on this host to an example of a split; attributes are as in `TrainExample`.
+
+    `mask` is False where the split has no more examples, or the image cannot be decoded; the image is then zero.
+    """
 
     source: Source
     image_size: Size
@@ -138,21 +163,23 @@ class EvalExample:
         return found | {"image": image, "mask": np.True_}
 
     def name(self, place: int) -> str:
-        """What to call the example at a place."""
+        """Returns what to call the example in a message."""
         return self.source.describe(self._example(place)[0])
 
     def _example(self, place: int) -> tuple[int, bool]:
-        """Index of the example at a place; behind the last one that of the first, and False."""
+        """Returns the index of an example and True; behind the last example of the split 0 and False."""
         step, offset = divmod(place, self.share)
         index = (step * self.hosts + self.rank) * self.share + offset
         return (index, True) if index < len(self.source) else (0, False)
 
 
 def checked_label(label: Any, classes: int | None, source: Source, index: int) -> np.ndarray:
-    """A label as int32: the number of a class, or 0 or 1 for each of them.
+    """Returns a label as int32: the number of a class, or [classes] with 0 or 1 for each class.
 
     Args:
+      label: as the source holds it.
       classes: how many there are; None checks nothing.
+      source, index: of the example, for the message.
 
     Raises:
       InputError: the label is none of these classes.
@@ -180,10 +207,11 @@ def _batches(
     bad: BadImages,
     mesh: Mesh,
 ) -> Iterator[dict[str, Any]]:
-    """Batches `start`..`stop` of this host's row on the mesh, made by threads, or by worker processes.
+    """Yields the batches `start` to `stop - 1` on the mesh, made by threads, or by worker processes.
 
     Raises:
-      InputError: an image cannot be decoded and the policy of `bad` is error.
+      InputError: an image cannot be decoded and the policy of `bad` is `error`.
+      Stalled: nothing came for `timeout` seconds, or a worker process died.
     """
     import grain
     from absl import flags
@@ -206,7 +234,9 @@ def _batches(
         for batch in awaited(iterator, timeout, explain):
             given += 1
             bad.note(source, batch.pop("bad"))
-            yield put_batch({name: _nameless(values) for name, values in batch.items()}, mesh)
+            if workers:  # JAX would keep shared memory in use, on a CPU to the very end of the process
+                batch = {name: np.array(values) for name, values in batch.items()}
+            yield put_batch(batch, mesh)
     except Stalled:
         stalled = True
         raise
@@ -215,25 +245,14 @@ def _batches(
             iterator.close()
             if workers:
                 del iterator, ds, rows
-                gc.collect()  # grain's workers leave shared memory in reference cycles
-
-
-def _nameless(values: np.ndarray) -> np.ndarray:
-    """Takes the name off shared memory that a worker filled, so that it goes with its last user, however that ends.
-
-    On a CPU JAX's arrays use that memory itself, to the very end of the process; Python would then say that it leaked.
-    """
-    if getattr(values, "_unlink_on_del", False):
-        values.shm.unlink()  # type: ignore[attr-defined]
-        values._unlink_on_del = False  # type: ignore[attr-defined]
-    return values
+                gc.collect()  # the arrays that are still on their way hang in reference cycles of grain
 
 
 def sampling_table(dataset: Dataset, sampling: str) -> np.ndarray | None:
-    """The places of an epoch where classes are drawn equally often (`balanced`); None where images are (`natural`).
+    """Returns `balanced_table` of the training split for `balanced`; None for `natural`, which needs no table.
 
     Raises:
-      InputError: images have several labels, or a class has none to be drawn.
+      InputError: images have several labels, or a class has no image.
     """
     if sampling == "natural":
         return None
@@ -256,15 +275,26 @@ def train_batches(
     table: np.ndarray | None = None,
     classes: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The batches of `steps` as arrays on the mesh: `image` [batch, height, width, channel], `label` int32 [batch].
+    """Yields the batches of `steps` as arrays on the mesh.
 
     Args:
+      source: the training split.
+      config: the recipe.
+      mesh: of the devices.
+      bad: takes the names of images that cannot be decoded.
+      steps: of the run.
+      rank, hosts: number of this host, and how many there are.
       table: of `sampling_table`.
-      classes: every label is checked to be below this.
+      classes: how many there are; None does not check labels.
+
+    Yields:
+      `image`, uint8 [batch, height, width, 3], or float32 for another number of channels; `label`, int32 [batch], or
+      [batch, classes] where images have several labels.
 
     Raises:
       InputError: an image cannot be decoded and `data.on_bad_image` is error, a label is none of `classes`, or worker
         processes cannot be started from this program.
+      Stalled: nothing came for `data.timeout` seconds, or a worker process died.
     """
     check_guard(config.data.workers)
     share, data = config.train.batch_size // hosts, config.data
@@ -282,9 +312,11 @@ def eval_batches(
     hosts: int = 1,
     classes: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Every example of a split exactly once; the last batch is filled up with examples whose `mask` is False.
+    """Yields every example of a split exactly once; arguments and errors are as in `train_batches`.
 
-    Args and errors as in `train_batches`.
+    Yields:
+      `image` and `label` as in `train_batches`, and `mask`, bool [batch]: the last batch is filled up with examples
+      whose `mask` is False, and so it is where an image cannot be decoded.
     """
     check_guard(config.data.workers)
     share, data = config.train.batch_size // hosts, config.data
@@ -295,10 +327,12 @@ def eval_batches(
 
 
 def check_readable(source: Source, channels: int, name: str) -> None:
-    """Checks that a split has an example that can be decoded; it tries them in a random order until one can.
+    """Checks that a split has an image that can be decoded; it tries them in a random order until one can.
 
     Args:
-      name: what to call the split.
+      source: the split.
+      channels: of the recipe.
+      name: of the split, for the message.
 
     Raises:
       InputError: none of them can be decoded.
@@ -316,10 +350,14 @@ def check_readable(source: Source, channels: int, name: str) -> None:
 def whole_split(
     source: Source, config: Config, bad: BadImages, table: np.ndarray | None = None, classes: int | None = None
 ) -> Batch:
-    """All examples of a split in memory, resized, as `draw_batch` takes them: `image`, `label`, and perhaps `table`.
+    """Reads all images of a split into memory, resized, as `draw_batch` takes them.
 
     Args:
-      table, classes: as in `train_batches`.
+      source, config, bad, table, classes: as in `train_batches`.
+
+    Returns:
+      `image` [size, height, width, channel] and `label` int32 [size], or [size, classes], of what could be decoded;
+      `table` where one is given.
 
     Raises:
       InputError: an image cannot be decoded and the policy is error, none can, or a label is none of `classes`.
@@ -337,11 +375,17 @@ def whole_split(
     if not images:
         raise InputError("none of the training images can be decoded")
     split = {"image": np.stack(images), "label": np.stack(labels)}
-    return split if table is None else split | {"table": placed(table, kept, len(source))}
+    return split if table is None else split | {"table": renumbered(table, kept, len(source))}
 
 
-def placed(table: np.ndarray, kept: Any, size: int) -> np.ndarray:
-    """A table of examples of a split of `size` where only those of `kept` are left, in their order."""
+def renumbered(table: np.ndarray, kept: Any, size: int) -> np.ndarray:
+    """Returns a table for the images that could be decoded: entries of the others are left out.
+
+    Args:
+      table: int [n], indices of a split.
+      kept: indices of the images that are left, in order.
+      size: of the whole split.
+    """
     place = np.full(size, -1, np.int32)
     place[kept] = np.arange(len(kept))
     return place[table][place[table] >= 0]

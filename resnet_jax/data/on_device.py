@@ -3,34 +3,40 @@
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.data.order import alternately, example_index
+from resnet_jax.data.order import example_index, is_mirrored
 
 Array = jax.Array
 
 
 def draw_batch(data: dict[str, Array], step: Array, batch_size: int, seed: int, repeats: int = 1) -> dict[str, Array]:
-    """The batch of a step from data that lies on the device, in the order of `example_index`.
+    """Returns the batch of a step from data that lies on the device, in the order of `example_index`.
 
     Args:
-      data: arrays [size, ...], such as `image` uint8 and `label` int32; with `table` int32, as `balanced_table` gives
-        it, the order is that of its places.
+      data: arrays [size, ...], such as `image` uint8 and `label` int32. Where there is a `table` int32, as
+        `balanced_table` returns it, its entries are shuffled in place of the examples.
       step: int32 scalar, counted from 0.
-      repeats: of each example in a row.
+      batch_size: of the whole batch.
+      seed: of the order.
+      repeats: how many times each example is taken, one after another.
 
     Returns:
-      What `data` holds of these examples, [batch_size, ...]; `turn` bool [batch_size]: mirrored if flips alternate.
+      The arrays of `data` at these examples, [batch_size, ...], and `mirrored`, bool [batch_size]: which of them are
+      mirrored where flips alternate.
     """
     table = data.get("table")
     size = (data["label"] if table is None else table).shape[0]
     positions = (step.astype(jnp.uint32) * batch_size + jnp.arange(batch_size, dtype=jnp.uint32)) // repeats
     place = example_index(positions, size, seed, jnp)
-    turn = alternately(positions, place, size, seed, jnp)
+    mirrored = is_mirrored(positions, place, size, seed, jnp)
     index = place if table is None else table[place]
-    return {name: jnp.take(values, index, axis=0) for name, values in data.items() if name != "table"} | {"turn": turn}
+    batch = {name: jnp.take(values, index, axis=0) for name, values in data.items() if name != "table"}
+    return batch | {"mirrored": mirrored}
 
 
 def pad_crop(key: Array, images: Array, pad: int) -> Array:
-    """Adds `pad` zero pixels around each image and cuts the old size out at a random place of its own."""
+    """Adds `pad` zero pixels around each image [batch, height, width, channel] and cuts the old size out, at a random
+    place for each.
+    """
     batch, height, width, channels = images.shape
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     corners = jax.random.randint(key, (batch, 2), 0, 2 * pad + 1)
@@ -42,14 +48,17 @@ def pad_crop(key: Array, images: Array, pad: int) -> Array:
 
 
 def flip(mirrored: Array, images: Array) -> Array:
-    """Mirrors left and right those images for which `mirrored` bool [batch] is true."""
+    """Mirrors left and right those images [batch, height, width, channel] for which `mirrored` bool [batch] is true."""
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
 def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype) -> Array:
-    """(pixel - mean) / std, channel by channel, in `dtype`; uint8 pixels are divided by 255 first.
+    """Computes (pixel - mean) / std, channel by channel, in `dtype`; uint8 pixels are divided by 255 first.
 
-    Where there are not as many values as channels, each channel takes their mean.
+    Args:
+      images: uint8 or float [batch, height, width, channel].
+      mean, std: one value for each channel, as in `per_channel`.
+      dtype: of the result.
     """
     centre, width = (per_channel(values, images.shape[-1]) for values in (mean, std))
     largest = 255.0 if images.dtype == jnp.uint8 else 1.0
@@ -57,21 +66,25 @@ def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...], dt
 
 
 def per_channel(values: tuple[float, ...], channels: int) -> Array:
-    """float32 [channels]: the values, or their mean for each channel where there are not as many."""
+    """Returns the values as float32 [channels]; where there are not as many as channels, their mean for each."""
     array = jnp.asarray(values, jnp.float32)
     return array if len(values) == channels else jnp.full(channels, array.mean())
 
 
 def mix(key: Array, images: Array, targets: Array, mixup: float, cutmix: float) -> tuple[Array, Array]:
-    """Mixes each example with its neighbour in the batch: mixup, CutMix, or by a coin one of both.
+    """Mixes each example with its neighbour in the batch, by mixup or CutMix; where both are on, a coin chooses.
 
     mixup (Zhang et al. 2017) blends whole images; CutMix (Yun et al. 2019) pastes a box of the neighbour. The share is
-    one Beta(alpha, alpha) draw for the whole batch.
+    drawn once for the whole batch, from Beta(alpha, alpha).
 
     Args:
+      key: of the random numbers.
       images: float [batch, height, width, channel].
-      targets: float [batch, classes], mixed by the same share.
-      mixup, cutmix: alpha; 0 turns the one off.
+      targets: float [batch, classes].
+      mixup, cutmix: alpha of each; 0 turns it off.
+
+    Returns:
+      Images and targets of the same shapes, mixed by the same share.
     """
     coin, blend_key, box_key = jax.random.split(key, 3)
     other, other_targets = jnp.roll(images, 1, 0), jnp.roll(targets, 1, 0)
@@ -87,7 +100,9 @@ def mix(key: Array, images: Array, targets: Array, mixup: float, cutmix: float) 
 
 
 def _box(key: Array, size: tuple[int, ...], alpha: float) -> Array:
-    """1 inside a random box that covers 1 - Beta(alpha, alpha) of the image before it is clipped, 0 outside."""
+    """Returns a mask that is 1 inside a random box, whose area is the share 1 - Beta(alpha, alpha) of the image before
+    it is clipped to the image, and 0 outside.
+    """
     share_key, centre_key = jax.random.split(key)
     side = jnp.sqrt(1.0 - jax.random.beta(share_key, alpha, alpha))
     centre = jax.random.uniform(centre_key, (2,))

@@ -1,9 +1,9 @@
 """The order of examples: a pure function of (seed, epoch, index), the same on host and device.
 
-A run sees one endless row of positions; position p is example `permutation_of_epoch[p mod size]` of epoch
+The positions of a run are numbered without end: position p is example `permutation_of_epoch[p mod size]` of epoch
 `p div size`. The permutation is a keyed Feistel network over a grid of at least `size` cells (Black and Rogaway 2002,
-"Ciphers with arbitrary finite domains"): any single index costs O(1), nothing is stored, so resuming costs nothing
-and the number of hosts may change.
+"Ciphers with arbitrary finite domains"): any single index costs O(1) and nothing is stored, so that resuming costs
+nothing and the number of hosts may change.
 """
 
 import math
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 ROUNDS = 6
+"""Rounds of the Feistel network."""
 
 
 def example_index(position: Any, size: int, seed: int, xp: ModuleType = np) -> Any:
-    """Which example stands at a position of the endless row.
+    """Computes which example each position of a run takes.
 
     Args:
-      position: uint32 array of positions; below 2**32.
+      position: uint32 array of positions, counted from the beginning of the run; below 2**32.
       size: number of examples.
       seed: of the order.
       xp: numpy, or jax.numpy inside a compiled function.
@@ -44,12 +45,16 @@ def example_index(position: Any, size: int, seed: int, xp: ModuleType = np) -> A
     return _walk(encipher, index, size, xp).astype(xp.int32)
 
 
-def alternately(position: Any, index: Any, size: int, seed: int, xp: ModuleType = np) -> Any:
-    """Whether an image is mirrored in turn: half of them in one epoch, the other half in the next, and so on.
+def is_mirrored(position: Any, index: Any, size: int, seed: int, xp: ModuleType = np) -> Any:
+    """Computes which images alternating flips mirror: one half of them in one epoch, the other half in the next.
 
     Args:
-      position: uint32 array of positions of the endless row.
-      index: what `example_index` gives for them.
+      position: uint32 array of positions, counted from the beginning of the run.
+      index: what `example_index` returns for them.
+      size, seed, xp: as in `example_index`.
+
+    Returns:
+      bool array of the shape of `position`.
     """
     epoch = xp.asarray(position, xp.uint32) // xp.uint32(size)
     first = _mix(_mix(xp.asarray(index).astype(xp.uint32), xp) + xp.uint32(seed % 2**32), xp)
@@ -79,12 +84,15 @@ def _mix(x: Any, xp: ModuleType) -> Any:
 
 
 def balanced_table(labels: np.ndarray) -> np.ndarray:
-    """int32 [classes * n]: a row of examples in which every class stands n times, as often as the largest has examples.
+    """Returns the indices of an epoch in which every class has as many examples as the largest one.
 
-    The smaller classes repeat theirs. Drawn from in the order of `example_index`, an epoch holds each place once.
+    Smaller classes repeat theirs. `example_index` shuffles the entries of this table.
 
     Args:
-      labels: int [size], every class among them.
+      labels: int [size], the class of each example; every class has at least one.
+
+    Returns:
+      int32 [classes * n], where n is the number of examples of the largest class.
     """
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     most = max(map(len, members))

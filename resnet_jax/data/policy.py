@@ -1,6 +1,6 @@
-"""Random changes of colours and shapes on the host: jitter, RandAugment, TrivialAugment, erasing.
+"""Changes colours and shapes at random on the host: jitter, RandAugment, TrivialAugment, erasing.
 
-Images are arrays [height, width, 3] of uint8. What Pillow does as fast is left to Pillow, the rest is OpenCV's.
+Images are arrays [height, width, 3] of uint8. OpenCV changes colours, since it is faster; Pillow does the rest.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,16 @@ import numpy as np
 from PIL import Image, ImageOps
 
 GREY = (124, 116, 104)
-"""ImageNet's mean colour, for what comes in from beyond the border."""
+"""ImageNet's mean colour, which fills what shears, shifts and rotations leave empty."""
 
 LEVELS = np.arange(256)
 
 Operation = Callable[[np.ndarray, float, float], np.ndarray]
-"""An image, a strength in [0, 1] and a sign, to an image."""
+"""Maps an image, a strength in [0, 1] and a sign to an image."""
 
 
 def rand_augment(image: np.ndarray, rng: np.random.Generator, magnitude: float) -> np.ndarray:
-    """Two random operations, each with probability one half (Cubuk et al. 2019, as in ResNet strikes back).
+    """Applies two random operations, each with probability one half (Cubuk et al. 2019, as in ResNet strikes back).
 
     The strength of each is drawn from a normal distribution around `magnitude` of 10 with deviation 0.5, and grows
     with the magnitude for every operation.
@@ -34,38 +34,46 @@ def rand_augment(image: np.ndarray, rng: np.random.Generator, magnitude: float) 
 
 
 def trivial_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One random operation of random strength, or none (Mueller and Hutter 2021, arXiv:2103.10158)."""
+    """Applies one random operation of random strength, or none (Mueller and Hutter 2021, arXiv:2103.10158)."""
     name = TRIVIAL[rng.integers(0, len(TRIVIAL))]
     strength, sign = float(rng.random()), 1.0 if rng.random() < 0.5 else -1.0
     return image if name == "identity" else OPERATIONS[name](image, strength, sign)
 
 
 def color_jitter(image: np.ndarray, rng: np.random.Generator, amount: float) -> np.ndarray:
-    """Brightness, contrast and saturation, in random order, each times a factor in [1 - amount, 1 + amount]."""
+    """Multiplies brightness, contrast and saturation, in random order, by factors in [1 - amount, 1 + amount]."""
     for kind in rng.permutation(3):
         image = (brightness, contrast, color)[kind](image, float(rng.uniform(1 - amount, 1 + amount)))
     return image
 
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Every value times a factor; equal to Pillow's ImageEnhance."""
+    """Multiplies every value by a factor; equal to Pillow's ImageEnhance."""
     return _away_from(0, image, factor)
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """Every value's distance from the mean of the grey image times a factor; Pillow's unless the means round apart."""
+    """Multiplies every value's distance from the mean of the grey image by a factor.
+
+    Equal to Pillow's ImageEnhance up to the rounding of the mean.
+    """
     return _away_from(int(_grey(image).mean() + 0.5), image, factor)
 
 
 def color(image: np.ndarray, factor: float) -> np.ndarray:
-    """Every pixel's distance from its grey times a factor; Pillow's to 2, since that cuts digits off."""
+    """Multiplies every pixel's distance from its grey by a factor; at most 2 from Pillow's ImageEnhance, which does not
+    round.
+    """
     import cv2
 
     return cv2.addWeighted(image, factor, cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB), 1 - factor, 0)
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Every value's distance from a smoothed image times a factor, the border apart; Pillow's to 2."""
+    """Multiplies every value's distance from a smoothed image by a factor, except at the border.
+
+    At most 2 from Pillow's ImageEnhance.
+    """
     import cv2
 
     kernel = np.asarray([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
@@ -92,7 +100,9 @@ def _by_table(image: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def erase(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A copy with a random box of noise: 2 to 33 % of the image, sides in a ratio of 0.3 to 3.3 (Zhong et al. 2017).
+    """Fills a random box with noise, in a copy of an image (Zhong et al. 2017).
+
+    The box covers 2 to 33 % of the image; its sides have a ratio of 0.3 to 3.3.
 
     Args:
       image: [height, width, channel], uint8, or float32 in [0, 1].
@@ -111,12 +121,12 @@ def erase(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _pillow(change: Callable[[Image.Image, float], Any]) -> Operation:
-    """An operation from a function of a Pillow image and a signed strength."""
+    """Makes an operation of a function of a Pillow image and a signed strength."""
     return lambda image, strength, sign: np.asarray(change(Image.fromarray(image), strength * sign))
 
 
 def _shift(change: Callable[[float, int, int], tuple[float, ...]]) -> Operation:
-    """An operation that moves pixels by the affine map that a function of signed strength, width and height gives."""
+    """Makes an operation that moves pixels by an affine map, a function of signed strength, width and height."""
     return _pillow(
         lambda image, strength: image.transform(
             image.size, Image.Transform.AFFINE, change(strength, *image.size), fillcolor=GREY
@@ -125,7 +135,7 @@ def _shift(change: Callable[[float, int, int], tuple[float, ...]]) -> Operation:
 
 
 def _table(change: Callable[[float], np.ndarray]) -> Operation:
-    """An operation from a function of the strength that gives the new level of each of 256."""
+    """Makes an operation of a function of the strength that returns the new value of each of the 256."""
     return lambda image, strength, sign: _by_table(image, change(strength))
 
 

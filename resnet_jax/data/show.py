@@ -1,4 +1,4 @@
-"""Prepared pictures for the eye."""
+"""Draws images as the network gets them so that people can look at them."""
 
 from typing import Any
 
@@ -6,7 +6,15 @@ import numpy as np
 
 
 def overlay(seen: np.ndarray, heat: np.ndarray) -> Any:
-    """A Pillow image: a prepared picture, coloured by where `heat`, float [h, w] in [0, 1], is."""
+    """Draws a heat map over an image.
+
+    Args:
+      seen: the image that the network got, uint8 or float [height, width, channel].
+      heat: float [h, w] in [0, 1], of any size.
+
+    Returns:
+      A Pillow image of the size of `seen`.
+    """
     from matplotlib import colormaps
     from PIL import Image
 
@@ -19,7 +27,9 @@ def overlay(seen: np.ndarray, heat: np.ndarray) -> Any:
 
 
 def as_shown(seen: np.ndarray) -> np.ndarray:
-    """A prepared picture for the eye, uint8 [height, width, 3]; other than RGB as grey, from its least to its most."""
+    """Returns an image of any kind as uint8 [height, width, 3]: RGB as it is; else the mean of the channels as grey,
+    stretched so that the least value is black and the greatest white.
+    """
     if seen.dtype == np.uint8 and seen.shape[-1] == 3:
         return seen
     grey = seen.mean(-1, keepdims=True)

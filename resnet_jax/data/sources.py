@@ -1,4 +1,4 @@
-"""Where images come from: digits, folders, tables, tensorflow-datasets."""
+"""Loads datasets: the digits, folders, tables, tensorflow-datasets, and synthetic data."""
 
 import dataclasses
 import re
@@ -25,16 +25,17 @@ CHECKED_LABELS = 1000
 
 
 def load_dataset(config: DataConfig, seed: int, hold_out: bool = True, prepare: bool = True) -> Dataset:
-    """The dataset that `data.dataset` names, in three splits.
+    """Loads the dataset that `data.dataset` names, in three splits.
 
     Where the data has no validation split, the share `data.validation_fraction` of the training split is held out for
     it: always where there is no test split either, else only with `hold_out`. Whether an example is held out depends on
-    its own key and on `seed`, not on which others there are.
+    its own key and on `seed`, not on which other examples there are.
 
     Args:
+      config: the part `data` of a recipe.
       seed: of what is held out, and of synthetic data.
       hold_out: something is selected on the validation split.
-      prepare: fetch and write what tensorflow-datasets does not have yet.
+      prepare: tensorflow-datasets may download and prepare the data.
 
     Raises:
       InputError: the kind is unknown, the data is not as its kind needs it, or a label is not that of a class.

@@ -1,7 +1,6 @@
-"""Transforms on the host: decode, resize, crop, flip. Out come arrays [height, width, channel].
+"""Transforms images on the host: decode, resize, crop, flip. Results are arrays [height, width, channel].
 
-RGB is uint8 throughout, as Pillow has it. Pictures of another number of channels are float32 in [0, 1], so that 16 bits
-are not lost.
+RGB is uint8, as in Pillow. Images of another number of channels are float32 in [0, 1], which keeps 16 bits.
 """
 
 import io
@@ -21,7 +20,7 @@ from resnet_jax.data.policy import color_jitter, erase, rand_augment, trivial_au
 
 try:
     import cykooz_resizer as fast
-except ImportError:  # there is no wheel of it for every machine
+except ImportError:  # the extra `fast` is not installed
     fast = None
 
 Raw = Any
@@ -33,9 +32,9 @@ Picture = Any
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 SPARE = 3
-"""A photograph is decoded smaller while this number of pixels is left for one of the training image's, in each
-direction. With three the mean difference from the full decoding is 0.4 of 255, below 1 for each of 100 photographs;
-with two it is 0.7."""
+"""A JPEG is decoded at a smaller size as long as it keeps this number of pixels for each one of the training image, in
+each direction. With three the mean difference from the full decoding is 0.4 of 255, below 1 for each of 100
+photographs; with two it is 0.7."""
 
 ORIENTATIONS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT, "x"),
@@ -46,8 +45,8 @@ ORIENTATIONS = {
     7: (Image.Transpose.TRANSVERSE, "txy"),
     8: (Image.Transpose.ROTATE_90, "ty"),
 }
-"""Orientations of EXIF: what makes the picture upright, and which directions of the upright picture run backwards in
-the file, t if they are exchanged."""
+"""Orientations of EXIF: the transposition that makes the image upright, and which of its directions, x or y, run
+backwards in the file; t where the two are exchanged."""
 
 MOST_PIXELS = 2**24
 """A picture is resized whole, and its centre cut out then, while that takes at most this number of pixels, or 16 times
@@ -62,7 +61,7 @@ class BadImage(ValueError):
 
 
 def decode(raw: Raw, channels: int = 3) -> Picture:
-    """A picture from a path, a file's bytes or an array, transposed as its EXIF orientation asks.
+    """Decodes an image from a path, a file's bytes or an array, and makes it upright as its EXIF says.
 
     For three channels an RGB image: 16 bits a channel are scaled to 8, alpha is left out as torchvision does, palettes
     and CMYK are resolved. For another number a float32 array: 1 is grey, in [0, 1]; more are those of a `.npy` file, or
@@ -78,7 +77,7 @@ def decode(raw: Raw, channels: int = 3) -> Picture:
 
 @contextmanager
 def _errors_as_bad_image() -> Iterator[None]:
-    """Raises BadImage for every error inside: decoders have many types, and a picture can be too large for memory."""
+    """Raises BadImage for every error inside: decoders raise many types, and an image can be too large for memory."""
     try:
         yield
     except BadImage:
@@ -89,7 +88,7 @@ def _errors_as_bad_image() -> Iterator[None]:
 
 @contextmanager
 def _opened(raw: Raw, channels: int) -> Iterator[Picture]:
-    """An image of which only the header is read as yet, or an array's picture."""
+    """Opens an image, of which only the header is read, or converts an array."""
     if not isinstance(raw, Path) and isinstance(raw, str | os.PathLike) and os.fspath(raw).startswith("gs://"):
         place = path_of(os.fspath(raw), "a picture")
         raw = place.read_bytes()
@@ -129,7 +128,7 @@ def _from_image(image: Image.Image, channels: int) -> Picture:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image as its orientation asks; `ImageOps.exif_transpose` fails where the rest of the EXIF is broken."""
+    """Makes an image upright; `ImageOps.exif_transpose` fails where another part of the EXIF is broken."""
     image.load()  # Pillow transposes a TIFF itself, and forgets its orientation
     orientation = _orientation(image)
     if orientation not in ORIENTATIONS:
@@ -140,7 +139,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The orientation of an image, 1 to 8; 1 where its EXIF cannot be read or holds no such number."""
+    """Returns the EXIF orientation, 1 to 8; 1 where it cannot be read or is no such number."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # errors of many types, for metadata that the pixels do not need
@@ -149,7 +148,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def unit(array: np.ndarray) -> np.ndarray:
-    """float32 in [0, 1]: integers over the greatest value of their type, floating-point numbers as they are.
+    """Scales an array to float32 in [0, 1]: integers are divided by the greatest value of their type, floating-point
+    numbers stay as they are.
 
     Raises:
       BadImage: the type is neither uint8, uint16, bool nor floating-point, or a number lies outside of [0, 1].
@@ -195,13 +195,18 @@ def _as_grey(image: Image.Image) -> np.ndarray:
     return unit(pixels)[..., None]
 
 
+def resizer() -> str:
+    """Returns what resizes training pictures: `cykooz.resizer` where the extra `fast` is installed, else `Pillow`."""
+    return "Pillow" if fast is None else "cykooz.resizer"
+
+
 def resize(
     picture: Picture, size: tuple[int, int], interpolation: str, box: Any = None, exact: bool = False
 ) -> Picture:
-    """A picture, or its part `box` (left, top, right, bottom), at height and width `size`.
+    """Resizes an image, or its part `box` (left, top, right, bottom), to height and width `size`.
 
-    Antialiased as in Pillow: the kernel grows where the picture shrinks. Values are Pillow's where `exact` is asked for
-    or `cykooz.resizer` is not installed, else Pillow's to the last bit or two in a third of the time.
+    Antialiased as in Pillow: the kernel grows where the picture shrinks. Pillow resizes where `exact` is asked for or
+    `resizer()` says so, else cykooz.resizer, in a third of the time and with pixels that differ by 1 of 255.
     """
     if box is not None and max(height_width(picture)) > LONG_SIDE:
         picture, box = _part_around(picture, box, size)
@@ -213,7 +218,7 @@ def resize(
 
 
 def _part_around(picture: Picture, box: Any, size: tuple[int, int]) -> tuple[Picture, Any]:
-    """The part of a picture that resizing its `box` to `size` reads, and the box in this part."""
+    """Returns the part of an image that is read when its `box` is resized to `size`, and the box in this part."""
     height, width = height_width(picture)
     x, y = (2 + math.ceil(2 * max(1, (box[k + 2] - box[k]) / size[1 - k])) for k in (0, 1))  # a bicubic kernel's reach
     left, top = max(0, math.floor(box[0]) - x), max(0, math.floor(box[1]) - y)
@@ -240,20 +245,31 @@ def _fast_resized(image: Image.Image, size: tuple[int, int], interpolation: str,
 
 
 def height_width(picture: Picture) -> tuple[int, int]:
-    """Of either kind of picture."""
+    """Returns height and width of a Pillow image or an array."""
     return (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]
 
 
 def fit(raw: Raw, size: Size, crop: float = 1.0, interpolation: str = "bilinear", channels: int = 3) -> np.ndarray:
-    """The centre of a picture: its short side is resized to the floor of size / crop, then `size` is cut out.
+    """Prepares an image for evaluation: resizes its short side to the floor of size / crop, and cuts `size` out of the
+    centre.
 
     The pixels are those of torchvision's `Resize` and `CenterCrop`, and of timm's transform for evaluation, on a Pillow
-    image. Of a picture so long that it would be more than `MOST_PIXELS` in between, only the part that is cut out is
-    resized: its pixels are theirs up to rounding, and where Pillow takes columns before rows, up to the overshoot of
-    the bicubic kernel.
+    image. Where the resized image would have more than `MOST_PIXELS`, only the part that is cut out is resized: its
+    pixels are the same up to rounding, and up to the overshoot of the bicubic kernel where Pillow resizes columns
+    before rows.
+
+    Args:
+      raw: as a source holds it.
+      size: of the result, in pixels.
+      crop: share of the short side that is kept.
+      interpolation: `bilinear` or `bicubic`.
+      channels: of the result.
+
+    Returns:
+      uint8 [height, width, 3], or float32 for another number of channels.
 
     Raises:
-      BadImage: the picture cannot be decoded or resized.
+      BadImage: the image cannot be decoded or resized.
     """
     height, width = sides(size)
     if (
@@ -294,14 +310,21 @@ def random_resized_crop(
     interpolation: str = "bilinear",
     channels: int = 3,
 ) -> Picture:
-    """A random part of a picture, resized (Szegedy et al. 2015).
+    """Resizes a random part of an image, as `random_part` draws it (Szegedy et al. 2015).
 
-    A JPEG of which the part has at least 2, 4 or 8 times `SPARE` pixels for each one of `size`, in both directions, is
-    decoded at a half, a quarter or an eighth of its size, which its cosine transform allows: photographs of twelve
-    million pixels take two thirds of the time.
+    Where the part of a JPEG has at least 2, 4 or 8 times `SPARE` pixels for each one of `size`, in both directions, the
+    file is decoded at a half, a quarter or an eighth of its size, which its cosine transform allows.
+
+    Args:
+      raw: as a source holds it.
+      rng: of the random numbers.
+      size: of the result, in pixels.
+      area: least and greatest share of the image that the part covers.
+      interpolation: `bilinear` or `bicubic`.
+      channels: of the result.
 
     Raises:
-      BadImage: the picture cannot be decoded or resized.
+      BadImage: the image cannot be decoded or resized.
     """
     with _errors_as_bad_image(), _opened(raw, channels) as found:
         if isinstance(found, JpegImageFile) and found is not raw and channels in (1, 3):
@@ -315,7 +338,7 @@ def random_resized_crop(
 def _part_of_jpeg(
     image: JpegImageFile, rng: np.random.Generator, size: tuple[int, int], area: tuple[float, float], channels: int
 ) -> tuple[Picture, tuple[float, float, float, float]]:
-    """An image, decoded smaller where that is enough, and a random part of it."""
+    """Decodes a JPEG, at a smaller size where that is enough, and draws a random part of it."""
     _, backwards = ORIENTATIONS.get(_orientation(image), (None, ""))
     wide, tall = image.size[::-1] if "t" in backwards else image.size
     left, top, right, bottom = random_part(tall, wide, rng, area)
@@ -335,10 +358,10 @@ def _part_of_jpeg(
 def random_part(
     height: int, width: int, rng: np.random.Generator, area: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random part of a picture.
+    """Draws a random part of an image: left, top, right and bottom in pixels.
 
-    It covers a share of the picture drawn from `area` and has a ratio of sides between 3/4 and 4/3; after ten draws
-    that do not fit, it is the largest centred part of such a ratio.
+    It covers a share of the image drawn from `area` and has a ratio of sides between 3/4 and 4/3; after ten draws that
+    do not fit, it is the largest centred part of such a ratio.
     """
     for _ in range(10):
         pixels = width * height * rng.uniform(*area)
@@ -354,7 +377,7 @@ def random_part(
 
 
 def pad_crop(image: np.ndarray, rng: np.random.Generator, pad: int) -> np.ndarray:
-    """Adds `pad` zero pixels around an image and cuts the old size out at a random place."""
+    """Adds `pad` zero pixels around an image [height, width, channel] and cuts the old size out at a random place."""
     height, width = image.shape[:2]
     top, left = rng.integers(0, 2 * pad + 1, 2)
     padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
@@ -362,12 +385,23 @@ def pad_crop(image: np.ndarray, rng: np.random.Generator, pad: int) -> np.ndarra
 
 
 def augment(
-    raw: Raw, rng: np.random.Generator, size: Size, recipe: AugmentConfig, turn: bool = False, channels: int = 3
+    raw: Raw, rng: np.random.Generator, size: Size, recipe: AugmentConfig, mirrored: bool = False, channels: int = 3
 ) -> np.ndarray:
-    """A training image: crop, colours and policies, flips, erasing, as the recipe says.
+    """Prepares an image for training: crop, colours and policies, flips, erasing, as the recipe says.
 
     Args:
-      turn: mirrored if flips alternate.
+      raw: as a source holds it.
+      rng: of the random numbers.
+      size: of the result, in pixels.
+      recipe: the part `augment` of a recipe.
+      mirrored: where flips alternate, whether this image is mirrored.
+      channels: of the result.
+
+    Returns:
+      uint8 [height, width, 3], or float32 for another number of channels.
+
+    Raises:
+      BadImage: the image cannot be decoded or resized.
     """
     if recipe.crop == "random_resized":
         image = np.asarray(random_resized_crop(raw, rng, size, recipe.area, recipe.interpolation, channels))
@@ -381,7 +415,7 @@ def augment(
         image = rand_augment(image, rng, recipe.randaugment)
     if recipe.trivial_augment:
         image = trivial_augment(image, rng)
-    if turn if recipe.flip == "alternating" else recipe.flip == "random" and rng.random() < 0.5:
+    if mirrored if recipe.flip == "alternating" else recipe.flip == "random" and rng.random() < 0.5:
         image = image[:, ::-1]
     if recipe.flip_vertical and rng.random() < 0.5:
         image = image[::-1]

@@ -1,4 +1,4 @@
-"""A watch over the loader: when nothing comes for too long, the run ends and the image is named."""
+"""Watches over the loader: where nothing comes for too long, the run ends and the image is named."""
 
 import ast
 import contextlib
@@ -31,12 +31,12 @@ def check_guard(workers: int) -> None:
     """Checks that worker processes can be started: each of them imports the program's script once more.
 
     Raises:
-      InputError: the script does its work while a worker imports it, or will, since it nowhere asks for its `__name__`.
+      InputError: the script does its work, or would do it, when a worker imports it: it never reads `__name__`.
     """
     main, imported = sys.modules["__main__"], sys.modules.get("__mp_main__")
     script, names = getattr(main, "__file__", None), {"__name__"}
     if script is not None and multiprocessing.parent_process() is None:
-        with contextlib.suppress(OSError, ValueError, SyntaxError):  # it is no text of Python's, or not there any more
+        with contextlib.suppress(OSError, ValueError, SyntaxError):  # it is not Python, or has been removed
             names = {node.id for node in ast.walk(ast.parse(Path(script).read_bytes())) if isinstance(node, ast.Name)}
     if workers and ("__name__" not in names or imported not in (None, main)):
         raise InputError(
@@ -75,10 +75,15 @@ def end_with_parent(worker: int, workers: int) -> None:
 
 
 def name_what_hangs(example: Any, places: Sequence[int], seconds: float) -> str:
-    """Which of some examples hangs: they are made once more, in a thread that is waited for at most so long.
+    """Finds which of some examples hangs: they are made once more, in a thread that is waited for.
 
     Args:
-      example: maps a place to an example, and its method `name` to what to call it.
+      example: maps a place to an example; its method `name` says what to call it.
+      places: of the examples.
+      seconds: how long to wait at most.
+
+    Returns:
+      The end of a sentence that names the image, or says that all can be read now.
     """
     at = [(places[0], time.monotonic())]
 
@@ -98,7 +103,7 @@ def name_what_hangs(example: Any, places: Sequence[int], seconds: float) -> str:
 
 
 def why_it_died(error: BaseException) -> str:
-    """What an error of grain says of a worker process that died, and the remedy; nothing of any other error."""
+    """Explains an error by which grain says that a worker process died, with the remedy; "" for any other error."""
     full = (
         f"{SHARED_MEMORY} is full: lower --data.workers or the batch size, or make it larger (docker run --shm-size=8g)"
     )
@@ -118,10 +123,15 @@ def why_it_died(error: BaseException) -> str:
 
 
 def awaited(source: Iterator[Any], timeout: float, explain: Callable[[], str]) -> Iterator[Any]:
-    """The items of an iterator, which a thread of its own waits for.
+    """Yields the items of an iterator, which runs in a thread of its own.
+
+    Args:
+      source: the iterator; its errors are raised here.
+      timeout: in seconds.
+      explain: returns what is known of the reason where nothing came.
 
     Raises:
-      Stalled: nothing came for `timeout` seconds; `explain()` says more.
+      Stalled: nothing came for `timeout` seconds, or a worker process died.
     """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(1)
     ended = threading.Event()

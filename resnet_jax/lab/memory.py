@@ -76,7 +76,7 @@ def step_of(config: Config, size: int) -> tuple[Any, Any, Any]:
     optimizer = make_optimizer(config.optimizer, lambda step: 0.01)
     state = in_form(state_maker(config, model, lambda step: 0.01)(), config)
     batch = {"image": jnp.zeros((BATCH, size, size, 3), jnp.uint8), "label": jnp.zeros(BATCH, jnp.int32)}
-    batch["turn"] = jnp.zeros(BATCH, bool)
+    batch["mirrored"] = jnp.zeros(BATCH, bool)
     step = jax.jit(recipe_step(config, model, optimizer), donate_argnums=0, compiler_options=compiler_options())
     return step.lower(state, batch), state, batch
 

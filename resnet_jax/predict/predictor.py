@@ -238,12 +238,12 @@ def find_files(words: Sequence[str]) -> Iterator[Path]:
     Raises:
       InputError: one of them names nothing.
     """
-    from resnet_jax.data.files import Left, pictures_under
+    from resnet_jax.data.files import LeftOut, pictures_under
 
     for word in words:
         path = path_of(word, "PATH")
         if path.is_dir():
-            found = [path_of(picture, "PATH") for picture in pictures_under(path, Left())]
+            found = [path_of(picture, "PATH") for picture in pictures_under(path, LeftOut())]
         elif path.exists():
             found = [path]
         elif in_bucket(path):

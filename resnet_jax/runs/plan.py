@@ -58,7 +58,7 @@ def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
     batch = {
         "image": jax.ShapeDtypeStruct((count, *sides(config.data.image_size), channels), pixels, sharding=split),
         "label": jax.ShapeDtypeStruct((count,), jnp.int32, sharding=split),
-        "turn": jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=split),
+        "mirrored": jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=split),
     }
     step = recipe_step(config, model, make_optimizer(config.optimizer, schedule), mesh)
     compiled = partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import AugmentConfig, Config
 from resnet_jax.data.dataset import Source
-from resnet_jax.data.loader import BadImages, Batch, eval_batches, placed
+from resnet_jax.data.loader import BadImages, Batch, eval_batches, renumbered
 from resnet_jax.data.on_device import normalize
 from resnet_jax.models.pooling import Classifier
 from resnet_jax.training.sharding import compiler_options, replicated
@@ -80,4 +80,4 @@ def whole_features(
     whole = {name: np.concatenate([row[name] for row in rows]) for name in ("feature", "label", "mask")}
     kept = np.flatnonzero(whole["mask"])
     split = {name: whole[name][kept] for name in ("feature", "label")}
-    return split if table is None else split | {"table": placed(table, kept, len(source))}
+    return split if table is None else split | {"table": renumbered(table, kept, len(source))}

@@ -19,11 +19,12 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError, path_of
 from resnet_jax.data.dataset import Dataset, with_outputs
-from resnet_jax.data.fingerprint import changes, described, digest, fingerprint
+from resnet_jax.data.fingerprint import changes, described, digest, fingerprint, other_resizer
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import save as save_fingerprint
 from resnet_jax.data.loader import BadImages, check_readable, sampling_table, train_batches, whole_split
 from resnet_jax.data.sources import load_dataset
+from resnet_jax.data.transforms import resizer
 from resnet_jax.data.watch import check_guard, keep_tracker
 from resnet_jax.files import in_bucket, modified, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
@@ -152,7 +153,7 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
 
 
 def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
-    """Compares the pictures with those that the run in the folder was given, and notes the new ones.
+    """Compares the pictures with those that the run in the folder was given, and what resizes them, and notes the new.
 
     Raises:
       InputError: others are to be trained on than before, and the recipe does not accept it.
@@ -167,6 +168,12 @@ def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
             )
         say(f"WARNING: {note}", error=True)
         now["train"] = np.unique(np.concatenate([now["train"], before["train"]]), axis=0)
+    if config.augment.crop == "random_resized" and (other := other_resizer(folder)):
+        say(
+            f"WARNING: the training pictures of the run in {folder} were resized by {other}, and now are by "
+            f"{resizer()}: pixels may differ by 1 of 255. The extra resnet_jax[fast] installs cykooz.resizer",
+            error=True,
+        )
     save_fingerprint(now, folder)
 
 

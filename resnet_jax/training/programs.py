@@ -107,7 +107,7 @@ def make_prepare(config: Config, model: Any) -> Prepare:
             images = on_device.pad_crop(crop_key, images, augment.pad)
         if config.data.on_device and augment.flip != "none":
             by_chance = jax.random.bernoulli(flip_key, shape=images.shape[:1])
-            images = on_device.flip(by_chance if augment.flip == "random" else batch["turn"], images)
+            images = on_device.flip(by_chance if augment.flip == "random" else batch["mirrored"], images)
         images = on_device.normalize(images, mean, std, model.dtype)
         if augment.mixup or augment.cutmix:
             images, targets = on_device.mix(mix_key, images, targets, augment.mixup, augment.cutmix)

@@ -1,1 +1,1 @@
-"""Weights in from PyTorch and back out: tags, files, names, layouts."""
+"""Reads PyTorch's weights and writes them: tags, files, names, layouts."""

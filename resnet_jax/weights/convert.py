@@ -1,11 +1,8 @@
-"""Variables of our models to PyTorch's tensors and back, exactly: values are moved, never computed."""
+"""Converts PyTorch's state dicts to variables of our models and back, exactly: axes are transposed, values stay."""
 
-import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flax.linen as nn
@@ -22,37 +19,41 @@ from resnet_jax.weights.names import Entry, entries, torch_module
 
 Tensors = Mapping[str, Any]
 
-LISTED = 50
-"""Names of each kind that an error lists before it counts the rest."""
+OUTPUTS = 16
+"""Outputs of a convolution that are transposed at once."""
 
-LARGE, TILE = 2**14, 2**16
-"""Numbers in a tensor that is worth a thread, and in a part of it that a processor's cache holds."""
+LISTED = 50
+"""How many names of each kind an error lists before it counts the rest."""
 
 
 def to_torch(model: Any, variables: Any) -> dict[str, np.ndarray]:
-    """A PyTorch state dict as NumPy arrays: what timm's, or torchvision's, model of the same name loads strictly.
+    """Converts variables to a state dict that timm's, or torchvision's, model of the same name loads strictly.
 
     Args:
       model: a module of `create_model`.
       variables: its `{"params", "batch_stats"}`.
+
+    Returns:
+      Name -> NumPy array, with the type of the variable; kernels are [out, in, height, width], or [out, in].
     """
     flat = flatten_dict(unstack_blocks(variables))
     tensors = {}
     for entry in entries(model):
         value = np.asarray(flat[entry.path])
-        turned = value if entry.kept else value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-        tensors[entry.key] = np.ascontiguousarray(turned).reshape(entry.tensor_shape)
+        if not entry.same_axes:
+            value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        tensors[entry.key] = np.ascontiguousarray(value).reshape(entry.tensor_shape)
         if entry.path[-1] == "var":
             tensors[entry.key.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
     return tensors
 
 
 def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
-    """Variables of a model from a PyTorch state dict with the names that `state_dict_names` understands.
+    """Converts a PyTorch state dict to variables of a model.
 
     Args:
-      model: a module of `create_model`; where it has no head, that of the tensors is left out.
-      tensors: name -> NumPy array or tensor; floating-point types other than float32 are converted.
+      model: a module of `create_model`; where it has no head, the head of the tensors is left out.
+      tensors: name -> NumPy array or tensor, with names that `state_dict_names` understands.
       head: `{"kernel", "bias"}` to take in place of the tensors' own.
 
     Returns:
@@ -83,17 +84,20 @@ def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
                 shapes = f"{list(tensor.shape)}, the model has {list(entry.tensor_shape)}"
                 other.append(f"shape: {entry.key} is {shapes}")
     check_tensors({entry.key for entry in wanted}, set(tensors), other)
-    variables = unflatten_dict(_turned(found))
+    arrays = [_converted(entry, tensor) for entry, tensor in found]
+    check_values(zip([entry.key for entry, _ in found], arrays, strict=True))
+    paths = [entry.path for entry, _ in found]
+    variables = unflatten_dict(dict(zip(paths, jax.device_put(arrays), strict=True)))
     if head is not None and model.num_classes:
         variables["params"]["head"] = head
     return stack_blocks(variables) if getattr(model, "scan", False) else variables
 
 
 def as_array(name: str, tensor: Any) -> np.ndarray:
-    """A NumPy array as it is, or a tensor of PyTorch as one; floating-point tensors become float32.
+    """Returns a NumPy array as it is, and a tensor of PyTorch as an array; its floating-point types become float32.
 
     Raises:
-      InputError: the tensor has no plain numbers: it is quantised, sparse, nested, complex or on the meta device.
+      InputError: the tensor cannot be an array: it is quantised, sparse, nested, complex or on the meta device.
     """
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
@@ -124,64 +128,22 @@ def check_values(arrays: Iterable[tuple[str, np.ndarray]]) -> None:
         raise InputError("the weights are damaged:\n  " + "\n  ".join(wrong[:LISTED] + count))
 
 
-def _turned(found: list[tuple[Entry, np.ndarray]]) -> dict[tuple[str, ...], jax.Array]:
-    """Copies of tensors as our arrays, by their paths, in float32; threads turn the large ones."""
-    large = [pair for pair in found if pair[1].size >= LARGE]
-    small = [pair for pair in found if pair[1].size < LARGE]
-    arrays = [_aligned(entry.shape) for entry, _ in large]
-    parts = min(4, os.cpu_count() or 1)
-    with ThreadPoolExecutor(parts) as threads:
-        list(threads.map(_turn, [arrays[i::parts] for i in range(parts)], [large[i::parts] for i in range(parts)]))
-    arrays += [_view(*pair).copy() for pair in small]
-    found = large + small
-    check_values(zip([entry.key for entry, _ in found], arrays, strict=True))
-    return dict(zip([entry.path for entry, _ in found], jax.device_put(arrays), strict=True))
-
-
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Memory for an array, on a border of 64 bytes, so that JAX takes it on a CPU without another copy."""
-    size = math.prod(shape)
-    memory = np.empty(size + 16, np.float32)
-    first = -memory.ctypes.data % 64 // 4
-    return memory[first : first + size].reshape(shape)
-
-
-def _view(entry: Entry, tensor: np.ndarray) -> np.ndarray:
-    """A tensor as float32, its axes in our order."""
+def _converted(entry: Entry, tensor: np.ndarray) -> np.ndarray:
+    """Returns a copy of a tensor as float32 with the axes of our array: those of a kernel have the outputs last."""
+    array = np.empty(entry.shape, np.float32)
     with np.errstate(over="ignore"):
-        tensor = tensor.astype(np.float32, copy=False)
-    if entry.kept:
-        return tensor
-    return tensor.transpose(2, 3, 1, 0) if len(entry.shape) == 4 else tensor.reshape(entry.shape[::-1]).T
-
-
-def _turn(arrays: list[np.ndarray], pairs: list[tuple[Entry, np.ndarray]]) -> None:
-    """Fills arrays with what `_view` shows; kernels go by parts that a processor's cache holds.
-
-    NumPy has no way for that, and JAX's own takes more than twice as long.
-    """
-    import cv2
-
-    for array, (entry, tensor) in zip(arrays, pairs, strict=True):
-        if entry.kept or array.ndim == 1:
-            array[...] = _view(entry, tensor)
-            continue
-        inputs, outputs = array.shape[-2:]
-        with np.errstate(over="ignore"):
-            rows = np.ascontiguousarray(tensor, np.float32).reshape(outputs, -1)
-        turned = array.reshape(-1, inputs, outputs)
-        places = len(turned)
-        if places == 1:
-            cv2.transpose(rows, turned[0])
-            continue
-        step = max(1, TILE // (outputs * places))
-        for first in range(0, inputs, step):
-            part = cv2.transpose(rows[:, first * places : (first + step) * places])
-            turned[:, first : first + step] = part.reshape(-1, places, outputs).transpose(1, 0, 2)
+        if entry.same_axes:
+            array[...] = tensor
+        elif array.ndim == 4:
+            for i in range(0, len(tensor), OUTPUTS):  # a few at a time stay in the processor's cache
+                array[..., i : i + OUTPUTS] = tensor[i : i + OUTPUTS].transpose(2, 3, 1, 0)
+        else:
+            array[...] = tensor.reshape(entry.shape[::-1]).T
+    return array
 
 
 def state_dict_names(model: Any, tensors: Tensors) -> dict[str, Any]:
-    """The tensors under the names that today's state dicts of torchvision and timm have for this model.
+    """Renames tensors to the names that today's state dicts of torchvision and timm have for this model.
 
     - A prefix that all tensors of the network carry is removed: DDP, torch.compile, Lightning, averages and modules
       around the network leave `module.`, `_orig_mod.`, `model.`, ... in any order. Other tensors keep their names.
@@ -222,7 +184,7 @@ HEADS = ("fc", "classifier", "head", "heads", "last_linear", "linear", "logits",
 
 
 def in_head(name: str) -> bool:
-    """Whether a tensor of that name, without prefixes, belongs to a head."""
+    """Tells whether a tensor of that name, without prefixes, belongs to a head."""
     return name.partition(".")[0] in HEADS
 
 
@@ -233,12 +195,12 @@ def _modern(key: str) -> str:
 
 
 def _starts(key: str) -> list[int]:
-    """Where the parts of a dotted name begin, and its end if it ends with a dot."""
+    """Returns where the parts of a dotted name begin, and its end if it ends with a dot."""
     return [0, *(i + 1 for i, letter in enumerate(key) if letter == ".")]
 
 
 def _linear(head: dict[str, Any], name: str) -> dict[str, Any]:
-    """A head that is one linear layer under that name, with a bias; any other as it is."""
+    """Renames a head that is one linear layer, and gives it a bias; other heads stay as they are."""
     weights = [key for key in head if key.endswith(".weight")]
     module = weights[0].removesuffix(".weight") if weights else ""
     if not weights or not set(head) <= {f"{module}.weight", f"{module}.bias"}:
@@ -266,7 +228,7 @@ def check_tensors(wanted: set[str], present: set[str], other: list[str]) -> None
 
 
 def _fits(shape: tuple[int, ...], entry: Entry) -> bool:
-    """Whether a tensor has an entry's shape, apart from the two 1s that a dense layer has as a 1x1 convolution."""
+    """Tells whether a tensor has an entry's shape; a dense layer may be a 1x1 convolution."""
     if len(entry.shape) == 2 and len(shape) == 4 and shape[2:] == (1, 1):
         shape = shape[:2]
     target = entry.tensor_shape[:2] if len(entry.shape) == 2 else entry.tensor_shape
@@ -274,12 +236,12 @@ def _fits(shape: tuple[int, ...], entry: Entry) -> bool:
 
 
 def head_key(model: Any) -> str:
-    """Name of the classifier in a state dict, without `.weight` and `.bias`."""
+    """Returns the name of the classifier in a state dict, without `.weight` and `.bias`."""
     return torch_module(model, "head")
 
 
 def classes_of(model: Any, tensors: Tensors) -> int:
-    """Outputs of the head in a state dict; 0 where it has no head."""
+    """Counts the outputs of the head in a state dict; 0 where it has no head."""
     head = [tensor for name, tensor in state_dict_names(model, tensors).items() if in_head(name)]
     return next((tensor.shape[0] for tensor in reversed(head) if len(tensor.shape)), 0)
 
@@ -287,8 +249,8 @@ def classes_of(model: Any, tensors: Tensors) -> int:
 def adapt_stem(model: Any, tensors: Tensors) -> Tensors:
     """Fits the first convolution, made for RGB, to the model's `in_channels`; names are as in `state_dict_names`.
 
-    One channel sees the sum over red, green and blue, so that a grey image gives what it gave as RGB; n channels take
-    the three in turn, scaled by 3 / n. Tensors that fit are left alone.
+    For one channel the kernels of red, green and blue are added, so that the logits of a grey image are those of its
+    RGB; for n channels they are repeated (red, green, blue, red, ...), times 3 / n. Tensors that fit are left alone.
     """
     tensors, key, n = state_dict_names(model, tensors), _stem_key(model), model.in_channels
     if n == 3 or stem_channels(model, tensors) != 3:
@@ -299,7 +261,7 @@ def adapt_stem(model: Any, tensors: Tensors) -> Tensors:
 
 
 def stem_channels(model: Any, tensors: Tensors) -> int | None:
-    """Channels of the images that tensors were made for; None where they lack the first convolution."""
+    """Returns the number of channels of the images that tensors were made for; None without a first convolution."""
     kernel = state_dict_names(model, tensors).get(_stem_key(model))
     return None if kernel is None or len(kernel.shape) != 4 else kernel.shape[1]
 
@@ -309,7 +271,7 @@ def _stem_key(model: Any) -> str:
 
 
 def fresh_head(model: Any) -> Any:
-    """A new classifier, `{"kernel", "bias"}`, drawn as the model's own would be."""
+    """Draws a new classifier, `{"kernel", "bias"}` in float32, as the model's own would be."""
     shape = next(entry.shape for entry in entries(model) if entry.path[1:] == ("head", "kernel"))
     kernel = nn.initializers.lecun_normal()(jax.random.key(0), shape, jnp.float32)
     return {"kernel": kernel, "bias": jnp.zeros(shape[1])}

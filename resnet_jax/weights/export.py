@@ -1,4 +1,4 @@
-"""Weights back out: files that timm and torchvision load strictly, and folders that stock Orbax opens."""
+"""Writes weights: files that timm and torchvision load strictly, and folders that stock Orbax opens."""
 
 import json
 import os
@@ -24,10 +24,10 @@ from resnet_jax.weights.sources import Weights, find_weights
 def export(
     source: str, path: Path, form: str, name: str | None = None, checkpoint: str | None = None
 ) -> tuple[str, int]:
-    """Writes the weights of a source, under the names that timm and torchvision use, or those of the module.
+    """Writes the weights of a source, under the names of timm and torchvision, or for Orbax under those of the module.
 
     Args:
-      source: as for `load_pretrained`; of a run the moving average, if it kept one.
+      source: as for `load_pretrained`; of a run the moving average is written, if there is one.
       path: of the file; for `orbax` of a new folder.
       form: `safetensors`, which also carries model, preprocessing and class names in its header, `pth`, or `orbax`: the
         tree `{"params", "batch_stats"}`, float32, for `StandardCheckpointer().restore(path)`.

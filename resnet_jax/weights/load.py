@@ -1,4 +1,4 @@
-"""`load_pretrained`: a model and its variables from a source of weights."""
+"""Loads a model with pretrained weights."""
 
 import logging
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ logger = logging.getLogger("resnet_jax")
 def load_pretrained(
     source: str, name: str | None = None, num_classes: int | None = None, in_channels: int = 3, **overrides: Any
 ) -> tuple[nn.Module, Any]:
-    """A model with pretrained weights.
+    """Loads a model with pretrained weights.
 
     Args:
       source: a tag (`resnet50.tv2_in1k`; `resnet50` alone takes its default), which is fetched from the Hugging Face
@@ -47,10 +47,10 @@ def load_pretrained(
 
 
 def model_of(weights: Weights, source: str) -> tuple[str, dict[str, Any]]:
-    """Name and fields of the model that weights belong to, with as many classes as they have.
+    """Returns name and fields of the model that weights belong to, with as many classes as they have.
 
     Raises:
-      InputError: nobody says which model it is.
+      InputError: neither the source nor the caller names the model.
     """
     if weights.name is None:
         raise InputError(f"{source} does not say which model it belongs to: give its name, such as resnet50")
@@ -63,8 +63,9 @@ def model_of(weights: Weights, source: str) -> tuple[str, dict[str, Any]]:
 
 
 def preprocessing_of(weights: Weights, source: str) -> Preprocessing | None:
-    """How images are prepared for weights, in training, prediction and export: as their source says, else as for the
-    default tag of their model, which the log says; None where nobody published weights of that model.
+    """Returns how images are prepared for weights, as their source says.
+
+    Where it does not say, it is as for the default tag of their model, which the log notes; None where there is no tag.
     """
     if weights.preprocessing is not None or not weights.name:
         return weights.preprocessing
@@ -77,10 +78,10 @@ def preprocessing_of(weights: Weights, source: str) -> Preprocessing | None:
 
 
 def names_of_outputs(outputs: int | None, given: Sequence[str] | None, source: str) -> tuple[str, ...]:
-    """A name for each output of a network.
+    """Returns a name for each output of a network.
 
-    Without names outputs are called by their numbers, and those behind the given ones `class 10`, ... One output is the
-    probability of the label 1: it is called `1`, and of two names it has the second.
+    Without given names outputs are called by their numbers; outputs beyond the given names are called `class 10`, ... A
+    single output is the probability of the label 1: it is called `1`, or takes the second of two names.
 
     Raises:
       InputError: there are more names than outputs.
@@ -95,11 +96,16 @@ def names_of_outputs(outputs: int | None, given: Sequence[str] | None, source: s
 
 
 def fit_weights(model: Any, tensors: Tensors, source: str, head: Any = None) -> Any:
-    """The variables of a model from tensors; stem and head are fitted to it, and the log says so.
+    """Converts tensors to variables of a model, with stem and head fitted to it; the log notes a new head.
 
     Args:
-      source: for the log.
-      head: `{"kernel", "bias"}` for the case that the tensors' own has another number of classes; None draws one.
+      model: a module of `create_model`.
+      tensors: as for `from_torch`.
+      source: for messages.
+      head: `{"kernel", "bias"}` to take where the tensors' head has another number of classes; None draws one.
+
+    Returns:
+      `{"params", "batch_stats"}` in float32.
 
     Raises:
       InputError: as `from_torch`.

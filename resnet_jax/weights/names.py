@@ -1,4 +1,4 @@
-"""Which name PyTorch has for each of our parameters: torchvision's and timm's state dicts."""
+"""Names our parameters as state dicts of torchvision and timm do."""
 
 import re
 from functools import lru_cache
@@ -30,36 +30,36 @@ class Entry(NamedTuple):
       shape: of our array.
       key: the tensor's name in a state dict.
       tensor_shape: of the tensor.
-      kept: its axes stand in the same order; those of kernels do not.
+      same_axes: its axes stand in the same order; those of kernels are transposed.
     """
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
     key: str
     tensor_shape: tuple[int, ...]
-    kept: bool = False
+    same_axes: bool = False
 
 
-KEPT = ("class_token", "position", "relative_rows", "relative_columns")
+SAME_AXES = ("class_token", "position", "relative_rows", "relative_columns")
 """Arrays whose axes stand in the same order on both sides."""
 
 
 @lru_cache(maxsize=16)
 def entries(model: Any) -> tuple[Entry, ...]:
-    """Every array of a model's variables and the tensor that PyTorch keeps it in, without `num_batches_tracked`."""
+    """Lists the arrays of a model's variables with the tensors of a state dict, except `num_batches_tracked`."""
     found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(variable_shapes(block_by_block(model))):
         path = tuple(key.key for key in keys)
         module = "/".join(path[1:-1])
         pointwise = "attention/fc" in module or (module == "head" and getattr(model, "preact", False))
-        key, kept = torch_key(model, module, path[-1]), path[-1] in KEPT
-        shape = leaf.shape if kept else torch_shape(leaf.shape, pointwise and path[-1] == "kernel")
-        found.append(Entry(path, leaf.shape, key, shape, kept))
+        key, same_axes = torch_key(model, module, path[-1]), path[-1] in SAME_AXES
+        shape = leaf.shape if same_axes else torch_shape(leaf.shape, pointwise and path[-1] == "kernel")
+        found.append(Entry(path, leaf.shape, key, shape, same_axes))
     return tuple(found)
 
 
 def torch_key(model: nn.Module, module: str, leaf: str) -> str:
-    """PyTorch's name of an array of a module of ours."""
+    """Returns PyTorch's name of an array of a module of ours."""
     if not module:
         return {"class_token": "class_token", "position": "encoder.pos_embedding"}[leaf]
     name = torch_module(model, module)
@@ -67,14 +67,19 @@ def torch_key(model: nn.Module, module: str, leaf: str) -> str:
 
 
 def torch_shape(shape: tuple[int, ...], pointwise: bool) -> tuple[int, ...]:
-    """A kernel has its outputs first in PyTorch; a dense layer that PyTorch has as a 1x1 convolution is `pointwise`."""
+    """Returns the shape of the tensor for an array: outputs first.
+
+    Args:
+      shape: of the array.
+      pointwise: it is the kernel of a dense layer that PyTorch has as a 1x1 convolution.
+    """
     if len(shape) == 4:
         return (shape[3], shape[2], shape[0], shape[1])
     return shape[::-1] + ((1, 1) if pointwise else ())
 
 
 def torch_module(model: nn.Module, module: str) -> str:
-    """PyTorch's name of a module of ours: `stage1/block2/norm1` -> `layer1.1.bn1`."""
+    """Returns PyTorch's name of a module of ours: `stage1/block2/norm1` -> `layer1.1.bn1`."""
     rules = _rules(model)
     for pattern, name in rules:
         match = re.fullmatch(pattern, module)

@@ -1,4 +1,4 @@
-"""Finding weights: a published tag, the Hugging Face hub, a file, a folder, a run of ours."""
+"""Finds weights: a published tag, the Hugging Face hub, a file, a folder, a run of ours."""
 
 import argparse
 import atexit
@@ -11,13 +11,12 @@ import shutil
 import tempfile
 import typing
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config import InputError, ModelConfig, path_of, sides
@@ -32,18 +31,14 @@ from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, fi
 logger = logging.getLogger("resnet_jax")
 
 FILES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_,
-    "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2, "C64": np.complex64,
-    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
-}  # fmt: skip
-"""Types of safetensors."""
+TYPES = ("F64", "F32", "F16", "BF16", "C64", "BOOL", *(f"{kind}{bits}" for kind in "IU" for bits in (8, 16, 32, 64)))
+"""Types of safetensors that are read; of these the floating-point ones can be weights."""
 
 WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights"),
 )
-"""Under which keys training scripts save a state dict; the first one counts, moving averages before the rest."""
+"""Keys under which training scripts save a state dict; the first one that is there is taken: moving averages first."""
 
 DEPTH = 4
 """State dicts lie no deeper than this."""
@@ -57,12 +52,12 @@ class Weights:
     """Tensors under PyTorch's names, and what is known of the model they belong to.
 
     Attributes:
-      tensors: name -> array; read from the file when it is asked for.
+      tensors: name -> array.
       name: of the model; None where the source does not say.
       fields: of its module, that differ from the named model's.
       preprocessing: how images are prepared; None where the source does not say.
       class_names: None where the source does not say.
-      several: an image may have several of these classes.
+      multilabel: an image may have several of these classes.
       calibration: of the probabilities.
     """
 
@@ -76,15 +71,16 @@ class Weights:
 
 
 def find_weights(source: str, name: str | None = None, checkpoint: str | None = None) -> Weights:
-    """What a source names: a tag or model (`resnet50.tv2_in1k`, `resnet50`), `hf-hub:OWNER/NAME`, a `.safetensors`,
-    `.pth`, `.pt`, `.ckpt` or `.bin` file, a folder with weights and `config.json`, or the folder of a run.
+    """Reads the weights of a source.
 
     Args:
-      name: of the model, where the source does not say, or says otherwise.
+      source: a tag or model (`resnet50.tv2_in1k`, `resnet50`), `hf-hub:OWNER/NAME`, a `.safetensors`, `.pth`, `.pt`,
+        `.ckpt` or `.bin` file, a folder with weights and `config.json`, or the folder of a run.
+      name: of the model; None takes the one that the source names.
       checkpoint: of a run: `best`, `latest` or a step; None takes the best one where the run selected one.
 
     Raises:
-      InputError: there is no such thing, or it cannot be read; the message says what would help.
+      InputError: there is no such source, or it cannot be read; the message says what would help.
     """
     weights = _found(source, checkpoint)
     return replace(weights, name=name) if name else weights
@@ -114,7 +110,7 @@ def _found(source: str, checkpoint: str | None) -> Weights:
 
 
 def fetched(path: Path) -> Path:
-    """Returns a copy on this machine of a file in a bucket, under its name, which stays until the process ends.
+    """Copies a file in a bucket to this machine, under its name, until the process ends.
 
     Raises:
       InputError: it cannot be read.
@@ -194,7 +190,7 @@ def _described(file: Path, tensors: Mapping[str, Any], where: str) -> Weights:
 
 
 HARMLESS = frozenset({"num_classes", "in_chans", "img_size", "global_pool", "drop_rate", "drop_path_rate"})
-"""Arguments of timm's models that the tensors show, that are read, or that matter in training alone."""
+"""Arguments of timm's models that need no care: the tensors show them, they are read, or only training needs them."""
 
 
 def _parsed(data: bytes, kind: Any, where: str) -> Any:
@@ -230,7 +226,7 @@ def _preprocessing(known: dict[str, Any], name: str, where: str) -> Preprocessin
 
 
 def _side(size: Any, where: str) -> Any:
-    """[channels, height, width] of timm as a `Size`."""
+    """Converts timm's [channels, height, width] to a `Size`."""
     if size is None:
         return None
     _, height, width = typed(size, tuple[int, int, int], f"{where}: input_size")
@@ -257,7 +253,7 @@ def check_preprocessing(found: Preprocessing, where: str) -> None:
 
 
 def _names(labels: Any, where: str) -> tuple[str, ...] | None:
-    """Names of the outputs from a list, or from an object of number -> name, whose gaps are filled."""
+    """Reads the names of the outputs from a list, or from an object of number -> name, whose gaps are filled."""
     if labels is None or labels == [] or labels == {}:
         return None
     if isinstance(labels, dict) and all(re.fullmatch(r"\d{1,6}", key) for key in labels):
@@ -272,11 +268,13 @@ def _names(labels: Any, where: str) -> tuple[str, ...] | None:
 
 
 def _from_file(path: Path) -> Weights:
-    tensors = read_tensors(path)
-    if not isinstance(tensors, SafeTensors) or "resnet_jax" not in tensors.metadata:
+    if path.suffix != ".safetensors":
+        return Weights(read_tensors(path))
+    tensors, header = read_safetensors(path)
+    if "resnet_jax" not in header:
         return Weights(tensors)
     where = f"{path}: resnet_jax in the header"
-    metadata: Header = _parsed(tensors.metadata["resnet_jax"].encode(), Header, where)
+    metadata: Header = _parsed(header["resnet_jax"].encode(), Header, where)
     name, fields = metadata["name"], _tuples(metadata["fields"])
     preprocessing, calibration = metadata["preprocessing"], metadata["calibration"]
     if preprocessing is not None:
@@ -319,7 +317,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_run(folder: Path, checkpoint: str | None) -> Weights:
-    """The moving average of a run's checkpoint, or its parameters where there is no average."""
+    """Reads the moving average of a run's checkpoint, or its parameters where there is no average."""
     from resnet_jax.training.checkpoints import read_variables
 
     step, record, variables = read_variables(folder, checkpoint)
@@ -348,8 +346,9 @@ class CalibrationFile(TypedDict):
 
 
 def read_calibration(folder: Path, step: int, classes: int) -> Calibration:
-    """What the report of a run found for a step, in `calibration.json`, if it found anything. A file that is damaged is
-    named on standard error.
+    """Reads the calibration that the report of a run fitted for a step, from `calibration.json`.
+
+    Where there is none, or the file is damaged, which standard error says, the result is `UNCALIBRATED`.
     """
     file = folder / "calibration.json"
     try:
@@ -366,53 +365,41 @@ def read_calibration(folder: Path, step: int, classes: int) -> Calibration:
         return UNCALIBRATED
 
 
-class SafeTensors(Mapping[str, np.ndarray]):
-    """The tensors of a safetensors file as views of the mapped file: nothing is read before it is used.
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns the tensors of a safetensors file by name, as they are stored, and the metadata of its header.
 
     Raises:
-      InputError: the file is damaged, empty or something else, or a tensor that is asked for has a type we do not read.
+      InputError: the file is damaged, empty or something else, or a tensor has none of the types in `TYPES`.
     """
+    from safetensors import SafetensorError, safe_open
 
-    def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="numpy") as checked:
-                self.metadata: dict[str, str] = checked.metadata() or {}
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                self.entries: dict[str, Any] = json.loads(file.read(length))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-        self.entries.pop("__metadata__", None)
-        if not any(math.prod(entry["shape"]) for entry in self.entries.values()):
-            raise InputError(f"{path} holds no tensors")
-        self.bytes = np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length))
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        entry = self.entries[key]
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
-            raise InputError(f"the tensor {key} is {entry['dtype']}: save it as F32, F16 or BF16")
-        return self.bytes[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+    tensors = {}
+    try:
+        # NumPy has no bfloat16 of its own: such tensors come as arrays of JAX
+        with safe_open(path, "numpy") as file, safe_open(path, "flax") as as_jax:
+            metadata = file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118 (this is no dict)
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in TYPES:
+                    raise InputError(f"{path}: the tensor {name} is {dtype}: save it as F32, F16 or BF16")
+                tensors[name] = np.asarray((as_jax if dtype == "BF16" else file).get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+    if not any(tensor.size for tensor in tensors.values()):
+        raise InputError(f"{path} holds no tensors")
+    return tensors, metadata
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
-    """The tensors of a file; one of PyTorch is read with torch and only if it holds nothing but data.
+    """Reads the tensors of a file by name. PyTorch's own files are read with torch, and only if they hold data alone.
 
-    Of a training checkpoint that is the first state dict that `WRAPPERS` names, the moving average before the rest.
+    Of a training checkpoint the first state dict that `WRAPPERS` names is taken, so moving averages first.
 
     Raises:
-      InputError: torch is missing, the file is damaged, holds code or no state dict, or a tensor has no plain numbers.
+      InputError: torch is missing, the file is damaged, holds code or no state dict, or a tensor cannot be an array.
     """
     if path.suffix == ".safetensors":
-        return SafeTensors(path)
+        return read_safetensors(path)[0]
     try:
         import torch
     except ImportError as error:

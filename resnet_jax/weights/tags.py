@@ -1,4 +1,4 @@
-"""The published weights: their tags, and how images are prepared for them. The facts in `tags.jsonl` are timm's."""
+"""Lists published weights: their tags, and how images are prepared for them. The facts in `tags.jsonl` are timm's."""
 
 import difflib
 import json
@@ -31,11 +31,11 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What makes probabilities of logits, fitted on images that were not trained on.
+    """How logits become probabilities, fitted on images that were not trained on.
 
     Attributes:
       temperature: logits are divided by it (Guo et al. 2017, arXiv:1706.04599).
-      thresholds: with several labels an image, from which probability on a class is said; None for one half.
+      thresholds: for multilabel data, from which probability on each class is predicted; None for one half.
     """
 
     temperature: float = 1.0
@@ -58,13 +58,13 @@ class Tag:
 
     @property
     def repository(self) -> str:
-        """Where the Hugging Face hub has them."""
+        """Returns the repository of the Hugging Face hub that holds them."""
         return f"timm/{self.tag}"
 
 
 @cache
 def all_tags() -> dict[str, Tag]:
-    """Every tag by its whole name, such as `resnet50.tv2_in1k`."""
+    """Reads all tags, by their whole names, such as `resnet50.tv2_in1k`."""
     tags = {}
     for line in resources.files(__package__).joinpath("tags.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -83,15 +83,15 @@ def all_tags() -> dict[str, Tag]:
 
 
 def tags_of(name: str) -> list[Tag]:
-    """The tags of a model, its default first; empty where nobody published weights."""
+    """Returns the tags of a model, its default first; none where nobody published weights."""
     return sorted((tag for tag in all_tags().values() if tag.name == name), key=lambda tag: not tag.default)
 
 
 def find_tag(source: str) -> Tag:
-    """The tag of that name; the name of a model alone takes its default.
+    """Finds the tag of that name, or the default tag of a model of that name.
 
     Raises:
-      InputError: there is none; the message has the nearest ones.
+      InputError: there is none; the message lists the nearest ones.
     """
     if source in all_tags():
         return all_tags()[source]

@@ -75,7 +75,7 @@ def test_alternating_flips_are_the_same_from_host_and_device():
     batches = train_batches(ArraySource(images, labels), config, make_mesh(1), BadImages("error"), range(10))
     for step, batch in enumerate(batches):
         drawn = on_device.draw_batch({"image": images, "label": labels}, jnp.asarray(step), 8, 3)
-        np.testing.assert_array_equal(batch["image"], on_device.flip(drawn["turn"], drawn["image"]))
+        np.testing.assert_array_equal(batch["image"], on_device.flip(drawn["mirrored"], drawn["image"]))
         np.testing.assert_array_equal(batch["label"], drawn["label"])
 
 

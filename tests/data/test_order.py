@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.data.order import alternately, example_index
+from resnet_jax.data.order import example_index, is_mirrored
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 97, 1437, 50_000])
@@ -34,10 +34,10 @@ def test_the_device_draws_what_the_host_draws(size):
 def test_alternating_flips_mirror_every_image_in_every_second_epoch():
     positions = np.arange(4 * 97, dtype=np.uint32)
     index = example_index(positions, 97, seed=3)
-    turns = alternately(positions, index, 97, seed=3)
-    by_image = np.stack([turns[i : i + 97][np.argsort(index[i : i + 97])] for i in range(0, 4 * 97, 97)])
+    mirrored = is_mirrored(positions, index, 97, seed=3)
+    by_image = np.stack([mirrored[i : i + 97][np.argsort(index[i : i + 97])] for i in range(0, 4 * 97, 97)])
     np.testing.assert_array_equal(by_image[0], ~by_image[1])
     np.testing.assert_array_equal(by_image[::2], [by_image[0]] * 2)
     assert 30 < by_image[0].sum() < 67
-    on_device = jax.jit(lambda p, i: alternately(p, i, 97, 3, jnp))(positions, index)
-    np.testing.assert_array_equal(on_device, turns)
+    on_device = jax.jit(lambda p, i: is_mirrored(p, i, 97, 3, jnp))(positions, index)
+    np.testing.assert_array_equal(on_device, mirrored)

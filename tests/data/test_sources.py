@@ -18,7 +18,7 @@ from resnet_jax.training.loop import train
 
 
 def make_folder(root, layout):
-    """`layout`: {"train/cat": 3, ...} makes so many small pictures there."""
+    """`layout`: {"train/cat": 3, ...} makes that many small pictures there."""
     rng = np.random.default_rng(0)
     for folder, count in layout.items():
         (root / folder).mkdir(parents=True)

@@ -122,7 +122,7 @@ def test_what_is_frozen_costs_no_gradient():
     model = build_model(BASE, 10)
     state = state_maker(BASE, model, lambda step: 0.1)()
     batch = {"image": jnp.zeros((16, 8, 8, 3), jnp.uint8), "label": jnp.zeros(16, jnp.int32)}
-    batch["turn"] = jnp.zeros(16, bool)
+    batch["mirrored"] = jnp.zeros(16, bool)
 
     def convolutions(**options):
         step = recipe_step(BASE, model, make_optimizer(BASE.optimizer, lambda step: 0.1), **options)
@@ -144,7 +144,7 @@ def test_sharpness_aware_steps_take_the_gradient_of_the_worst_point_in_the_neigh
     state = state_maker(config, model, lambda step: 0.1)()
     rng = np.random.default_rng(0)
     batch = {"image": rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8), "label": rng.integers(0, 10, 16)}
-    batch["turn"] = np.zeros(16, bool)
+    batch["mirrored"] = np.zeros(16, bool)
 
     def loss(params):
         pixels = (batch["image"] / 255.0 - 0.305) / 0.376

@@ -269,7 +269,7 @@ def test_a_skipped_update_leaves_all_of_the_state_but_its_step(tmp_path):
     step = jax.jit(recipe_step(config, model, optimizer))
     state = state_maker(config, model, lambda step: 0.1)()
     images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
-    batch = {"image": images, "label": np.arange(32, dtype=np.int32) % 10, "turn": np.zeros(32, bool)}
+    batch = {"image": images, "label": np.arange(32, dtype=np.int32) % 10, "mirrored": np.zeros(32, bool)}
     state, sums = step(state, batch)
     assert sums["skipped"] == 0 and sums["count"] == 32
     broken = state.replace(params=state.params | {"head": jax.tree.map(lambda x: x * np.inf, state.params["head"])})

@@ -13,6 +13,7 @@ from PIL import Image
 
 from resnet_jax.cli import main
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, ModelConfig, ParallelConfig
+from resnet_jax.data import transforms
 from resnet_jax.data.fingerprint import Change, changes, fingerprint, trained_on
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.runs.trackers import read_lines
@@ -199,6 +200,29 @@ def test_a_folder_that_grows_is_named_and_what_was_held_out_stays_so(grown, tmp_
     finally:
         for path in new:
             path.unlink()
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "none"])
+def test_a_resume_with_another_library_that_resizes_is_warned(crop, tmp_path, capsys, monkeypatch):
+    """Both ways, once each; not where no random part of a picture is resized: the rest is always Pillow's work."""
+    pytest.importorskip("cykooz_resizer")
+    root = make_splits(tmp_path / "data", {"train": 8, "val": 3})
+    config = recipe(f"folder:{root}", steps=2)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, on_device=False), augment=AugmentConfig(crop=crop)
+    )
+    names = {transforms.fast: "cykooz.resizer", None: "Pillow"}
+    before = None
+    for now in (transforms.fast, None, None, transforms.fast):
+        monkeypatch.setattr(transforms, "fast", now)
+        (tmp_path / "run" / "summary.json").unlink(missing_ok=True)
+        loop.train(config, tmp_path / "run")
+        err = capsys.readouterr().err
+        if crop == "random_resized" and before not in (None, names[now]):
+            assert f"resized by {before}, and now are by {names[now]}: pixels may differ by 1 of 255" in err
+        else:
+            assert "WARNING" not in err
+        before = names[now]
 
 
 def test_the_data_may_lie_elsewhere_and_other_data_is_refused(grown, tmp_path, capsys):

@@ -79,10 +79,10 @@ def test_arrays_are_copies_whatever_order_the_tensors_lie_in():
     tensors = {}
     for key, tensor in to_torch(model, variables).items():
         order = (0, 2, 3, 1) if tensor.ndim == 4 else range(tensor.ndim)  # as PyTorch keeps them in channels_last
-        turned = tensor.transpose(order)
+        reordered = tensor.transpose(order)
         memory = np.zeros(tensor.size + 16, tensor.dtype)  # JAX takes what lies on a border of 64 bytes without a copy
-        tensors[key] = memory[-memory.ctypes.data % 64 // tensor.itemsize :][: tensor.size].reshape(turned.shape)
-        tensors[key][...] = turned
+        tensors[key] = memory[-memory.ctypes.data % 64 // tensor.itemsize :][: tensor.size].reshape(reordered.shape)
+        tensors[key][...] = reordered
         tensors[key] = tensors[key].transpose(np.argsort(order))
     ours = from_torch(model, tensors)
     for tensor in tensors.values():

@@ -1,4 +1,4 @@
-"""The relatives beside torchvision's: a vision transformer, GoogLeNet's auxiliary heads, and attention by hand."""
+"""ViT and GoogLeNet's auxiliary heads beside torchvision's, and spatial attention beside plain NumPy."""
 
 from functools import partial
 
@@ -107,7 +107,7 @@ def test_auxiliary_losses_count_three_tenths():
     batch = {
         "image": rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8),
         "label": np.arange(4),
-        "turn": np.zeros(4, bool),
+        "mirrored": np.zeros(4, bool),
     }
     _, sums = jax.jit(recipe_step(config, model, optax.sgd(0.1)))(
         state.replace(opt_state=optax.sgd(0.1).init(state.params)), batch

@@ -219,6 +219,15 @@ def test_tensors_without_plain_numbers_are_named(change, says, net, tmp_path):
     assert CONV in str(error.value) and source in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floating_point_types_of_safetensors_become_float32(dtype, net, tmp_path):
+    values = {name: x.to(dtype) if x.is_floating_point() else x for name, x in net.state_dict().items()}
+    _, variables = load_pretrained(save(tmp_path / "net.safetensors", values), "test_resnet")
+    kernel = variables["params"]["stage1"]["block1"]["conv1"]["kernel"]
+    assert kernel.dtype == np.float32
+    np.testing.assert_array_equal(kernel, values[CONV].float().numpy().transpose(2, 3, 1, 0))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2, torch.float8_e8m0fnu, torch.complex64, torch.bool])
 def test_types_of_safetensors_that_are_no_weights_are_named(dtype, net, tmp_path):
     source = save(tmp_path / "net.safetensors", net.state_dict() | {CONV: net.state_dict()[CONV].to(dtype)})
