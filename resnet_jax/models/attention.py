@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.models.pooling import average_pool
+from resnet_jax.ops.pooling import average_pool
 
 Array = jax.Array
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.attention import channel_attention
-from resnet_jax.models.layers import BatchNorm, Conv, DropPath, convolved_and_normed
-from resnet_jax.models.pooling import anti_alias, average_pool
-from resnet_jax.ops.convolution import stored, stored_relu
+from resnet_jax.models.layers import BatchNorm, Conv, ConvNorm, DropPath
+from resnet_jax.ops.materialize import materialize, materialized_relu
+from resnet_jax.ops.pooling import anti_alias, average_pool
 
 Array = jax.Array
 
@@ -50,7 +50,7 @@ class Shortcut(nn.Module):
         else:
             size = 1 if self.strides == self.dilation == 1 else self.kernel
             conv = self.conv(self.features, size, self.strides, max(1, self.dilation // 2), name="conv")
-        return conv(x) if self.norm is None else convolved_and_normed(conv, self.norm(name="norm"), x, train)
+        return conv(x) if self.norm is None else ConvNorm(conv, self.norm(name="norm"))(x, train)
 
 
 def projects(kind: str, in_features: int, features: int, strides: int) -> bool:
@@ -110,7 +110,7 @@ class ResidualBlock(nn.Module):
             strides = 1 if smooth else conv.strides
             layer = self.conv(conv.features, conv.kernel, strides, conv.dilation, conv.groups, name=f"conv{i}")
             zero = {"scale_init": nn.initializers.zeros} if starts_zero and i == last else {}
-            y = convolved_and_normed(layer, self.norm(name=f"norm{i}", **zero), y, train)
+            y = ConvNorm(layer, self.norm(name=f"norm{i}", **zero))(y, train)
             if i < last:
                 y = self.act(y)
             if smooth:
@@ -118,7 +118,7 @@ class ResidualBlock(nn.Module):
         y = DropPath(self.drop_path)(channel_attention(y, self.attention, self.attention_ratio), train)
         if self.shortcut != "none":
             y = y + shortcut_of(self, self.norm)(x, train)
-        return stored_relu(y) if self.act is nn.relu else stored(self.act(y))
+        return materialized_relu(y) if self.act is nn.relu else materialize(self.act(y))
 
 
 class PreactBlock(nn.Module):
@@ -163,7 +163,7 @@ class PreactBlock(nn.Module):
         if self.shortcut == "none":
             return y
         start = first if projects(self.shortcut, x.shape[-1], self.features, self.strides) else x
-        return stored(y + shortcut_of(self, None)(start))
+        return materialize(y + shortcut_of(self, None)(start))
 
 
 class BranchConv(NamedTuple):

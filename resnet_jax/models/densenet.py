@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.models.head import pool_and_classify
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
-from resnet_jax.models.pooling import average_pool, pool_and_classify
 from resnet_jax.models.resnet import Stem, StemPool, check_channels, check_remat, maybe_remat
+from resnet_jax.ops.pooling import average_pool
 
 Array = jax.Array
 

@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.models.head import pool_and_classify
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
-from resnet_jax.models.pooling import max_pool, pool_and_classify
 from resnet_jax.models.resnet import check_channels, check_remat, maybe_remat
+from resnet_jax.ops.pooling import adaptive_average_pool, ceil_max_pool, max_pool
 
 Array = jax.Array
 
@@ -88,21 +89,10 @@ class AuxiliaryHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        x = self.chain(((128, 1, 1),), name="conv")(mean_of_parts(x, 4), train)
+        x = self.chain(((128, 1, 1),), name="conv")(adaptive_average_pool(x, 4), train)
         x = x.astype(jnp.float32).transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # PyTorch's order of features
         x = nn.Dropout(0.7, deterministic=not train)(nn.relu(nn.Dense(1024, name="fc1")(x)))
         return nn.Dense(self.num_classes, name="fc2")(x)
-
-
-def mean_of_parts(x: Array, parts: int) -> Array:
-    """[batch, parts, parts, channel]: means over as many parts of each side, which overlap where they do not divide."""
-
-    def means(x: Array, axis: int) -> Array:
-        size = x.shape[axis]
-        edges = [(i * size // parts, -(-(i + 1) * size // parts)) for i in range(parts)]
-        return jnp.stack([jax.lax.slice_in_dim(x, a, b, axis=axis).mean(axis) for a, b in edges], axis)
-
-    return means(means(x, 1), 2)
 
 
 class GoogLeNet(nn.Module):
@@ -171,11 +161,3 @@ class GoogLeNet(nn.Module):
             logits = AuxiliaryHead(self.num_classes or 1, chain, name=f"auxiliary{i}")(x, train)
             if not self.is_initializing():
                 self.sow("auxiliary_logits", f"logits{i}", logits)
-
-
-def ceil_max_pool(x: Array, window: int) -> Array:
-    """Maximum with stride 2 from the first pixel on; the last window may hang over (`ceil_mode` in PyTorch)."""
-    sizes = [-(-(size - window) // 2) * 2 + window for size in x.shape[1:3]]
-    beyond = [(0, max(0, whole - size)) for whole, size in zip(sizes, x.shape[1:3], strict=True)]
-    padded = jnp.pad(x, ((0, 0), *beyond, (0, 0)), constant_values=-jnp.inf)
-    return nn.max_pool(padded, window_shape=(window, window), strides=(2, 2))

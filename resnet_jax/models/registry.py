@@ -157,6 +157,8 @@ def cost(model: Any, size: Size) -> Cost:
     def count(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal macs
         out, module = call(*args, **kwargs), context.module
+        if context.method_name != "__call__":
+            return out
         if isinstance(module, Conv):
             kernel = module.kernel_size**2 * args[0].shape[-1] // module.groups
             each = out.size * kernel + (4 * kernel * out.shape[-1] if module.standardized else 0)

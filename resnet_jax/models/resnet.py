@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from resnet_jax.models.attention import with_self_attention
 from resnet_jax.models.blocks import BASIC, BOTTLENECK, PreactBlock, ResidualBlock
+from resnet_jax.models.head import pool_and_classify
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
-from resnet_jax.models.pooling import ANTI_ALIASES, anti_alias, max_pool, pool_and_classify
 from resnet_jax.models.stacking import EQUAL, run_stacked
+from resnet_jax.ops.pooling import ANTI_ALIASES, anti_alias, max_pool
 
 Array = jax.Array
 

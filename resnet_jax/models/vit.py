@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.attention import attention_weights
+from resnet_jax.models.head import classify
 from resnet_jax.models.layers import Dtype
-from resnet_jax.models.pooling import classify
 from resnet_jax.models.resnet import check_channels, check_remat, maybe_remat
 
 Array = jax.Array

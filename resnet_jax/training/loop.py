@@ -282,7 +282,7 @@ def go_on(run: Run, state: TrainState, record: Record, schedule: optax.Schedule)
     """Runs from a state to the plan's end; returns the last record and the images a second."""
     config, plan, start = run.config, run.plan, int(state.step)
     bad = BadImages(config.data.on_bad_image, set(record["skipped"]), config.data.channels)
-    features = make_features(config, run.model) if computes_features_once(config) else None
+    features = make_features(config, run.model, run.mesh) if computes_features_once(config) else None
     frozen = features and partial(features, {"params": state.params, "batch_stats": state.batch_stats})
     ends = (plan.log_every, plan.eval_every, plan.save_every)
     steps = range(start, plan.total)

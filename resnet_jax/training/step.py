@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from resnet_jax.config import Config
 from resnet_jax.data import on_device
+from resnet_jax.ops import sharded_batch
 from resnet_jax.training.finetune import frozen_statistics, without_gradient
 from resnet_jax.training.losses import make_loss, soft_targets
 from resnet_jax.training.metrics import TRAIN_SUMS, Sums, eval_sums, train_sums
@@ -54,7 +55,7 @@ def make_train_step(
         images, targets = prepare(batch, state.step, config, model)
         return update(state, images, targets, batch["label"])
 
-    return train_step
+    return sharded_batch(devices > 1)(train_step)
 
 
 def make_update(
@@ -177,6 +178,7 @@ def make_pmap_step(
     """
     devices = mesh.size
     update = make_update(with_scope(model, config, devices), optimizer, config, "data", **options)
+    update = sharded_batch(devices > 1)(update)
     each = jax.pmap(
         update,
         axis_name="data",
