@@ -1,4 +1,4 @@
-"""Layers of residual networks: convolution, norms, drop path. Images are [batch, height, width, channel]."""
+"""Layers of networks: convolution, norms, drop path. Images are [batch, height, width, channel]."""
 
 from collections.abc import Callable
 from functools import partial
@@ -69,7 +69,7 @@ class Conv(nn.Module):
 
 
 class NormVariables(NamedTuple):
-    """What a batch norm holds, each float32 [channel]: running statistics, as Flax variables, and its parameters."""
+    """Holds what a batch norm owns, each float32 [channel]: running statistics, as Flax variables, and parameters."""
 
     mean: Any
     var: Any
@@ -174,7 +174,7 @@ class ConvNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu and He 2018); `train` is accepted and changes nothing.
+    """Normalises groups of channels of each image (Wu and He 2018); `train` is accepted and changes nothing.
 
     Statistics come from the moments of each image and channel in float32. Where a mean is many times the deviation
     that costs digits, though fewer than in PyTorch's.
@@ -208,7 +208,7 @@ class GroupNorm(nn.Module):
 
 
 class FoldedNorm(nn.Module):
-    """What `fold_batch_norm` leaves of a norm: a bias, and a factor where its variables have one (`scale`)."""
+    """Adds a bias, after a factor where its variables have one (`scale`): what `fold_batch_norm` leaves of a norm."""
 
     dtype: Dtype = jnp.float32
     scale_init: Initializer = nn.initializers.ones
@@ -222,7 +222,7 @@ class FoldedNorm(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """x itself, for networks without normalisation."""
+    """Returns x itself, for networks without normalisation."""
 
     dtype: Dtype = jnp.float32
     scale_init: Initializer = nn.initializers.ones
@@ -233,7 +233,7 @@ class NoNorm(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Zero for a random share of the images of a batch when training, and scaled up for the rest (Huang et al. 2016).
+    """Zeroes a random share of the images of a batch when training, and scales up the rest (Huang et al. 2016).
 
     Draws from the `dropout` random numbers.
     """
@@ -258,11 +258,14 @@ NORMS: dict[str, Any] = {
 
 
 def make_norm(model: Any, epsilon: float = 1e-5) -> Any:
-    """The class of a model's norm with everything but its name set.
+    """Returns the class of a model's norm with everything but its name set.
 
     Args:
       model: with the fields `norm` (`batch`, `frozen_batch`, `group`, `none`, or `folded` of `fold_batch_norm`),
         `dtype`, `unbiased_variance`, `ghost` and `axis_name`.
+
+    Raises:
+      ValueError: the norm is unknown.
     """
     kind = model.norm
     if kind not in NORMS:
