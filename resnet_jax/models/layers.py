@@ -54,8 +54,8 @@ class Conv(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Convolves x, [batch, height, width, channel]."""
-        kernel = self.get_kernel(x.shape[-1]).astype(self.dtype)
-        return conv2d(x.astype(self.dtype), kernel, self.strides, self.dilation, self.groups)
+        kernel = self.get_kernel(x.shape[-1])
+        return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.dilation, self.groups)
 
     @nn.compact
     def get_kernel(self, in_features: int) -> Array:

@@ -122,8 +122,8 @@ def _direct_jvp(
 ) -> tuple[Array, Array]:
     (x, kernel), (x_dot, kernel_dot) = primals, tangents
     layer = (strides, dilation, groups)
-    y = _direct(x, kernel, *layer, sharded)
-    return y, _along_x(x_dot, kernel, *layer, sharded) + _along_kernel(x, kernel_dot, *layer, sharded)
+    y_dot = _along_x(x_dot, kernel, *layer, sharded) + _along_kernel(x, kernel_dot, *layer, sharded)
+    return _direct(x, kernel, *layer, sharded), y_dot
 
 
 def _along_x(x: Array, kernel: Array, strides: int, dilation: int, groups: int, sharded: bool) -> Array:
