@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.ops.convolution import plain_operations
+from resnet_jax.ops import use_custom_kernels
 
 
 def measure_limits(dtype: str) -> dict[str, float]:
@@ -39,7 +39,7 @@ def forward_flops(model: Any, size: int) -> float:
     """
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    with plain_operations():
+    with use_custom_kernels(False):
         return float(operations(jax.make_jaxpr(lambda v, x: model.apply(v, x))(variables, images)))
 
 

@@ -1,1 +1,1 @@
-"""Networks as Flax modules; they know nothing of training, data or devices."""
+"""Networks as Flax modules; they call `ops` and know nothing of training, data, platforms or devices."""

@@ -1,4 +1,4 @@
-"""Attention over channels, where a branch is weighted by its own global mean, and over places, in place of a 3x3."""
+"""Channel attention, which weights a branch by its own global mean, and self-attention in place of a 3x3."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.models.pooling import average_pool
+from resnet_jax.ops.pooling import average_pool
 
 Array = jax.Array
 
@@ -16,7 +16,7 @@ ATTENTIONS = ("none", "se", "eca")
 
 
 class SqueezeExcite(nn.Module):
-    """x times sigmoid(fc2(relu(fc1(mean of x)))) (Hu et al. 2017, arXiv:1709.01507).
+    """Computes x times sigmoid(fc2(relu(fc1(mean of x)))) (Hu et al. 2017, arXiv:1709.01507).
 
     Attributes:
       ratio: width of the layer between as a share of the channels, rounded to a multiple of 8.
@@ -34,7 +34,7 @@ class SqueezeExcite(nn.Module):
 
 
 class EfficientChannelAttention(nn.Module):
-    """x times sigmoid of a convolution along the channels of its mean (Wang et al. 2019, arXiv:1910.03151).
+    """Computes x times sigmoid of a convolution along the channels of its mean (Wang et al. 2019, arXiv:1910.03151).
 
     The kernel's size grows with the logarithm of the number of channels.
     """
@@ -49,7 +49,15 @@ class EfficientChannelAttention(nn.Module):
 
 
 def channel_attention(x: Array, kind: str, ratio: float) -> Array:
-    """Applies the attention of that kind as a module called `attention`. To be called in a compact module."""
+    """Weights the channels of x by a module called `attention`; x itself for `none`. To be called in a compact module.
+
+    Args:
+      kind: `none`, `se` (`SqueezeExcite`) or `eca` (`EfficientChannelAttention`).
+      ratio: of `SqueezeExcite`.
+
+    Raises:
+      ValueError: the kind is unknown.
+    """
     if kind not in ATTENTIONS:
         raise ValueError(f"attention {kind!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
     if kind == "none":
@@ -58,15 +66,15 @@ def channel_attention(x: Array, kind: str, ratio: float) -> Array:
     return module(x)
 
 
-def attention_weights(queries: Array, keys: Array, more: Array | float = 0.0) -> Array:
-    """softmax(q k / sqrt(d) + more) in float32: [batch, n, heads, d] twice -> [batch, heads, n, n]."""
+def attention_weights(queries: Array, keys: Array, bias: Array | float = 0.0) -> Array:
+    """Computes softmax(q k / sqrt(d) + bias) in float32: [batch, n, heads, d] twice -> [batch, heads, n, n]."""
     scale = queries.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", queries.astype(jnp.float32) * scale, keys.astype(jnp.float32))
-    return nn.softmax(logits + more)
+    return nn.softmax(logits + bias)
 
 
 class SpatialAttention(nn.Module):
-    """Every place of a map looks at every other one: what BoTNet has where a bottleneck has its 3x3.
+    """Computes self-attention over the pixels of a map, which BoTNet has in place of a bottleneck's 3x3.
 
     Several heads, with learned relative positions in both directions (Srinivas et al. 2021, arXiv:2101.11605). Where a
     convolution would have a stride, the mean over 2x2 follows.
@@ -74,6 +82,9 @@ class SpatialAttention(nn.Module):
     Attributes:
       features: channels that come out; they divide into `heads`.
       window: the longest side of a map for which there are relative positions.
+
+    Raises:
+      ValueError: the map is larger than that.
     """
 
     features: int
@@ -105,13 +116,13 @@ class SpatialAttention(nn.Module):
 
 
 def _distances(side: int, window: int) -> Array:
-    """[side, side]: where in a table of 2 window - 1 rows the distance of two places stands."""
+    """Returns the row of each distance in a table of 2 window - 1 distances: [side, side]."""
     places = jnp.arange(side)
     return places[None, :] - places[:, None] + window - 1
 
 
 def with_self_attention(conv: Callable[..., Any], heads: int, dtype: Any) -> Callable[..., Any]:
-    """A maker of convolutions that gives spatial attention in place of every 3x3."""
+    """Returns what makes convolutions as `conv` does, but `SpatialAttention` in place of every 3x3."""
 
     def make(features: int, kernel: int, strides: int = 1, dilation: int = 1, groups: int = 1, **options: Any) -> Any:
         if kernel == 3:

@@ -1,16 +1,17 @@
 """Residual blocks: `y = F(x) + x`, after He et al. 2015 (activation last) and He et al. 2016 (activation first)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.attention import channel_attention
-from resnet_jax.models.layers import BatchNorm, Conv, DropPath, convolved_and_normed
-from resnet_jax.models.pooling import anti_alias, average_pool
-from resnet_jax.ops.convolution import stored, stored_relu
+from resnet_jax.models.layers import BatchNorm, Conv, ConvNorm, DropPath
+from resnet_jax.ops.materialize import materialize, materialized_relu
+from resnet_jax.ops.pooling import anti_alias, average_pool
 
 Array = jax.Array
 
@@ -20,7 +21,7 @@ BOTTLENECK = (1, 3, 1)
 
 
 class Shortcut(nn.Module):
-    """The way around a branch (He et al. 2015, section 3.3): x itself, made to fit where the shape changes.
+    """Leads x around a branch (He et al. 2015, section 3.3): x itself, made to fit where the shape changes.
 
     Attributes:
       kind: `A` takes every `strides`-th pixel and adds zero channels on both sides, with no parameters; `B` is a 1x1
@@ -40,6 +41,7 @@ class Shortcut(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
+        """Returns x with the shape of the branch's result."""
         if not projects(self.kind, x.shape[-1], self.features, self.strides):
             missing = self.features - x.shape[-1]
             x = x[:, :: self.strides, :: self.strides]
@@ -50,27 +52,27 @@ class Shortcut(nn.Module):
         else:
             size = 1 if self.strides == self.dilation == 1 else self.kernel
             conv = self.conv(self.features, size, self.strides, max(1, self.dilation // 2), name="conv")
-        return conv(x) if self.norm is None else convolved_and_normed(conv, self.norm(name="norm"), x, train)
+        return conv(x) if self.norm is None else ConvNorm(conv, self.norm(name="norm"))(x, train)
 
 
 def projects(kind: str, in_features: int, features: int, strides: int) -> bool:
-    """Whether a shortcut of this kind has a convolution of its own between these shapes."""
+    """Returns whether a shortcut of this kind has a convolution of its own between these shapes."""
     same = in_features == features and strides == 1
     return kind == "C" or (kind in ("B", "D") and not same)
 
 
 class ResidualBlock(nn.Module):
-    """A block with the activation last: `act(F(x) + shortcut(x))`, F = conv, norm, act, ..., conv, norm.
+    """Computes `act(F(x) + shortcut(x))`, F = conv, norm, act, ..., conv, norm: the block with the activation last.
 
     [batch, h, w, in] -> [batch, ceil(h / strides), ceil(w / strides), features], in the dtype of `conv` and `norm`.
-    He et al. 2015; with kernels (1, 3, 1) the stride sits on the 3x3 ("v1.5").
+    He et al. 2015; the stride of a bottleneck sits on its 3x3 ("v1.5").
 
     Attributes:
       features: channels that come out.
-      kernels: sizes of the branch's convolutions, `BASIC` or `BOTTLENECK` or any others.
-      width: channels inside the branch; None for `features`, or a quarter of them with three kernels.
+      kernels: sizes of the branch's convolutions: `BASIC` (3x3, 3x3) or `BOTTLENECK` (1x1, 3x3, 1x1).
+      width: channels inside the branch; None for `features`, or a quarter of them in a bottleneck.
       first_width: channels after the first convolution; None for `width`.
-      groups: cardinality of the 3x3 convolutions of a bottleneck (ResNeXt).
+      groups: cardinality of the 3x3 convolutions (ResNeXt).
       dilation, first_dilation: distance of the taps of the 3x3 convolutions, and of the strided one.
       shortcut: `A`, `B`, `C`, `D` as in `Shortcut`, or `none`: the plain block.
       shortcut_kernel: size of a projection that shrinks the image.
@@ -78,6 +80,8 @@ class ResidualBlock(nn.Module):
       anti_alias: low pass in front of the stride: `none`, `average`, `blur`.
       drop_path: share of the images whose branch is left out when training.
       zero_init_last: the branch starts as zero (the last scale is 0), so the block starts as its shortcut.
+      conv: called with features, kernel size, strides, dilation, groups, and a name, as `Conv`.
+      norm: called with a name, and `scale_init` where it starts at zero, as `BatchNorm`.
     """
 
     features: int
@@ -101,28 +105,47 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        check_shortcut(self.shortcut)
-        y, last = x, len(self.kernels)
-        starts_zero = self.zero_init_last and self.shortcut != "none"
-        for i, conv in enumerate(branch_layout(self), start=1):
-            smooth = conv.strided and self.anti_alias != "none"
-            smooth = smooth and (self.strides > 1 or self.first_dilation != self.dilation)
-            strides = 1 if smooth else conv.strides
-            layer = self.conv(conv.features, conv.kernel, strides, conv.dilation, conv.groups, name=f"conv{i}")
-            zero = {"scale_init": nn.initializers.zeros} if starts_zero and i == last else {}
-            y = convolved_and_normed(layer, self.norm(name=f"norm{i}", **zero), y, train)
-            if i < last:
-                y = self.act(y)
-            if smooth:
-                y = anti_alias(y, self.anti_alias, self.strides)
-        y = DropPath(self.drop_path)(channel_attention(y, self.attention, self.attention_ratio), train)
+        """Computes the block; `train` is for norms and `drop_path`, which draws `dropout` random numbers.
+
+        Raises:
+          ValueError: `kernels`, `shortcut` or `attention` is none of its choices.
+        """
+        check_block(self.kernels, self.shortcut)
+        conv, norm, act = self.conv, self.norm, self.act
+        starts_at_zero = self.zero_init_last and self.shortcut != "none"
+        last_norm = partial(norm, scale_init=nn.initializers.zeros) if starts_at_zero else norm
+        shrinks = self.strides > 1 or self.first_dilation != self.dilation
+        low_pass = self.anti_alias if shrinks else "none"
+        strides = self.strides if low_pass == "none" else 1
+
+        if self.kernels == BASIC:
+            width = self.first_width or self.width or self.features
+            conv1 = conv(width, 3, strides, self.first_dilation, self.groups, name="conv1")
+            y = act(ConvNorm(conv1, norm(name="norm1"))(x, train))
+            if low_pass != "none":
+                y = anti_alias(y, low_pass, self.strides)
+            conv2 = conv(self.features, 3, 1, self.dilation, self.groups, name="conv2")
+            y = ConvNorm(conv2, last_norm(name="norm2"))(y, train)
+        else:
+            width = self.width or self.features // 4
+            conv1 = conv(self.first_width or width, 1, name="conv1")
+            y = act(ConvNorm(conv1, norm(name="norm1"))(x, train))
+            conv2 = conv(width, 3, strides, self.first_dilation, self.groups, name="conv2")
+            y = act(ConvNorm(conv2, norm(name="norm2"))(y, train))
+            if low_pass != "none":
+                y = anti_alias(y, low_pass, self.strides)
+            conv3 = conv(self.features, 1, name="conv3")
+            y = ConvNorm(conv3, last_norm(name="norm3"))(y, train)
+
+        y = channel_attention(y, self.attention, self.attention_ratio)
+        y = DropPath(self.drop_path)(y, train)
         if self.shortcut != "none":
-            y = y + shortcut_of(self, self.norm)(x, train)
-        return stored_relu(y) if self.act is nn.relu else stored(self.act(y))
+            y = y + shortcut_of(self, norm)(x, train)
+        return materialized_relu(y) if act is nn.relu else materialize(act(y))
 
 
 class PreactBlock(nn.Module):
-    """A block with the activation first: `F(x) + shortcut`, F = norm, act, conv, ..., norm, act, conv.
+    """Computes `F(x) + shortcut`, F = norm, act, conv, ..., norm, act, conv: the block with the activation first.
 
     A shortcut that projects starts from the first activation, any other from x itself, so that nothing stands on
     the way of identities (He et al. 2016). Fields and shapes as in `ResidualBlock`; `zero_init_last` zeroes the
@@ -149,56 +172,36 @@ class PreactBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        check_shortcut(self.shortcut)
-        starts_zero = self.zero_init_last and self.shortcut != "none"
-        y = first = self.act(self.norm(name="norm1")(x, train))
-        for i, conv in enumerate(branch_layout(self), start=1):
-            if i > 1:
-                y = self.act(self.norm(name=f"norm{i}")(y, train))
-            zero = {"kernel_init": nn.initializers.zeros} if starts_zero and i == len(self.kernels) else {}
-            y = self.conv(
-                conv.features, conv.kernel, conv.strides, conv.dilation, conv.groups, name=f"conv{i}", **zero
-            )(y)
-        y = DropPath(self.drop_path)(channel_attention(y, self.attention, self.attention_ratio), train)
+        """Computes the block, as `ResidualBlock.__call__`."""
+        check_block(self.kernels, self.shortcut)
+        conv, norm, act = self.conv, self.norm, self.act
+        starts_at_zero = self.zero_init_last and self.shortcut != "none"
+        last_conv = partial(conv, kernel_init=nn.initializers.zeros) if starts_at_zero else conv
+
+        first = act(norm(name="norm1")(x, train))
+        if self.kernels == BASIC:
+            width = self.first_width or self.width or self.features
+            y = conv(width, 3, self.strides, self.first_dilation, self.groups, name="conv1")(first)
+            y = act(norm(name="norm2")(y, train))
+            y = last_conv(self.features, 3, 1, self.dilation, self.groups, name="conv2")(y)
+        else:
+            width = self.width or self.features // 4
+            y = conv(self.first_width or width, 1, name="conv1")(first)
+            y = act(norm(name="norm2")(y, train))
+            y = conv(width, 3, self.strides, self.first_dilation, self.groups, name="conv2")(y)
+            y = act(norm(name="norm3")(y, train))
+            y = last_conv(self.features, 1, name="conv3")(y)
+
+        y = channel_attention(y, self.attention, self.attention_ratio)
+        y = DropPath(self.drop_path)(y, train)
         if self.shortcut == "none":
             return y
         start = first if projects(self.shortcut, x.shape[-1], self.features, self.strides) else x
-        return stored(y + shortcut_of(self, None)(start))
-
-
-class BranchConv(NamedTuple):
-    """One convolution of a branch; `strided`: the one that has the block's stride."""
-
-    kernel: int
-    features: int
-    strides: int
-    dilation: int
-    groups: int
-    strided: bool
-
-
-def branch_layout(block: ResidualBlock | PreactBlock) -> list[BranchConv]:
-    """The convolutions of a block's branch; the first 3x3 has the stride and the first dilation."""
-    kernels = block.kernels
-    width = block.width or (block.features // 4 if len(kernels) == 3 else block.features)
-    widths = [width] * (len(kernels) - 1) + [block.features]
-    widths[0] = block.first_width or widths[0]
-    strided = kernels.index(3) if 3 in kernels else 0
-    return [
-        BranchConv(
-            k,
-            w,
-            block.strides if i == strided else 1,
-            1 if k == 1 else block.first_dilation if i == strided else block.dilation,
-            block.groups if k > 1 else 1,
-            i == strided,
-        )
-        for i, (k, w) in enumerate(zip(kernels, widths, strict=True))
-    ]
+        return materialize(y + shortcut_of(self, None)(start))
 
 
 def shortcut_of(block: ResidualBlock | PreactBlock, norm: Callable[..., Any] | None) -> Shortcut:
-    """The shortcut of a block. To be called in a compact module."""
+    """Makes the shortcut of a block. To be called in a compact module."""
     return Shortcut(
         block.features,
         block.strides,
@@ -211,7 +214,9 @@ def shortcut_of(block: ResidualBlock | PreactBlock, norm: Callable[..., Any] | N
     )
 
 
-def check_shortcut(kind: str) -> None:
-    """Raises ValueError for a kind of shortcut that is not in SHORTCUTS."""
-    if kind not in SHORTCUTS:
-        raise ValueError(f"shortcut {kind!r} is unknown; choose one of {', '.join(SHORTCUTS)}")
+def check_block(kernels: tuple[int, ...], shortcut: str) -> None:
+    """Raises ValueError for kernels or a shortcut that no block has."""
+    if kernels not in (BASIC, BOTTLENECK):
+        raise ValueError(f"kernels {kernels} are unknown; choose one of {BASIC}, {BOTTLENECK}")
+    if shortcut not in SHORTCUTS:
+        raise ValueError(f"shortcut {shortcut!r} is unknown; choose one of {', '.join(SHORTCUTS)}")

@@ -1,4 +1,4 @@
-"""DenseNet: every layer sees what all layers before it put out, joined instead of added (Huang et al. 2016)."""
+"""DenseNet: the input of a layer is the outputs of all layers before it, concatenated (Huang et al. 2016)."""
 
 from functools import partial
 from typing import Any
@@ -7,17 +7,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.models.head import pool_and_classify
 from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
-from resnet_jax.models.pooling import average_pool, pool_and_classify
 from resnet_jax.models.resnet import Stem, StemPool, check_channels, check_remat, maybe_remat
+from resnet_jax.ops.pooling import average_pool
 
 Array = jax.Array
 
 
 class DenseLayer(nn.Module):
-    """norm, act, 1x1 to four times the growth, norm, act, 3x3 to the growth: what a layer adds to its inputs.
+    """Computes norm, act, 1x1 to four times the growth, norm, act, 3x3 to the growth: what a layer adds to its inputs.
 
-    They are joined here, so that a layer that is computed twice keeps none but the pieces (Pleiss et al. 2017,
+    The inputs are concatenated in here, so that with rematerialisation none but they are kept (Pleiss et al. 2017,
     arXiv:1707.06990): memory then grows in proportion to the depth, not to its square.
     """
 
@@ -29,12 +30,14 @@ class DenseLayer(nn.Module):
     @nn.compact
     def __call__(self, pieces: list[Array], train: bool = False) -> Array:
         x = jnp.concatenate(pieces, -1)
-        y = self.conv(4 * self.growth, 1, name="conv1")(self.act(self.norm(name="norm1")(x, train)))
-        return self.conv(self.growth, 3, name="conv2")(self.act(self.norm(name="norm2")(y, train)))
+        y = self.act(self.norm(name="norm1")(x, train))
+        y = self.conv(4 * self.growth, 1, name="conv1")(y)
+        y = self.act(self.norm(name="norm2")(y, train))
+        return self.conv(self.growth, 3, name="conv2")(y)
 
 
 class DenseStage(nn.Module):
-    """Layers whose outputs are joined to their inputs."""
+    """Applies layers in a row, and concatenates the input and all their outputs."""
 
     size: int
     layer: Any
@@ -48,7 +51,7 @@ class DenseStage(nn.Module):
 
 
 class Transition(nn.Module):
-    """norm, act, a 1x1 convolution to half the channels, and the mean over 2x2: between two stages."""
+    """Computes norm, act, a 1x1 convolution to half the channels, and the mean over 2x2: between two stages."""
 
     conv: Any
     norm: Any
@@ -56,22 +59,23 @@ class Transition(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        x = self.conv(x.shape[-1] // 2, 1, name="conv")(self.act(self.norm(name="norm")(x, train)))
+        y = self.act(self.norm(name="norm")(x, train))
+        x = self.conv(x.shape[-1] // 2, 1, name="conv")(y)
         height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
         return average_pool(x[:, :height, :width], 2)
 
 
 class DenseNet(nn.Module):
-    """DenseNet-BC: images [batch, height, width, channel] -> logits [batch, num_classes] in float32.
+    """Classifies images by DenseNet-BC: [batch, height, width, channel] -> float32 logits [batch, num_classes].
 
     Huang et al. 2016 (arXiv:1608.06993). Paths: `stem/conv`, `stage1/block6/conv2`, `transition1/conv`, `head`.
 
     Attributes:
       stage_sizes: layers in each stage.
       growth: channels that each layer adds; twice as many leave the stem.
-      stem: as in `ResNet`; `3x3` is a bare convolution that nothing halves, for small images.
+      stem: as in `ResNet`; `3x3`, for small images, is a convolution without norm, activation and pool.
       anti_alias: low pass in the stem's pool: `none`, `average` or `blur`.
-      remat: `block` or `stage`: layers, or stages, are computed a second time in the backward pass; or `none`.
+      remat: `block` or `stage`: layers, or stages, are computed again in the backward pass; or `none`.
       act, norm, unbiased_variance, ghost, axis_name, drop_rate, global_pool, in_channels, num_classes, dtype: as
         in `ResNet`.
     """
@@ -94,14 +98,14 @@ class DenseNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False, endpoints: bool = False) -> Any:
-        """Logits, and with `endpoints` what each part puts out; as `ResNet.__call__`."""
+        """Computes logits, and with `endpoints` also returns the output of each part, as `ResNet.__call__`."""
         check_channels(images, self.in_channels)
         check_remat(self.remat)
         conv = partial(Conv, dtype=self.dtype, kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"))
         norm, act = make_norm(self), ACTIVATIONS[self.act]
         small = self.stem == "3x3"
         x = Stem(self.stem, 2 * self.growth, small, conv, norm, act, name="stem")(images, train)
-        collected = {"stem": x}
+        outputs = {"stem": x}
         x = StemPool("none" if small else "max", self.anti_alias, conv, norm, act, name="stem_pool")(x, train)
         layer = partial(maybe_remat(DenseLayer, self.remat == "block"), self.growth, conv, norm, act)
         stage = maybe_remat(DenseStage, self.remat == "stage")
@@ -109,8 +113,8 @@ class DenseNet(nn.Module):
             x = stage(size, layer, name=f"stage{i}")(x, train)
             if i == len(self.stage_sizes):
                 x = act(norm(name="norm")(x, train))
-            collected[f"stage{i}"] = x
+            outputs[f"stage{i}"] = x
             if i < len(self.stage_sizes):
                 x = Transition(conv, norm, act, name=f"transition{i}")(x, train)
-        collected["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
-        return (out, collected) if endpoints else out
+        outputs["features"], logits = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
+        return (logits, outputs) if endpoints else logits

@@ -1,4 +1,4 @@
-"""GoogLeNet: four branches side by side, joined (Szegedy et al. 2014), with batch normalisation as in torchvision."""
+"""GoogLeNet: four branches side by side, concatenated (Szegedy et al. 2014), with batch norms as in torchvision."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
-from resnet_jax.models.pooling import max_pool, pool_and_classify
+from resnet_jax.models.head import pool_and_classify
+from resnet_jax.models.layers import ACTIVATIONS, Conv, ConvNorm, Dtype, make_norm
 from resnet_jax.models.resnet import check_channels, check_remat, maybe_remat
+from resnet_jax.ops.pooling import adaptive_average_pool, ceil_max_pool, max_pool
 
 Array = jax.Array
 
@@ -29,7 +30,7 @@ STAGES: tuple[tuple[tuple[int, ...], ...], ...] = (
 
 
 class Chain(nn.Module):
-    """Convolutions in a row, each with norm and activation; `layers` are (features, kernel, strides)."""
+    """Applies convolutions in a row, each with norm and activation; `layers` are (features, kernel, strides)."""
 
     layers: tuple[tuple[int, int, int], ...]
     conv: Any
@@ -39,13 +40,13 @@ class Chain(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         for i, (features, kernel, strides) in enumerate(self.layers, start=1):
-            x = self.conv(features, kernel, strides, name=f"conv{i}")(x)
-            x = self.act(self.norm(name=f"norm{i}")(x, train))
+            conv = self.conv(features, kernel, strides, name=f"conv{i}")
+            x = self.act(ConvNorm(conv, self.norm(name=f"norm{i}"))(x, train))
         return x
 
 
 class Inception(nn.Module):
-    """Four branches over one input, joined along the channels.
+    """Applies four branches to one input and concatenates them along the channels.
 
     The third branch has a 3x3 where the paper has a 5x5, as torchvision's weights need it.
     """
@@ -66,7 +67,7 @@ class Inception(nn.Module):
 
 
 class InceptionStage(nn.Module):
-    """Modules in a row; `listen(name, x)` is told what each puts out."""
+    """Applies modules in a row, and calls `listen(name, x)` with the output of each."""
 
     widths: tuple[tuple[int, ...], ...]
     module: Any
@@ -81,42 +82,31 @@ class InceptionStage(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A classifier on a map within the network: mean over 4x4 parts, 1x1 convolution, two dense layers."""
+    """Classifies a map within the network: mean over 4x4 parts, 1x1 convolution, two dense layers."""
 
     num_classes: int
     chain: Any
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        x = self.chain(((128, 1, 1),), name="conv")(mean_of_parts(x, 4), train)
+        x = self.chain(((128, 1, 1),), name="conv")(adaptive_average_pool(x, 4), train)
         x = x.astype(jnp.float32).transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # PyTorch's order of features
         x = nn.Dropout(0.7, deterministic=not train)(nn.relu(nn.Dense(1024, name="fc1")(x)))
         return nn.Dense(self.num_classes, name="fc2")(x)
 
 
-def mean_of_parts(x: Array, parts: int) -> Array:
-    """[batch, parts, parts, channel]: means over as many parts of each side, which overlap where they do not divide."""
-
-    def means(x: Array, axis: int) -> Array:
-        size = x.shape[axis]
-        edges = [(i * size // parts, -(-(i + 1) * size // parts)) for i in range(parts)]
-        return jnp.stack([jax.lax.slice_in_dim(x, a, b, axis=axis).mean(axis) for a, b in edges], axis)
-
-    return means(means(x, 1), 2)
-
-
 class GoogLeNet(nn.Module):
-    """GoogLeNet: images [batch, height, width, channel] -> logits in float32.
+    """Classifies images by GoogLeNet: [batch, height, width, channel] -> float32 logits [batch, num_classes].
 
     Szegedy et al. 2014 (arXiv:1409.4842). Paths: `stem1/conv1`, `stage2/block5/branch3/conv2`, `head`.
 
     Attributes:
       widths: of the modules of each stage, as in STAGES.
-      stem: `7x7` shrinks images by eight before stage 1; `3x3`, for small ones, by nothing.
+      stem: `7x7` shrinks images by eight before stage 1; `3x3`, for small ones, keeps their size.
       auxiliary: two more heads, behind the first and the fourth module of stage 2, which put logits into the collection
         `auxiliary_logits` when training; their losses count 0.3 in training here.
-      remat: `block` or `stage`: modules, or stages, are computed a second time in the backward pass; or `none`. A stage
-        that auxiliary heads look into is kept.
+      remat: `block` or `stage`: modules, or stages, are computed again in the backward pass; or `none`. The stage whose
+        insides auxiliary heads take is kept.
       norm, unbiased_variance, ghost, axis_name, act, drop_rate, global_pool, in_channels, num_classes, dtype: as in
         `ResNet`.
     """
@@ -138,7 +128,7 @@ class GoogLeNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False, endpoints: bool = False) -> Any:
-        """Logits, and with `endpoints` what each part puts out; as `ResNet.__call__`."""
+        """Computes logits, and with `endpoints` also returns the output of each part, as `ResNet.__call__`."""
         check_channels(images, self.in_channels)
         check_remat(self.remat)
         init = nn.initializers.truncated_normal(0.01)
@@ -150,7 +140,7 @@ class GoogLeNet(nn.Module):
         small = self.stem == "3x3"
         x = chain(((sum(self.widths[0][0][k] for k in (0, 2, 4, 5)) // 4, 3, 1),) if small else ((64, 7, 2),),
                   name="stem1")(images, train)  # fmt: skip
-        collected = {"stem": x}
+        outputs = {"stem": x}
         if not small:
             x = chain(((64, 1, 1), (192, 3, 1)), name="stem2")(ceil_max_pool(x, 3), train)
         for i, widths in enumerate(self.widths, start=1):
@@ -161,21 +151,13 @@ class GoogLeNet(nn.Module):
                 self._auxiliary([inside["block1"], inside["block4"]], chain, train)
             else:
                 x = stage(widths, module, name=f"stage{i}")(x, train)
-            collected[f"stage{i}"] = x
-        collected["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
-        return (out, collected) if endpoints else out
+            outputs[f"stage{i}"] = x
+        outputs["features"], logits = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
+        return (logits, outputs) if endpoints else logits
 
     def _auxiliary(self, maps: list[Array], chain: Any, train: bool) -> None:
-        """Puts the logits of the auxiliary heads on some maps into their collection."""
+        """Applies an auxiliary head to each map and puts its logits into their collection."""
         for i, x in enumerate(maps, start=1):
             logits = AuxiliaryHead(self.num_classes or 1, chain, name=f"auxiliary{i}")(x, train)
             if not self.is_initializing():
                 self.sow("auxiliary_logits", f"logits{i}", logits)
-
-
-def ceil_max_pool(x: Array, window: int) -> Array:
-    """Maximum with stride 2 from the first pixel on; the last window may hang over (`ceil_mode` in PyTorch)."""
-    sizes = [-(-(size - window) // 2) * 2 + window for size in x.shape[1:3]]
-    beyond = [(0, max(0, whole - size)) for whole, size in zip(sizes, x.shape[1:3], strict=True)]
-    padded = jnp.pad(x, ((0, 0), *beyond, (0, 0)), constant_values=-jnp.inf)
-    return nn.max_pool(padded, window_shape=(window, window), strides=(2, 2))

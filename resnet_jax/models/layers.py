@@ -1,16 +1,23 @@
-"""Layers of residual networks: convolution, norms, drop path. Images are [batch, height, width, channel]."""
+"""Layers of networks: convolution, norms, drop path. Images are [batch, height, width, channel]."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resnet_jax.ops.convolution import conv2d, own_ways
-from resnet_jax.ops.covariance import WIDER, normalized_product
+from resnet_jax.ops.batch_statistics import (
+    batch_moments,
+    fuses_conv_and_norm,
+    ghost_batches,
+    normalized,
+    normalized_conv1x1,
+    update_running_average,
+)
+from resnet_jax.ops.convolution import conv2d
 
 Array = jax.Array
 Dtype = Any
@@ -27,10 +34,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Conv(nn.Module):
-    """A convolution without bias: `conv2d` with a float32 kernel of its own, He normal (fan-out) at the start.
+    """Convolves without bias: `conv2d` with a float32 kernel of its own, He normal (fan-out) at the start.
 
     Attributes:
+      features: channels that come out.
+      kernel_size, strides, dilation, groups: as in `conv2d`; the kernel is square.
       standardized: the kernel of each output channel gets mean 0 and variance 1 first (Qiao et al. 2019).
+      dtype: in which the convolution computes, and of the result.
     """
 
     features: int
@@ -42,23 +52,35 @@ class Conv(nn.Module):
     dtype: Dtype = jnp.float32
     kernel_init: Initializer = he_normal_fan_out
 
+    def __call__(self, x: Array) -> Array:
+        """Convolves x, [batch, height, width, channel]."""
+        kernel = self.get_kernel(x.shape[-1])
+        return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.dilation, self.groups)
+
     @nn.compact
-    def __call__(self, x: Array, apart: bool = False) -> Any:
-        """The convolution of x; or, `apart`, what it would convolve, x in `dtype` and the kernel in float32."""
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
+    def get_kernel(self, in_features: int) -> Array:
+        """Returns the kernel with which images of so many channels are convolved, float32 [k, k, in / groups, out]."""
+        shape = (self.kernel_size, self.kernel_size, in_features // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         if self.standardized:
             kernel = kernel - kernel.mean((0, 1, 2))
             kernel = kernel * lax.rsqrt(jnp.square(kernel).mean((0, 1, 2)) + 1e-8)
-        if apart:
-            return x.astype(self.dtype), kernel
-        return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.strides, self.dilation, self.groups)
+        return kernel
+
+
+class NormVariables(NamedTuple):
+    """Holds what a batch norm owns, each float32 [channel]: running statistics, as Flax variables, and parameters."""
+
+    mean: Any
+    var: Any
+    scale: Array
+    bias: Array
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation (Ioffe and Szegedy 2015) over all axes but the last, with float32 statistics.
+    """Normalises batches (Ioffe and Szegedy 2015) over all axes but the last, with float32 statistics.
 
-    With `train=True` it normalises with the statistics of the batch and moves the running ones (collection
+    With `train=True` it normalises with the statistics of the batch and updates the running ones (collection
     `batch_stats`: `mean`, `var`); with `train=False` it uses the running ones. Under `jit` with a sharded batch the
     statistics are those of the whole batch, on any number of devices; in a function of one device (`shard_map`, `pmap`)
     they are its own, unless `axis_name` says over which devices to average.
@@ -67,10 +89,11 @@ class BatchNorm(nn.Module):
       momentum: share of the old running value that is kept (PyTorch's `momentum` is one minus this).
       unbiased_variance: the running variance takes n / (n - 1) times the variance of the batch, as PyTorch does;
         otherwise the biased one, as Flax does. Normalisation itself uses the biased one in both.
-      frozen: always the running statistics, never moved, and no gradient to scale and bias.
-      ghost: statistics over groups of this number of images (Hoffer et al. 2017); the running ones move by the mean
-        over the groups. None: over all of the batch.
+      frozen: always the running statistics, never updated, and no gradient to scale and bias.
+      ghost: statistics over groups of this number of images (Hoffer et al. 2017); the running ones take the mean over
+        the groups. None: over all of the batch.
       axis_name: of the mapped axis.
+      dtype: of the result.
     """
 
     momentum: float = 0.9
@@ -82,119 +105,76 @@ class BatchNorm(nn.Module):
     dtype: Dtype = jnp.float32
     scale_init: Initializer = nn.initializers.ones
 
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """Normalises x, [batch, ..., channel]."""
+        held, shape = self.get_variables(x.shape[-1]), x.shape
+        if train and not self.frozen:
+            starting = self.is_initializing()
+            x = ghost_batches(x, None if starting else self.ghost)
+            mean, var = batch_moments(x, None if starting else self.axis_name)
+            if not starting:
+                self.update_statistics(held, mean, var, x.size // mean.size)
+        else:
+            mean, var = held.mean.value, held.var.value
+        return normalized(x, mean, var, held.scale, held.bias, self.epsilon, self.dtype).reshape(shape)
+
     @nn.compact
-    def __call__(self, x: Array, train: bool = False, kernel: Array | None = None) -> Array:
-        """Normalises x, or its convolution by a kernel [1, 1, in, out], when training as `_as_one` says."""
-        features = (x if kernel is None else kernel).shape[-1:]
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
-        scale = self.param("scale", self.scale_init, features, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
+    def get_variables(self, features: int) -> NormVariables:
+        """Returns what the norm of so many channels holds."""
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
+        scale = self.param("scale", self.scale_init, (features,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
         if self.frozen:
             scale, bias = lax.stop_gradient((scale, bias))
+        return NormVariables(mean, var, scale, bias)
 
-        if kernel is not None:
-            y, mean, var = _normalized_convolution(x, kernel, scale, bias, self.epsilon, self.axis_name)
-            self._move(running_mean, running_var, mean, var, x.size // x.shape[-1])
-            return y
-        shape = x.shape
-        if train and not self.frozen:
-            axis_name = None if self.is_initializing() else self.axis_name
-            x = in_groups(x, None if self.is_initializing() else self.ghost)
-            mean, var = batch_moments(x, axis_name)
-            if not self.is_initializing():
-                self._move(running_mean, running_var, mean, var, x.size // mean.size)
-        else:
-            mean, var = running_mean.value, running_var.value
-        return normalized(x, mean, var, scale, bias, self.epsilon, self.dtype).reshape(shape)
-
-    def _move(self, running_mean: Any, running_var: Any, mean: Array, var: Array, count: int) -> None:
+    def update_statistics(self, held: NormVariables, mean: Array, var: Array, count: int) -> None:
+        """Updates the running statistics with those of a batch, of which each is of `count` values on this device."""
         count *= 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         correction = count / max(count - 1, 1) if self.unbiased_variance else 1.0
-        running_mean.value = update_running_average(running_mean.value, mean, self.momentum)
-        running_var.value = update_running_average(running_var.value, var, self.momentum, correction)
+        held.mean.value = update_running_average(held.mean.value, mean, self.momentum)
+        held.var.value = update_running_average(held.var.value, var, self.momentum, correction)
 
 
-def convolved_and_normed(conv: nn.Module, norm: nn.Module, x: Array, train: bool) -> Array:
-    """`norm(conv(x))`; in training an NVIDIA GPU computes it as `covariance` says, where that is faster."""
-    if train and own_ways() and _as_one(conv, norm, x):
-        x, kernel = conv(x, apart=True)
-        return norm(x, train, kernel)
-    return norm(conv(x), train)
+class ConvNorm(nn.Module):
+    """Convolves, then normalises: `norm(conv(x))`, which some platforms compute faster as one operation.
 
+    Both are made where this is called, under names of their own, so that parameters stand at `conv1/kernel` and
+    `norm1/scale`: `ConvNorm(Conv(64, 3, name="conv1"), BatchNorm(name="norm1"))(x, train)`.
 
-def _as_one(conv: nn.Module, norm: nn.Module, x: Array) -> bool:
-    """Whether a 1x1 in bfloat16 widens, and its statistics are those of a whole batch."""
-    if not isinstance(conv, Conv) or not isinstance(norm, BatchNorm) or norm.is_initializing():
-        return False
-    widens = (conv.kernel_size, conv.strides, conv.groups) == (1, 1, 1) and conv.features >= WIDER * x.shape[-1]
-    half = jnp.dtype(conv.dtype) == jnp.dtype(norm.dtype) == jnp.bfloat16
-    return widens and half and not norm.frozen and norm.ghost is None
-
-
-def in_groups(x: Array, ghost: int | None) -> Array:
-    """[batch, height, width, channel] -> [groups, ghost, height, width, channel]; x itself for no ghost batches.
-
-    Raises:
-      ValueError: the batch does not divide into groups of that size.
+    Attributes:
+      conv: a `Conv`, or any module `conv(x)` in its place.
+      norm: a `BatchNorm`, or any module `norm(x, train)`.
     """
-    if ghost is None:
-        return x
-    if x.shape[0] % ghost:
-        raise ValueError(f"a batch of {x.shape[0]} images does not divide into ghost batches of {ghost}")
-    return x.reshape(-1, ghost, *x.shape[1:])
 
+    conv: nn.Module
+    norm: nn.Module
 
-@partial(jax.jit, static_argnames="axis_name")
-def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]:
-    """Mean and biased variance of each channel, in float32.
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """Computes `norm(conv(x))`, with `train` as in `BatchNorm`."""
+        conv, norm = self.conv, self.norm
+        if not (train and self._is_one_operation(x)):
+            return norm(conv(x), train)
+        held = norm.get_variables(conv.features)
+        x, kernel = x.astype(conv.dtype), conv.get_kernel(x.shape[-1])
+        y, mean, var = normalized_conv1x1(x, kernel, held.scale, held.bias, norm.epsilon, norm.axis_name)
+        norm.update_statistics(held, mean, var, x.size // x.shape[-1])
+        return y
 
-    [batch, height, width, channel] gives [channel]; [groups, ghost, height, width, channel] gives
-    [groups, 1, 1, 1, channel]. With `axis_name` they are those of all devices of that mapped axis.
-
-    This and the next two are traced and differentiated once for all equal layers.
-    """
-    grouped = x.ndim == 5
-    axes = (1, 2, 3) if grouped else tuple(range(x.ndim - 1))
-    x = x.astype(jnp.float32)
-    mean, square = x.mean(axes, keepdims=grouped), jnp.square(x).mean(axes, keepdims=grouped)
-    if axis_name is not None:
-        mean, square = lax.pmean((mean, square), axis_name)
-    return mean, jnp.maximum(square - jnp.square(mean), 0.0)
-
-
-@partial(jax.jit, static_argnames=("momentum", "correction"))
-def update_running_average(running: Array, found: Array, momentum: float, correction: float = 1.0) -> Array:
-    """A running statistic [channel] after a batch of which `found` holds one or, in ghost batches, several."""
-    return momentum * running + (1 - momentum) * correction * found.reshape(-1, *running.shape).mean(0)
-
-
-@partial(jax.jit, static_argnames=("epsilon", "dtype"))
-def normalized(x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float, dtype: Dtype) -> Array:
-    """x less the mean over the standard deviation, times scale plus bias; computed in float32, put out as `dtype`."""
-    factor = scale * lax.rsqrt(var + epsilon)
-    return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(dtype)
-
-
-@partial(jax.jit, static_argnames=("epsilon", "axis_name"))
-def _normalized_convolution(
-    x: Array, kernel: Array, scale: Array, bias: Array, epsilon: float, axis_name: str | None
-) -> tuple[Array, Array, Array]:
-    """A normalised 1x1 convolution [batch, height, width, out] in x's dtype, its mean and its biased variance [out]."""
-
-    def on_gpu(x: Array, kernel: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
-        return normalized_product(x, kernel[0, 0], scale, bias, epsilon, axis_name)
-
-    def default(x: Array, kernel: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
-        y = conv2d(x, kernel.astype(x.dtype))
-        mean, var = batch_moments(y, axis_name)
-        return normalized(y, mean, var, scale, bias, epsilon, x.dtype), mean, var
-
-    return lax.platform_dependent(x, kernel, scale, bias, cuda=on_gpu, default=default)
+    @nn.nowrap
+    def _is_one_operation(self, x: Array) -> bool:
+        """Returns whether this is a 1x1 convolution and a norm by the whole batch that an op computes as one."""
+        conv, norm = self.conv, self.norm
+        if not isinstance(conv, Conv) or not isinstance(norm, BatchNorm) or norm.is_initializing():
+            return False
+        pointwise = (conv.kernel_size, conv.strides, conv.groups) == (1, 1, 1)
+        whole_batch = not norm.frozen and norm.ghost is None and jnp.dtype(conv.dtype) == jnp.dtype(norm.dtype)
+        return pointwise and whole_batch and fuses_conv_and_norm(x.shape[-1], conv.features, conv.dtype)
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu and He 2018); `train` is accepted and changes nothing.
+    """Normalises groups of channels of each image (Wu and He 2018); `train` is accepted and changes nothing.
 
     Statistics come from the moments of each image and channel in float32. Where a mean is many times the deviation
     that costs digits, though fewer than in PyTorch's.
@@ -228,7 +208,7 @@ class GroupNorm(nn.Module):
 
 
 class FoldedNorm(nn.Module):
-    """What `fold_batch_norm` leaves of a norm: a bias, and a factor where its variables have one (`scale`)."""
+    """Adds a bias, after a factor where its variables have one (`scale`): what `fold_batch_norm` leaves of a norm."""
 
     dtype: Dtype = jnp.float32
     scale_init: Initializer = nn.initializers.ones
@@ -242,7 +222,7 @@ class FoldedNorm(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """x itself, for networks without normalisation."""
+    """Returns x itself, for networks without normalisation."""
 
     dtype: Dtype = jnp.float32
     scale_init: Initializer = nn.initializers.ones
@@ -253,7 +233,7 @@ class NoNorm(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Zero for a random share of the images of a batch when training, and scaled up for the rest (Huang et al. 2016).
+    """Zeroes a random share of the images of a batch when training, and scales up the rest (Huang et al. 2016).
 
     Draws from the `dropout` random numbers.
     """
@@ -278,11 +258,14 @@ NORMS: dict[str, Any] = {
 
 
 def make_norm(model: Any, epsilon: float = 1e-5) -> Any:
-    """The class of a model's norm with everything but its name set.
+    """Returns the class of a model's norm with everything but its name set.
 
     Args:
       model: with the fields `norm` (`batch`, `frozen_batch`, `group`, `none`, or `folded` of `fold_batch_norm`),
         `dtype`, `unbiased_variance`, `ghost` and `axis_name`.
+
+    Raises:
+      ValueError: the norm is unknown.
     """
     kind = model.norm
     if kind not in NORMS:

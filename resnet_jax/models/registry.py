@@ -1,4 +1,4 @@
-"""Models by name: making them, listing them, counting what they hold and cost."""
+"""Models by name: creates and lists them, and counts their parameters and multiply-adds."""
 
 import difflib
 import fnmatch
@@ -31,12 +31,12 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the models that match a shell pattern such as `resnext*`, sorted."""
+    """Returns the names of the models that match a shell pattern such as `resnext*`, sorted."""
     return sorted(fnmatch.filter(MODELS, pattern))
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
-    """The named model as a `flax.linen.Module`; nothing is allocated.
+    """Returns the named model as a `flax.linen.Module`; nothing is allocated.
 
     Args:
       name: a name from `list_models()`.
@@ -57,7 +57,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
 
 def model_fields(recipe: ModelConfig) -> dict[str, Any]:
-    """The fields of a recipe's model that differ from the named model's, apart from classes and type."""
+    """Returns the fields in which a recipe's model differs from the named model, apart from classes and type."""
     apart = ("name", "num_classes", "pretrained", "compute_dtype")
     default = ModelConfig()
     names = [name for name in ModelConfig.__dataclass_fields__ if name not in apart]
@@ -65,14 +65,14 @@ def model_fields(recipe: ModelConfig) -> dict[str, Any]:
 
 
 def nearest(word: str, words: Any) -> str:
-    """A sentence that names the words most like a wrong one, or all where none is."""
+    """Returns a sentence that names the words most like a wrong one, or all where none is."""
     near = difflib.get_close_matches(word, list(words), n=3, cutoff=0.4)
     return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(sorted(words))}."
 
 
 @lru_cache(maxsize=256)
 def variable_shapes(model: Any) -> Any:
-    """Shapes and types of a model's variables; nothing is allocated, and of equal blocks of a ResNet one is traced."""
+    """Returns shapes and types of a model's variables; nothing is allocated, and equal blocks are traced once."""
     traced = shortened(model)
     size = getattr(model, "image_size", 64)
     images = jax.ShapeDtypeStruct((1, size, size, model.in_channels), jnp.float32)
@@ -87,19 +87,19 @@ def variable_shapes(model: Any) -> Any:
 
 
 def shortened(model: Any) -> Any:
-    """A ResNet with two blocks a stage at most, as which the later ones are made; other models, and loops, whole."""
+    """Returns a ResNet with the first two blocks of each stage, which all later ones equal; other models unchanged."""
     if type(model) is not ResNet or model.scan:
         return model
     return model.clone(stage_sizes=tuple(min(blocks, 2) for blocks in model.stage_sizes))
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable values, from shapes alone: running statistics do not count, nothing is allocated."""
+    """Returns the number of trainable values; running statistics do not count, and nothing is allocated."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variable_shapes(model)["params"]))
 
 
 class Feature(NamedTuple):
-    """An endpoint of a model: `stride` is how many times the image is larger."""
+    """Describes an endpoint of a model: `stride` is how many times larger the image is."""
 
     name: str
     channels: int
@@ -107,7 +107,7 @@ class Feature(NamedTuple):
 
 
 def feature_info(model: Any) -> list[Feature]:
-    """The maps that `model.apply(..., endpoints=True)` returns beside the logits, for those who build on them.
+    """Describes the maps that `model.apply(..., endpoints=True)` returns beside the logits.
 
     Raises:
       InputError: the model has tokens and no maps.
@@ -115,14 +115,14 @@ def feature_info(model: Any) -> list[Feature]:
     if isinstance(model, ViT):
         raise InputError("a transformer has tokens of one width throughout, and no maps")
     images = jax.ShapeDtypeStruct((1, 256, 256, model.in_channels), jnp.float32)
-    maps = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), jnp.zeros(images.shape), endpoints=True))
-    collected = maps[0][1]
-    names = ["stem", *sorted(name for name in collected if name.startswith("stage"))]
-    return [Feature(name, collected[name].shape[-1], 256 // collected[name].shape[1]) for name in names]
+    results = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), jnp.zeros(images.shape), endpoints=True))
+    outputs = results[0][1]
+    names = ["stem", *sorted(name for name in outputs if name.startswith("stage"))]
+    return [Feature(name, outputs[name].shape[-1], 256 // outputs[name].shape[1]) for name in names]
 
 
 def stride_of(model: Any) -> int:
-    """How many times larger than its last map a model's image is."""
+    """Returns how many times larger than its last map a model's image is."""
     if isinstance(model, ViT):
         return model.patch
     if isinstance(model, DenseNet):
@@ -134,29 +134,31 @@ def stride_of(model: Any) -> int:
 
 
 class Cost(NamedTuple):
-    """Trainable values of a model, and multiply-adds of one image."""
+    """Holds the number of trainable values of a model, and of multiply-adds for one image."""
 
     parameters: int
     macs: int
 
 
 def cost(model: Any, size: Size) -> Cost:
-    """What a model holds and what an image of that size costs, counted as timm's tables do; nothing is allocated.
+    """Counts a model's parameters, and the multiply-adds of an image of that size, as timm's tables do.
 
     Convolutions, dense layers, products of attention and norms count; an element costs 2 in batch normalisation, 5 in
-    group normalisation, and a standardised weight 4. Of equal blocks of a ResNet one is traced.
+    group normalisation, and a standardised weight 4. Nothing is allocated; equal blocks of a ResNet are traced once.
     """
     model = block_by_block(model)
     traced, macs = shortened(model), 0
 
     def repeats(path: Any) -> int:
-        """How often the module at a path stands in the whole model: the second block of a stage for all later ones."""
+        """Returns how often a module counts: one in the second block of a stage counts for all later blocks, too."""
         equal = traced is not model and path[0].startswith("stage") and "block2" in path[1:2]
         return model.stage_sizes[int(path[0][-1]) - 1] - 1 if equal else 1
 
     def count(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal macs
         out, module = call(*args, **kwargs), context.module
+        if context.method_name != "__call__":
+            return out
         if isinstance(module, Conv):
             kernel = module.kernel_size**2 * args[0].shape[-1] // module.groups
             each = out.size * kernel + (4 * kernel * out.shape[-1] if module.standardized else 0)

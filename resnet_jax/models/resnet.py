@@ -1,4 +1,4 @@
-"""One module for all residual networks; the named ones are rows of the table in `table.py`."""
+"""Residual networks: stem, stages of blocks, head; the named ones are rows of the table in `table.py`."""
 
 from functools import partial
 from typing import Any
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from resnet_jax.models.attention import with_self_attention
 from resnet_jax.models.blocks import BASIC, BOTTLENECK, PreactBlock, ResidualBlock
-from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
-from resnet_jax.models.pooling import ANTI_ALIASES, anti_alias, max_pool, pool_and_classify
+from resnet_jax.models.head import pool_and_classify
+from resnet_jax.models.layers import ACTIVATIONS, Conv, ConvNorm, Dtype, make_norm
 from resnet_jax.models.stacking import EQUAL, run_stacked
+from resnet_jax.ops.pooling import ANTI_ALIASES, anti_alias, max_pool
 
 Array = jax.Array
 
@@ -21,10 +22,10 @@ STEM_POOLS = ("max", "max_zero", "conv", "none")
 
 
 class Stem(nn.Module):
-    """From pixels to the first features.
+    """Computes the first features from pixels.
 
     `7x7` is He et al.'s (stride 2); `3x3` keeps the size, for small pictures; `deep` and `deep_tiered` are three 3x3
-    (stride 2 on the first), after He et al. 2019. With `preact` the last convolution is left bare.
+    (stride 2 on the first), after He et al. 2019. With `preact` no norm and activation follow the last convolution.
     """
 
     kind: str
@@ -40,19 +41,20 @@ class Stem(nn.Module):
             raise ValueError(f"stem {self.kind!r} is unknown; choose one of {', '.join(STEMS)}")
         if self.kind in ("7x7", "3x3"):
             size, strides = (7, 2) if self.kind == "7x7" else (3, 1)
-            x = self.conv(self.width, size, strides, name="conv")(x)
-            return x if self.preact else self.act(self.norm(name="norm")(x, train))
+            conv = self.conv(self.width, size, strides, name="conv")
+            return conv(x) if self.preact else self.act(ConvNorm(conv, self.norm(name="norm"))(x, train))
         half = self.width // 2
         first = half if self.kind == "deep" else 3 * (half // 4)
         for i, features in enumerate((first, half, self.width), start=1):
-            x = self.conv(features, 3, 2 if i == 1 else 1, name=f"conv{i}")(x)
-            if i < 3 or not self.preact:
-                x = self.act(self.norm(name=f"norm{i}")(x, train))
+            conv = self.conv(features, 3, 2 if i == 1 else 1, name=f"conv{i}")
+            if i == 3 and self.preact:
+                return conv(x)
+            x = self.act(ConvNorm(conv, self.norm(name=f"norm{i}"))(x, train))
         return x
 
 
 class StemPool(nn.Module):
-    """Halves what the stem puts out; the fields are those of `ResNet`."""
+    """Halves the stem's image; the fields are those of `ResNet`."""
 
     kind: str
     anti_alias: str
@@ -80,13 +82,13 @@ class StemPool(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks in a row; the first one has the stride and changes the number of channels.
+    """Applies blocks in a row; the first one has the stride and changes the number of channels.
 
     Attributes:
       drop_paths: one rate a block; their number is the number of blocks.
       first_dilation: of the first block's strided convolution.
-      scan: the blocks after the first one are one, compiled once and run in a loop (`stacking.py`).
-      in_groups: that loop keeps the inputs of groups of blocks alone for the backward pass.
+      scan: the blocks after the first one are compiled once and run in a loop (`stacking.py`).
+      in_groups: for the backward pass that loop keeps only the inputs of groups of blocks.
     """
 
     block: Any
@@ -112,7 +114,7 @@ class Stage(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network: images [batch, height, width, channel] -> logits [batch, num_classes] in float32.
+    """Classifies images by a residual network: [batch, height, width, channel] -> float32 logits [batch, num_classes].
 
     Parameters, running statistics and logits are float32; convolutions compute in `dtype`. Paths read as an address:
     `stem/conv`, `stage3/block2/conv1`, `stage2/block1/shortcut/conv`, `head`.
@@ -146,9 +148,9 @@ class ResNet(nn.Module):
       standardized: kernels are standardised before they are used.
       act: `relu`, `silu`, `gelu` or `identity`.
       zero_init_last: every branch starts at zero. Without effect on plain blocks.
-      remat: `block` or `stage`: those, and the stem, are computed again in the backward pass instead of being kept; or
-        `none`. `stage` with `scan` is for very deep stages: groups of about the root of their blocks are computed
-        again, and then each block, so that memory grows with the root of the depth.
+      remat: `block` or `stage`: what is inside them and the stem is computed again in the backward pass, not kept; or
+        `none`. `stage` with `scan` is for very deep stages: groups of some sqrt(depth) blocks are computed again, and
+        then each block, so that memory grows with the square root of the depth.
       scan: the equal blocks of a stage are compiled once and run in a loop, with their variables stacked as
         `stack_blocks` does: compile time no longer grows with depth.
       output_stride: the image never shrinks further than by this (8, 16 or 32); later stages are dilated instead.
@@ -201,10 +203,13 @@ class ResNet(nn.Module):
           images: float [batch, height, width, channel], normalised.
           train: normalise with the statistics of the batch; then apply with `mutable=["batch_stats"]`, and with
             `rngs={"dropout": key}` where a drop rate is set.
-          endpoints: return also what each part puts out: `stem` (before the pool), `stage1`, ..., `features`.
+          endpoints: also return the output of each part: `stem` (before the pool), `stage1`, ..., `features`.
 
         Returns:
-          logits, or (logits, endpoints).
+          Logits, or (logits, {name: output}).
+
+        Raises:
+          ValueError: a field has an impossible value, or images have other channels than `in_channels`.
         """
         check_channels(images, self.in_channels)
         self._check()
@@ -212,20 +217,20 @@ class ResNet(nn.Module):
         norm, act = make_norm(self), ACTIVATIONS[self.act]
         stem = maybe_remat(Stem, self.remat != "none")
         x = stem(self.stem, self.stem_width, self.preact, conv, norm, act, name="stem")(images, train)
-        collected = {"stem": x}
+        outputs = {"stem": x}
         x = StemPool(self.stem_pool, self.anti_alias, conv, norm, act, name="stem_pool")(x, train)
         strides = self._strides()
         for i, rates in enumerate(self._drop_paths()):
-            in_last_stage = self.self_attention and i == len(self.stage_sizes) - 1
-            layer = with_self_attention(conv, self.self_attention, self.dtype) if in_last_stage else conv
+            attends = self.self_attention and i == len(self.stage_sizes) - 1
+            layer = with_self_attention(conv, self.self_attention, self.dtype) if attends else conv
             block = partial(self._block(i), conv=layer, norm=norm, act=act)
             stage = maybe_remat(Stage, self.remat == "stage" and not self.scan)
             x = stage(block, rates, *strides[i], self.scan, self._in_groups, name=f"stage{i + 1}")(x, train)
-            collected[f"stage{i + 1}"] = x
+            outputs[f"stage{i + 1}"] = x
         if self.preact:
             x = act(norm(name="norm")(x, train))
-        collected["features"], out = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
-        return (out, collected) if endpoints else out
+        outputs["features"], logits = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
+        return (logits, outputs) if endpoints else logits
 
     @property
     def _in_groups(self) -> bool:
@@ -245,7 +250,7 @@ class ResNet(nn.Module):
             )
 
     def _strides(self) -> list[tuple[int, int, int]]:
-        """(strides, dilation, first dilation) of each stage, such that `output_stride` is kept."""
+        """Returns (strides, dilation, first dilation) of each stage, such that `output_stride` is kept."""
         reached = (1 if self.stem == "3x3" else 2) * (1 if self.stem_pool == "none" else 2)
         dilation, layout = 1, []
         for i in range(len(self.stage_sizes)):
@@ -257,7 +262,7 @@ class ResNet(nn.Module):
         return layout
 
     def _drop_paths(self) -> list[tuple[float, ...]]:
-        """The rate of each block of each stage: linear in depth, 0 at the first (Huang et al. 2016)."""
+        """Returns the rate of each block of each stage: linear in depth, 0 at the first (Huang et al. 2016)."""
         depth = max(1, sum(self.stage_sizes) - 1)
         starts = [sum(self.stage_sizes[:i]) for i in range(len(self.stage_sizes))]
         return [
@@ -266,10 +271,11 @@ class ResNet(nn.Module):
         ]
 
     def _block(self, stage: int) -> Any:
+        """Returns the class of a stage's blocks with the network's fields set."""
         kernels, expansion = BLOCKS[self.block if isinstance(self.block, str) else self.block[stage]]
         width = self.widths[stage]
         inner = width * self.base_width // 64 * self.cardinality
-        smooth: dict[str, Any] = {} if self.preact else {"anti_alias": self.anti_alias}
+        low_pass: dict[str, Any] = {} if self.preact else {"anti_alias": self.anti_alias}
         return partial(
             maybe_remat(PreactBlock if self.preact else ResidualBlock, self.remat == "block" or self._in_groups),
             features=width * expansion,
@@ -282,12 +288,12 @@ class ResNet(nn.Module):
             attention=self.attention,
             attention_ratio=self.attention_ratio,
             zero_init_last=self.zero_init_last,
-            **smooth,
+            **low_pass,
         )
 
 
 def maybe_remat(module: Any, remat: bool) -> Any:
-    """The module's class, with `remat` one whose insides are computed again in the backward pass (Chen et al. 2016)."""
+    """Returns a module's class, with `remat` one that is computed again in the backward pass (Chen et al. 2016)."""
     return nn.remat(module, static_argnums=(2,)) if remat else module
 
 
@@ -298,7 +304,7 @@ def check_remat(remat: str) -> None:
 
 
 def check_channels(images: Array, channels: int) -> None:
-    """Raises ValueError where images have another number of channels than the model was made for."""
+    """Raises ValueError where images do not have as many channels as the model takes."""
     if images.shape[-1] != channels:
         raise ValueError(
             f"images of shape {images.shape} have {images.shape[-1]} channels, the model takes {channels}: "

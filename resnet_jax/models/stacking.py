@@ -1,4 +1,4 @@
-"""Two forms of the same values: a stage's blocks one by one, or the equal ones stacked, as `scan` computes them."""
+"""A stage's variables in two forms: block by block, or those of equal blocks stacked, as `scan` takes them."""
 
 from functools import partial
 from typing import Any
@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 FIRST, EQUAL = "block1", "blocks"
-"""Of a stacked stage: the block that changes the shape, and all after it along a new first axis."""
+"""Names in a stacked stage: the block that changes the shape, and all after it, along a new first axis."""
 
 
 def stack_blocks(tree: Any) -> Any:
-    """What `ResNet(scan=True)` takes, from variables, or anything that is made like them, with `block1`, `block2`, ...
+    """Returns variables as `ResNet(scan=True)` takes them, from those with `block1`, `block2`, ...
 
-    A tree without such stages, or one that is stacked already, comes back as it is.
+    Any tree with the structure of variables will do, such as a whole state. One without such stages, or one that is
+    stacked already, is returned as it is.
     """
 
     def stack(stage: Any) -> Any:
@@ -27,7 +28,7 @@ def stack_blocks(tree: Any) -> Any:
 
 
 def unstack_blocks(tree: Any) -> Any:
-    """The inverse of `stack_blocks`: what every other model takes, and what checkpoints hold."""
+    """Undoes `stack_blocks`: returns variables as every other model takes them, and as checkpoints hold them."""
 
     def unstack(stage: Any) -> Any:
         if not _is_stage(stage) or EQUAL not in stage:
@@ -40,7 +41,7 @@ def unstack_blocks(tree: Any) -> Any:
 
 
 def run_stacked(block: Any, x: jax.Array, train: bool, count: int, in_groups: bool) -> jax.Array:
-    """What comes out of `count` equal blocks in a row, in a loop; the variables of `block` are stacked.
+    """Applies `count` equal blocks in a row, in a loop; the variables of `block` are stacked.
 
     With `in_groups` a loop over groups runs loops over their blocks, and groups are computed again in the backward
     pass: some 2 sqrt(count) inputs of blocks are kept instead of `count` (Chen et al. 2016, section 4).
@@ -54,7 +55,7 @@ def run_stacked(block: Any, x: jax.Array, train: bool, count: int, in_groups: bo
     if not in_groups or block.is_initializing():
         return loop(once, length=count)(block, x, None)[0]
     groups, size = grid(count)
-    spare = groups * size - count  # blocks that only fill the last group: their outputs are not taken
+    spare = groups * size - count  # blocks that only fill the last group: their outputs are not used
 
     def fold(variables: Any) -> Any:
         def one(v: jax.Array) -> jax.Array:
@@ -75,7 +76,7 @@ STACKED = ("params", "batch_stats")
 
 
 def grid(count: int) -> tuple[int, int]:
-    """Groups and blocks in each: few of both together, with few blocks to spare."""
+    """Returns a number of groups and of blocks in each: few of both together, with few blocks to spare."""
 
     def cost(size: int) -> int:
         groups = -(-count // size)
@@ -94,5 +95,5 @@ def _is_stage(node: Any) -> bool:
 
 
 def block_by_block(model: Any) -> Any:
-    """The model without `scan`, whose variables are those of `unstack_blocks`."""
+    """Returns the model without `scan`, which takes variables as `unstack_blocks` returns them."""
     return model.clone(scan=False) if getattr(model, "scan", False) else model

@@ -74,7 +74,7 @@ PLAIN: dict[str, Fields] = {
     ),
 }
 
-ATTENTIVE: dict[str, Fields] = {
+CHANNEL_ATTENTION: dict[str, Fields] = {
     "seresnet18": _resnet(R18, BASIC, SE),
     "seresnet34": _resnet(R34, BASIC, SE),
     "seresnet50": _resnet(R50, SE),
@@ -128,7 +128,7 @@ V2: Fields = {"preact": True}
 
 
 def _bit(sizes: tuple[int, ...], factor: int) -> Fields:
-    """A network of Big Transfer: group norm, standardised kernels, `factor` times as wide."""
+    """Returns a network of Big Transfer: group norm, standardised kernels, `factor` times as wide."""
     widths = tuple(factor * width for width in (64, 128, 256, 512))
     wide = {"widths": widths, "stem_width": 64 * factor, "stem_pool": "max_zero", "norm": "group", "standardized": True}
     return _resnet(sizes, V2, wide)
@@ -157,7 +157,7 @@ PREACTIVATED: dict[str, Fields] = {
 
 
 def _cifar(blocks: int, **fields: Any) -> Fields:
-    """Three stages of `blocks` blocks on a 3x3 stem of 16 channels (He et al. 2015, section 4.2)."""
+    """Returns three stages of `blocks` blocks on a 3x3 stem of 16 channels (He et al. 2015, section 4.2)."""
     row = {"stage_sizes": (blocks,) * 3, "block": "basic", "widths": (16, 32, 64), "stem_width": 16}
     return row | {"stem": "3x3", "stem_pool": "none", "num_classes": 10} | fields
 
@@ -171,9 +171,9 @@ CIFAR: dict[str, Fields] = {
     "cifar_resnet18": _cifar(0, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem_width=64),
 }
 
-ATTENDING: dict[str, Fields] = {"botnet50": _resnet(R50, {"self_attention": 4})}
+SELF_ATTENTION: dict[str, Fields] = {"botnet50": _resnet(R50, {"self_attention": 4})}
 
-RESNETS = PLAIN | ATTENDING | ATTENTIVE | ANTI_ALIASED | PREACTIVATED | CIFAR
+RESNETS = PLAIN | SELF_ATTENTION | CHANNEL_ATTENTION | ANTI_ALIASED | PREACTIVATED | CIFAR
 
 DENSENETS: dict[str, Fields] = {
     "densenet121": {"stage_sizes": (6, 12, 24, 16)},
@@ -186,7 +186,7 @@ DENSENETS: dict[str, Fields] = {
 
 
 def _cifar_densenet(depth: int, growth: int) -> Fields:
-    """DenseNet-BC of three equal stages for small images (Huang et al. 2016, Table 2)."""
+    """Returns DenseNet-BC of three equal stages for small images (Huang et al. 2016, Table 2)."""
     return {"stage_sizes": ((depth - 4) // 6,) * 3, "growth": growth, "stem": "3x3", "num_classes": 10}
 
 

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.attention import attention_weights
+from resnet_jax.models.head import classify
 from resnet_jax.models.layers import Dtype
-from resnet_jax.models.pooling import classify
 from resnet_jax.models.resnet import check_channels, check_remat, maybe_remat
 
 Array = jax.Array
 
 
 class SelfAttention(nn.Module):
-    """Every token looks at every token, with several heads (Vaswani et al. 2017): [batch, n, width] -> the same."""
+    """Computes self-attention over tokens with several heads (Vaswani et al. 2017): [batch, n, width] -> the same."""
 
     heads: int
     dtype: Dtype = jnp.float32
@@ -33,10 +33,10 @@ class SelfAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the pre-activation residual block of transformers.
+    """Computes x + attention(norm(x)), then x + mlp(norm(x)): the pre-activation residual block of transformers.
 
     Attributes:
-      shortcut: without, only the branches are left.
+      shortcut: False leaves out both `x +`.
     """
 
     heads: int
@@ -58,7 +58,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Blocks in a row."""
+    """Applies blocks in a row."""
 
     depth: int
     block: Any
@@ -71,7 +71,7 @@ class Encoder(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer: images [batch, height, width, channel] -> logits [batch, num_classes] in float32.
+    """Classifies images by a transformer: [batch, height, width, channel] -> float32 logits [batch, num_classes].
 
     Dosovitskiy et al. 2020 (arXiv:2010.11929), as torchvision has it. Paths: `stem/conv`, `class_token`, `position`,
     `stage1/block3/attention/qkv`, `norm`, `head`.
@@ -103,7 +103,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False, endpoints: bool = False) -> Any:
-        """Logits, and with `endpoints` the tokens after `stem` and `stage1`; as `ResNet.__call__`.
+        """Computes logits, and with `endpoints` also returns tokens after `stem` and `stage1`, as `ResNet.__call__`.
 
         Raises:
           ValueError: the images have another size or number of channels than the model was made for.
@@ -118,18 +118,18 @@ class ViT(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)).astype(self.dtype), x], 1)
         position = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width), jnp.float32)
         x = x + position.astype(self.dtype)
-        collected = {"stem": x}
+        outputs = {"stem": x}
         block = maybe_remat(EncoderBlock, self.remat == "block")
         block = partial(block, self.heads, self.mlp, self.shortcut, self.drop_rate, self.dtype)
         encoder = maybe_remat(Encoder, self.remat == "stage")
-        x = collected["stage1"] = encoder(self.depth, block, name="stage1")(x, train)
+        x = outputs["stage1"] = encoder(self.depth, block, name="stage1")(x, train)
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
-        collected["features"], out = classify(x[:, 0].astype(jnp.float32), self.drop_rate, self.num_classes, train)
-        return (out, collected) if endpoints else out
+        outputs["features"], logits = classify(x[:, 0].astype(jnp.float32), self.drop_rate, self.num_classes, train)
+        return (logits, outputs) if endpoints else logits
 
 
 class PatchStem(nn.Module):
-    """One token for each square of `patch` x `patch` pixels: [batch, height / patch, width / patch, width]."""
+    """Computes a token from each square of pixels: [batch, height / patch, width / patch, width]."""
 
     patch: int
     width: int
@@ -138,11 +138,12 @@ class PatchStem(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> Array:
         size = (self.patch, self.patch)
-        return nn.Conv(self.width, size, size, "VALID", dtype=self.dtype, conv_general_dilated=cut, name="conv")(images)
+        conv = partial(nn.Conv, padding="VALID", dtype=self.dtype, conv_general_dilated=patch_conv2d)
+        return conv(self.width, size, size, name="conv")(images)
 
 
-def cut(images: Array, kernel: Array, strides: tuple[int, int], *_: Any, **__: Any) -> Array:
-    """The convolution whose windows do not overlap, as one matrix product: fast in loops on a CPU too.
+def patch_conv2d(images: Array, kernel: Array, strides: tuple[int, int], *_: Any, **__: Any) -> Array:
+    """Convolves with windows that do not overlap, as one matrix product: fast in loops on a CPU too.
 
     [batch, height, width, in] and [patch, patch, in, out] give [batch, height / patch, width / patch, out].
     """

@@ -13,9 +13,9 @@ Tree = dict[str, Any]
 
 
 def fold_batch_norm(model: ResNet, variables: Tree) -> tuple[ResNet, Tree]:
-    """A model without batch statistics, and its variables, with the same logits in evaluation up to rounding.
+    """Returns a model without batch statistics and its variables, with the same logits in evaluation up to rounding.
 
-    Each norm behind a convolution becomes its bias. A norm that no convolution goes before, as the first one of a
+    Each norm behind a convolution becomes its bias. A norm with no convolution before it, as the first one of a
     pre-activation block, becomes a factor and a bias. The result is for evaluation only.
 
     Raises:
@@ -48,6 +48,6 @@ def _fold(params: Tree, stats: Tree, preact: bool, in_stage: bool = False) -> Tr
 
 
 def _conv_before(norm: str, preact_block: bool) -> str:
-    """`norm2` follows `conv2`, but in a pre-activation block `conv1`."""
+    """Returns the name of the convolution before a norm: `conv2` for `norm2`, but `conv1` in a pre-activation block."""
     number = norm.removeprefix("norm")
     return f"conv{int(number) - 1}" if preact_block else f"conv{number}"

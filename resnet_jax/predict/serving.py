@@ -17,7 +17,7 @@ import numpy as np
 from resnet_jax.config import InputError, sides
 from resnet_jax.data.on_device import normalize
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.ops.convolution import plain_operations
+from resnet_jax.ops import use_custom_kernels
 from resnet_jax.predict.fold_batch_norm import fold_batch_norm
 from resnet_jax.predict.predictor import Predictor, to_probabilities
 from resnet_jax.weights.export import written_beside
@@ -115,7 +115,7 @@ def write_onnx(served: Any, shape: tuple[int, ...], dtype: Any, metadata: dict[s
             f"ONNX needs jax2onnx and what it takes ({error.name} is missing): pip install jax2onnx, or take .stablehlo"
         ) from error
     try:
-        with plain_operations():
+        with use_custom_kernels(False):
             graph = to_onnx(served, [jax.ShapeDtypeStruct(("batch", *shape), dtype)], model_name="resnet_jax")
     except Exception as error:  # whatever it raises where it does not know an operation
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

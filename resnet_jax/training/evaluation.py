@@ -19,6 +19,7 @@ from resnet_jax.data.fingerprint import trained_on as count_trained_on
 from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.stacking import block_by_block
+from resnet_jax.ops import sharded_batch
 from resnet_jax.output import say
 from resnet_jax.recipes import check, recorded
 from resnet_jax.runs.signals import Stop
@@ -80,7 +81,7 @@ def make_evaluate(
     """
     source = dataset.split(split)
     step_function = jax.jit(
-        recipe_eval_step(config, head_of(model) if features else model),
+        sharded_batch(mesh.size > 1)(recipe_eval_step(config, head_of(model) if features else model)),
         out_shardings=replicated(mesh),
         compiler_options=compiler_options(),
     )

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 
 from resnet_jax.config import Config
-from resnet_jax.models.layers import BatchNorm
+from resnet_jax.models.layers import BatchNorm, ConvNorm
 from resnet_jax.training.optimizers import Rates, rate_of
 from resnet_jax.training.state import PyTree, path_map
 
@@ -68,8 +68,9 @@ def frozen_statistics(frozen: Callable[[str], bool]) -> AbstractContextManager[N
     """A context in which batch norms with frozen parameters take their running statistics and do not move them."""
 
     def tap(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
-        if isinstance(module, BatchNorm) and frozen("/".join((*module.path, "scale"))):
+        module = context.module.norm if isinstance(context.module, ConvNorm) else context.module
+        normalises = isinstance(module, BatchNorm) and context.method_name == "__call__"
+        if normalises and frozen("/".join((*module.path, "scale"))):
             return call(args[0], False)
         return call(*args, **kwargs)
 

@@ -13,7 +13,8 @@ from resnet_jax.config import AugmentConfig, Config
 from resnet_jax.data.dataset import Source
 from resnet_jax.data.loader import BadImages, Batch, eval_batches, renumbered
 from resnet_jax.data.on_device import normalize
-from resnet_jax.models.pooling import Classifier
+from resnet_jax.models.head import Classifier
+from resnet_jax.ops import sharded_batch
 from resnet_jax.training.sharding import compiler_options, replicated
 
 Features = Callable[[Any, dict[str, Any]], dict[str, Any]]
@@ -35,15 +36,15 @@ def head_of(model: Any) -> nn.Module:
     return Classifier(model.num_classes, model.drop_rate)
 
 
-def make_features(config: Config, model: Any) -> Features:
-    """The frozen part of a model as a function of its variables and batches."""
+def make_features(config: Config, model: Any, mesh: Mesh) -> Features:
+    """Returns the frozen part of a model as a function of its variables and of batches that lie on a mesh."""
     body = model.clone(num_classes=None)
 
     def forward(variables: Any, images: jax.Array) -> jax.Array:
         pixels = normalize(images, config.data.mean, config.data.std, model.dtype)
         return body.apply(variables, pixels, train=False)
 
-    program = jax.jit(forward, compiler_options=compiler_options())
+    program = jax.jit(sharded_batch(mesh.size > 1)(forward), compiler_options=compiler_options())
 
     def features(variables: Any, batch: dict[str, Any]) -> dict[str, Any]:
         rest = {name: values for name, values in batch.items() if name != "image"}

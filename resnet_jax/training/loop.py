@@ -298,7 +298,7 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
     # The data: a whole split on the device, of which a step draws its batch, or batches from the host. A linear probe
     # on images that never change has their features, which are computed once, in place of images.
     table, classes = sampling_table(run.dataset, config.data.sampling), run.dataset.label_classes()
-    features = make_features(config, run.model) if computes_features_once(config) else None
+    features = make_features(config, run.model, mesh) if computes_features_once(config) else None
     from_device = config.data.on_device or features is not None
     most = steps_per_call(config, from_device)
     whole: Any = None

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from resnet_jax.config import Config, InputError
 from resnet_jax.data import on_device
 from resnet_jax.data.dataset import Dataset, labels_of
+from resnet_jax.ops import sharded_batch
 from resnet_jax.training.finetune import Phase
 from resnet_jax.training.losses import class_weights, make_loss, soft_targets
 from resnet_jax.training.metrics import TRAIN_SUMS, Sums
@@ -58,7 +59,8 @@ def recipe_step(
     model = with_scope(model, config, 1 if mesh is None else mesh.size)
     each = mesh if config.parallel.strategy == "shard_map" else None
     options = update_options(config, frozen, weights)
-    return make_train_step(model, optimizer, prepare=make_prepare(config, model), mesh=each, **options)
+    step = make_train_step(model, optimizer, prepare=make_prepare(config, model), mesh=each, **options)
+    return sharded_batch(mesh is not None and mesh.size > 1)(step)
 
 
 def update_options(config: Config, frozen: Callable[[str], bool] | None, weights: np.ndarray | None) -> dict[str, Any]:
@@ -176,6 +178,7 @@ def compile_steps(
     if config.parallel.strategy == "pmap":
         model = with_scope(model, config, mesh.size)
         update = make_update(model, optimizer, axis_name="data", **update_options(config, frozen, weights))
+        update = sharded_batch(mesh.size > 1)(update)
         prepare, draw = make_prepare(config, model), draw_from(config, mesh)
 
         def batch_of(data: Batch, step: jax.Array) -> Batch:

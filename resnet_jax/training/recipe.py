@@ -191,8 +191,8 @@ def norms_of_one_value(config: Config, model: nn.Module, devices: int) -> list[s
     rate = rate_of(config.optimizer.rate_rules)
 
     def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
-        if isinstance(module, BatchNorm) and not module.frozen and args[0].size == args[0].shape[-1]:
+        module, called = context.module, context.method_name == "__call__"
+        if called and isinstance(module, BatchNorm) and not module.frozen and args[0].size == args[0].shape[-1]:
             path = "/".join(module.path)
             if rate(f"{path}/scale"):
                 found.append(path)

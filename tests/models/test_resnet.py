@@ -143,6 +143,12 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
     np.testing.assert_allclose(jax.jit(model.apply)(variables, IMAGES), exact, atol=0.05 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("block", [ResidualBlock, PreactBlock])
+def test_kernels_that_no_block_has_are_refused(block):
+    with pytest.raises(ValueError, match=r"kernels \(3, 3, 3\) are unknown; choose one of"):
+        block(8, kernels=(3, 3, 3)).init(jax.random.key(0), IMAGES)
+
+
 @pytest.mark.parametrize("field", [{"shortcut": "E"}, {"stem": "9x9"}, {"norm": "layer"}])
 def test_unknown_values_are_refused_with_the_choices(field):
     with pytest.raises(ValueError, match="choose one of"):

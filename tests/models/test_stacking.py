@@ -92,9 +92,8 @@ def test_groups_leave_few_blocks_to_spare(count, expected):
     assert grid(count) == expected
 
 
-def test_rematerialisation_lowers_what_a_compiled_step_holds(monkeypatch):
+def test_rematerialisation_lowers_what_a_compiled_step_holds():
     """Of cifar_resnet32 on one device; deeper nets gain more: cifar_resnet110 goes to 21 %."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     data, train = DataConfig(image_size=32), TrainConfig(batch_size=64, ema_decay=None)
     models = [ModelConfig("cifar_resnet32", num_classes=10, remat=remat) for remat in ("none", "block")]
     whole, less = (forecast(Config(model, data, train=train), 1)["temporary"] for model in models)

@@ -12,9 +12,10 @@ import pytest
 from resnet_jax import create_model, load_pretrained, to_torch
 from resnet_jax.config import AugmentConfig, Config, ModelConfig, TrainConfig
 from resnet_jax.models.attention import SpatialAttention
-from resnet_jax.models.googlenet import AuxiliaryHead, Chain, mean_of_parts
+from resnet_jax.models.googlenet import AuxiliaryHead, Chain
 from resnet_jax.models.layers import Conv, make_norm
 from resnet_jax.models.registry import variable_shapes
+from resnet_jax.ops.pooling import adaptive_average_pool
 from resnet_jax.training.programs import make_prepare, recipe_step
 from resnet_jax.training.recipe import build_model, state_maker
 from resnet_jax.training.step import step_key
@@ -76,7 +77,7 @@ def test_images_of_another_size_are_refused():
 def test_means_of_parts_are_those_of_torch(size):
     x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     expected = torch.nn.AdaptiveAvgPool2d(4)(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
-    np.testing.assert_allclose(mean_of_parts(x, 4), expected.numpy().transpose(0, 2, 3, 1), atol=1e-6)
+    np.testing.assert_allclose(adaptive_average_pool(x, 4), expected.numpy().transpose(0, 2, 3, 1), atol=1e-6)
 
 
 def test_an_auxiliary_head_is_torchvisions():

@@ -10,9 +10,9 @@ import pytest
 from jax import export, lax
 from jax.sharding import PartitionSpec
 
-from resnet_jax.models.layers import batch_moments, normalized
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.ops.covariance import normalized_product
+from resnet_jax.ops.batch_statistics import batch_moments, normalized
+from resnet_jax.ops.gpu import normalized_conv1x1
 from resnet_jax.training.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def test_it_is_pytorchs_convolution_and_norm_with_their_gradients():
     (z * torch.tensor(WEIGHTS)).sum().backward()
 
     def weighed(*given):
-        found, mean, var = normalized_product(*given, EPSILON)
+        found, mean, var = normalized_conv1x1(*given, EPSILON)
         return (found * WEIGHTS).sum(), (found, mean, var)
 
     ours, (found, mean, var) = jax.jit(jax.grad(weighed, (0, 1, 2, 3), has_aux=True))(X, KERNEL, SCALE, BIAS)
@@ -71,14 +71,14 @@ def test_statistics_have_gradients_too():
         slope = jax.grad(value, (0, 1, 2, 3))
         return jax.jit(lambda: (jax.jvp(value, point, along), slope(*point), jax.jvp(slope, point, along)[1]))()
 
-    for a, b in zip(jax.tree.leaves(of(normalized_product)), jax.tree.leaves(of(in_two)), strict=True):
+    for a, b in zip(jax.tree.leaves(of(normalized_conv1x1)), jax.tree.leaves(of(in_two)), strict=True):
         assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b)
 
 
 def test_rounding_the_kernel_moves_no_mean():
     """In bfloat16 the mean of the output is the bias to half a last digit; by the mean before rounding, 0.015 off."""
     x = jnp.asarray(3 + RNG.normal(size=(64, 16, 16, 6)) @ MIX, jnp.bfloat16)
-    y = normalized_product(x, KERNEL, SCALE, BIAS, EPSILON)[0]
+    y = normalized_conv1x1(x, KERNEL, SCALE, BIAS, EPSILON)[0]
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32).mean((0, 1, 2)), BIAS, atol=2e-3)
 
@@ -87,15 +87,15 @@ def test_a_channel_that_never_changes():
     x = np.array(X)
     x[..., 1:] = 0
     x[..., 0] = 2
-    loss = lambda *given: (normalized_product(*given, EPSILON)[0] * WEIGHTS).sum()  # noqa: E731
-    assert np.isfinite(normalized_product(x, KERNEL, SCALE, BIAS, EPSILON)[0]).all()
+    loss = lambda *given: (normalized_conv1x1(*given, EPSILON)[0] * WEIGHTS).sum()  # noqa: E731
+    assert np.isfinite(normalized_conv1x1(x, KERNEL, SCALE, BIAS, EPSILON)[0]).all()
     assert all(np.isfinite(g).all() for g in jax.grad(loss, (0, 1, 2, 3))(x, KERNEL, SCALE, BIAS))
 
 
 def test_over_devices_sums_travel_and_no_images():
     mesh = make_mesh(8)
     split = jax.sharding.NamedSharding(mesh, PartitionSpec("data"))
-    loss = lambda *given: (normalized_product(*given, EPSILON)[0] * WEIGHTS).sum()  # noqa: E731
+    loss = lambda *given: (normalized_conv1x1(*given, EPSILON)[0] * WEIGHTS).sum()  # noqa: E731
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     spread = jax.device_put(X, split)
     text = step.lower(spread, KERNEL, SCALE, BIAS).compile().as_text()
@@ -108,7 +108,7 @@ def test_over_devices_sums_travel_and_no_images():
 def test_over_a_mapped_axis_statistics_are_those_of_all_devices():
     def gradients(x, weights, axis_name=None):
         def loss(*given):
-            y, mean, var = normalized_product(*given, EPSILON, axis_name)
+            y, mean, var = normalized_conv1x1(*given, EPSILON, axis_name)
             return (y * weights).sum(), (y, mean, var)
 
         slopes, found = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(x, KERNEL, SCALE, BIAS)

@@ -1,0 +1,60 @@
+"""The switch of the custom kernels, and the setting for batches that are split over devices.
+
+Both are read while JAX traces a function: what is compiled already keeps the algorithms it was traced with.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_enabled = ContextVar("custom_kernels", default=os.environ.get("RESNET_JAX_CUSTOM_KERNELS", "1") != "0")
+_sharded = ContextVar("sharded_batch", default=False)
+
+
+@contextmanager
+def use_custom_kernels(enabled: bool) -> Iterator[None]:
+    """Turns this package's own algorithms for CPUs and NVIDIA GPUs on or off; a context manager and a decorator.
+
+    They give what XLA's own operations give, up to rounding, in less time (`ops/cpu.py`, `ops/gpu.py`), and are on by
+    default. Off, every operation is its plain reference: for a translator that does not know them (ONNX), to compare,
+    or to find out whether one of them is at fault. The environment variable RESNET_JAX_CUSTOM_KERNELS=0, read when the
+    package is imported, turns them off for a whole process.
+
+    Example:
+      with use_custom_kernels(False):
+          logits = jax.jit(model.apply)(variables, images)
+    """
+    token = _enabled.set(enabled)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
+
+
+def custom_kernels_enabled() -> bool:
+    """Returns whether functions that are traced now take the custom kernels."""
+    return _enabled.get()
+
+
+@contextmanager
+def sharded_batch(sharded: bool = True) -> Iterator[None]:
+    """Says that batches are split over several devices in what is traced inside; a context manager and a decorator.
+
+    On CPUs some custom kernels cut a batch into parts or join it with another dimension. Of a batch that `jax.jit`
+    splits over a mesh, images would then travel between devices; inside, those kernels are left out. Results are the
+    same up to rounding. Programs for GPUs and TPUs do not depend on it.
+
+    Example:
+      train_step = jax.jit(sharded_batch(mesh.size > 1)(train_step))
+    """
+    token = _sharded.set(sharded)
+    try:
+        yield
+    finally:
+        _sharded.reset(token)
+
+
+def batch_is_sharded() -> bool:
+    """Returns whether functions that are traced now are said to take batches split over several devices."""
+    return _sharded.get()
