@@ -12,9 +12,9 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from resnet_jax.cli_weights import CHECKPOINT_HELP, export_command, file_to_write, models_command, predict_command
 from resnet_jax.config import Config, InputError, local_path, path_of
@@ -194,16 +194,43 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Config, str | None]:
         "folder and resumes what it holds, by its own recipe where no FILE is given; the flags below change single "
         "fields."
     )
-    config = tyro.cli(
-        Config,
-        default=default,
+    flags_of_recipe = tyro.cli(
+        Recipe,
+        default=unchecked(default),
         args=spelt_out(flags),
         prog="resnet-jax train",
         description=description,
         use_underscores=True,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    return config, known.workdir
+    return checked(flags_of_recipe), known.workdir
+
+
+def without_checks(section: type) -> type:
+    """Returns a section of the recipe whose values are not checked. tyro builds these, since it prints an error of a
+    check in words of its own.
+    """
+    return type(section.__name__, (section,), {"__doc__": section.__doc__, "__post_init__": lambda self: None})
+
+
+Recipe = make_dataclass(
+    "Recipe", [(name, without_checks(kind)) for name, kind in get_type_hints(Config).items()], frozen=True
+)
+
+
+def unchecked(config: Config) -> Any:
+    """Returns a recipe as one whose values are not checked."""
+    return Recipe(**{f.name: f.type(**vars(getattr(config, f.name))) for f in fields(Recipe)})  # type: ignore[operator]
+
+
+def checked(recipe: Any) -> Config:
+    """Returns the recipe that flags have given.
+
+    Raises:
+      InputError: it is impossible.
+    """
+    kinds = get_type_hints(Config)
+    return Config(**{name: kinds[name](**vars(section)) for name, section in vars(recipe).items()})
 
 
 def spelt_out(flags: Sequence[str]) -> list[str]:

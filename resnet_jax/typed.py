@@ -1,12 +1,22 @@
-"""Values from JSON as the types that are expected of them, or words that say which of them is wrong."""
+"""Values that users and files give, as the types that are expected of them; else an InputError says which is wrong."""
 
 import dataclasses
+import math
 import sys
 import types
 import typing
 from typing import Any
 
-from resnet_jax.config import InputError
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names it and the remedy. Commands end with status 2."""
+
+
+def require(right: bool, message: str) -> None:
+    """Raises InputError with this message where something is not right."""
+    if not right:
+        raise InputError(message)
+
 
 GREATEST = 2**63
 """Whole numbers from JSON lie below it."""
@@ -68,6 +78,21 @@ def shown(value: Any) -> str:
 def shown_name(name: str) -> str:
     """A key as a message shows it."""
     return name if name.isidentifier() and len(name) <= 80 else shown(name)
+
+
+def check_limits(number: float, limits: str, name: str) -> None:
+    """Raises InputError where a number, or what is no number, is not within limits such as `[0, 1)`."""
+    low, high = (float(end) for end in limits[1:-1].split(", "))
+    large_enough = number >= low if limits[0] == "[" else number > low
+    if large_enough and (number <= high if limits[-1] == "]" else number < high):
+        return
+    if low < 0 or high < 1_000_000:
+        bound = f"lie between {low:g} and {high:g}" if limits[0] + limits[-1] == "()" else f"lie in {limits}"
+    elif large_enough and number != math.inf:
+        bound = f"be at most {high:.0f}"
+    else:
+        bound = f"be {'at least' if limits[0] == '[' else 'above'} {low:g}"
+    raise InputError(f"{name} must {bound}, and is {shown(number)}")
 
 
 def _expect(right: bool, value: Any, what: str, where: str) -> None:

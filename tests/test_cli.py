@@ -14,8 +14,8 @@ from PIL import Image
 
 from resnet_jax import cli
 from resnet_jax.cli import MEMORY, main, parse_recipe, spelt_out
-from resnet_jax.config import Config, ParallelConfig
-from resnet_jax.recipes import load_config, to_dict
+from resnet_jax.config import Config, ParallelConfig, to_dict
+from resnet_jax.recipes import load_config
 from resnet_jax.training import loop
 from resnet_jax.training.sharding import known_on_cpu
 from resnet_jax.training.state import OPTION

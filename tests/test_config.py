@@ -5,9 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from resnet_jax.config import Config, DataConfig, InputError, OptimizerConfig, TrainConfig, local_path
-from resnet_jax.recipes import LIMITS, check, differences, from_dict, load_config
-from resnet_jax.recipes import to_dict as as_dict
+from resnet_jax.config import (
+    Config,
+    DataConfig,
+    InputError,
+    OptimizerConfig,
+    TrainConfig,
+    differences,
+    from_dict,
+    local_path,
+)
+from resnet_jax.config import to_dict as as_dict
+from resnet_jax.recipes import load_config
 
 
 def test_json_round_trip():
@@ -108,30 +117,29 @@ def test_differences_leave_out_what_does_not_change_the_result():
 def test_impossible_fields_are_refused(section, fields, message):
     config = Config()
     with pytest.raises(InputError, match=message):
-        check(dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)}))
+        dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), -1e30, 10**40, True, "1"], ids=repr)
 def test_no_number_is_without_limits(number):
-    for place in LIMITS:
-        section, name = place.split(".")
-        recipe, default = getattr(Config(), section), getattr(getattr(Config(), section), name)
-        value = (number,) * len(default) if isinstance(default, tuple) else number
-        with pytest.raises(InputError, match=place):
-            check(dataclasses.replace(Config(), **{section: dataclasses.replace(recipe, **{name: value})}))
+    for section, recipe in vars(Config()).items():
+        for field in dataclasses.fields(recipe):
+            if field.metadata.get("limits"):
+                value = (number,) * len(field.default) if isinstance(field.default, tuple) else number
+                with pytest.raises(InputError, match=f"{section}.{field.name}"):
+                    dataclasses.replace(recipe, **{field.name: value})
 
 
 def test_every_word_that_a_field_may_be_is_of_its_type():
     for section, kind in typing.get_type_hints(Config).items():
         for name, hint in typing.get_type_hints(kind).items():
             for word in _words(hint):
-                one = dataclasses.replace(getattr(Config(), section), **{name: word})
-                assert "of the type" not in _refusal(dataclasses.replace(Config(), **{section: one}))
+                assert "it must be" not in _refusal(getattr(Config(), section), name, word)
 
 
-def _refusal(config):
+def _refusal(section, name, value):
     try:
-        check(config)
+        dataclasses.replace(section, **{name: value})
     except InputError as error:
         return str(error)
     return ""
@@ -145,12 +153,12 @@ def _words(hint):
 
 @pytest.mark.parametrize("pattern", [r".*/kernel", r"stage[1-4]/block\d+/.*", r"(stem|stage1)/.*", r"(?!head/).*"])
 def test_rules_of_the_usual_kinds_are_taken(pattern):
-    check(Config(optimizer=OptimizerConfig(rate_rules=((pattern, 0.5),))))
+    OptimizerConfig(rate_rules=((pattern, 0.5),))
 
 
 def test_a_section_that_is_none_is_named():
     with pytest.raises(InputError, match=r"train is 3 and must be TrainConfig"):
-        check(Config(train=3))
+        Config(train=3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import optax
 
 from resnet_jax.config import Config, InputError, sides
 from resnet_jax.models.registry import create_model
-from resnet_jax.recipes import check
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.recipe import build_model, complete, images_per_statistic, in_form, state_maker
 from resnet_jax.training.sharding import (
@@ -40,7 +39,6 @@ def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
     Raises:
       InputError: the recipe contradicts itself or does not fit the devices, or its strategy is pmap.
     """
-    check(config)
     if config.parallel.strategy == "pmap":
         raise InputError("a plan is made of one program, and pmap has several: plan with --parallel.strategy shard_map")
     config = complete(config, None)

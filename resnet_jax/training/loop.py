@@ -26,7 +26,7 @@ from resnet_jax.data.sources import load_dataset
 from resnet_jax.data.watch import check_guard, keep_tracker
 from resnet_jax.files import in_bucket, modified, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
-from resnet_jax.recipes import check, recorded
+from resnet_jax.recipes import recorded
 from resnet_jax.runs.folder import (
     better,
     device_name,
@@ -103,7 +103,6 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     check_guard(config.data.workers)
     keep_tracker(config.data.workers)
     start_processes(config.parallel)
-    check(config)
     workdir = None if workdir is None else path_of(workdir, "--workdir")
     config = complete(config, recorded(workdir))
     agree(facts_of(config))
