@@ -1,37 +1,70 @@
 """Recipe files and the recipes of runs."""
 
+import contextlib
 import dataclasses
 import runpy
+import sys
 import traceback
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 from resnet_jax.config import Config, from_dict
+from resnet_jax.configs import FOLDER
 from resnet_jax.files import local_path, path_of, read_json
 from resnet_jax.typed import InputError
 
 
-def load_config(path: str | Path) -> Config:
-    """The variable `config` of a Python file.
+def recipe_names() -> list[str]:
+    """Returns the names of the recipes that are shipped, which `--config` takes."""
+    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+
+
+def load_config(given: str | Path) -> Config:
+    """Returns what a recipe calls `config`. The recipe can import what lies beside it, as a script can.
+
+    Args:
+      given: the path of a Python file, or the name of a recipe that is shipped.
 
     Raises:
-      InputError: there is no such file, it cannot be run, or it defines no `config` of type Config.
+      InputError: there is no such recipe, it cannot be run, or it defines no `config` of type Config.
     """
-    path = local_path(path, "--config")
-    if not path.is_file():
-        what = "it is a folder" if path.is_dir() else "there is no such file"
-        raise InputError(f"--config {path}: {what}; recipes are Python files such as those in configs/")
+    path = find_recipe(given)
+    sys.path.insert(0, str(path.parent))
     try:
         config = runpy.run_path(str(path)).get("config")
     except (Exception, SystemExit) as error:
-        raise InputError(f"--config {_place(error, path)}: {type(error).__name__}: {error}") from error
+        raise InputError(f"--config {place_of(error, path)}: {type(error).__name__}: {error}") from error
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(path.parent))
     if not isinstance(config, Config):
         raise InputError(f"--config {path}: the file must define `config = Config(...)`")
     return config
 
 
-def _place(error: BaseException, path: Path) -> str:
-    """File and line of a recipe where an error arose."""
+def find_recipe(given: str | Path) -> Path:
+    """Returns the path of a recipe: of a file, or of a recipe that is shipped, by its name.
+
+    Raises:
+      InputError: there is none; what looks like a name is answered with the names that there are, the nearest first.
+    """
+    names = recipe_names()
+    if str(given) in names:
+        return FOLDER / f"{given}.py"
+    path = local_path(given, "--config")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise InputError(f"--config {path}: it is a folder; recipes are Python files such as those in configs/")
+    if path.suffix or len(path.parts) > 1:
+        raise InputError(f"--config {path}: there is no such file; recipes are Python files such as those in configs/")
+    names.sort(key=lambda name: SequenceMatcher(None, name, path.name).ratio(), reverse=True)
+    raise InputError(f"--config {path}: there is no recipe of this name; there are {', '.join(names)}")
+
+
+def place_of(error: BaseException, path: Path) -> str:
+    """Returns file and line of a recipe where an error arose."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     if isinstance(error, SyntaxError) and error.filename == str(path):
         lines.append(error.lineno)
@@ -39,7 +72,7 @@ def _place(error: BaseException, path: Path) -> str:
 
 
 def recorded(workdir: str | Path | None) -> Config | None:
-    """The recipe of the run that a folder holds, if it holds one.
+    """Returns the recipe of the run that a folder holds; None where it holds none.
 
     Raises:
       InputError: its `config.json` is not as runs write it.
@@ -48,16 +81,15 @@ def recorded(workdir: str | Path | None) -> Config | None:
         return None
     file = path_of(workdir, "--workdir") / "config.json"
     try:
-        config = read_recipe(file)
+        return read_recipe(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except InputError as error:
         raise InputError(f"{error}; put back the one that the run wrote, or give another --workdir") from error
-    return config
 
 
 def read_recipe(file: Path) -> Config:
-    """The recipe in a run's `config.json`; absent fields, which a newer version may have added, have their defaults.
+    """Reads the recipe in a run's `config.json`. Absent fields, such as those of a newer version, have their defaults.
 
     Raises:
       FileNotFoundError, NotADirectoryError: there is no such file.
@@ -73,16 +105,16 @@ def read_recipe(file: Path) -> Config:
         raise InputError(f"{file} is no recipe of a run: {reason}") from error
 
 
-def starting_recipe(file: str | None, workdir: str | None) -> Config:
-    """What flags change: the recipe of the file, else that of the run in the folder, else the digits.
+def starting_recipe(recipe: str | None, workdir: str | None) -> Config:
+    """Returns what flags change: the recipe that is named, else that of the run in the folder, else the digits.
 
     Whether a process is one of several, and which, belongs to a start and is not taken from the folder.
 
     Raises:
-      InputError: the file or the folder's recipe is not as it must be.
+      InputError: the recipe or the folder's recipe is not as it must be.
     """
-    if file is not None:
-        return load_config(file)
+    if recipe is not None:
+        return load_config(recipe)
     config = recorded(workdir) or Config()
     alone = dataclasses.replace(config.parallel, distributed="off", coordinator=None, processes=None, process_id=None)
     return dataclasses.replace(config, parallel=alone)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 import typing
 from pathlib import Path
 
@@ -181,6 +182,30 @@ def test_a_file_without_a_recipe_is_named(tmp_path, text, message):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=rf"--config .*recipe\.py.*{message}"):
         load_config(path)
+
+
+def test_a_recipe_that_is_shipped_is_found_by_its_name():
+    assert load_config("digits_resnet20") == Config()
+    assert load_config("cifar10_resnet56").model.name == "cifar_resnet56"
+
+
+def test_a_misspelt_name_is_answered_with_the_names_the_nearest_first():
+    with pytest.raises(
+        InputError, match="finetune_foldr: there is no recipe of this name; there are finetune_folder, "
+    ):
+        load_config("finetune_foldr")
+
+
+def test_a_recipe_starts_from_one_that_is_shipped_or_lies_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("from resnet_jax.configs.imagenet_resnet50 import config\n")
+    (tmp_path / "longer.py").write_text(
+        "from dataclasses import replace\n"
+        "from mine import config as mine\n"
+        "config = replace(mine, train=replace(mine.train, epochs=300.0))\n"
+    )
+    config = load_config(tmp_path / "longer.py")
+    assert (config.model.name, config.train.epochs) == ("resnet50", 300.0)
+    assert str(tmp_path) not in sys.path
 
 
 def test_a_folder_in_place_of_a_recipe_is_named(tmp_path):

@@ -90,7 +90,8 @@ COMMANDS = {
 @pytest.fixture
 def quick(monkeypatch):
     """Commands look at files as always and compute nothing: an evaluation gives the same for every state."""
-    from resnet_jax.training import evaluation, html_report
+    from resnet_jax.runs import report_page
+    from resnet_jax.training import evaluation
 
     rng = np.random.default_rng(0)
     labels = np.arange(360, dtype=np.int32) % 10
@@ -101,7 +102,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(
         evaluation, "make_evaluate", lambda _, __, ___, split, *____, **_____: lambda state: {split: dict(means)}
     )
-    monkeypatch.setattr(html_report, "grad_cam", lambda *a: np.zeros((len(a[3]), 8, 8)))
+    monkeypatch.setattr(report_page, "grad_cam", lambda *a: np.zeros((len(a[3]), 8, 8)))
 
 
 NEWEST = "checkpoints/8/"
