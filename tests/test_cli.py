@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -13,15 +14,17 @@ import pytest
 from PIL import Image
 
 from resnet_jax import cli
-from resnet_jax.cli import MEMORY, main, parse_recipe, spelt_out
+from resnet_jax.cli import MEMORY, main
+from resnet_jax.commands import COMMANDS
 from resnet_jax.config import Config, ParallelConfig, to_dict
+from resnet_jax.flags import spelt_out
 from resnet_jax.recipes import load_config
 from resnet_jax.training import loop
 from resnet_jax.training.sharding import known_on_cpu
 from resnet_jax.training.state import OPTION
 
 from .conftest import ROOT
-from .small import save_small_network
+from .small import parse_recipe, save_small_network
 
 
 def run(arguments, capsys):
@@ -229,9 +232,10 @@ def test_wrong_input_ends_with_status_2(line, message, capsys, things):
 
 
 @pytest.mark.parametrize("line", ["lab degradation --seeds x", "lab degradation --seeds 1,,2", "plan --devices x"])
-def test_a_word_in_place_of_a_number_ends_with_usage(line, capsys, things):
+def test_a_word_in_place_of_a_number_names_the_flag(line, capsys, things):
     status, _, err = run(shlex.split(line), capsys)
-    assert status == 2 and err.startswith("usage: resnet-jax ")
+    flag = line.split()[-2]
+    assert status == 2 and f"Error parsing {flag}" in err and "For full helptext" in err
 
 
 def test_a_nul_character_is_no_traceback(capsys):
@@ -340,10 +344,10 @@ def test_a_closed_pipe_is_no_traceback():
 def test_another_pipe_that_breaks_is_not_taken_for_the_output(capsys, monkeypatch):
     """As that to the process that keeps shared memory, or to a worker: a run did not end as it should."""
 
-    def broken(_):
+    def broken():
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setitem(cli.COMMANDS, "models", broken)
+    monkeypatch.setitem(COMMANDS, "models", broken)
     with pytest.raises(BrokenPipeError):
         cli.main(["models"])
 
@@ -365,6 +369,15 @@ def test_a_batch_norm_that_sees_one_value_a_channel_is_a_warning(capsys, tmp_pat
     assert "WARNING" not in out(*large, *one_each)
     assert "WARNING" not in out(*small, "--train.batch_size", "2")
     assert "WARNING" not in out(*small, *one_each, "--model.norm", "frozen_batch")
+
+
+def test_the_version_is_told(capsys):
+    assert run(["--version"], capsys)[:2] == (0, f"resnet-jax {metadata.version('resnet_jax')}\n")
+
+
+def test_shells_can_complete_commands_and_flags(capsys):
+    status, out, _ = run(["--tyro-print-completion", "bash"], capsys)
+    assert not status and "show-batch" in out and "--optimizer.learning_rate" in out
 
 
 def test_help_describes_every_field(capsys):

@@ -5,9 +5,8 @@ import subprocess
 
 import yaml
 
-from resnet_jax.cli import parse_recipe
-
 from .conftest import ROOT
+from .small import parse_recipe
 
 CLUSTERS = (ROOT / "docs" / "clusters.md").read_text()
 
