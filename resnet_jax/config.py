@@ -301,8 +301,10 @@ class TrainConfig:
     accumulate_steps: int = option(1, "[1, MOST]")
     """Parts in which a batch goes through, to save memory; batch normalisation then sees one part at a time."""
     steps_per_call: int | None = option(None, "[1, 1000]")
-    """Most steps in one dispatch; it always ends where something is logged, saved or evaluated. None: 5 with the data
-    on the device; else 2 on a CPU, which may have to find a step's memory anew for each, and 1 elsewhere."""
+    """Most steps that one compiled call runs; a call ends where something is logged, saved or evaluated. None: 5 with
+    the data on the device, else 2 on a CPU and 1 elsewhere. More share the host's time for a call, which counts for
+    small networks, and let a signal wait longer. It is part of the recipe because each number is a compiled program of
+    its own, which may round otherwise: a resumed run keeps it."""
     eval_every_epochs: float = option(5.0, "(0, MOST]")
     """Evaluate on the validation split this often, and at the end."""
     metric: Literal["auto", "none", "accuracy", "loss", "macro_recall", "macro_f1", "map"] = "auto"
@@ -325,7 +327,7 @@ class ParallelConfig:
     """The devices that share the work."""
 
     devices: int | None = option(None, "[1, MOST]", may_change_on_resume=True)
-    """Use the first devices, of that number,; None for all."""
+    """How many devices to use, the first ones; None for all."""
     strategy: Literal["jit", "shard_map", "pmap"] = option("jit", may_change_on_resume=True)
     """How the step is split: jit leaves it to XLA; shard_map and pmap run a function for each device."""
     batch_norm: str = "global"

@@ -44,21 +44,29 @@ import sys
 from resnet_jax import cli
 
 print(os.getpid())
-cli.main = lambda arguments: print(os.getpid(), sys.argv[1:], os.environ["GLIBC_TUNABLES"])
+cli.main = lambda arguments: print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
 cli.run()
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
-@pytest.mark.parametrize("given", [{}, {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}])
-def test_a_command_starts_anew_once_with_kept_memory_unless_settings_are_given(given, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "starts_anew", "expected"),
+    [
+        ({}, True, MEMORY),
+        ({"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}, False, "glibc.malloc.perturb=0"),
+        ({"RESNET_JAX_LARGE_PAGES": "0"}, False, "None"),
+        ({"RESNET_JAX_LARGE_PAGES": "1"}, True, MEMORY),
+    ],
+)
+def test_a_command_starts_anew_once_with_kept_memory_unless_told_otherwise(given, starts_anew, expected, tmp_path):
     (tmp_path / "command.py").write_text(COMMAND)
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | given
     command = [sys.executable, "-u", str(tmp_path / "command.py"), "plan"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     *starts, last = done.stdout.splitlines()
-    assert starts == [last.split()[0]] * (1 if given else 2)
-    assert last.endswith(f"['plan'] {given.get('GLIBC_TUNABLES', MEMORY)}")
+    assert starts == [last.split()[0]] * (2 if starts_anew else 1)
+    assert last.endswith(f"['plan'] {expected}")
 
 
 def test_flags_override_the_file(tmp_path):
