@@ -22,7 +22,7 @@ MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_thres
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script: `main` in a process that has large pages of memory, and keeps them.
+    """Runs `main` as the console script, in a process that has large pages of memory, and keeps them.
 
     glibc reads `MEMORY` only when a process starts, so the process replaces itself once, unless the environment sets
     `GLIBC_TUNABLES` or `RESNET_JAX_LARGE_PAGES=0`. A step of resnet50 on two cores is 8 to 12 % faster with it (rows
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader has seen enough, such as `head`."""
+    """Returns whether standard output is a pipe whose reader has seen enough, such as `head`."""
     output = select.poll()
     output.register(1, 0)
     return any(event & select.POLLERR for _, event in output.poll(0))
@@ -124,12 +124,12 @@ def settle_matplotlib() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says, or its kind where it says nothing."""
+    """Returns the first line of what an error says, or its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def no_device() -> str | None:
-    """What is wrong where JAX finds no device to compute on; None where it does."""
+    """Returns what is wrong where JAX finds no device to compute on; None where it does."""
     import jax
 
     try:

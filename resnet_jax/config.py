@@ -69,11 +69,11 @@ class ModelConfig:
     attention: Literal["none", "se", "eca"] | None = None
     """Attention over channels in place of the model's own."""
     anti_alias: Literal["none", "average", "blur"] | None = None
-    """Low pass before pixels are left out, in place of the model's own."""
+    """Low-pass filter before downsampling, in place of the model's own."""
     drop_rate: float | None = option(None, "[0, 1)")
-    """Of the dropout before the head."""
+    """Rate of the dropout before the head."""
     drop_path_rate: float | None = option(None, "[0, 1)")
-    """Share of the images whose last branch is left out in training; it falls to 0 at the first."""
+    """Stochastic depth: how often the last block's branch is left out in training; it falls to 0 at the first block."""
     output_stride: Literal[8, 16, 32] | None = None
     """The image never shrinks further than by this; later stages are dilated instead."""
     global_pool: Literal["avg", "max", "avgmax", "catavgmax"] | None = None
@@ -113,7 +113,7 @@ class DataConfig:
     sampling: Literal["natural", "balanced"] = "natural"
     """balanced: every class is drawn equally often, the pictures of small ones again and again."""
     mean: tuple[float, ...] = option((0.305, 0.305, 0.305), "[-MOST, MOST]")
-    """Subtracted from the channels of pixels in [0, 1]; where there are not as many, their mean."""
+    """Subtracted from the channels of pixels in [0, 1]; their mean, where the number of channels is another."""
     std: tuple[float, ...] = option((0.376, 0.376, 0.376), "[1e-30, MOST]")
     """What the channels are divided by afterwards."""
     on_device: bool = True
@@ -174,7 +174,7 @@ class AugmentConfig:
     erasing: float = option(0.0, "[0, 1]")
     """Chance that a random box of the image becomes noise (Zhong et al. 2017). Host data only."""
     repeats: int = option(1, "[1, MOST]")
-    """So many copies of an image, each augmented on its own, follow each other (Hoffer et al. 2019)."""
+    """How many copies of an image follow each other, each augmented on its own (Hoffer et al. 2019)."""
     mixup: float = option(0.0, "[0, 1000]")
     """Alpha of mixup (Zhang et al. 2017); 0 for none."""
     cutmix: float = option(0.0, "[0, 1000]")
@@ -196,15 +196,15 @@ class OptimizerConfig:
     """How parameters are updated."""
 
     name: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
-    """sgd has Nesterov momentum."""
+    """sgd has momentum; lamb and lars are for very large batches."""
     learning_rate: float = option(0.1, "[0, 1e+30]")
     """Peak learning rate."""
     base_batch_size: int | None = option(None, "[1, MOST]")
     """The batch that learning_rate is meant for; it is scaled linearly to train.batch_size. None: no scaling."""
     momentum: float = option(0.9, "[0, 1)")
-    """Of sgd and lars."""
+    """Momentum of sgd and lars."""
     nesterov: bool = True
-    """Look ahead in sgd."""
+    """Nesterov's momentum in sgd."""
     weight_decay: float = option(5e-4, "[0, 1000000]")
     """Decay towards zero, times the factor of the first rule that matches."""
     decay_rules: tuple[tuple[str, float], ...] = (
@@ -243,7 +243,7 @@ class ScheduleConfig:
     boundaries: tuple[float, ...] = option((0.5, 0.75), "(0, 1)")
     """Shares of the run at which `step` multiplies the rate by `factor`."""
     factor: float = option(0.1, "(0, 1000]")
-    """Of `step`."""
+    """What `step` multiplies the rate by."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -282,8 +282,8 @@ class TrainConfig:
     seed: int = option(0, "[0, 4294967295]")
     """Of parameters, order, augmentation and splits."""
     loss: Literal["cross_entropy", "focal", "binary"] = "cross_entropy"
-    """focal (Lin et al. 2017) attends to what is still wrong; binary: one sigmoid a class (Wightman et al. 2021), and
-    what data with several labels needs."""
+    """focal (Lin et al. 2017) lowers the weight of what is right already; binary: one sigmoid a class (Wightman et al.
+    2021), and what data with several labels needs."""
     focal_gamma: float = option(2.0, "[0, 100]")
     """How strongly focal does so; 0 is cross_entropy."""
     class_weights: Literal["none", "balanced", "effective_number"] = "none"

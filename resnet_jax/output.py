@@ -1,4 +1,4 @@
-"""Words for the user, on outputs that may take nothing."""
+"""Lines for the user, on outputs that may be closed or full."""
 
 import contextlib
 import sys

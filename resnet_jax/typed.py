@@ -23,7 +23,7 @@ GREATEST = 2**63
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
-    """Returns a value from JSON as a type: lists become tuples where it says so, whole numbers floats.
+    """Returns a value as a type: lists become tuples where it says so, whole numbers floats.
 
     Args:
       kind: None, bool, int, float (finite), str, Any, Literal, a union, tuple, list, dict, a dataclass (absent fields
@@ -66,7 +66,7 @@ NAMES = {str: "a text", bool: "true or false", type(None): "null"}
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it, short whatever it is."""
+    """Returns a value as a message shows it, short whatever it is."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= GREATEST:
         return "a whole number of more than 63 bits"
     if isinstance(value, dict | list | tuple):
@@ -76,7 +76,7 @@ def shown(value: Any) -> str:
 
 
 def shown_name(name: str) -> str:
-    """A key as a message shows it."""
+    """Returns a key as a message shows it."""
     return name if name.isidentifier() and len(name) <= 80 else shown(name)
 
 
