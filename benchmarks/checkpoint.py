@@ -44,9 +44,9 @@ def prepared(size: int, batch: int) -> tuple[Any, Any, Any]:
 
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
     from resnet_jax.training.optimizers import make_optimizer
+    from resnet_jax.training.programs import recipe_step
     from resnet_jax.training.recipe import build_model, state_maker
     from resnet_jax.training.sharding import compiler_options, run_in_caller
-    from resnet_jax.training.step import make_train_step
 
     run_in_caller()
     config = Config(
@@ -56,7 +56,7 @@ def prepared(size: int, batch: int) -> tuple[Any, Any, Any]:
         train=TrainConfig(batch_size=batch),
     )
     model = build_model(config, 1000)
-    step = make_train_step(model, make_optimizer(config.optimizer, lambda step: 0.01), config)
+    step = recipe_step(config, model, make_optimizer(config.optimizer, lambda step: 0.01))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     data = jax.device_put({"image": images, "label": rng.integers(0, 1000, batch, dtype=np.int32)})

@@ -24,8 +24,8 @@ def one_step(name: str, remat: str) -> Any:
         from resnet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
         from resnet_jax.models.stacking import unstack_blocks
         from resnet_jax.runs.plan import forecast
+        from resnet_jax.training.programs import recipe_step
         from resnet_jax.training.recipe import build_model, in_form, state_maker
-        from resnet_jax.training.step import make_train_step
 
         config = Config(
             ModelConfig(name, num_classes=10, scan=True, remat=remat),  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ def one_step(name: str, remat: str) -> Any:
         images = rng.integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8)
         batch = {"image": images, "label": rng.integers(0, 10, BATCH), "turn": np.zeros(BATCH, bool)}
         began = time.perf_counter()
-        step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0).lower(state, batch).compile()
+        step = jax.jit(recipe_step(config, model, optimizer), donate_argnums=0).lower(state, batch).compile()
         compiled = time.perf_counter() - began
         began = time.perf_counter()
         state, sums = jax.block_until_ready(step(state, batch))

@@ -76,16 +76,16 @@ def ours(name: str, folder: str, epochs: int, seeds: int) -> Any:
     import jax.numpy as jnp
 
     from resnet_jax.training.metrics import add, means
+    from resnet_jax.training.programs import recipe_eval_step
     from resnet_jax.training.sharding import compiler_options, run_in_caller
-    from resnet_jax.training.step import make_eval_step
 
     run_in_caller()
     train, test = arrays(folder)
-    multilabel, steps = in_a_call(), steps_in(epochs, len(train["label"]))
+    in_one_call, steps = in_a_call(), steps_in(epochs, len(train["label"]))
     data = jax.device_put(train)
-    prepared = [prepare(name, data, seed, epochs, steps, multilabel) for seed in range(seeds)]
+    prepared = [prepare(name, data, seed, epochs, steps, in_one_call) for seed in range(seeds)]
     model, config = prepared[0][2:]
-    evaluate = jax.jit(make_eval_step(model, config), compiler_options=compiler_options())
+    evaluate = jax.jit(recipe_eval_step(config, model), compiler_options=compiler_options())
     left = iter(prepared)
 
     def call() -> dict[str, Any]:
@@ -94,8 +94,8 @@ def ours(name: str, folder: str, epochs: int, seeds: int) -> Any:
 
         def advance(count: int) -> None:
             nonlocal state
-            for _ in range(count // multilabel):
-                state, sums = run(state, data, multilabel)
+            for _ in range(count // in_one_call):
+                state, sums = run(state, data, in_one_call)
             jax.block_until_ready((state, sums))
 
         def accuracy() -> float:
@@ -111,15 +111,16 @@ def ours(name: str, folder: str, epochs: int, seeds: int) -> Any:
     return call
 
 
-def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, multilabel: int) -> tuple[Any, Any, Any, Any]:
+def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, in_one_call: int) -> tuple[Any, Any, Any, Any]:
     """What makes the first state of a seed, the compiled steps, the model and the recipe."""
     import jax
 
     from resnet_jax import config as c
     from resnet_jax.training.optimizers import make_optimizer, make_schedule
+    from resnet_jax.training.programs import draw_from, recipe_step
     from resnet_jax.training.recipe import build_model, state_maker
-    from resnet_jax.training.sharding import batch_sharding, compiler_options, make_mesh
-    from resnet_jax.training.step import make_device_step, make_train_step
+    from resnet_jax.training.several_steps import steps_on_device
+    from resnet_jax.training.sharding import compiler_options, make_mesh
 
     config = c.Config(
         model=c.ModelConfig(name=name, zero_init_last=False),
@@ -130,11 +131,11 @@ def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, multilabel
         train=c.TrainConfig(batch_size=BATCH, seed=seed, ema_decay=None),
     )
     model, schedule = build_model(config, 10), make_schedule(config, steps, steps / epochs)
-    train_step = make_train_step(model, make_optimizer(config.optimizer, schedule), config)
-    device_step = make_device_step(train_step, config, multilabel, batch_sharding(make_mesh(1)))
+    train_step = recipe_step(config, model, make_optimizer(config.optimizer, schedule))
+    device_step = steps_on_device(train_step, draw_from(config, make_mesh(1)), in_one_call)
     new_state = state_maker(config, model, schedule)
     run = jax.jit(device_step, donate_argnums=0, compiler_options=compiler_options())
-    return new_state, run.lower(new_state(), data, multilabel).compile(), model, config
+    return new_state, run.lower(new_state(), data, in_one_call).compile(), model, config
 
 
 def torch_epochs(name: str, folder: str, epochs: int, seeds: int) -> Any:

@@ -18,7 +18,7 @@ def host_rows(rounds: int) -> list[dict[str, Any]]:
 
     from resnet_jax.config import Config
     from resnet_jax.data.sources import load_dataset
-    from resnet_jax.training.advance import STEPS_PER_CALL
+    from resnet_jax.training.programs import STEPS_PER_CALL
     from resnet_jax.training.recipe import build_model, state_maker
 
     config = Config()

@@ -18,13 +18,15 @@ ON_GPU = ("resnet50", 224, 256, "bfloat16", (1, 2, 4, 8, 16))
 def scaled_step(name: str, size: int, each: int, dtype: str, devices: int, strategy: str) -> Any:
     """Ten steps a call on so many devices, as `train` runs them."""
     import jax
+    import numpy as np
 
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
-    from resnet_jax.data.loader import BadImages
+    from resnet_jax.data.loader import BadImages, whole_split
     from resnet_jax.data.sources import load_dataset
-    from resnet_jax.training.advance import make_advance
+    from resnet_jax.training.optimizers import make_optimizer
+    from resnet_jax.training.programs import compile_steps
     from resnet_jax.training.recipe import build_model, state_maker
-    from resnet_jax.training.sharding import make_mesh, put_state
+    from resnet_jax.training.sharding import make_mesh, put_everywhere, put_state, replicated, state_sharding
 
     data = DataConfig("synthetic", image_size=size, synthetic_size=2 * each * devices, synthetic_classes=10)
     config = Config(
@@ -37,15 +39,17 @@ def scaled_step(name: str, size: int, each: int, dtype: str, devices: int, strat
     dataset, mesh = load_dataset(data, 0), make_mesh(devices)
     model = build_model(config, 10)
     state = put_state(state_maker(config, model, lambda step: 0.01)(), mesh)
-    advance = make_advance(config, model, lambda step: 0.01, dataset, mesh, BadImages("error"), range(10**6))
-    step = 0
+    whole = put_everywhere(whole_split(dataset.train, config, BadImages("error"), None, None), mesh)
+    out = (state_sharding(state, mesh), replicated(mesh))
+    optimizer = make_optimizer(config.optimizer, lambda step: 0.01)
+    steps = compile_steps(config, model, optimizer, mesh, out, from_device=True, most=1)
+    one = put_everywhere(np.int32(1), mesh)
 
     def ten() -> dict[str, float]:
-        nonlocal state, step
+        nonlocal state
         began = time.perf_counter()
         for _ in range(10):
-            state, sums, n, _ = advance(state, step)
-            step += n
+            state, sums = steps(state, whole, one)
         jax.block_until_ready((state, sums))
         return {"seconds": time.perf_counter() - began}
 

@@ -33,7 +33,7 @@ from resnet_jax.config import *
 from resnet_jax.training.sharding import compiler_options
 from resnet_jax.training.recipe import build_model, in_form, state_maker
 from resnet_jax.training.optimizers import make_optimizer
-from resnet_jax.training.step import make_train_step
+from resnet_jax.training.programs import recipe_step
 config = Config(model=ModelConfig(name={name!r}, {more}), data=DataConfig(image_size=32, on_device=False),
                 train=TrainConfig(batch_size=8, ema_decay=None), augment=AugmentConfig(crop="none"))
 model = build_model(config, 10)
@@ -43,7 +43,7 @@ start = time.perf_counter()
 state = jax.block_until_ready(in_form(state_maker(config, model, schedule)(), config))
 made = time.perf_counter()
 batch = {{"image": jnp.zeros((8, 32, 32, 3), jnp.uint8), "label": jnp.zeros(8, jnp.int32)}}
-step = jax.jit(make_train_step(model, make_optimizer(config.optimizer, schedule), config), donate_argnums=0,
+step = jax.jit(recipe_step(config, model, make_optimizer(config.optimizer, schedule)), donate_argnums=0,
                compiler_options=compiler_options())
 lowered = step.lower(state, batch)
 traced = time.perf_counter()
@@ -62,16 +62,16 @@ import jax
 import resnet_jax.training.loop as loop
 compiled = []
 jax.monitoring.register_event_listener(lambda event, **_: compiled.append(event) if "cache_misses" in event else None)
-make = loop.make_advance
-def timed(*arguments):
-    advance = make(*arguments)
-    def first(state, step):
-        result = advance(state, step)
+make = loop.compile_phases
+def timed(*arguments, **options):
+    (steps,) = make(*arguments, **options)
+    def first(*given):
+        result = steps(*given)
         jax.block_until_ready(result[1])
         tell(seconds=time.time() - began, compiled=len(compiled))
         os._exit(0)
-    return first
-loop.make_advance = timed
+    return [first]
+loop.compile_phases = timed
 cli.run(command)
 """
 

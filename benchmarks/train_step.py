@@ -26,7 +26,7 @@ def jax_train_step(
     dtype: str,
     example: bool,
     options: bool,
-    multilabel: int = 1,
+    in_one_call: int = 1,
     calls: int = 1,
 ) -> Any:
     """Training steps with ours, or with the same step around Flax's example network.
@@ -40,13 +40,14 @@ def jax_train_step(
     from benchmarks.flax_example import network
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
     from resnet_jax.training.optimizers import make_optimizer
+    from resnet_jax.training.programs import draw_from, recipe_step
+    from resnet_jax.training.several_steps import steps_on_batches, steps_on_device
     from resnet_jax.training.sharding import batch_sharding, compiler_options, make_mesh, run_in_caller
     from resnet_jax.training.state import create_state
-    from resnet_jax.training.step import make_device_step, make_streamed_step, make_train_step
 
     if not example:
         run_in_caller()
-    drawn = multilabel > 1 and size == 32
+    drawn = in_one_call > 1 and size == 32
     config = Config(
         model=ModelConfig(name=name, compute_dtype=dtype),
         data=DataConfig(image_size=size, on_device=drawn),
@@ -58,16 +59,19 @@ def jax_train_step(
     optimizer = make_optimizer(config.optimizer, lambda step: 0.01)
     state = jax.jit(lambda: create_state(model, optimizer, jax.random.key(0), (size, size, 3), ema=False))()
     chosen = compiler_options() if options else {}
-    function = make_train_step(model, optimizer, config)
-    if multilabel > 1:
-        make = make_device_step if drawn else make_streamed_step
-        function = make(function, config, multilabel, batch_sharding(make_mesh(1)))
+    function = recipe_step(config, model, optimizer)
+    if in_one_call > 1:
+        mesh = make_mesh(1)
+        if drawn:
+            function = steps_on_device(function, draw_from(config, mesh), in_one_call)
+        else:
+            function = steps_on_batches(function, batch_sharding(mesh), in_one_call)
     step_function = jax.jit(function, donate_argnums=0, compiler_options=chosen)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     data = jax.device_put({"image": images, "label": rng.integers(0, classes, batch, dtype=np.int32)})
-    batches = data if drawn else (data,) * multilabel
-    given = (batches, jax.device_put(np.int32(multilabel))) if multilabel > 1 else (data,)
+    batches = data if drawn else (data,) * in_one_call
+    given = (batches, jax.device_put(np.int32(in_one_call))) if in_one_call > 1 else (data,)
 
     def step() -> dict[str, float]:
         nonlocal state
@@ -75,7 +79,7 @@ def jax_train_step(
         for _ in range(calls):
             state, sums = step_function(state, *given)
         jax.block_until_ready((state, sums))
-        return {"seconds": (time.perf_counter() - began) / multilabel / calls}
+        return {"seconds": (time.perf_counter() - began) / in_one_call / calls}
 
     return step
 
@@ -116,11 +120,11 @@ def contenders(common: dict[str, Any]) -> list[Contender]:
     """All that take part in one case."""
     small, gpu = common["size"] == 32, has_gpu()
     if small:  # steps in a call of ours, as the loop has them, and steps until a wait
-        multilabel, steps = (50, 50) if gpu else (5, 1)
+        in_one_call, steps = (50, 50) if gpu else (5, 1)
     else:
-        multilabel, steps = (1, STEPS["gpu"]) if gpu else (STEPS["cpu"], STEPS["cpu"])
+        in_one_call, steps = (1, STEPS["gpu"]) if gpu else (STEPS["cpu"], STEPS["cpu"])
     one = common | {"example": False, "options": True, "calls": steps}
-    ours = one | {"multilabel": multilabel, "calls": max(1, steps // multilabel)}
+    ours = one | {"in_one_call": in_one_call, "calls": max(1, steps // in_one_call)}
     theirs = common | {"steps": steps}
     found = [
         Contender("resnet_jax", jax_train_step, ours, MEMORY, OURS),
@@ -134,7 +138,7 @@ def contenders(common: dict[str, Any]) -> list[Contender]:
             Contender("system's memory", jax_train_step, ours, imports=OURS),
             Contender("no options", jax_train_step, ours | {"options": False}, MEMORY, OURS),
         ]
-    if multilabel > 1:
+    if in_one_call > 1:
         found.append(Contender("one step a call", jax_train_step, one, MEMORY, OURS))
     return found
 

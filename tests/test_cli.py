@@ -270,7 +270,7 @@ def test_too_little_memory_is_a_sentence_with_the_remedy(error, capsys, monkeypa
     def exhausted(*_):
         raise error
 
-    monkeypatch.setattr(loop, "run_with_rollbacks", exhausted)
+    monkeypatch.setattr(loop, "fit_with_rollbacks", exhausted)
     status, _, err = run([*SMALL.split(), "--workdir", str(tmp_path / "run")], capsys)
     assert status == 1 and "64 GiB" in err and "--train.batch_size" in err and "--model.remat" in err
 
@@ -361,7 +361,7 @@ def test_another_pipe_that_breaks_is_not_taken_for_the_output(capsys, monkeypatc
 
 
 def test_a_batch_norm_that_sees_one_value_a_channel_is_a_warning(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "run_with_rollbacks", lambda *_: sys.exit(0))
+    monkeypatch.setattr(loop, "fit_with_rollbacks", lambda *_: sys.exit(0))
     flags = ["--model.name", "resnet10t", "--data.dataset", "synthetic", "--data.synthetic_size", "8"]
     flags += ["--data.synthetic_classes", "2", "--schedule.warmup_epochs", "0", "--augment.crop", "none"]
 

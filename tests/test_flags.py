@@ -101,8 +101,8 @@ def folder(tmp_path_factory):
         patch.setenv("XLA_FLAGS", "")  # `plan` changes them
         patch.setenv("JAX_PLATFORMS", "cpu")
         patch.setattr(loop, "start_processes", lambda recipe: None)
-        patch.setattr(loop, "run_with_rollbacks", reached)
-        patch.setattr(forecast, "make_train_step", reached)
+        patch.setattr(loop, "fit_with_rollbacks", reached)
+        patch.setattr(forecast, "recipe_step", reached)
         patch.setattr(show_batch, "whole_split", reached)
         patch.setattr(show_batch, "train_batches", reached)
         patch.setattr(Notebook, "part", reached)

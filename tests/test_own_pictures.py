@@ -19,6 +19,8 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.runs.trackers import read_lines
 from tests.browser import needs_chromium, screenshot, tags
 
+pytestmark = pytest.mark.xdist_group("own_pictures")  # one process makes what they share
+
 RNG = np.random.default_rng(0)
 SHORT = [
     "--model.name", "cifar_resnet8", "--parallel.devices", "1", "--train.batch_size", "8", "--augment.crop", "none",

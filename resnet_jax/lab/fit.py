@@ -25,10 +25,11 @@ from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.registry import create_model
 from resnet_jax.training.metrics import add, means
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
+from resnet_jax.training.programs import draw_from, recipe_eval_step, recipe_step
 from resnet_jax.training.recipe import state_maker
-from resnet_jax.training.sharding import batch_sharding, compiler_options, make_mesh, replicated
+from resnet_jax.training.several_steps import steps_on_device
+from resnet_jax.training.sharding import compiler_options, make_mesh, replicated
 from resnet_jax.training.state import TrainState
-from resnet_jax.training.step import make_device_step, make_eval_step, make_train_step
 
 EVAL_BATCH = 256
 EVALUATED = 2000
@@ -116,7 +117,7 @@ def fit(
     optimizer = make_optimizer(config.optimizer, schedule)
     mesh = make_mesh(1)
     step_function = jax.jit(
-        make_device_step(make_train_step(model, optimizer, config), config, 1, batch_sharding(mesh)),
+        steps_on_device(recipe_step(config, model, optimizer), draw_from(config, mesh), 1),
         donate_argnums=0,
         out_shardings=replicated(mesh),
         compiler_options=compiler_options(),
@@ -147,7 +148,7 @@ def variables_of(state: TrainState) -> Any:
 
 def evaluator(model: nn.Module, config: Config) -> Callable[[Any, dict[str, np.ndarray]], dict[str, Any]]:
     """`evaluate(variables, split) -> means` over at most EVALUATED images of a split, compiled once."""
-    program = jax.jit(make_eval_step(model, config), compiler_options=compiler_options())
+    program = jax.jit(recipe_eval_step(config, model), compiler_options=compiler_options())
 
     def evaluate(variables: Any, split: dict[str, np.ndarray]) -> dict[str, Any]:
         count, parts = min(EVALUATED, len(split["label"])), []

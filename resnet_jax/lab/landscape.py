@@ -12,7 +12,7 @@ import numpy as np
 
 from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
 from resnet_jax.lab.record import Notebook, Rows, axes_of
-from resnet_jax.training.losses import cross_entropy, soft_targets
+from resnet_jax.training.losses import cross_entropy
 from resnet_jax.training.state import path_map
 
 KINDS = ("plain", "residual")
@@ -75,7 +75,7 @@ def plane(model: Any, variables: Any, directions: list[Any], batch: Any, classes
     def loss(given: Any, first: Any, second: Any, images: jax.Array, x: float, y: float) -> jax.Array:
         params = jax.tree.map(lambda p, a, b: p + x * a + y * b, given["params"], first, second)
         logits, _ = model.apply(given | {"params": params}, images, train=True, mutable=["batch_stats"])
-        return cross_entropy(logits, soft_targets(jnp.asarray(labels), classes, 0.0)).mean()
+        return cross_entropy(logits, {"label": jnp.asarray(labels)}).mean()
 
     copies = [jax.device_put((variables, *directions, images), device) for device in devices]
 

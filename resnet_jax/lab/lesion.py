@@ -10,7 +10,7 @@ import numpy as np
 from resnet_jax.lab.fit import cifar_net, fit, load, recipe, variables_of
 from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
 from resnet_jax.models.blocks import ResidualBlock
-from resnet_jax.training.step import make_eval_step
+from resnet_jax.training.programs import recipe_eval_step
 
 KINDS = ("plain", "residual")
 
@@ -64,7 +64,7 @@ def lesions(model: Any, variables: Any, data: Any, depth: int) -> Rows:
 
 def gated_accuracy(model: Any, data: Any, blocks: list[tuple[int, int]]) -> Any:
     """`accuracy(variables, gates)` on test images, where a block with gate 0 hands on what it was given."""
-    evaluate = make_eval_step(model, recipe(data, 1.0))
+    evaluate = recipe_eval_step(recipe(data, 1.0), model)
     names = {f"stage{stage}/block{block}": i for i, (stage, block) in enumerate(blocks)}
     count = min(1000, len(data.test["label"]))
     batch = {name: jnp.asarray(values[:count]) for name, values in data.test.items()} | {"mask": jnp.ones(count, bool)}

@@ -11,9 +11,9 @@ import numpy as np
 from resnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
 from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.programs import recipe_step
 from resnet_jax.training.recipe import build_model, in_form, state_maker
 from resnet_jax.training.sharding import compiler_options, uncached
-from resnet_jax.training.step import make_train_step
 
 WAYS: dict[str, dict[str, Any]] = {
     "all kept": {},
@@ -71,7 +71,7 @@ def step_of(config: Config, size: int) -> tuple[Any, Any, Any]:
     state = in_form(state_maker(config, model, lambda step: 0.01)(), config)
     batch = {"image": jnp.zeros((BATCH, size, size, 3), jnp.uint8), "label": jnp.zeros(BATCH, jnp.int32)}
     batch["turn"] = jnp.zeros(BATCH, bool)
-    step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0, compiler_options=compiler_options())
+    step = jax.jit(recipe_step(config, model, optimizer), donate_argnums=0, compiler_options=compiler_options())
     return step.lower(state, batch), state, batch
 
 

@@ -15,14 +15,13 @@ from jax.sharding import Mesh
 
 from resnet_jax import __version__
 from resnet_jax.config import Config, InputError, differences, path_of, to_dict
-from resnet_jax.data.dataset import Dataset
 from resnet_jax.files import in_bucket, read_json, to_json, write_whole
 from resnet_jax.output import say
 from resnet_jax.recipes import read_recipe, recorded
 from resnet_jax.runs.lock import BucketLock, Lock, hold, live_holder
 from resnet_jax.runs.trackers import split_lines
-from resnet_jax.training.checkpoints import Record
 from resnet_jax.training.manifest import best_of, checkpoints_of, damage, steps_in
+from resnet_jax.training.progress import RunProgress
 
 
 def open_workdir(workdir: str | Path | None, config: Config) -> Path:
@@ -72,23 +71,6 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
         yield lock
 
 
-def new_record(config: Config, dataset: Dataset, class_names: tuple[str, ...]) -> Record:
-    """What a checkpoint holds beside the state, for a run that begins."""
-    return {
-        "recipe": to_dict(config),
-        "class_names": list(class_names),
-        "multilabel": dataset.multilabel,
-        "best": None,
-        "result": None,
-        "sums": None,
-        "skipped": [],
-        "skipped_updates": {"total": 0, "in_row": 0},
-        "eval_pending": False,
-        "no_better": 0,
-        "rollbacks": 0,
-    }
-
-
 class Summary(TypedDict):
     """What every `summary.json` holds, beside what an evaluation found."""
 
@@ -133,12 +115,12 @@ def ended(folder: Path) -> dict[str, Any] | None:
     return summary if summary and damage(folder / "checkpoints" / str(last)) is None else None
 
 
-def finish(folder: Path, record: Record, speed: dict[str, float], device: str) -> dict[str, Any]:
+def finish(folder: Path, progress: RunProgress, speed: dict[str, float], device: str) -> dict[str, Any]:
     """Writes `summary.json` and says what came out."""
-    skipped = {"count": len(record["skipped"]), "names": record["skipped"][:1000]}
-    summary = (record["result"] or {}) | {"best": record["best"], "selected": record["selected"]}
-    summary |= {"steps": record["step"]} | speed
-    summary |= {"skipped_images": skipped, "skipped_updates": record["skipped_updates"]["total"]}
+    skipped = {"count": len(progress.skipped), "names": progress.skipped[:1000]}
+    summary = (progress.result or {}) | {"best": progress.best, "selected": progress.selected}
+    summary |= {"steps": progress.step} | speed
+    summary |= {"skipped_images": skipped, "skipped_updates": progress.skipped_updates["total"]}
     summary |= {"device": device, "versions": versions()}
     if jax.process_index() == 0:
         write_whole(folder / "summary.json", to_json(summary, indent=2) + "\n")

@@ -12,6 +12,7 @@ import optax
 from resnet_jax.config import Config, InputError, sides
 from resnet_jax.models.registry import create_model
 from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.programs import recipe_step
 from resnet_jax.training.recipe import build_model, complete, images_per_statistic, in_form, state_maker
 from resnet_jax.training.sharding import (
     batch_sharding,
@@ -21,7 +22,6 @@ from resnet_jax.training.sharding import (
     replicated,
     state_sharding,
 )
-from resnet_jax.training.step import make_train_step
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64}
@@ -58,7 +58,7 @@ def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
         "label": jax.ShapeDtypeStruct((count,), jnp.int32, sharding=split),
         "turn": jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=split),
     }
-    step = make_train_step(model, make_optimizer(config.optimizer, schedule), config, mesh)
+    step = recipe_step(config, model, make_optimizer(config.optimizer, schedule), mesh)
     compiled = partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
     program = compiled(step, out_shardings=(places, replicated(mesh))).lower(state, batch).compile()
     held = {name: bytes_on_a_device(getattr(state, name)) for name in ("params", "batch_stats", "opt_state", "ema")}

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax import output as outputs
-from resnet_jax.config import Config, InputError
-from resnet_jax.files import in_bucket
+from resnet_jax.config import Config
 from resnet_jax.runs.console import Console
 from resnet_jax.runs.trackers import Tracker
 from resnet_jax.training.metrics import Sums, add, means
+from resnet_jax.training.progress import RunProgress
 from resnet_jax.training.recipe import Plan
 from resnet_jax.training.state import TrainState
 
@@ -59,18 +59,18 @@ class Report:
         plan: Plan,
         schedule: Callable[[int], Any],
         step: int,
-        record: dict[str, Any],
+        progress: RunProgress,
         last_checkpoint: Callable[[], int | None],
     ) -> None:
         first = jax.process_index() == 0
-        self._tracker = Tracker(folder, step, config.log.tensorboard, record["eval_pending"]) if first else None
+        self._tracker = Tracker(folder, step, config.log.tensorboard, progress.eval_pending) if first else None
         self._console = Console(step, plan.total, plan.per_epoch, plan.evaluates) if first else None
         self._batch_size, self._per_epoch, self._schedule = config.train.batch_size, plan.per_epoch, schedule
         self._last_checkpoint = last_checkpoint
         self._thread = ThreadPoolExecutor(1)
         self._limit = config.train.nonfinite_limit
-        self.skipped = dict(record["skipped_updates"])
-        self._now, self._carried = Interval(), record["sums"]
+        self.skipped = dict(progress.skipped_updates)
+        self._now, self._carried = Interval(), progress.sums
         self._handed: tuple[Interval, Future[Any]] | None = None
         self._done: float | None = None  # when the last interval, or a pause, ended
         self._images, self._seconds = 0, 0.0
@@ -215,34 +215,3 @@ def say(text: str, error: bool = False) -> None:
     """Prints in the first process alone, as `output.say` does."""
     if jax.process_index() == 0:
         outputs.say(text, error)
-
-
-Advance = Callable[[TrainState, int], tuple[TrainState, Sums, int, float]]
-"""`advance(state, step) -> (state, sums, n, waited)`: what dispatches the next n steps of a run."""
-
-
-def traced(advance: Advance, config: Config, folder: Path) -> Advance:
-    """`advance` that writes a trace of the steps of `log.profile` into `folder/profile`; the device is waited for."""
-    if config.log.profile is None:
-        return advance
-    if in_bucket(folder):
-        raise InputError(f"log.profile: a trace needs a folder on this machine, and the run is in {folder}")
-    if (folder / "profile").is_symlink():
-        raise InputError(f"{folder / 'profile'} is a link, which may lead out of the run's folder: remove it")
-    first, last = (int(step) for step in config.log.profile.split(":"))
-    running = False
-
-    def advance_traced(state: TrainState, step: int) -> tuple[TrainState, Sums, int, float]:
-        nonlocal running
-        if not running and first <= step < last:
-            jax.profiler.start_trace(str(folder / "profile"))
-            running = True
-        result = advance(state, step)
-        if running and step + result[2] >= last:
-            jax.block_until_ready(result[0])
-            jax.profiler.stop_trace()
-            running = False
-            say(f"the trace of steps {first} to {last} lies in {folder / 'profile'}")
-        return result
-
-    return advance_traced

@@ -13,9 +13,10 @@ from resnet_jax.data.loader import BadImages, sampling_table, train_batches, who
 from resnet_jax.data.on_device import per_channel
 from resnet_jax.data.show import as_shown
 from resnet_jax.data.sources import load_dataset
+from resnet_jax.training.programs import draw_from, make_prepare
 from resnet_jax.training.recipe import build_model, complete
-from resnet_jax.training.sharding import batch_sharding, make_mesh, put_everywhere
-from resnet_jax.training.step import draw, prepare
+from resnet_jax.training.sharding import make_mesh, put_everywhere
+from resnet_jax.training.step import step_key
 from resnet_jax.weights.load import names_of_outputs
 
 MOST, COLUMNS, HIGH = 64, 8, 128
@@ -37,10 +38,11 @@ def show_batch(config: Config, file: Path) -> Path:
     table, step, classes = sampling_table(dataset, config.data.sampling), jnp.int32(0), dataset.label_classes()
     if config.data.on_device:
         data = put_everywhere(whole_split(dataset.train, config, bad, table, classes), mesh)
-        batch = jax.jit(lambda data: draw(step, data, config, batch_sharding(mesh)))(data)
+        batch = jax.jit(lambda data: draw_from(config, mesh)(data, step))(data)
     else:
         batch = next(train_batches(dataset.train, config, mesh, bad, range(1), table=table, classes=classes))
-    images, targets = (np.asarray(x, np.float32) for x in prepare(batch, step, config, model))
+    prepared = make_prepare(config, model)(batch, step_key(config.train.seed, step))
+    images, targets = (np.asarray(prepared[name], np.float32) for name in ("image", "target"))
     mean, std = (np.asarray(per_channel(v, images.shape[-1])) for v in (config.data.mean, config.data.std))
     pixels = (images * std + mean).clip(0, 1)
     return draw_grid(pixels[:MOST], [caption(row, names) for row in targets], file)

@@ -55,18 +55,22 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int) -> None:
         self.folder, self.keep = checkpoints_of(workdir), keep
         self.best: int | None = None
+        self._begun: int | None = None  # the last step whose save was begun
         self._writing: int | None = None
         for name in ("absl", "asyncio"):  # where a save fails, each of its parts would log a traceback
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        options = ocp.AsyncOptions(
+            post_finalization_callback=self._complete,
+            # Where a folder cannot be made, threads of Orbax would wait for it, and keep the process from ending.
+            create_directories_asynchronously=False,
+        )
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(async_options=options),
                 state=ocp.PyTreeCheckpointHandler(use_compression=False),
                 record=ocp.JsonCheckpointHandler(),
             ),
-            async_options=ocp.AsyncOptions(
-                post_finalization_callback=self._complete,
-                create_directories_asynchronously=False,  # where they cannot be made, Orbax would wait for them
-            ),
+            async_options=options,
         )
         try:
             if jax.process_index() == 0:
@@ -93,7 +97,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, record: Record) -> None:
         """Starts to write a checkpoint and returns once the state has been copied."""
         self.settle()
-        self._writing = step
+        self._begun = self._writing = step
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree_of(state)), record=ocp.args.JsonSave(finite(record)))
         try:
             self._writer.save(self.folder / str(step), items, force=True)
@@ -117,14 +121,13 @@ class Checkpoints:
 
     def abandon(self) -> None:
         """Removes what was being written when the run's folder was taken away, with the folders that this made anew."""
-        step = self._writing
         self.settle()
-        if step is None or jax.process_index() != 0 or (self.folder.parent / "config.json").exists():
+        if self._begun is None or jax.process_index() != 0 or (self.folder.parent / "config.json").exists():
             return
-        self._remove_begun(str(step))
+        self._remove_begun(str(self._begun))
         with contextlib.suppress(OSError):
-            if (self.folder / str(step)).exists():
-                remove_tree(self.folder / str(step))
+            if (self.folder / str(self._begun)).exists():
+                remove_tree(self.folder / str(self._begun))
             for folder in (self.folder, self.folder.parent):
                 folder.rmdir()  # where nothing else is in it
 

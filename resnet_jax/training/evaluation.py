@@ -26,10 +26,10 @@ from resnet_jax.training.checkpoints import read_checkpoint
 from resnet_jax.training.linear_probe import Features, head_of
 from resnet_jax.training.measures import mean_average_precision
 from resnet_jax.training.metrics import Sums, add, means
+from resnet_jax.training.programs import recipe_eval_step
 from resnet_jax.training.recipe import build_model, sharded_shapes, state_maker
 from resnet_jax.training.sharding import check_batch, compiler_options, make_mesh, replicated
 from resnet_jax.training.state import TrainState
-from resnet_jax.training.step import make_eval_step
 from resnet_jax.weights.load import names_of_outputs
 
 Result = dict[str, dict[str, Any]]
@@ -80,7 +80,7 @@ def make_evaluate(
     """
     source = dataset.split(split)
     step_function = jax.jit(
-        make_eval_step(head_of(model) if features else model, config),
+        recipe_eval_step(config, head_of(model) if features else model),
         out_shardings=replicated(mesh),
         compiler_options=compiler_options(),
     )

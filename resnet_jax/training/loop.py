@@ -5,55 +5,46 @@ import json
 import math
 import shlex
 import time
+from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, path_of
+from resnet_jax.config import Config, InputError, path_of, to_dict
 from resnet_jax.data.dataset import Dataset, with_outputs
 from resnet_jax.data.fingerprint import changes, described, digest, fingerprint
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import save as save_fingerprint
-from resnet_jax.data.loader import BadImages, check_readable
+from resnet_jax.data.loader import BadImages, check_readable, sampling_table, train_batches, whole_split
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.data.watch import check_guard, keep_tracker
 from resnet_jax.files import in_bucket, modified, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.recipes import recorded
-from resnet_jax.runs.folder import (
-    better,
-    device_name,
-    ended,
-    finish,
-    locked,
-    new_record,
-    open_workdir,
-)
+from resnet_jax.runs.folder import better, device_name, ended, finish, locked, open_workdir
 from resnet_jax.runs.lock import BucketLock, Lock
 from resnet_jax.runs.processes import agree, check_one_folder, ending_together, facts_of, start_processes
-from resnet_jax.runs.progress import Advance, Diverged, Report, say, traced
+from resnet_jax.runs.progress import Diverged, Report, say
 from resnet_jax.runs.report_page import make_report
 from resnet_jax.runs.signals import FolderLost, Stop, Stopped, stop_signals
+from resnet_jax.runs.trace import Trace
 from resnet_jax.runs.trackers import draw_curves
-from resnet_jax.training.advance import make_advance
-from resnet_jax.training.checkpoints import Checkpoints, Record
-from resnet_jax.training.evaluation import (
-    Result,
-    make_evaluate,
-    scalars,
-    selecting_metric,
-    served,
-)
-from resnet_jax.training.linear_probe import computes_features_once, make_features
+from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.training.evaluation import Result, make_evaluate, scalars, selecting_metric, served
+from resnet_jax.training.finetune import make_phases
+from resnet_jax.training.linear_probe import computes_features_once, head_of, make_features, whole_features
 from resnet_jax.training.manifest import BEST
+from resnet_jax.training.metrics import Sums
 from resnet_jax.training.optimizers import make_schedule
+from resnet_jax.training.programs import compile_phases, steps_in_call, steps_per_call, weights_of_classes
+from resnet_jax.training.progress import Best, RunProgress
 from resnet_jax.training.recipe import (
     Plan,
     build_model,
@@ -70,7 +61,9 @@ from resnet_jax.training.sharding import (
     cached_where_sound,
     check_batch,
     make_mesh,
+    put_everywhere,
     put_state,
+    replicated,
     state_sharding,
 )
 from resnet_jax.training.state import TrainState
@@ -144,15 +137,15 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
             check_pictures(folder, config, dataset)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
             run = Run(folder, config, plan, model, dataset, metric, mesh, checkpoints, stop, lock)
-            record, images_per_second = run_with_rollbacks(run, schedule)
-            saved = checkpoints.has(record["step"])
+            progress, images_per_second = fit_with_rollbacks(run, schedule)
+            saved = checkpoints.has(progress.step)
         speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
         try:
-            summary = finish(folder, record, speed, device_name(mesh))
+            summary = finish(folder, progress, speed, device_name(mesh))
         except OSError as error:
             raise NotSaved(f"{folder / 'summary.json'} could not be written: {error}", folder) from error
         if not saved:
-            raise NotSaved(f"the checkpoint of the last step, {record['step']}, could not be written", folder)
+            raise NotSaved(f"the checkpoint of the last step, {progress.step}, could not be written", folder)
         show(folder, config)
         return summary
 
@@ -232,19 +225,22 @@ class Run:
     lock: Lock | BucketLock | None
 
 
-def run_with_rollbacks(run: Run, schedule: optax.Schedule) -> tuple[Record, float]:
-    """Runs to the plan's end; where it diverges and the recipe says so, again from the last checkpoint, more slowly.
+Evaluate: TypeAlias = Callable[[TrainState], Result | None]
+
+
+def fit_with_rollbacks(run: Run, schedule: optax.Schedule) -> tuple[RunProgress, float]:
+    """Trains to the plan's end; where it diverges and the recipe says so, again from the last checkpoint, more slowly.
 
     Returns:
-      The last record and the images a second.
+      What came out, and the images a second.
     """
     recipe, rollbacks = run.config.train, 0
     while True:
-        state, record = begin(run)
-        rollbacks = record["rollbacks"] = max(rollbacks, record["rollbacks"])
+        state, progress = begin(run)
+        rollbacks = progress.rollbacks = max(rollbacks, progress.rollbacks)
         factor = 0.5**rollbacks
         try:
-            return go_on(run, state, record, lambda t, factor=factor: factor * schedule(t))
+            return fit(run, state, progress, lambda t, factor=factor: factor * schedule(t))
         except Diverged as error:
             if recipe.on_nonfinite != "rollback" or rollbacks >= recipe.nonfinite_limit:
                 raise
@@ -253,159 +249,199 @@ def run_with_rollbacks(run: Run, schedule: optax.Schedule) -> tuple[Record, floa
             say(f"WARNING: {error.what}; going back to step {last} with {factor / 2:g} times the learning rate")
 
 
-def begin(run: Run) -> tuple[TrainState, Record]:
-    """A new state and record, or those of the newest sound checkpoint."""
+def begin(run: Run) -> tuple[TrainState, RunProgress]:
+    """Returns a new state and progress, or those of the newest sound checkpoint."""
     config, mesh = run.config, run.mesh
     new_state = state_maker(config, run.model, lambda step: 0.0)
     found = run.checkpoints.restore(lambda _: sharded_shapes(new_state, mesh))
     if found is None:
         state = put_state(in_form(with_weights(new_state(), config, run.model), config), mesh)
         names = names_of_outputs(run.model.num_classes, run.dataset.class_names, config.data.dataset)
-        return state, new_record(config, run.dataset, names)
+        return state, RunProgress(to_dict(config), list(names), run.dataset.multilabel)
     state, record, step = found
-    run.checkpoints.best = record["best"] and record["best"]["step"]
-    note_best(run.folder, record["best"])
+    progress = RunProgress.from_record(record)
+    run.checkpoints.best = progress.best and progress.best["step"]
+    note_best(run.folder, progress.best)
     say(f"resuming at step {step} of {run.plan.total}")
-    return stacked(state, run), record
+    return stacked(state, run), progress
 
 
 def stacked(state: TrainState, run: Run) -> TrainState:
-    """A state as checkpoints hold it in the form that the recipe's model takes."""
+    """Returns a state as checkpoints hold it in the form that the recipe's model takes."""
     if not run.config.model.scan:
         return state
     form = state_sharding(jax.eval_shape(lambda: stack_blocks(state)), run.mesh)
     return jax.jit(stack_blocks, out_shardings=form)(state)
 
 
-def go_on(run: Run, state: TrainState, record: Record, schedule: optax.Schedule) -> tuple[Record, float]:
-    """Runs from a state to the plan's end; returns the last record and the images a second."""
-    config, plan, start = run.config, run.plan, int(state.step)
-    bad = BadImages(config.data.on_bad_image, set(record["skipped"]), config.data.channels)
-    features = make_features(config, run.model) if computes_features_once(config) else None
-    frozen = features and partial(features, {"params": state.params, "batch_stats": state.batch_stats})
-    ends = (plan.log_every, plan.eval_every, plan.save_every)
-    steps = range(start, plan.total)
-    advance = make_advance(config, run.model, schedule, run.dataset, run.mesh, bad, steps, ends, frozen)
-    measured = {
-        split: make_evaluate(config, run.model, run.dataset, split, run.mesh, bad, run.stop, features)
-        for split in run.dataset.splits()
-        if split != "train"
-    }
-    with Report(run.folder, config, plan, schedule, start, record, run.checkpoints.latest) as report:
-        state = run_steps(
-            run, state, record, traced(advance, config, run.folder), measured.get("validation"), report, bad
-        )
-        record["selected"] = record["best"]["step"] if record["best"] else record["step"]
-        if "test" in measured:
-            look_at_test(run, state, record, measured["test"], report)
-        record["skipped"] = sorted(bad.names)
-    return record, report.speed()
-
-
-def run_steps(
-    run: Run,
-    state: TrainState,
-    record: Record,
-    advance: Advance,
-    evaluate: Callable[[TrainState], Result | None] | None,
-    report: Report,
-    bad: BadImages,
-) -> TrainState:
-    """The loop: step, write metrics, save, evaluate, until the plan's end, or until `train.patience` is at its end.
-    Returns the last state; `record` is brought up to date in place.
-
-    Args:
-      evaluate: on the validation split; None where there is none.
+def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Schedule) -> tuple[RunProgress, float]:
+    """Trains from a state to the plan's end, or until `train.patience` is at its end, and looks at the test split.
 
     Everything is written and found finite before a checkpoint replaces another one. A checkpoint is begun before the
     evaluation of its step, which is pending until then, so that the two run beside each other. The device is given one
     call beyond the one that it works at, no more, so that slow steps end soon after a signal.
+
+    Returns:
+      What came out, and the images a second.
     """
-    plan, step = run.plan, int(state.step)
-    under_way: Any = ()
-    if record["eval_pending"] and evaluate is not None:
-        evaluate_step(run, state, step, record, evaluate, report, bad)
-    patience = run.config.train.patience or math.inf
-    while step < plan.total and record["no_better"] < patience:
-        state, sums, n, waited = advance(state, step)
-        step += n
-        jax.block_until_ready(under_way)
-        under_way = sums
+    config, plan, mesh, step = run.config, run.plan, run.mesh, int(state.step)
+    bad = BadImages(config.data.on_bad_image, set(progress.skipped), config.data.channels)
 
-        def due(every: int, step: int = step) -> bool:
-            return step % every == 0 or step == plan.total
+    # The data: a whole split on the device, of which a step draws its batch, or batches from the host. A linear probe
+    # on images that never change has their features, which are computed once, in place of images.
+    table, classes = sampling_table(run.dataset, config.data.sampling), run.dataset.label_classes()
+    features = make_features(config, run.model) if computes_features_once(config) else None
+    from_device = config.data.on_device or features is not None
+    most = steps_per_call(config, from_device)
+    whole: Any = None
+    if features is not None:
+        frozen = partial(features, {"params": state.params, "batch_stats": state.batch_stats})
+        whole = put_everywhere(whole_features(run.dataset.train, config, mesh, bad, frozen, table), mesh)
+    elif from_device:
+        whole = put_everywhere(whole_split(run.dataset.train, config, bad, table, classes), mesh)
+    else:
+        process, steps = (jax.process_index(), jax.process_count()), range(step, plan.total)
+        batches = train_batches(run.dataset.train, config, mesh, bad, steps, *process, table, classes)
 
-        report.steps(step, n, sums, waited)
-        if due(plan.log_every):
-            report.flush()
-        if run.lock is not None and run.lock.lost(now=due(plan.save_every)):
-            run.stop.ask()
-        stopping = run.stop.due()
-        evaluates = evaluate is not None and due(plan.eval_every)
-        if not evaluates and not due(plan.save_every) and not stopping:
-            continue
-        record["sums"] = report.settle(state)
-        record |= {"skipped_updates": dict(report.skipped), "skipped": sorted(bad.names), "eval_pending": evaluates}
-        with report.paused():
-            if stopping:
-                end_early(run, state, step, record)
-            if due(plan.save_every):
-                run.checkpoints.save(step, unstack_blocks(state), record)
-            if record["eval_pending"] and evaluate is not None:
-                evaluate_step(run, state, step, record, evaluate, report, bad)
-    record["step"] = step
-    if step < plan.total:
-        say(f"no better for {record['no_better']} evaluations: the run ends")
-    if not run.checkpoints.has(step) and not lost(run):
-        run.checkpoints.save(step, unstack_blocks(state), record)
-    run.checkpoints.settle()
-    if lost(run):
-        end_early(run, state, step, record)
-    return state
+    # The step, compiled when it is first called, anew for each phase of a fine-tuning.
+    phases = make_phases(config, state.params, len(run.dataset.train) / config.train.batch_size)
+    programs = compile_phases(
+        config,
+        run.model if features is None else head_of(run.model),
+        schedule,
+        phases,
+        mesh,
+        (state_sharding(state, mesh), replicated(mesh)),
+        from_device=from_device,
+        most=most,
+        weights=weights_of_classes(config, run.dataset, run.model.num_classes),
+    )
+    numbers = put_everywhere({n: np.int32(n) for n in range(1, most + 1)}, mesh)
+    starts = [phase.start for phase in phases]
+
+    evaluates: dict[str, Evaluate] = {
+        split: make_evaluate(config, run.model, run.dataset, split, mesh, bad, run.stop, features)
+        for split in run.dataset.splits()
+        if split != "train"
+    }
+    validate = evaluates.get("validation")
+    patience = config.train.patience or math.inf
+    under_way: Sums = {}
+    trace = Trace(config.log.profile, run.folder)
+
+    with Report(run.folder, config, plan, schedule, step, progress, run.checkpoints.latest) as report:
+        if progress.eval_pending and validate is not None:
+            evaluate_step(run, state, step, progress, validate, report, bad)
+        while step < plan.total and progress.no_better < patience:
+            phase = bisect_right(starts, step) - 1
+            n = steps_in_call(step, most, (*starts, plan.total), (plan.log_every, plan.eval_every, plan.save_every))
+            asked = time.perf_counter()
+            data = whole if from_device else [next(batches) for _ in range(n)]
+            waited = 0.0 if from_device else time.perf_counter() - asked
+            if not from_device:
+                data += data[-1:] * (most - n)
+            trace.before(step)
+            state, sums = programs[phase](state, data, numbers[n])
+            step += n
+            trace.after(step, state)
+            jax.block_until_ready(under_way)
+            under_way = sums
+            report.steps(step, n, sums, waited)
+
+            log, save = (step % every == 0 or step == plan.total for every in (plan.log_every, plan.save_every))
+            evaluate = validate is not None and (step % plan.eval_every == 0 or step == plan.total)
+            if log:
+                report.flush()
+            if run.lock is not None and run.lock.lost(now=save):
+                run.stop.ask()
+            stopping = run.stop.due()
+            if not (evaluate or save or stopping):
+                continue
+            progress.step, progress.sums = step, report.settle(state)
+            progress.skipped_updates, progress.skipped = dict(report.skipped), sorted(bad.names)
+            progress.eval_pending = evaluate
+            with report.paused():
+                if stopping:
+                    end_early(run, state, step, progress)
+                if save:
+                    run.checkpoints.save(step, unstack_blocks(state), progress.to_record())
+                if evaluate and validate is not None:
+                    evaluate_step(run, state, step, progress, validate, report, bad)
+        progress.step = step
+        if step < plan.total:
+            say(f"no better for {progress.no_better} evaluations: the run ends")
+        if not run.checkpoints.has(step) and not lost(run):
+            run.checkpoints.save(step, unstack_blocks(state), progress.to_record())
+        run.checkpoints.settle()
+        if lost(run):
+            end_early(run, state, step, progress)
+        progress.selected = progress.best["step"] if progress.best else step
+        if "test" in evaluates:
+            evaluate_test(run, state, progress, evaluates["test"], report)
+        progress.skipped = sorted(bad.names)
+    return progress, report.speed()
 
 
-def look_at_test(
+def evaluate_step(
     run: Run,
     state: TrainState,
-    record: Record,
-    evaluate: Callable[[TrainState], Result | None],
+    step: int,
+    progress: RunProgress,
+    evaluate: Evaluate,
     report: Report,
+    bad: BadImages,
 ) -> None:
-    """Evaluates what was selected on the test split, at the end of the run, and adds it to the record's result.
+    """Evaluates a step on the validation split, and keeps its checkpoint if it is the best so far.
+
+    Raises:
+      Stopped: a signal came meanwhile; the step is saved, and its evaluation is pending.
+    """
+    result = evaluate(state)
+    if result is None:
+        end_early(run, state, step, progress)
+    report.evaluation(step, result)
+    progress.eval_pending, progress.skipped = False, sorted(bad.names)
+    if run.metric is None:
+        progress.result = scalars(result)
+        return
+    name, means = served(result, "validation")
+    value, before = float(means[run.metric]), progress.best
+    progress.no_better += before is not None
+    if before is None:
+        progress.result = scalars(result)
+    if better(run.metric, value, before and before["value"]):
+        best: Best = {"step": step, "metric": f"{name}/{run.metric}", "value": value}
+        progress.result, progress.no_better = scalars(result), 0
+        if not run.checkpoints.has(step):
+            run.checkpoints.save(step, unstack_blocks(state), replace(progress, best=best).to_record())
+        if run.checkpoints.has(step):
+            progress.best = best
+            run.checkpoints.best = step
+            note_best(run.folder, best)
+
+
+def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: Evaluate, report: Report) -> None:
+    """Evaluates what was selected on the test split, at the end of the run, and adds it to the progress's result.
 
     Raises:
       Stopped: a signal came meanwhile; the last step is saved, and the same command does it then.
     """
-    chosen = state
-    if record["selected"] != record["step"]:
+    chosen, selected = state, progress.selected or progress.step
+    if selected != progress.step:
         shapes = sharded_shapes(state_maker(run.config, run.model, lambda step: 0.0), run.mesh)
         try:
-            chosen = stacked(run.checkpoints.read(record["selected"], lambda _: shapes), run)
+            chosen = stacked(run.checkpoints.read(selected, lambda _: shapes), run)
         except InputError as error:
             say(f"WARNING: {error}; the last step counts in its place", error=True)
-            record["selected"] = record["step"]
+            progress.selected = selected = progress.step
     result = evaluate(chosen)
     if result is None:
-        end_early(run, state, record["step"], record)
-    report.evaluation(record["selected"], result)
-    record["result"] = (record["result"] or {}) | scalars(result)
+        end_early(run, state, progress.step, progress)
+    report.evaluation(selected, result)
+    progress.result = (progress.result or {}) | scalars(result)
 
 
-def lost(run: Run) -> bool:
-    """Whether the run has lost its folder, as the first process sees it; all processes ask together."""
-    return bool(broadcast_from_first(run.lock is not None and run.lock.lost(now=True)))
-
-
-def broadcast_from_first(number: int) -> int:
-    """The number that the first process gives, to all of them."""
-    if jax.process_count() == 1:
-        return number
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-
-
-def end_early(run: Run, state: TrainState, step: int, record: Record) -> NoReturn:
+def end_early(run: Run, state: TrainState, step: int, progress: RunProgress) -> NoReturn:
     """Saves a state before the plan's end; where the run has lost its folder, in another one.
 
     Raises:
@@ -414,7 +450,7 @@ def end_early(run: Run, state: TrainState, step: int, record: Record) -> NoRetur
     """
     if not lost(run):
         if not run.checkpoints.has(step):
-            run.checkpoints.save(step, unstack_blocks(state), record)
+            run.checkpoints.save(step, unstack_blocks(state), progress.to_record())
         raise Stopped(run.folder, step, run.stop.signal or 0, run.checkpoints.has(step))
     run.checkpoints.abandon()
     place = run.lock.moved_to() if run.lock is not None and jax.process_count() == 1 else None
@@ -427,52 +463,28 @@ def end_early(run: Run, state: TrainState, step: int, record: Record) -> NoRetur
     try:
         place.mkdir(parents=True, exist_ok=True)
         with held, Checkpoints(place, run.config.checkpoint.keep) as checkpoints:
-            checkpoints.save(step, unstack_blocks(state), record)
+            checkpoints.save(step, unstack_blocks(state), progress.to_record())
             saved = place if checkpoints.has(step) else None
     except (OSError, InputError) as error:
         say(f"WARNING: {place} cannot take the state: {error}", error=True)
     raise FolderLost(run.folder, step, saved)
 
 
-def evaluate_step(
-    run: Run,
-    state: TrainState,
-    step: int,
-    record: Record,
-    evaluate: Callable[[TrainState], Result | None],
-    report: Report,
-    bad: BadImages,
-) -> None:
-    """Evaluates a step on the validation split, and keeps its checkpoint if it is the best so far.
-
-    Raises:
-      Stopped: a signal came meanwhile; the step is saved, and its evaluation is pending.
-    """
-    result = evaluate(state)
-    if result is None:
-        end_early(run, state, step, record)
-    report.evaluation(step, result)
-    record |= {"eval_pending": False, "skipped": sorted(bad.names)}
-    if run.metric is None:
-        record["result"] = scalars(result)
-        return
-    name, means = served(result, "validation")
-    value, before = float(means[run.metric]), record["best"]
-    record["no_better"] += before is not None
-    if before is None:
-        record["result"] = scalars(result)
-    if better(run.metric, value, before and before["value"]):
-        best = {"step": step, "metric": f"{name}/{run.metric}", "value": value}
-        record |= {"result": scalars(result), "no_better": 0}
-        if not run.checkpoints.has(step):
-            run.checkpoints.save(step, unstack_blocks(state), record | {"best": best})
-        if run.checkpoints.has(step):
-            record["best"] = best
-            run.checkpoints.best = step
-            note_best(run.folder, best)
+def lost(run: Run) -> bool:
+    """Returns whether the run has lost its folder, as the first process sees it; all processes ask together."""
+    return bool(broadcast_from_first(run.lock is not None and run.lock.lost(now=True)))
 
 
-def note_best(folder: Path, best: dict[str, Any] | None) -> None:
+def broadcast_from_first(number: int) -> int:
+    """Returns the number that the first process gives, in all of them."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def note_best(folder: Path, best: Best | None) -> None:
     """Names the best checkpoint in the run's folder, for those who read it, or takes the name away."""
     if jax.process_index() != 0:
         return

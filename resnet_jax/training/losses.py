@@ -1,23 +1,23 @@
 """Losses of one example each, in float32, and the weights of classes in them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from resnet_jax.config import TrainConfig
-
 Array = jax.Array
+Loss: TypeAlias = Callable[[Array, dict[str, Array]], Array]
+"""`loss(logits, batch) -> float32 [batch]`."""
 
 EFFECTIVE_BETA = 0.999
 """Of `effective_number`: about 1 / (1 - beta) images of a class are taken for as good as all (Cui et al. 2019)."""
 
 
 def soft_targets(labels: Array, classes: int, smoothing: float) -> Array:
-    """float32 [batch, classes]: one at the label, of which `smoothing` is spread over all classes.
+    """Returns float32 [batch, classes]: one at the label, of which `smoothing` is spread over all classes.
 
     Args:
       labels: int [batch], or 0 and 1 [batch, classes] where an image has several, which smoothing moves towards 1/2.
@@ -27,36 +27,55 @@ def soft_targets(labels: Array, classes: int, smoothing: float) -> Array:
     return jax.nn.one_hot(labels, classes) * (1.0 - smoothing) + smoothing / classes
 
 
-def cross_entropy(logits: Array, targets: Array) -> Array:
-    """Softmax cross-entropy in nats: [batch, classes], [batch, classes] -> [batch]."""
+def cross_entropy(logits: Array, batch: dict[str, Array]) -> Array:
+    """Computes the softmax cross-entropy in nats, float32 [batch], of logits [batch, classes].
+
+    Args:
+      batch: with `target` float32 [batch, classes], or else `label` int [batch].
+    """
+    return softmax_cross_entropy(logits, targets_of(batch, logits.shape[-1]))
+
+
+def targets_of(batch: dict[str, Array], classes: int) -> Array:
+    """Returns a batch's `target`, or where it has none what its `label` says, float32 [batch, classes]."""
+    return batch["target"] if "target" in batch else soft_targets(batch["label"], classes, 0.0)
+
+
+def softmax_cross_entropy(logits: Array, targets: Array) -> Array:
+    """Computes the softmax cross-entropy in nats: [batch, classes], [batch, classes] -> [batch]."""
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
 def focal(logits: Array, targets: Array, gamma: float = 2.0) -> Array:
-    """Softmax cross-entropy with each class's term times (1 - p) ** gamma (Lin et al. 2017, arXiv:1708.02002)."""
+    """Computes it with each class's term times (1 - p) ** gamma (Lin et al. 2017, arXiv:1708.02002)."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -(targets * (1.0 - jnp.exp(log_p)) ** gamma * log_p).sum(-1)
 
 
-def binary(logits: Array, targets: Array, weights: Any = 1.0) -> Array:
-    """Sigmoid cross-entropy in nats, averaged over the classes (Wightman et al. 2021): -> [batch]."""
+def binary(logits: Array, targets: Array, weights: Array | np.ndarray | float = 1.0) -> Array:
+    """Computes the sigmoid cross-entropy in nats, averaged over the classes (Wightman et al. 2021): -> [batch]."""
     return (optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets) * weights).mean(-1)
 
 
-def make_loss(recipe: TrainConfig, class_weights: np.ndarray | None = None) -> Callable[[Array, Array], Array]:
-    """The recipe's loss, `loss(logits, targets) -> [batch]`.
+def make_loss(kind: str, focal_gamma: float = 2.0, class_weights: np.ndarray | None = None) -> Loss:
+    """Returns a loss of the table of losses: `cross_entropy`, `focal` or `binary`.
 
     Args:
+      kind: its name.
+      focal_gamma: exponent of `focal`.
       class_weights: [classes], what a term counts; with softmax losses that of the target's class.
     """
-    if recipe.loss == "binary":
-        return lambda logits, targets: binary(logits, targets, 1.0 if class_weights is None else class_weights)
-    of = cross_entropy if recipe.loss == "cross_entropy" else lambda x, t: focal(x, t, recipe.focal_gamma)
-    return of if class_weights is None else lambda logits, targets: of(logits, targets * class_weights)
+    weights = 1.0 if class_weights is None else class_weights
+    of: Callable[[Array, Array], Array] = {
+        "cross_entropy": lambda logits, targets: softmax_cross_entropy(logits, targets * weights),
+        "focal": lambda logits, targets: focal(logits, targets * weights, focal_gamma),
+        "binary": lambda logits, targets: binary(logits, targets, weights),
+    }[kind]
+    return lambda logits, batch: of(logits, targets_of(batch, logits.shape[-1]))
 
 
 def class_weights(kind: str, counts: np.ndarray) -> np.ndarray | None:
-    """float32 [classes], None for `none`.
+    """Returns what each class counts in the loss, float32 [classes]; None for the kind `none`.
 
     `balanced` is size / (classes * count), which sums to the same over the images of every class; `effective_number`
     is proportional to (1 - beta) / (1 - beta ** count) (Cui et al. 2019, arXiv:1901.05555). The mean over the images is

@@ -1,152 +1,225 @@
-"""The training and the evaluation step as pure functions. The only file that takes a gradient."""
+"""The training and the evaluation step as pure functions. The only file that takes a gradient.
 
-from collections.abc import Callable, Sequence
+`make_train_step` composes small functions: a gradient, of parts of the batch if need be (`accumulated`), averaged over
+devices (`averaged`), taken at a worse point nearby (`sharpness_aware`), then the optimizer, the moving average, and
+`unless_nonfinite`.
+"""
+
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from resnet_jax.config import Config
-from resnet_jax.data import on_device
 from resnet_jax.training.finetune import frozen_statistics, without_gradient
-from resnet_jax.training.losses import make_loss, soft_targets
-from resnet_jax.training.metrics import TRAIN_SUMS, Sums, eval_sums, train_sums
+from resnet_jax.training.losses import Loss, cross_entropy
+from resnet_jax.training.metrics import Sums, eval_sums, train_sums
 from resnet_jax.training.state import PyTree, TrainState
 
-Batch = dict[str, jax.Array]
+Batch: TypeAlias = dict[str, jax.Array]
+"""`image` [batch, height, width, channel] and `label`, int32 [batch] or 0 and 1 [batch, classes]; a prepared one may
+also hold `target`, float32 [batch, classes]."""
+
+Prepare: TypeAlias = Callable[[Batch, jax.Array], Batch]
+"""`prepare(batch, key) -> batch` makes what the model and the loss are given, in the compiled step."""
+
+TrainStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
+Gradient: TypeAlias = Callable[[PyTree, PyTree, jax.Array, Batch], tuple[PyTree, PyTree, Sums]]
+"""`gradient(params, batch_stats, key, batch) -> (gradient, batch_stats, sums)`."""
 
 AUXILIARY = 0.3
-"""What the loss of an auxiliary head counts (Szegedy et al. 2014)."""
+"""Weight of an auxiliary head in the loss (Szegedy et al. 2014)."""
 
 
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-    config: Config,
+    *,
+    loss: Loss = cross_entropy,
+    prepare: Prepare | None = None,
+    seed: int = 0,
+    accumulate_steps: int = 1,
+    sam_rho: float = 0.0,
+    ema_decay: float | None = None,
+    skip_nonfinite: bool = False,
+    frozen: Callable[[str], bool] | None = None,
     mesh: Mesh | None = None,
-    **options: Any,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """`train_step(state, batch) -> (state, sums)`: one update from one batch, to be jitted with the state donated.
+) -> TrainStep:
+    """Returns `train_step(state, batch) -> (state, sums)`: one update from one batch, to be jitted.
 
-    The batch holds `image` uint8 [batch, height, width, channel] and `label` int32 [batch]. Crops and flips are drawn
-    here when the data lies on the device, otherwise they were made on the host. With the strategy `jit`, a batch that
-    is split over a mesh gives loss, gradient and batch statistics of the whole batch; with `shard_map` the same update
-    runs for each device of `mesh` and averages over them. `options` are those of `make_update`.
+    Under `jit` a batch that is split over devices gives loss, gradient and batch statistics of the whole batch. With
+    `mesh` the same update runs on each device's share of the batch (`shard_map`) and averages over the devices.
+
+    Args:
+      model: called as `model(images, train=True)`; may keep `batch_stats`, draw from `dropout`, and sow
+        `auxiliary_logits`.
+      optimizer: whose state `state.opt_state` is.
+      loss: `loss(logits, batch) -> float32 [batch]`, in nats or what it means to you; its mean is minimised.
+      prepare: augments and normalises a batch, from a key of the step; None takes batches as they are.
+      seed: of the random keys, which are `fold_in(key(seed), step)`.
+      accumulate_steps: parts of a batch whose gradients are added up one after the other, which saves memory; batch
+        normalisation takes the statistics of each part.
+      sam_rho: radius of sharpness-aware minimisation (Foret et al. 2020); 0 for none.
+      ema_decay: of the moving average of parameters and statistics, which `state.ema` holds; None for none.
+      skip_nonfinite: an update whose loss or values are not finite leaves the state as it was.
+      frozen: whether a parameter, by its path, is a constant; the batch statistics of its norm stay too.
+      mesh: with an axis `data`.
+
+    Returns:
+      A function whose sums are `loss`, `accuracy` and `count` over the batch, and `skipped` with `skip_nonfinite`.
     """
-    devices = 1 if mesh is None else mesh.size
-    each = config.parallel.strategy == "shard_map"
-    update = make_update(with_scope(model, config, devices), optimizer, config, "data" if each else None, **options)
-    if each:
-        assert mesh is not None
-        split, whole = P("data"), P()
-        update = jax.shard_map(
-            update, mesh=mesh, in_specs=(whole, split, split, split), out_specs=whole, check_vma=False
-        )
+    axis_name = None if mesh is None else "data"
+    update = make_update(
+        model,
+        optimizer,
+        loss=loss,
+        seed=seed,
+        accumulate_steps=accumulate_steps,
+        sam_rho=sam_rho,
+        ema_decay=ema_decay,
+        skip_nonfinite=skip_nonfinite,
+        frozen=frozen,
+        axis_name=axis_name,
+    )
+    if mesh is not None:
+        whole, split = P(), P(axis_name)
+        update = jax.shard_map(update, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        images, targets = prepare(batch, state.step, config, model)
-        return update(state, images, targets, batch["label"])
+        return update(state, batch if prepare is None else prepare(batch, step_key(seed, state.step)))
 
     return train_step
+
+
+def step_key(seed: int, step: jax.Array) -> jax.Array:
+    """Returns the random key of a step. It is split in four: crops, flips, mixing (`prepare`), and dropout."""
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def make_update(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-    config: Config,
-    axis_name: str | None,
+    *,
+    loss: Loss,
+    seed: int = 0,
+    accumulate_steps: int = 1,
+    sam_rho: float = 0.0,
+    ema_decay: float | None = None,
+    skip_nonfinite: bool = False,
     frozen: Callable[[str], bool] | None = None,
-    class_weights: np.ndarray | None = None,
-) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Sums]]:
-    """`update(state, images, targets, labels) -> (state, sums)`: gradient, optimizer and averages, for all strategies.
-
-    With `optimizer.sam_rho` the gradient is that at the worst point in the neighbourhood.
+    axis_name: str | None = None,
+) -> TrainStep:
+    """Returns `update(state, batch) -> (state, sums)` for a batch that is prepared; arguments: `make_train_step`.
 
     Args:
       axis_name: None sees the whole batch; otherwise the function is one device's, and averages over that axis.
-      frozen: whether a parameter, by its path, is a constant; the batch statistics of its norm stay too.
-      class_weights: [classes], what a class counts in the loss.
     """
-    gradient = make_gradient(model, config, axis_name, frozen, class_weights)
+    gradient = make_gradient(model, loss, frozen)
+    if accumulate_steps > 1:
+        gradient = accumulated(gradient, accumulate_steps)
+    if axis_name is not None:
+        gradient = averaged(gradient, axis_name)
+    if sam_rho:
+        gradient = sharpness_aware(gradient, sam_rho)
 
-    def update(state: TrainState, images: jax.Array, targets: jax.Array, labels: jax.Array) -> tuple[TrainState, Sums]:
-        key = jax.random.split(step_key(state.step, config), 4)[3]
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        key = jax.random.split(step_key(seed, state.step), 4)[3]
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        batch = (images, targets, labels)
         grads, batch_stats, sums = gradient(state.params, state.batch_stats, key, batch)
-        if rho := config.optimizer.sam_rho:
-            length = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads))) + 1e-12
-            worst = jax.tree.map(lambda p, g: p + rho / length * g, state.params, grads)
-            grads, _, _ = gradient(worst, state.batch_stats, key, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
-        if ema is not None:
-            ema = moving_average(ema, {"params": params, "batch_stats": batch_stats}, state.step, config)
+        if ema_decay is not None:
+            ema = moving_average(ema, {"params": params, "batch_stats": batch_stats}, state.step, ema_decay)
         updated = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-        return unless_nonfinite(state, updated, sums) if config.train.on_nonfinite == "skip" else (updated, sums)
+        return unless_nonfinite(state, updated, sums) if skip_nonfinite else (updated, sums)
 
     return update
 
 
-def make_gradient(
-    model: nn.Module,
-    config: Config,
-    axis_name: str | None,
-    frozen: Callable[[str], bool] | None,
-    class_weights: np.ndarray | None,
-) -> Callable[[PyTree, PyTree, jax.Array, PyTree], tuple[PyTree, PyTree, Sums]]:
-    """`gradient(params, batch_stats, key, (images, targets, labels)) -> (gradient, batch_stats, sums)`.
+def make_gradient(model: nn.Module, loss: Loss, frozen: Callable[[str], bool] | None = None) -> Gradient:
+    """Returns the gradient of the mean loss of a batch, with the new batch statistics and `train_sums`."""
 
-    With `train.accumulate_steps` the batch goes through in that many parts, which saves memory: the gradient is that of
-    the whole batch, but for batch normalisation, which takes the statistics of each part. Arguments: `make_update`.
-    """
-    loss_of, parts = make_loss(config.train, class_weights), config.train.accumulate_steps
-    constant = frozen or (lambda path: False)
-
-    def objective(params: PyTree, stats: PyTree, part: PyTree) -> tuple[jax.Array, Any]:
-        images, targets, labels, key = part
-        given = {"params": without_gradient(params, constant) if frozen else params, "batch_stats": stats}
-        with frozen_statistics(constant) if frozen else nullcontext():
+    def objective(params: PyTree, stats: PyTree, key: jax.Array, batch: Batch) -> tuple[jax.Array, tuple[PyTree, Sums]]:
+        variables = {"params": without_gradient(params, frozen) if frozen else params, "batch_stats": stats}
+        with frozen_statistics(frozen) if frozen else nullcontext():
             logits, updated = model.apply(
-                given, images, train=True, mutable=["batch_stats", "auxiliary_logits"], rngs={"dropout": key}
+                variables,
+                batch["image"],
+                train=True,
+                mutable=["batch_stats", "auxiliary_logits"],
+                rngs={"dropout": key},
             )
-        losses = loss_of(logits, targets)
-        for more in jax.tree.leaves(updated.get("auxiliary_logits", {})):
-            losses += AUXILIARY * loss_of(more, targets)
-        return losses.mean(), (updated.get("batch_stats", {}), train_sums(losses, logits, labels))
+        losses = loss(logits, batch)
+        for auxiliary in jax.tree.leaves(updated.get("auxiliary_logits", {})):
+            losses += AUXILIARY * loss(auxiliary, batch)
+        return losses.mean(), (updated.get("batch_stats", {}), train_sums(losses, logits, batch["label"]))
 
-    def gradient(params: PyTree, stats: PyTree, key: jax.Array, batch: PyTree) -> tuple[PyTree, PyTree, Sums]:
-        def add_part(carried: PyTree, part: PyTree) -> tuple[PyTree, Sums]:
-            grads, stats = carried
-            more, (stats, sums) = jax.grad(objective, has_aux=True)(params, stats, part)
-            return (jax.tree.map(jnp.add, grads, more), stats), sums
-
-        if parts == 1:
-            grads, (stats, sums) = jax.grad(objective, has_aux=True)(params, stats, (*batch, key))
-        else:
-            split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-            start = (jax.tree.map(jnp.zeros_like, params), stats)
-            (grads, stats), sums = jax.lax.scan(add_part, start, (*split, jax.random.split(key, parts)))
-            grads, sums = jax.tree.map(lambda g: g / parts, grads), jax.tree.map(lambda s: s.sum(0), sums)
-        if axis_name is not None:
-            grads, stats = jax.lax.pmean((grads, stats), axis_name)
-            sums = jax.lax.psum(sums, axis_name)
+    def gradient(params: PyTree, stats: PyTree, key: jax.Array, batch: Batch) -> tuple[PyTree, PyTree, Sums]:
+        grads, (stats, sums) = jax.grad(objective, has_aux=True)(params, stats, key, batch)
         return grads, stats, sums
 
     return gradient
 
 
+def accumulated(gradient: Gradient, parts: int) -> Gradient:
+    """Returns the gradient of a batch that goes through in `parts` parts; statistics move with each of them."""
+
+    def whole(params: PyTree, stats: PyTree, key: jax.Array, batch: Batch) -> tuple[PyTree, PyTree, Sums]:
+        def add_part(carried: tuple[PyTree, PyTree], part: tuple[jax.Array, Batch]) -> tuple[PyTree, Sums]:
+            grads, stats = carried
+            more, stats, sums = gradient(params, stats, *part)
+            return (jax.tree.map(jnp.add, grads, more), stats), sums
+
+        split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        start = (jax.tree.map(jnp.zeros_like, params), stats)
+        (grads, stats), sums = jax.lax.scan(add_part, start, (jax.random.split(key, parts), split))
+        return jax.tree.map(lambda g: g / parts, grads), stats, jax.tree.map(lambda s: s.sum(0), sums)
+
+    return whole
+
+
+def averaged(gradient: Gradient, axis_name: str) -> Gradient:
+    """Returns a device's gradient as the mean over the devices of a mapped axis, statistics too; sums are added."""
+
+    def of_all(params: PyTree, stats: PyTree, key: jax.Array, batch: Batch) -> tuple[PyTree, PyTree, Sums]:
+        grads, stats, sums = gradient(params, stats, key, batch)
+        grads, stats = jax.lax.pmean((grads, stats), axis_name)
+        return grads, stats, jax.lax.psum(sums, axis_name)
+
+    return of_all
+
+
+def sharpness_aware(gradient: Gradient, rho: float) -> Gradient:
+    """Returns the gradient at `rho` times the unit vector along the gradient (Foret et al. 2020, arXiv:2010.01412).
+
+    Batch statistics and sums are those of the first pass.
+    """
+
+    def at_worse_point(params: PyTree, stats: PyTree, key: jax.Array, batch: Batch) -> tuple[PyTree, PyTree, Sums]:
+        grads, new_stats, sums = gradient(params, stats, key, batch)
+        length = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads))) + 1e-12
+        worse = jax.tree.map(lambda p, g: p + rho / length * g, params, grads)
+        return gradient(worse, stats, key, batch)[0], new_stats, sums
+
+    return at_worse_point
+
+
+def moving_average(old: PyTree, new: PyTree, step: jax.Array, decay: float) -> PyTree:
+    """Returns old * d + new * (1 - d) with d = min(decay, (1 + step) / (10 + step)), to forget the start soon."""
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, b: a * d + b * (1.0 - d), old, new)
+
+
 def unless_nonfinite(before: TrainState, after: TrainState, sums: Sums) -> tuple[TrainState, Sums]:
-    """An update, or the state before it where its loss or anything in it is not finite.
+    """Returns an update, or the state before it where its loss or anything in it is not finite.
 
     Integers, which count steps, go on in both cases, so that the learning rate keeps its place. The sums of a step that
     was skipped are 0, but for `skipped`, which is 1.
@@ -161,177 +234,32 @@ def unless_nonfinite(before: TrainState, after: TrainState, sums: Sums) -> tuple
     return state, {name: jnp.where(finite, x, 0.0) for name, x in sums.items()} | {"skipped": 1.0 - finite}
 
 
-def make_pmap_step(
+def make_eval_step(
     model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    mesh: Mesh,
-    draw: Callable[[jax.Array, Batch], Batch] | None = None,
-    **options: Any,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """`step(state, batch) -> (state, sums)` with the classical `pmap` around the update; it compiles itself.
+    *,
+    loss: Loss = cross_entropy,
+    prepare: Callable[[Batch], Batch] | None = None,
+    flip: bool = False,
+) -> Callable[[PyTree, Batch], tuple[Sums, jax.Array]]:
+    """Returns `eval_step(variables, batch) -> (sums, logits)`: sums over the examples whose `mask` is true.
 
     Args:
-      draw: makes the batch of a step from what the step is given: `draw(step, data)`; None where that is a batch.
-      **options: of `make_update`.
+      model: called as `model(images, train=False)`.
+      loss: as for `make_train_step`.
+      prepare: normalises a batch; None takes batches as they are.
+      flip: logits are the mean of those of each image and of its mirror image.
+
+    Returns:
+      A function of `{"params", "batch_stats"}` and a batch with `mask` bool [batch]; logits are float32
+      [batch, classes], sums those of `eval_sums`.
     """
-    devices = mesh.size
-    update = make_update(with_scope(model, config, devices), optimizer, config, "data", **options)
-    each = jax.pmap(
-        update,
-        axis_name="data",
-        in_axes=(None, 0, 0, 0),
-        out_axes=None,
-        donate_argnums=0,
-        devices=list(mesh.devices.flat),
-    )
-    by_device, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-
-    @partial(jax.jit, out_shardings=by_device)
-    def prepared(step: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
-        batch = batch if draw is None else draw(step, batch)
-        images, targets = prepare(batch, step, config, model)
-        return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (images, targets, batch["label"]))
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        updated = each(state, *prepared(state.step, batch))
-        if whole.is_fully_addressable:
-            return updated
-        return jax.tree.map(of_all_processes, updated)  # pmap gives each process an array of its own devices
-
-    def of_all_processes(x: jax.Array) -> jax.Array:
-        return jax.make_array_from_single_device_arrays(x.shape, whole, [shard.data for shard in x.addressable_shards])
-
-    return step
-
-
-def with_scope(model: Any, config: Config, devices: int) -> Any:
-    """The model with batch statistics of the recipe's scope, for the view that its strategy has of the batch."""
-    if not hasattr(model, "ghost"):
-        return model
-    scope, per_device = config.parallel.batch_norm, config.parallel.strategy != "jit"
-    parts = config.train.accumulate_steps
-    if scope.startswith("ghost:"):
-        return model.clone(ghost=int(scope.removeprefix("ghost:")))
-    if scope == "local":
-        return model if per_device else model.clone(ghost=config.train.batch_size // devices // parts)
-    return model.clone(axis_name="data") if per_device else model
-
-
-def step_key(step: jax.Array, config: Config) -> jax.Array:
-    """The random key of a step."""
-    return jax.random.fold_in(jax.random.key(config.train.seed), step)
-
-
-def prepare(batch: Batch, step: jax.Array, config: Config, model: Any) -> tuple[jax.Array, jax.Array]:
-    """Images as the network takes them and soft targets, from a batch of pixels, or of features, and labels."""
-    targets = soft_targets(batch["label"], model.num_classes, config.train.label_smoothing)
-    if "feature" in batch:
-        return batch["feature"], targets
-    crop_key, flip_key, mix_key, _ = jax.random.split(step_key(step, config), 4)
-    images, augment = batch["image"], config.augment
-    if config.data.on_device and augment.crop == "pad":
-        images = on_device.pad_crop(crop_key, images, augment.pad)
-    if config.data.on_device and augment.flip != "none":
-        by_chance = jax.random.bernoulli(flip_key, shape=images.shape[:1])
-        images = on_device.flip(by_chance if augment.flip == "random" else batch["turn"], images)
-    images = on_device.normalize(images, config.data.mean, config.data.std, model.dtype)
-    if augment.mixup or augment.cutmix:
-        images, targets = on_device.mix(mix_key, images, targets, augment.mixup, augment.cutmix)
-    return images, targets
-
-
-def moving_average(old: PyTree, new: PyTree, step: jax.Array, config: Config) -> PyTree:
-    """old * d + new * (1 - d) with d = min(ema_decay, (1 + step) / (10 + step)), to forget the start soon."""
-    assert config.train.ema_decay is not None
-    decay = jnp.minimum(config.train.ema_decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda a, b: a * decay + b * (1.0 - decay), old, new)
-
-
-def make_device_step(
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
-    config: Config,
-    most: int,
-    batch_sharding: jax.sharding.Sharding,
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Sums]]:
-    """`device_step(state, data, n) -> (state, sums)`: n steps on batches drawn from data that lies on the device.
-
-    `data` is a whole split as `draw_batch` takes it; n, an int32 scalar, is at most `most`. Each sum comes back as an
-    array [most], of which the first n are filled. Where `most` is 1, n is not looked at.
-    """
-
-    def drawn(data: Batch, i: jax.Array | int, step: jax.Array) -> Batch:
-        return draw(step, data, config, batch_sharding)
-
-    return _several_steps(train_step, config, most, drawn)
-
-
-def make_streamed_step(
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
-    config: Config,
-    most: int,
-    batch_sharding: jax.sharding.Sharding,
-) -> Callable[[TrainState, Sequence[Batch], jax.Array], tuple[TrainState, Sums]]:
-    """`streamed_step(state, batches, n) -> (state, sums)`: steps on the first n of `most` batches; sums as above."""
-
-    def one_of(stacked: Batch, i: jax.Array | int, step: jax.Array) -> Batch:
-        return jax.lax.with_sharding_constraint({name: x[i] for name, x in stacked.items()}, batch_sharding)
-
-    several_steps = _several_steps(train_step, config, most, one_of)
-
-    def streamed_step(state: TrainState, batches: Sequence[Batch], n: jax.Array) -> tuple[TrainState, Sums]:
-        return several_steps(state, {name: jnp.stack([b[name] for b in batches]) for name in batches[0]}, n)
-
-    return streamed_step
-
-
-def _several_steps(
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
-    config: Config,
-    most: int,
-    batch_of: Callable[[Batch, jax.Array | int, jax.Array], Batch],
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Sums]]:
-    """n steps, the i-th of them, counted from 0, on `batch_of(data, i, state.step)`."""
-
-    def several_steps(state: TrainState, data: Batch, n: jax.Array) -> tuple[TrainState, Sums]:
-        if most == 1:
-            state, sums = train_step(state, batch_of(data, 0, state.step))
-            return state, {name: x[None] for name, x in sums.items()}
-
-        def next_one(i: jax.Array, carried: tuple[TrainState, Sums]) -> tuple[TrainState, Sums]:
-            state, filled = carried
-            state, sums = train_step(state, batch_of(data, i, state.step))
-            return state, {name: filled[name].at[i].set(x) for name, x in sums.items()}
-
-        names = TRAIN_SUMS + (("skipped",) if config.train.on_nonfinite == "skip" else ())
-        return jax.lax.fori_loop(0, n, next_one, (state, {name: jnp.zeros(most) for name in names}))
-
-    return several_steps
-
-
-def draw(step: jax.Array, data: Batch, config: Config, batch_sharding: jax.sharding.Sharding) -> Batch:
-    """The batch of a step from data that lies on the device, split over the devices."""
-    batch = on_device.draw_batch(data, step, config.train.batch_size, config.train.seed, config.augment.repeats)
-    return jax.lax.with_sharding_constraint(batch, batch_sharding)
-
-
-def make_eval_step(model: nn.Module, config: Config) -> Callable[[PyTree, Batch], tuple[Sums, jax.Array]]:
-    """`eval_step(variables, batch) -> (sums, logits)`: sums over the examples of a batch whose `mask` is true.
-
-    `variables` are `{"params", "batch_stats"}`; logits are float32 [batch, classes]. The loss is the training loss
-    without smoothing and weights.
-    """
-    loss_of = make_loss(config.train)
 
     def eval_step(variables: PyTree, batch: Batch) -> tuple[Sums, jax.Array]:
-        if "feature" in batch:
-            logits: Any = model.apply(variables, batch["feature"], train=False)
-        else:
-            images = on_device.normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
-            logits = model.apply(variables, images, train=False)
-            if config.augment.eval_flip:
-                logits = (logits + model.apply(variables, images[:, :, ::-1], train=False)) / 2
-        losses = loss_of(logits, soft_targets(batch["label"], model.num_classes, 0.0))
-        return eval_sums(losses, logits, batch["label"], batch["mask"]), logits
+        batch = batch if prepare is None else prepare(batch)
+        forward = partial(model.apply, variables, train=False)
+        logits: jax.Array = forward(batch["image"])  # type: ignore[assignment]
+        if flip:
+            logits = (logits + forward(batch["image"][:, :, ::-1])) / 2  # type: ignore[operator]
+        return eval_sums(loss(logits, batch), logits, batch["label"], batch["mask"]), logits
 
     return eval_step

@@ -20,6 +20,8 @@ from resnet_jax.training.manifest import newest_sound, steps_in, write_manifest
 
 from ..browser import Tags, needs_chromium, tags
 
+pytestmark = pytest.mark.xdist_group("damaged_runs")  # one process makes what they share
+
 RECIPE = dataclasses.replace(
     Config(),
     model=dataclasses.replace(Config().model, name="cifar_resnet8"),

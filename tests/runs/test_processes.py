@@ -23,6 +23,8 @@ from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training.manifest import steps_in
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.xdist_group("processes")  # one process makes what they share
+
 FLAGS = [
     "--model.name", "cifar_resnet8", "--train.steps", "24",
     "--train.batch_size", "32", "--augment.flip", "random", "--augment.mixup", "0.2",

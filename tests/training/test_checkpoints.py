@@ -18,6 +18,8 @@ from resnet_jax.training.manifest import MANIFEST, damage, steps_in
 
 from ..conftest import ROOT
 
+pytestmark = pytest.mark.xdist_group("checkpoints")  # one process makes what they share
+
 STATE = {"params": jnp.arange(600.0)}
 
 

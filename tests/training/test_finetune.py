@@ -20,14 +20,14 @@ from resnet_jax.config import (
 )
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.registry import create_model
-from resnet_jax.training import advance, loop
 from resnet_jax.training import linear_probe as probe
+from resnet_jax.training import loop
 from resnet_jax.training.finetune import make_phases, part_numbers
 from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.programs import compile_phases, recipe_step, weights_of_classes
 from resnet_jax.training.recipe import build_model, state_maker
-from resnet_jax.training.sharding import make_mesh
+from resnet_jax.training.sharding import make_mesh, replicated
 from resnet_jax.training.state import path_map
-from resnet_jax.training.step import make_train_step
 
 BASE = Config(
     model=ModelConfig("cifar_resnet8"),
@@ -66,10 +66,10 @@ def test_rates_fall_from_the_head_down_and_own_rules_come_first():
     assert [phase.rates(path) for path in paths] == [1.0, 7.0, 0.25, 0.125, 0.0625]
 
 
-def moved(config, programs, step, state, data):
-    """Parts with a parameter or a statistic that a step changes."""
+def learned(program, step, state, data):
+    """The next state, and the parts with a parameter or a statistic that a step changes."""
     before = jax.device_get(state)
-    after, _ = programs(step)[0](state.replace(step=jnp.int32(step)), data, 1)
+    after, _ = program(state.replace(step=jnp.int32(step)), data, 1)
     found = set()
     for tree, old in ((after.params, before.params), (after.batch_stats, before.batch_stats)):
         path_map(lambda path, same: found.add(path.split("/")[0]) if not same else None,
@@ -80,18 +80,17 @@ def moved(config, programs, step, state, data):
 def test_stages_thaw_from_the_head_down_with_their_statistics():
     config = tuned("gradual", thaw_every_epochs=0.1)
     dataset, mesh = load_dataset(config.data, 0, hold_out=False), make_mesh(1)
-    model = build_model(config, 10)
-    schedule = optax.constant_schedule(0.1)
+    model, schedule = build_model(config, 10), optax.constant_schedule(0.1)
+    state, parts = state_maker(config, model, schedule)(), set()
     per_epoch = len(dataset.train) / 16
-    programs = advance.make_programs(config, model, schedule, dataset, mesh, 1, drawn=True, probe=False)
+    phases = make_phases(config, state.params, per_epoch)
+    assert [phase.start for phase in phases] == [round(0.1 * per_epoch * i) for i in range(5)]
+    programs = compile_phases(config, model, schedule, phases, mesh, replicated(mesh), from_device=True, most=1)
     data = {"image": dataset.train.images[:64], "label": dataset.train.labels[:64]}
-    state, parts, step = state_maker(config, model, schedule)(), set(), 0
-    for part in ("head", "stage3", "stage2", "stage1", "stem"):
+    for part, phase, program in zip(("head", "stage3", "stage2", "stage1", "stem"), phases, programs, strict=True):
         parts.add(part)
-        assert programs(step)[1] == (round(0.1 * per_epoch * len(parts)) if part != "stem" else float("inf"))
-        state, found = moved(config, programs, step, state, data)
+        state, found = learned(program, phase.start, state, data)
         assert found == parts
-        step = round(0.1 * per_epoch * len(parts))
 
 
 def test_a_probe_on_features_that_are_computed_once_is_the_probe(tmp_path, monkeypatch):
@@ -126,7 +125,7 @@ def test_what_is_frozen_costs_no_gradient():
     batch["turn"] = jnp.zeros(16, bool)
 
     def convolutions(**options):
-        step = make_train_step(model, make_optimizer(BASE.optimizer, lambda step: 0.1), BASE, **options)
+        step = recipe_step(BASE, model, make_optimizer(BASE.optimizer, lambda step: 0.1), **options)
         return str(jax.make_jaxpr(step)(state, batch)).count("conv_general_dilated[")
 
     def forward(state, batch):
@@ -136,7 +135,7 @@ def test_what_is_frozen_costs_no_gradient():
     assert convolutions(frozen=lambda path: not path.startswith("head")) == once < convolutions() / 2
 
 
-def test_sharpness_aware_steps_take_the_gradient_of_the_worst_point_near_by():
+def test_sharpness_aware_steps_take_the_gradient_of_the_worst_point_in_the_neighbourhood():
     """Against the gradient that `jax.grad` gives there, on a network without batch statistics."""
     config = dataclasses.replace(
         BASE, optimizer=OptimizerConfig(momentum=0.0, nesterov=False, weight_decay=0.0, sam_rho=0.1)
@@ -158,7 +157,7 @@ def test_sharpness_aware_steps_take_the_gradient_of_the_worst_point_near_by():
     worst = gradient(jax.tree.map(lambda p, g: p + 0.1 * g / length, state.params, grads))
     expected = jax.tree.map(lambda p, g: p - 0.5 * g, state.params, worst)
     optimizer = make_optimizer(config.optimizer, optax.constant_schedule(0.5))
-    after, _ = jax.jit(make_train_step(model, optimizer, config))(state, batch)
+    after, _ = jax.jit(recipe_step(config, model, optimizer))(state, batch)
     chex.assert_trees_all_close(after.params, expected, rtol=1e-3, atol=1e-5)
     assert float(jnp.abs(worst["head"]["kernel"] - grads["head"]["kernel"]).max()) > 1e-3
 
@@ -166,7 +165,7 @@ def test_sharpness_aware_steps_take_the_gradient_of_the_worst_point_near_by():
 def test_classes_count_what_the_recipe_says(tmp_path):
     config = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, class_weights="balanced"))
     dataset = load_dataset(config.data, 0, hold_out=False)
-    weights = advance.weights_of_classes(config, dataset, 10)
+    weights = weights_of_classes(config, dataset, 10)
     counts = np.bincount(dataset.train.labels)
     np.testing.assert_allclose(weights * counts, len(dataset.train) / 10, rtol=1e-6)
     assert loop.train(config, tmp_path)["steps"] == 6

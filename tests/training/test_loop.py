@@ -29,9 +29,11 @@ from resnet_jax.training import loop
 from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
 from resnet_jax.training.evaluation import evaluate_run
 from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.programs import recipe_step
 from resnet_jax.training.recipe import build_model, sharded_shapes, state_maker
 from resnet_jax.training.sharding import make_mesh
-from resnet_jax.training.step import make_train_step
+
+pytestmark = pytest.mark.xdist_group("loop")  # one process makes what they share
 
 TIMINGS = ("images_per_second", "data_wait")
 
@@ -144,18 +146,18 @@ def test_host_and_device_data_train_alike_on_one_and_eight_devices(tmp_path):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """The default recipe, shortened to half, as a process of its own."""
+    """The default recipe, shortened to a quarter, as a process of its own."""
     folder = tmp_path_factory.mktemp("digits")
-    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(folder), "--train.epochs", "18"]
+    command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(folder), "--train.epochs", "9"]
     subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, check=True, capture_output=True)
-    config = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, epochs=18.0))
+    config = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, epochs=9.0))
     return folder, config, json.loads((folder / "summary.json").read_text())
 
 
 def test_digits_are_learned(digits):
     _, _, summary = digits
-    assert summary["test"]["accuracy"] >= 0.97
-    assert summary["ema/test"]["accuracy"] >= 0.97
+    assert summary["test"]["accuracy"] >= 0.9
+    assert summary["ema/test"]["accuracy"] >= 0.9
     assert summary["test"]["count"] == 360 and summary["validation"]["count"] == 282
     assert {"jax", "flax", "python"} <= set(summary["versions"])
     assert summary["images_per_second"] > 0 and summary["skipped_images"]["count"] == 0
@@ -167,7 +169,7 @@ def test_a_run_leaves_its_folder_in_order(digits):
     assert list(folder.glob("events.out.tfevents.*"))
     lines = read_lines(folder / "metrics.jsonl")
     train = [line for line in lines if "train/loss" in line]
-    assert [line["step"] for line in train] == [*range(15, 217, 15), 217]
+    assert [line["step"] for line in train] == [*range(15, 109, 15), 109]
     assert set(train[0]) == {"step", "epoch", "train/loss", "train/accuracy", "learning_rate", *TIMINGS}
     for line, split in zip(lines[-2:], ("validation", "test"), strict=True):
         names = {f"{kind}{split}/{name}" for kind in ("", "ema/") for name in ("loss", "accuracy")}
@@ -273,7 +275,7 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(tmp_path, dtype):
 def test_a_skipped_update_leaves_all_of_the_state_but_its_step(tmp_path):
     config = recipe(on_nonfinite="skip")
     model, optimizer = build_model(config, 10), make_optimizer(config.optimizer, lambda step: 0.1)
-    step = jax.jit(make_train_step(model, optimizer, config))
+    step = jax.jit(recipe_step(config, model, optimizer))
     state = state_maker(config, model, lambda step: 0.1)()
     images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
     batch = {"image": images, "label": np.arange(32, dtype=np.int32) % 10, "turn": np.zeros(32, bool)}
@@ -306,25 +308,25 @@ def test_a_run_that_diverges_goes_back_and_on_more_slowly(tmp_path, dtype, rate,
 
 def test_the_device_is_given_one_call_ahead_and_no_more(tmp_path, monkeypatch):
     """With steps that take a while: otherwise a run would end long after a signal."""
-    finished, finished_when_called, make = [], [], loop.make_advance
+    finished, finished_when_called, make = [], [], loop.compile_phases
 
     def slowly(loss):
         time.sleep(0.1)
         finished.append(loss)
         return loss
 
-    def make_slow(*arguments):
-        advance = make(*arguments)
+    def make_slow(*arguments, **options):
+        (steps,) = make(*arguments, **options)
         slow = jax.jit(lambda loss: jax.pure_callback(slowly, jax.typeof(loss), loss))
 
-        def advance_slowly(state, step):
+        def slow_steps(*given):
             finished_when_called.append(len(finished))
-            state, sums, n, waited = advance(state, step)
-            return state, sums | {"loss": slow(sums["loss"])}, n, waited
+            state, sums = steps(*given)
+            return state, sums | {"loss": slow(sums["loss"])}
 
-        return advance_slowly
+        return [slow_steps]
 
-    monkeypatch.setattr(loop, "make_advance", make_slow)
+    monkeypatch.setattr(loop, "compile_phases", make_slow)
     config = recipe(12, steps_per_call=1)
     loop.train(dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=12)), tmp_path / "run")
     assert len(finished) == 12 and all(done >= i - 1 for i, done in enumerate(finished_when_called))

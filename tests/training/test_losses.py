@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from resnet_jax.config import TrainConfig
-from resnet_jax.training.losses import class_weights, cross_entropy, focal, make_loss, soft_targets
+from resnet_jax.training.losses import class_weights, focal, make_loss, soft_targets, softmax_cross_entropy
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(16, 5)).astype(np.float32) * 3
@@ -17,7 +16,7 @@ WEIGHTS = np.asarray([0.2, 1.0, 3.0, 0.7, 2.0], np.float32)
 
 def test_focal_attends_to_what_is_wrong():
     targets = soft_targets(LABELS, 5, 0.0)
-    np.testing.assert_allclose(focal(LOGITS, targets, 0.0), cross_entropy(LOGITS, targets), rtol=1e-5)
+    np.testing.assert_allclose(focal(LOGITS, targets, 0.0), softmax_cross_entropy(LOGITS, targets), rtol=1e-5)
     p = np.asarray(jax.nn.softmax(LOGITS))[np.arange(16), LABELS]
     np.testing.assert_allclose(focal(LOGITS, targets, 2.0), -((1 - p) ** 2) * np.log(p), rtol=1e-4, atol=1e-6)
 
@@ -26,13 +25,15 @@ def test_weighted_losses_are_those_of_torch():
     torch = pytest.importorskip("torch")
     nn, logits, weight = torch.nn, torch.from_numpy(LOGITS), torch.from_numpy(WEIGHTS)
     theirs = nn.CrossEntropyLoss(weight=weight, reduction="none")(logits, torch.from_numpy(LABELS))
-    ours = make_loss(TrainConfig(), WEIGHTS)(LOGITS, soft_targets(LABELS, 5, 0.0))
+    ours = make_loss("cross_entropy", class_weights=WEIGHTS)(LOGITS, {"label": LABELS})
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     mixed = np.array(jax.nn.softmax(RNG.normal(size=(16, 5))), np.float32)
     theirs = nn.CrossEntropyLoss(weight=weight, reduction="none")(logits, torch.from_numpy(mixed))
-    np.testing.assert_allclose(make_loss(TrainConfig(), WEIGHTS)(LOGITS, mixed), theirs, rtol=1e-5)
+    np.testing.assert_allclose(
+        make_loss("cross_entropy", class_weights=WEIGHTS)(LOGITS, {"target": mixed}), theirs, rtol=1e-5
+    )
     theirs = nn.BCEWithLogitsLoss(weight=weight, reduction="none")(logits, torch.from_numpy(SETS).float()).mean(1)
-    ours = make_loss(TrainConfig(loss="binary"), WEIGHTS)(LOGITS, soft_targets(SETS, 5, 0.0))
+    ours = make_loss("binary", class_weights=WEIGHTS)(LOGITS, {"label": SETS})
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 

@@ -20,6 +20,8 @@ from resnet_jax.training import loop
 from resnet_jax.training.evaluation import evaluate_run
 from resnet_jax.weights.load import load_pretrained
 
+pytestmark = pytest.mark.xdist_group("selection")  # one process makes what they share
+
 SHADES = {"dark": 40, "light": 210}
 
 

@@ -9,15 +9,24 @@ import pytest
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, ParallelConfig, TrainConfig
 from resnet_jax.data.dataset import ArraySource, Dataset
-from resnet_jax.data.loader import BadImages
+from resnet_jax.data.loader import BadImages, train_batches, whole_split
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.training.advance import make_advance, steps_per_call
 from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.programs import compile_steps, steps_in_call, steps_per_call
 from resnet_jax.training.recipe import state_maker
-from resnet_jax.training.sharding import cached_where_sound, make_mesh, put_state, state_sharding
+from resnet_jax.training.sharding import (
+    cached_where_sound,
+    make_mesh,
+    put_everywhere,
+    put_state,
+    replicated,
+    state_sharding,
+)
 from resnet_jax.training.state import create_state
+
+pytestmark = pytest.mark.xdist_group("strategies")  # one process makes what they share
 
 RNG = np.random.default_rng(0)
 SPLIT = ArraySource(RNG.integers(0, 256, (80, 8, 8, 3), dtype=np.uint8), RNG.integers(0, 5, 80))
@@ -37,13 +46,31 @@ def run(devices, strategy="jit", batch_norm="global", fsdp=1, on_device=True, st
     )
     mesh, schedule = make_mesh(devices, fsdp), optax.constant_schedule(0.05)
     state = put_state(state_maker(config, model, schedule)(), mesh)
-    advance = make_advance(config, model, schedule, DATA, mesh, BadImages("error"), range(steps))
-    total = 0.0
-    for step in range(steps):
-        state, sums, n, _ = advance(state, step)
-        assert n == 1 and np.sum(sums["count"]) == 16
+    step, total = stepper(config, model, mesh, schedule, state, steps), 0.0
+    for _ in range(steps):
+        state, sums = step(state)
+        assert np.sum(sums["count"]) == 16
         total += float(np.sum(sums["loss"]))
     return jax.device_get(state), total
+
+
+def stepper(config, model, mesh, schedule, state, steps, most=1):
+    """`step(state, n=most) -> (state, sums)`, the next n of some steps, as the loop calls them."""
+    out = (state_sharding(state, mesh), replicated(mesh))
+    optimizer, bad = make_optimizer(config.optimizer, schedule), BadImages("error")
+    how = {"from_device": config.data.on_device, "most": most}
+    program = compile_steps(config, model, optimizer, mesh, out, **how)
+    numbers = put_everywhere({n: np.int32(n) for n in range(1, most + 1)}, mesh)
+    if config.data.on_device:
+        whole = put_everywhere(whole_split(DATA.train, config, bad), mesh)
+        return lambda state, n=most: program(state, whole, numbers[n])
+    batches = train_batches(DATA.train, config, mesh, bad, range(steps))
+
+    def step(state, n=most):
+        given = [next(batches) for _ in range(n)]
+        return program(state, given + given[-1:] * (most - n), numbers[n])
+
+    return step
 
 
 @pytest.fixture(scope="module")
@@ -159,18 +186,17 @@ def test_what_is_computed_twice_comes_to_the_same(remat, alone):
 
 @pytest.mark.parametrize("on_device", [True, False])
 def test_a_call_ends_where_something_is_due(on_device):
-    config = Config(
-        data=DataConfig(image_size=8, on_device=on_device), train=TrainConfig(batch_size=16, steps_per_call=3)
-    )
+    config = Config(data=DataConfig(image_size=8, on_device=on_device), train=TrainConfig(batch_size=16))
     mesh, schedule = make_mesh(1), optax.constant_schedule(0.05)
     state = put_state(state_maker(config, MODEL, schedule)(), mesh)
-    advance = make_advance(config, MODEL, schedule, DATA, mesh, BadImages("error"), range(1, 13), ends=(4, 6))
-    state, step, ended = state.replace(step=state.step + 1), 1, []
+    call, step, ended = stepper(config, MODEL, mesh, schedule, state, 13, most=3), 0, []
     while step < 13:
-        state, _, n, _ = advance(state, step)
+        n = steps_in_call(step, 3, ends=(13,), every=(4, 6))
+        state, sums = call(state, n)
         step += n
         ended.append(step)
-    assert ended == [4, 6, 8, 11, 12, 13] and int(state.step) == 13
+        assert np.count_nonzero(sums["count"]) == n
+    assert ended == [3, 4, 6, 8, 11, 12, 13] and int(state.step) == 13
 
 
 def test_a_recipe_that_does_not_say_how_many_steps_a_call_has():
@@ -192,14 +218,13 @@ def test_the_loop_moves_nothing_unasked_and_compiles_once(on_device):
     config = Config(data=DataConfig(image_size=8, on_device=on_device), train=TrainConfig(batch_size=16, ema_decay=0.9))
     mesh, schedule = make_mesh(4), optax.constant_schedule(0.05)
     state = put_state(state_maker(config, MODEL, schedule)(), mesh)
-    advance = make_advance(config, MODEL, schedule, DATA, mesh, BadImages("error"), range(12))
-    state, _, step, _ = advance(state, 0)
+    step = stepper(config, MODEL, mesh, schedule, state, 12, most=4)
+    state, _ = step(state)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         with jax.transfer_guard("disallow"):
-            while step < 12:
-                state, _, n, _ = advance(state, step)
-                step += n
+            for _ in range(2):
+                state, _ = step(state)
     finally:
         jax.monitoring.clear_event_listeners()
     assert not compiled and int(state.step) == 12

@@ -23,6 +23,8 @@ from resnet_jax.weights.sources import Weights, find_weights
 from ..conftest import ROOT
 from .torch_twins import close, images_for, nchw, timm, torch
 
+pytestmark = pytest.mark.xdist_group("export")  # one process makes what they share
+
 SMALL = Config(
     model=ModelConfig(name="test_resnet", drop_rate=0.1, drop_path_rate=0.1),
     data=DataConfig(dataset="synthetic", synthetic_size=16, synthetic_classes=5, image_size=32),

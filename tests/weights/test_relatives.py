@@ -15,9 +15,10 @@ from resnet_jax.models.attention import SpatialAttention
 from resnet_jax.models.googlenet import AuxiliaryHead, Chain, mean_of_parts
 from resnet_jax.models.layers import Conv, make_norm
 from resnet_jax.models.registry import variable_shapes
+from resnet_jax.training.programs import make_prepare, recipe_step
 from resnet_jax.training.recipe import build_model, state_maker
 from resnet_jax.training.state import init_variables
-from resnet_jax.training.step import make_train_step, prepare, step_key
+from resnet_jax.training.step import step_key
 from resnet_jax.weights.convert import from_torch
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import Weights
@@ -109,11 +110,12 @@ def test_auxiliary_losses_count_three_tenths():
         "label": np.arange(4),
         "turn": np.zeros(4, bool),
     }
-    _, sums = jax.jit(make_train_step(model, optax.sgd(0.1), config))(
+    _, sums = jax.jit(recipe_step(config, model, optax.sgd(0.1)))(
         state.replace(opt_state=optax.sgd(0.1).init(state.params)), batch
     )
-    images, targets = prepare(batch, state.step, config, model)
-    key = jax.random.split(step_key(state.step, config), 4)[3]
+    prepared = make_prepare(config, model)(batch, step_key(0, state.step))
+    images, targets = prepared["image"], prepared["target"]
+    key = jax.random.split(step_key(0, state.step), 4)[3]
     given = {"params": state.params, "batch_stats": state.batch_stats}
     options = {"train": True, "mutable": ["batch_stats", "auxiliary_logits"], "rngs": {"dropout": key}}
     logits, moved = jax.jit(lambda given, images: model.apply(given, images, **options))(given, images)

@@ -1,0 +1,231 @@
+"""The compiled programs of a recipe: its training step, several of them in a call, and its evaluation step."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from resnet_jax.config import Config, InputError
+from resnet_jax.data import on_device
+from resnet_jax.data.dataset import Dataset, labels_of
+from resnet_jax.training.finetune import Phase
+from resnet_jax.training.losses import class_weights, make_loss, soft_targets
+from resnet_jax.training.metrics import TRAIN_SUMS, Sums
+from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.pmap import pmap_step
+from resnet_jax.training.several_steps import steps_on_batches, steps_on_device
+from resnet_jax.training.sharding import batch_sharding, compiler_options
+from resnet_jax.training.state import PyTree, TrainState
+from resnet_jax.training.step import (
+    Batch,
+    Prepare,
+    TrainStep,
+    make_eval_step,
+    make_train_step,
+    make_update,
+    step_key,
+)
+
+Program: TypeAlias = Callable[..., tuple[TrainState, Sums]]
+"""Of (state, data on the device or a sequence of batches, number of steps)."""
+
+STEPS_PER_CALL = 5
+"""With data on the device, where a recipe does not say: few enough to end soon after a signal; they share what a
+dispatch costs and memory."""
+STREAMED_PER_CALL = {"cpu": 2}
+"""The same by platform with data from the host, elsewhere 1: a CPU finds a step's memory anew for each call, where
+`cli.MEMORY` does not keep it."""
+
+
+def recipe_step(
+    config: Config,
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    frozen: Callable[[str], bool] | None = None,
+    weights: np.ndarray | None = None,
+) -> TrainStep:
+    """Returns the training step of a recipe, with its loss, augmentation and strategy (`jit` or `shard_map`).
+
+    Args:
+      mesh: needed for `shard_map`, and where batch statistics are those of a device.
+      frozen: as for `make_train_step`.
+      weights: [classes], what a class counts in the loss; None for 1.
+    """
+    model = with_scope(model, config, 1 if mesh is None else mesh.size)
+    each = mesh if config.parallel.strategy == "shard_map" else None
+    options = update_options(config, frozen, weights)
+    return make_train_step(model, optimizer, prepare=make_prepare(config, model), mesh=each, **options)
+
+
+def update_options(config: Config, frozen: Callable[[str], bool] | None, weights: np.ndarray | None) -> dict[str, Any]:
+    """Returns the arguments of `make_update` that a recipe gives."""
+    recipe = config.train
+    return {
+        "loss": make_loss(recipe.loss, recipe.focal_gamma, weights),
+        "seed": recipe.seed,
+        "accumulate_steps": recipe.accumulate_steps,
+        "sam_rho": config.optimizer.sam_rho,
+        "ema_decay": recipe.ema_decay,
+        "skip_nonfinite": recipe.on_nonfinite == "skip",
+        "frozen": frozen,
+    }
+
+
+def with_scope(model: Any, config: Config, devices: int) -> Any:
+    """Returns the model with batch statistics of the recipe's scope, for what its strategy sees of the batch."""
+    if not hasattr(model, "ghost"):
+        return model
+    scope, per_device = config.parallel.batch_norm, config.parallel.strategy != "jit"
+    parts = config.train.accumulate_steps
+    if scope.startswith("ghost:"):
+        return model.clone(ghost=int(scope.removeprefix("ghost:")))
+    if scope == "local":
+        return model if per_device else model.clone(ghost=config.train.batch_size // devices // parts)
+    return model.clone(axis_name="data") if per_device else model
+
+
+def make_prepare(config: Config, model: Any) -> Prepare:
+    """Returns what makes images as the network takes them and soft `target`s from a batch of pixels and labels.
+
+    Crops and flips are drawn here when the data lies on the device, otherwise they were made on the host. A batch of
+    features (`feature`) is taken as it is.
+    """
+    augment, mean, std = config.augment, config.data.mean, config.data.std
+
+    def prepare(batch: Batch, key: jax.Array) -> Batch:
+        label = batch["label"]
+        targets = soft_targets(label, model.num_classes, config.train.label_smoothing)
+        if "feature" in batch:
+            return {"image": batch["feature"], "label": label, "target": targets}
+        crop_key, flip_key, mix_key, _ = jax.random.split(key, 4)
+        images = batch["image"]
+        if config.data.on_device and augment.crop == "pad":
+            images = on_device.pad_crop(crop_key, images, augment.pad)
+        if config.data.on_device and augment.flip != "none":
+            by_chance = jax.random.bernoulli(flip_key, shape=images.shape[:1])
+            images = on_device.flip(by_chance if augment.flip == "random" else batch["turn"], images)
+        images = on_device.normalize(images, mean, std, model.dtype)
+        if augment.mixup or augment.cutmix:
+            images, targets = on_device.mix(mix_key, images, targets, augment.mixup, augment.cutmix)
+        return {"image": images, "label": label, "target": targets}
+
+    return prepare
+
+
+def recipe_eval_step(config: Config, model: Any) -> Callable[[PyTree, Batch], tuple[Sums, jax.Array]]:
+    """Returns the evaluation step of a recipe; its loss is that of training without smoothing and weights."""
+
+    def prepare(batch: Batch) -> Batch:
+        if "feature" in batch:
+            return batch | {"image": batch["feature"]}
+        images = on_device.normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
+        return batch | {"image": images}
+
+    loss = make_loss(config.train.loss, config.train.focal_gamma)
+    return make_eval_step(model, loss=loss, prepare=prepare, flip=config.augment.eval_flip)
+
+
+def draw_from(config: Config, mesh: Mesh) -> Callable[[Batch, jax.Array], Batch]:
+    """Returns `draw(data, step) -> batch` from a whole split on the device, the batch split over the devices."""
+    recipe, sharding = config.train, batch_sharding(mesh)
+
+    def draw(data: Batch, step: jax.Array) -> Batch:
+        batch = on_device.draw_batch(data, step, recipe.batch_size, recipe.seed, config.augment.repeats)
+        return jax.lax.with_sharding_constraint(batch, sharding)
+
+    return draw
+
+
+def steps_per_call(config: Config, from_device: bool) -> int:
+    """Returns the most steps in one call, with data that lies on the device or comes from the host."""
+    if config.train.steps_per_call is not None:
+        return config.train.steps_per_call
+    if config.parallel.strategy == "pmap" or config.log.profile:
+        return 1
+    return STEPS_PER_CALL if from_device else STREAMED_PER_CALL.get(jax.default_backend(), 1)
+
+
+def steps_in_call(step: int, most: int, ends: Sequence[int], every: Sequence[int]) -> int:
+    """Returns how many steps the call from `step` on makes: it goes over none of `ends` and no multiple of `every`."""
+    return min(most, *(end - step for end in ends if end > step), *(each - step % each for each in every))
+
+
+def compile_steps(
+    config: Config,
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    out_shardings: Any,
+    *,
+    from_device: bool,
+    most: int,
+    frozen: Callable[[str], bool] | None = None,
+    weights: np.ndarray | None = None,
+) -> Program:
+    """Returns `steps(state, data, n) -> (state, sums)`, at most `most` steps of a recipe in a call, jitted.
+
+    Args:
+      out_shardings: of state and sums.
+      from_device: data is a whole split on the device; otherwise `most` batches.
+      frozen, weights: as for `recipe_step`.
+    """
+    if config.parallel.strategy == "pmap":
+        model = with_scope(model, config, mesh.size)
+        update = make_update(model, optimizer, axis_name="data", **update_options(config, frozen, weights))
+        prepare, draw = make_prepare(config, model), draw_from(config, mesh)
+
+        def batch_of(data: Batch, step: jax.Array) -> Batch:
+            return prepare(draw(data, step) if from_device else data, step_key(config.train.seed, step))
+
+        one_step = pmap_step(update, mesh, batch_of)
+        return lambda state, data, n: one_step(state, data if from_device else data[0])
+    step = recipe_step(config, model, optimizer, mesh, frozen, weights)
+    names = (*TRAIN_SUMS, "skipped") if config.train.on_nonfinite == "skip" else TRAIN_SUMS
+    if from_device:
+        steps: Program = steps_on_device(step, draw_from(config, mesh), most, names)
+    else:
+        steps = steps_on_batches(step, batch_sharding(mesh), most, names)
+    return jax.jit(steps, donate_argnums=0, out_shardings=out_shardings, compiler_options=compiler_options())
+
+
+def compile_phases(
+    config: Config,
+    model: Any,
+    schedule: optax.Schedule,
+    phases: Sequence[Phase],
+    mesh: Mesh,
+    out_shardings: Any,
+    *,
+    from_device: bool,
+    most: int,
+    weights: np.ndarray | None = None,
+) -> list[Program]:
+    """Returns what `compile_steps` does, for each phase of a fine-tuning; the arguments are its own."""
+    freezes = config.finetune.mode != "none" or any(factor == 0 for _, factor in config.optimizer.rate_rules)
+    programs = []
+    for rates in (phase.rates for phase in phases):
+        optimizer = make_optimizer(config.optimizer, schedule, rates)
+        frozen = (lambda path, rates=rates: rates(path) == 0.0) if freezes else None
+        how: dict[str, Any] = {"from_device": from_device, "most": most, "frozen": frozen, "weights": weights}
+        programs.append(compile_steps(config, model, optimizer, mesh, out_shardings, **how))
+    return programs
+
+
+def weights_of_classes(config: Config, dataset: Dataset, outputs: int) -> np.ndarray | None:
+    """Returns what a model's outputs count in the loss, after the recipe, 1 for those without a class; None for none.
+
+    Raises:
+      InputError: a class has no training image.
+    """
+    if config.train.class_weights == "none":
+        return None
+    labels, classes = labels_of(dataset.train), len(dataset.class_names)
+    counts = labels.sum(0)[:classes] if dataset.multilabel else np.bincount(labels, minlength=classes)
+    if missing := [name for name, n in zip(dataset.class_names, counts, strict=True) if n == 0]:
+        raise InputError(f"train.class_weights: the classes {', '.join(missing)} have no training image")
+    weights = class_weights(config.train.class_weights, counts)
+    return None if weights is None else np.pad(weights, (0, outputs - classes), constant_values=1.0)
