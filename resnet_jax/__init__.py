@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from resnet_jax.predict.predictor import Predictor, make_forward
     from resnet_jax.training.loop import train
     from resnet_jax.training.recipe import restore
+    from resnet_jax.training.state import create_state
+    from resnet_jax.training.step import make_eval_step, make_train_step
     from resnet_jax.weights.convert import from_torch, to_torch
     from resnet_jax.weights.load import load_pretrained
 
@@ -24,13 +26,16 @@ __all__ = [
     "Predictor",
     "__version__",
     "create_model",
+    "create_state",
     "feature_info",
     "fold_batch_norm",
     "from_torch",
     "grad_cam",
     "list_models",
     "load_pretrained",
+    "make_eval_step",
     "make_forward",
+    "make_train_step",
     "restore",
     "to_torch",
     "train",
@@ -44,6 +49,8 @@ _HOMES = {
     "predict.predictor": ("Predictor", "make_forward"),
     "training.loop": ("train",),
     "training.recipe": ("restore",),
+    "training.state": ("create_state",),
+    "training.step": ("make_eval_step", "make_train_step"),
     "weights.convert": ("from_torch", "to_torch"),
     "weights.load": ("load_pretrained",),
 }

@@ -26,6 +26,8 @@ from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training.manifest import damage, steps_in
 from resnet_jax.training.recipe import restore
 
+from .runs.test_folder import events_in
+
 FLAGS = [
     "--model.name", "cifar_resnet8", "--train.steps", "40", "--train.batch_size", "32", "--train.ema_decay", "0.9",
     "--parallel.devices", "1", "--schedule.warmup_epochs", "0", "--train.eval_every_epochs", "0.5",
@@ -106,7 +108,10 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_the_same_as_on_a_disk(bucket
     assert lines[0] == lines[1] and len(lines[0]) >= 20
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.json", "metrics.jsonl", "summary.json", "curves.png", "best.json", "checkpoints"}
-    assert "lock" not in names and any(name.startswith("events.out") for name in names)
+    assert "lock" not in names
+    events = [event for name in names if name.startswith("events.out") for event in events_in(folder / name)]
+    found = {(event.step, value.tag) for event in events for value in event.summary.value}
+    assert found >= {(38, "train/loss"), (40, "train/loss"), (40, "validation/loss"), (40, "test/loss")}
     assert [run["state"] for run in runs_under(folder.parent)] == ["finished"]
     Image.new("L", (8, 8), 99).save(tmp_path / "picture.png")
     for command in (["evaluate", "{}", "--json"], ["predict", "{}", str(tmp_path / "picture.png"), "--format", "json"]):

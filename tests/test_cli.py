@@ -20,8 +20,6 @@ from resnet_jax.config import Config, ParallelConfig, to_dict
 from resnet_jax.flags import spelt_out
 from resnet_jax.recipes import load_config
 from resnet_jax.training import loop
-from resnet_jax.training.sharding import known_on_cpu
-from resnet_jax.training.state import OPTION
 
 from .conftest import ROOT
 from .small import parse_recipe, save_small_network
@@ -423,9 +421,7 @@ def test_a_run_from_the_shell(tmp_path, capsys, monkeypatch):
     assert "step 6/6" in train.stdout
     assert "CACHE MISS" in train.stderr
     second = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--workdir", "second"], **shell)
-    missed = [line for line in second.stderr.splitlines() if "CACHE MISS" in line]
-    if not known_on_cpu(OPTION):  # then its trial fails, and is not kept
-        missed = [line for line in missed if "jit_trial" not in line]
+    missed = [line for line in second.stderr.splitlines() if "CACHE MISS" in line and "jit_trial" not in line]
     assert second.returncode == 0 and "cache hit" in second.stderr and not missed
     monkeypatch.chdir(tmp_path)
     status, table, _ = run(["evaluate", "run", "--per-class"], capsys)

@@ -15,13 +15,12 @@ import pytest
 from resnet_jax import InputError
 from resnet_jax.cli import main
 from resnet_jax.lab import gradients, landscape, lesion, relatives, response
-from resnet_jax.lab.captions import WORDS
+from resnet_jax.lab.captions import CAPTIONS
 from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
 from resnet_jax.lab.record import Notebook, Options
 from resnet_jax.lab.run import EXPERIMENTS, write_page
 from resnet_jax.models.blocks import PreactBlock, ResidualBlock
 from resnet_jax.models.registry import count_parameters
-from resnet_jax.training.state import init_variables
 from tests.browser import needs_chromium, screenshot, tags
 
 
@@ -35,7 +34,7 @@ def test_gradients_along_a_network_are_those_of_autodiff(digits, kind, norm):
     """Against `jax.grad` of zeros that are added to what each block puts out."""
     model = cifar_net(kind, 14, digits, norm=norm, zero_init_last=False)
     images, labels = pixels(digits, 8, recipe(digits, 1.0))
-    variables = init_variables(model, jax.random.key(0), images[:1])
+    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     names = [f"stage{s}/block{b}" for s in (1, 2, 3) for b in (1, 2)]
 
     def loss(deltas):
@@ -61,7 +60,7 @@ def test_gradients_vanish_and_explode_without_shortcuts_and_norms_and_not_with_t
 
     def ratios(kind, norm):
         model = cifar_net(kind, 56, digits, norm=norm)
-        variables = init_variables(model, jax.random.key(0), images[:1])
+        variables = jax.jit(model.init)(jax.random.key(0), images[:1])
         along = jax.jit(lambda v: gradients.gradients_along(model, v, images, labels))
         norms = {name: along(gradients.with_variance(variables, factor)) for name, factor in gradients.INITS.items()}
         return {name: float(values[0] / values[-1]) for name, values in norms.items()}
@@ -84,7 +83,7 @@ def test_a_small_training_learns_and_tells(digits):
 
 def test_a_removed_block_hands_on_what_it_was_given(digits):
     model = cifar_net("residual", 14, digits)
-    variables = init_variables(model, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     accuracy = lesion.gated_accuracy(model, digits, [(1, 1), (1, 2)])
     gone = jax.tree.map(lambda x: x, variables)
     for block in ("block1", "block2"):  # branches of zeros do the same behind a ReLU
@@ -98,7 +97,7 @@ def test_a_removed_block_hands_on_what_it_was_given(digits):
 
 def test_swapped_blocks_change_places_within_their_stage(digits):
     model = cifar_net("residual", 20, digits)
-    variables = init_variables(model, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     moved = lesion.swapped(variables, 3, 1, np.random.default_rng(0))
     same = [
         (stage, block)
@@ -112,7 +111,7 @@ def test_swapped_blocks_change_places_within_their_stage(digits):
 def test_responses_are_those_of_the_branches(digits):
     """A branch whose last norm has scale 0 and bias 2 puts out 2 everywhere."""
     model = cifar_net("residual", 8, digits)
-    variables = init_variables(model, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     variables["params"]["stage2"]["block1"]["norm2"] = {"scale": jnp.zeros(32), "bias": jnp.full(32, 2.0)}
     rows = response.responses(model, variables, pixels(digits, 16, recipe(digits, 1.0))[0])
     assert [row["block"] for row in rows] == [1, 2, 3]
@@ -121,7 +120,7 @@ def test_responses_are_those_of_the_branches(digits):
 
 def test_directions_have_the_norms_of_the_filters(digits):
     model = cifar_net("plain", 8, digits)
-    params = init_variables(model, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     direction = landscape.filter_normalised(jax.random.key(1), params)
     own, drawn = (tree["stage1"]["block1"]["conv1"]["kernel"] for tree in (params, direction))
     np.testing.assert_allclose(
@@ -172,11 +171,11 @@ def test_an_experiment_leaves_its_record_and_figures(tmp_path, digits, monkeypat
     assert record["rows"] and record["options"] == {"dataset": "digits", "depths": [8], "seeds": [0], "quick": True}
     assert {path.suffix for path in tmp_path.glob(f"{name}.*")} == {".json", ".csv", ".png", ".svg"}
     page = (tmp_path / "index.html").read_text()
-    assert all(text in page for text in WORDS[name][1:]) and 'lang="ja"' in page and "http" not in page
+    assert all(text in page for text in CAPTIONS[name][1:]) and 'lang="ja"' in page and "http" not in page
 
 
 def test_every_experiment_has_its_words_and_an_unknown_one_is_named(tmp_path, capsys):
-    assert set(WORDS) == set(EXPERIMENTS)
+    assert set(CAPTIONS) == set(EXPERIMENTS)
     assert main(["lab", "lesions", "--out", str(tmp_path)]) == 2
     assert "did you mean lesion" in capsys.readouterr().err
 

@@ -82,7 +82,7 @@ def test_a_probe_keeps_the_network_and_reports_on_its_best_checkpoint(run, weigh
     assert best["metric"] == "validation/macro_f1" and measures["split"] == measures["calibrated_on"] == "validation"
     assert measures["macro_f1"] == pytest.approx(best["value"], abs=1e-6)
     assert measures["accuracy"] == pytest.approx(summary["validation"]["accuracy"], abs=1e-6)
-    assert "test" not in summary and "so that figures of that split flatter it" in (run / "report.html").read_text()
+    assert "test" not in summary and "so the figures of that split are optimistic" in (run / "report.html").read_text()
     assert sum(row["support"] for row in measures["classes"]) == summary["validation"]["count"]
 
 
@@ -174,7 +174,7 @@ def test_operations_of_the_family_are_translated(fields, tmp_path):
 
 
 def test_a_program_that_differs_is_not_written(run, tmp_path, monkeypatch, capsys):
-    from resnet_jax import serving
+    from resnet_jax.predict import serving
 
     monkeypatch.setattr(serving, "serve", lambda predictor: lambda pixels: pixels[:, 0, 0] / 255.0)
     assert main(["export", str(run), str(tmp_path / "net.stablehlo")]) == 2

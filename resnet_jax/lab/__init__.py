@@ -1,1 +1,1 @@
-"""Experiments that show why residual learning works; each returns a record and draws a figure."""
+"""Experiments that show why residual learning works; each leaves a record and a figure."""

@@ -1,4 +1,4 @@
-"""What each experiment is called and what its figure says, in English and Japanese."""
+"""Titles and captions of the experiments' figures, in English and Japanese."""
 
 TITLES = {
     "degradation": ("Deeper plain networks get worse", "深い plain ネットワークは悪くなる"),
@@ -11,10 +11,10 @@ TITLES = {
     "relatives": ("The relatives", "親戚たち"),
 }
 
-WORDS = {
+CAPTIONS = {
     "degradation": (
         "Networks of the same depth and the same number of parameters, with the same recipe. Without shortcuts the deep ones "
-        "have a higher error on the training images themselves: that is no overfitting, they are harder to optimise. With "
+        "have a higher error on the training images themselves: this is not overfitting, they are harder to optimise. With "
         "shortcuts depth does no harm, since a block that is not needed can stay near the identity.",
         "深さもパラメータ数も学習条件も同じネットワークの比較。ショートカットがないと、深いほど訓練画像に対する誤差そのものが"
         "高くなる。過学習ではなく、最適化が難しいのである。ショートカットがあれば、不要なブロックは恒等写像の近くに"
@@ -23,8 +23,8 @@ WORDS = {
     "gradients": (
         "The norm of the loss's gradient at the output of each block, before training. In a plain network without norms every "
         "layer multiplies it: with LeCun's variance it vanishes towards the first layer, with twice He's it explodes. Batch "
-        "normalisation tames the scale, and the shortcut hands a copy of the gradient on past every branch: the Jacobian of "
-        "a block is that of its branch plus the identity, which is checked numerically here.",
+        "normalisation keeps the scale in check, and the shortcut passes the gradient on unchanged around every branch: the "
+        "Jacobian of a block is that of its branch plus the identity, which is checked numerically here.",
         "学習前に、各ブロックの出力における損失の勾配の大きさを測った。正規化のない plain ネットワークでは層ごとに倍率が"
         "かかり、LeCun の分散では最初の層に向かって消え、He の 2 倍の分散では爆発する。バッチ正規化は大きさを整え、"
         "ショートカットはどの枝も迂回して勾配をそのまま伝える。ブロックのヤコビ行列は枝のヤコビ行列に単位行列を足した"
@@ -32,20 +32,20 @@ WORDS = {
     ),
     "lesion": (
         "Blocks are taken out of a trained network, or change places, with nothing trained again. The residual network loses "
-        "little with each: its many paths of different length work side by side. In a plain network there is only one path, "
+        "little with each: its many paths of different lengths work in parallel. In a plain network there is only one path, "
         "and a single missing block breaks it.",
         "学習済みのネットワークから、再学習なしにブロックを取り除いたり入れ替えたりする。残差ネットワークでは長さの異なる多数の"
         "経路が並列に働くため、一つ失っても影響は小さい。plain ネットワークの経路は一本しかなく、一つ欠けると壊れる。",
     ),
     "response": (
-        "The deviation of what each branch adds, and the same relative to what the block was given. The deeper the network, the "
-        "less each block changes in the mean: blocks refine what is there.",
+        "The standard deviation of what each branch adds, and its ratio to that of the block's input. The deeper the network, the "
+        "less a block changes its input on average: blocks refine what is there.",
         "各ブロックの枝が加える量の標準偏差と、入力に対するその比。平均して見れば、ネットワークが深いほど"
         "一つのブロックの変化は小さい。ブロックは受け取ったものを少しずつ磨き上げている。",
     ),
     "memory": (
         "What a compiled training step needs besides the state. Keeping all activations costs memory in proportion to the "
-        "depth; computing blocks a second time in the backward pass pays it with a part of the time. Equal blocks in a loop compile "
+        "depth; computing blocks again in the backward pass saves memory and costs time. Equal blocks in a loop compile "
         "as fast for a thousand layers as for twenty.",
         "コンパイル済みの学習 1 ステップに、状態とは別に必要なメモリ。すべての活性を残すと深さに比例して増える。逆伝播の際に"
         "ブロックを計算し直せば、時間と引き換えに減らせる。同じ形のブロックをループにすれば、千層でも二十層と同じ速さで"
@@ -54,23 +54,22 @@ WORDS = {
     "landscape": (
         "The loss on a plane through the trained network, spanned by two random directions whose filters are scaled to those of "
         "the network. Batch norms take the statistics of the batch at every point. Compare how wide and how smooth the valleys "
-        "are: at twenty layers they hardly differ, and what sets plain networks apart comes with depth, where they no longer "
-        "find a valley at all.",
+        "are: at twenty layers they hardly differ; with more layers plain networks no longer find a valley at all.",
         "学習済みのネットワークを通り、フィルタの大きさを揃えた二つの乱数方向が張る平面上の損失。バッチ正規化は各点でバッチの"
         "統計量を使う。谷の広さとなめらかさを比べてほしい。二十層ではほとんど差がない。plain との違いは深さとともに現れ、"
         "深い plain ネットワークは谷そのものを見つけられなくなる。",
     ),
     "regularisation": (
-        "A deep network learns a small set by heart. Weight decay, dropped branches, dropout, mixed images and softened labels "
-        "beside no regulariser at all: training and test error at the end. None of them is sure to help; in the quick run on the "
+        "A deep network memorises a small training set. Training and test error at the end, with weight decay, dropped branches "
+        "(drop path), dropout, mixed images (mixup), smoothed labels, and without any regulariser. None of them is sure to help; in the quick run on the "
         "digits none lowered the test error.",
         "深いネットワークは少ないデータを丸暗記する。重み減衰、枝の脱落、ドロップアウト、画像の混合、ラベルの平滑化を、正則化なしの"
         "場合と並べ、学習後の訓練誤差とテスト誤差を示す。どれも必ず効くわけではなく、数字データの短い実験では、テスト誤差を"
         "下げたものはなかった。",
     ),
     "relatives": (
-        "Branches side by side (GoogLeNet), addition (ResNet), concatenation (DenseNet), and attention, whose blocks took the "
-        "residual idea on: at roughly equal numbers of parameters they differ in arithmetic, memory and speed.",
+        "Branches side by side (GoogLeNet), addition (ResNet), concatenation (DenseNet), and attention, whose blocks "
+        "are residual too: at roughly equal numbers of parameters they differ in arithmetic, memory and speed.",
         "枝を並べる GoogLeNet、足し合わせる ResNet、連結する DenseNet、そして残差の考えを受け継いだ注意機構。パラメータ数を"
         "ほぼ揃えても、計算量、メモリ、速さは異なる。",
     ),

@@ -1,4 +1,4 @@
-"""Deeper plain networks get worse, in training too; with shortcuts they do not (He et al. 2015, section 4.2)."""
+"""Shows that depth raises the training error of plain networks, not of residual ones (He et al. 2015, section 4.2)."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ KINDS = ("plain", "residual")
 
 
 def rows(book: Notebook) -> Rows:
-    """Curves of training and test error: `kind`, `depth`, `seed`, and the columns of `fit`."""
+    """Trains networks of several depths; returns their curves: `kind`, `depth`, `seed`, and the columns of `fit`."""
     options = book.options
     data = load(options.dataset)
     depths = options.depths or ((20, 56) if options.quick else (20, 32, 44, 56, 110))
@@ -25,7 +25,7 @@ def rows(book: Notebook) -> Rows:
             for kind in KINDS:
 
                 def train(kind: str = kind, depth: int = depth, seed: int = seed) -> Rows:
-                    model = cifar_net(kind, depth, data, zero_init_last=False)  # as then; from zero they start slowly
+                    model = cifar_net(kind, depth, data, zero_init_last=False)  # as in the paper
                     _, curve = fit(model, data, recipe(data, epochs, seed, optimizer=gentle), points=8)
                     return [{"kind": kind, "depth": depth, "seed": seed} | row for row in curve]
 
@@ -34,7 +34,7 @@ def rows(book: Notebook) -> Rows:
 
 
 def last_errors(found: Rows, kind: str, depth: int, split: str = "train") -> list[float]:
-    """Final error of each seed."""
+    """Returns the last error of each seed, as fractions."""
     runs: dict[int, float] = {}
     for row in found:
         if (row["kind"], row["depth"]) == (kind, depth):
@@ -43,7 +43,7 @@ def last_errors(found: Rows, kind: str, depth: int, split: str = "train") -> lis
 
 
 def table(found: Rows) -> Rows:
-    """Last errors of each network over its seeds: mean and standard deviation, in percent."""
+    """Returns for each network the mean and standard deviation of its last errors over the seeds, in percent."""
     lines: Rows = []
     for kind, depth in dict.fromkeys((row["kind"], row["depth"]) for row in found):
         line: dict[str, Any] = {"network": kind, "layers": depth}
@@ -55,7 +55,7 @@ def table(found: Rows) -> Rows:
 
 
 def draw(found: Rows) -> Any:
-    """Training error over the epochs, and the last errors against the depth."""
+    """Draws errors over the epochs, and the last errors against the depth; returns the figure."""
     figure, axes = axes_of(3)
     depths = sorted({row["depth"] for row in found})
     for axis, kind in zip(axes, KINDS, strict=False):

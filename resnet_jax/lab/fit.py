@@ -1,4 +1,4 @@
-"""Small trainings for the experiments, on arrays that lie on the device: no folder, no checkpoints, one curve."""
+"""Trains small networks for the experiments, with all data on the device; nothing is written to disk."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from resnet_jax.training.state import TrainState
 
 EVAL_BATCH = 256
 EVALUATED = 2000
-"""Images of a split that are evaluated at most."""
+"""How many images of a split are evaluated at most."""
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"shortcut": "none"},
     "residual": {},
@@ -52,13 +52,17 @@ class Data:
 
     @property
     def size(self) -> int:
-        """Side of the images in pixels."""
+        """Returns the side of the images in pixels."""
         return self.train["image"].shape[1]
 
 
 def load(dataset: str, train: int | None = None, test: int | None = None) -> Data:
-    """The digits (8 x 8 pixels), or any `data.dataset` of a recipe at 32 x 32; the first `size` images of each split
-    in a random order that is always the same.
+    """Loads a dataset into memory, in a random order that is always the same.
+
+    Args:
+      dataset: `digits`, at 8 x 8 pixels, or any `data.dataset` of a recipe, at 32 x 32.
+      train: how many training images to take; None takes all.
+      test: how many images of the test split, or of the validation split if there is no test split.
     """
     size = 8 if dataset == "digits" else 32
     config = dataclasses.replace(Config(), data=DataConfig(dataset=dataset, image_size=size))
@@ -72,10 +76,13 @@ def load(dataset: str, train: int | None = None, test: int | None = None) -> Dat
 
 
 def recipe(data: Data, epochs: float, seed: int = 0, **sections: Any) -> Config:
-    """The common recipe of the experiments: SGD with momentum, a short warm-up, a cosine, random crops, no averages.
+    """Returns the experiments' common recipe: SGD with momentum, a short warm-up, a cosine, random crops, no average.
 
     Args:
-      **sections: of `Config`, in place of those.
+      data: what to train on.
+      epochs: length of the training.
+      seed: of the first parameters and the order of the data.
+      **sections: sections of `Config` that replace these.
     """
     given: dict[str, Any] = {
         "data": DataConfig(dataset=data.name, image_size=data.size),
@@ -88,7 +95,7 @@ def recipe(data: Data, epochs: float, seed: int = 0, **sections: Any) -> Config:
 
 
 def network(name: str, data: Data, **fields: Any) -> nn.Module:
-    """A model for the data by its name in the registry."""
+    """Returns a registered model with as many classes as the data, and its image size if the model needs to know it."""
     model: Any = create_model(name, num_classes=data.classes, **fields)
     return model.clone(image_size=data.size) if hasattr(model, "image_size") else model
 
@@ -103,13 +110,15 @@ def fit(
     """Trains a model; returns the last state and a curve.
 
     Args:
-      config: as `recipe` gives it; length, batch, augmentation, loss and seed count.
+      model: the network.
+      data: what to train and to evaluate on.
+      config: as `recipe` returns it; sections that concern a run's folder have no effect.
       watch: called with the step and the state at each point of the curve, the first one included.
-      points: how often in the run the curve is measured, evenly, after the start.
+      points: how many points the curve has, evenly spaced, besides the one before training.
 
     Returns:
-      The state, and rows of `step`, `epoch`, `train_loss`, `train_error`, `test_loss`, `test_error`; the training error
-      is that in evaluation, on images as they are.
+      The state, and rows of `step`, `epoch`, `train_loss`, `train_error`, `test_loss`, `test_error`. Errors are
+      fractions; the training error is measured in evaluation mode, on images without augmentation.
     """
     per_epoch = len(data.train["label"]) / config.train.batch_size
     steps = max(points, round(config.train.epochs * per_epoch))
@@ -142,12 +151,12 @@ def fit(
 
 
 def variables_of(state: TrainState) -> Any:
-    """Parameters and running statistics."""
+    """Returns parameters and running statistics as `model.apply` takes them."""
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def evaluator(model: nn.Module, config: Config) -> Callable[[Any, dict[str, np.ndarray]], dict[str, Any]]:
-    """`evaluate(variables, split) -> means` over at most EVALUATED images of a split, compiled once."""
+    """Returns `evaluate(variables, split) -> means` over at most EVALUATED images of a split; it is compiled once."""
     program = jax.jit(recipe_eval_step(config, model), compiler_options=compiler_options())
 
     def evaluate(variables: Any, split: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -163,7 +172,7 @@ def evaluator(model: nn.Module, config: Config) -> Callable[[Any, dict[str, np.n
 
 
 def pixels(data: Data, count: int, config: Config) -> tuple[jax.Array, np.ndarray]:
-    """The first training images as a network takes them, and their labels."""
+    """Returns the first training images, float32 [count, height, width, 3], normalized, and labels, int32 [count]."""
     from resnet_jax.data.on_device import normalize
 
     images = jnp.asarray(data.train["image"][:count])
@@ -171,7 +180,7 @@ def pixels(data: Data, count: int, config: Config) -> tuple[jax.Array, np.ndarra
 
 
 def cifar_net(kind: str, depth: int, data: Data, **fields: Any) -> nn.Module:
-    """A network of 6n + 2 layers: `plain`, `residual` (He et al. 2015) or `preact` (He et al. 2016).
+    """Returns a network of 6n + 2 layers: `plain`, `residual` (He et al. 2015) or `preact` (He et al. 2016).
 
     Raises:
       InputError: there is no such depth.

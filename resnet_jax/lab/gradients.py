@@ -1,7 +1,7 @@
-"""What reaches the first layer: gradients at every block, and the identity in a block's Jacobian.
+"""Measures the gradient of the loss at the output of every block, and the identity in a block's Jacobian.
 
-The gradient of the loss is taken at the output of each block. Each plain layer multiplies it, and with the depth it
-vanishes or explodes; y = F(x) + x hands a copy of it on, whatever F does (He et al. 2016, eq. 5).
+Each plain layer multiplies the gradient, so that with depth it vanishes or explodes; a block y = F(x) + x passes it on
+unchanged besides, whatever F does (He et al. 2016, eq. 5).
 """
 
 from functools import partial
@@ -19,10 +19,10 @@ from resnet_jax.models.blocks import PreactBlock
 from resnet_jax.models.densenet import DenseLayer
 from resnet_jax.models.layers import ACTIVATIONS, Conv, make_norm
 from resnet_jax.models.resnet import Stem
-from resnet_jax.training.state import TrainState, init_variables, path_map
+from resnet_jax.training.state import TrainState, path_map
 
 INITS = {"LeCun": 1.0, "He": 2.0, "twice He": 4.0}
-"""Variance of a kernel times its fan-in."""
+"""Name -> variance of a kernel times its fan-in."""
 IMAGES = 32
 CASES = (
     ("plain", "none", False),
@@ -32,11 +32,15 @@ CASES = (
     ("residual", "batch", True),
     ("preact", "batch", True),
 )
-"""Kind, norm, and whether branches start at zero, as they do here by default."""
+"""Kind, norm, and whether branches start at zero (`zero_init_last`), as is the default of this package."""
 
 
 def rows(book: Notebook) -> Rows:
-    """Norms at the start (`kind`, `norm`, `init`, `depth`, `block`, `gradient`), in training (`step`), the identity."""
+    """Returns rows of three kinds.
+
+    Gradients before training: `kind`, `norm`, `zero_init_last`, `init`, `depth`, `block`, `gradient`. In training:
+    `step`, and `first` and `last` for the gradient at the first and the last block. Of `identity`: `difference`.
+    """
     options = book.options
     data = load(options.dataset)
     images, labels = pixels(data, IMAGES, recipe(data, 1.0))
@@ -47,7 +51,7 @@ def rows(book: Notebook) -> Rows:
 
             def at_start(kind: str = kind, norm: str = norm, zero: bool = zero, depth: int = depth) -> Rows:
                 model: Any = cifar_net(kind, depth, data, norm=norm, zero_init_last=zero)
-                variables = init_variables(model, jax.random.key(0), images[:1])
+                variables = jax.jit(model.init)(jax.random.key(0), images[:1])
                 gradients = jax.jit(partial(gradients_along, model))
                 made: Rows = []
                 for init in INITS:
@@ -64,12 +68,12 @@ def rows(book: Notebook) -> Rows:
 
 
 def finite(value: Any) -> float | None:
-    """A number that JSON can hold; None for one that is beyond float32."""
+    """Returns a number as a float, None if it is not finite."""
     return float(value) if np.isfinite(value) else None
 
 
 def with_variance(variables: Any, gain: float) -> Any:
-    """Variables whose kernels, drawn with variance 2 / fan-out, are scaled to `gain` / fan-in."""
+    """Returns variables whose kernels, drawn with variance 2 / fan-out, are scaled to variance `gain` / fan-in."""
 
     def scaled(path: str, leaf: jax.Array) -> jax.Array:
         if leaf.ndim != 4:
@@ -81,9 +85,16 @@ def with_variance(variables: Any, gain: float) -> Any:
 
 
 def gradients_along(model: Any, variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Norm of the gradient of the loss at the output of each block, [blocks], with the statistics of the batch.
+    """Returns the norm of the gradient of the loss at the output of each block, [blocks].
 
-    The equal blocks of a stage run in a loop, forward and back, so that a thousand of them compile as fast as ten.
+    Norms take the statistics of the batch. The equal blocks of a stage run in a loop, in the forward and the backward
+    pass, so that a thousand of them compile as fast as ten.
+
+    Args:
+      model: a CIFAR ResNet or plain network.
+      variables: of the model.
+      images: float [batch, height, width, 3].
+      labels: int [batch].
     """
     params, act = variables["params"], ACTIVATIONS[model.act]
     conv, norm = partial(Conv, dtype=model.dtype), make_norm(model)
@@ -131,9 +142,9 @@ def gradients_along(model: Any, variables: Any, images: jax.Array, labels: jax.A
 
 
 def of_densenet(data: Any, images: jax.Array, labels: Any) -> Rows:
-    """The same at the output of each layer of a DenseNet-BC of 40 layers."""
+    """Returns rows with the norm of the gradient at the output of each layer of a DenseNet-BC of 40 layers."""
     model = network("cifar_densenet_bc_100_12", data, stage_sizes=(6, 6, 6))
-    variables = init_variables(model, jax.random.key(0), images[:1])
+    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
 
     def forward(deltas: dict[str, Any], variables: Any, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         outputs: dict[str, jax.Array] = {}
@@ -158,7 +169,7 @@ def of_densenet(data: Any, images: jax.Array, labels: Any) -> Rows:
 
 
 def in_training(kind: str, data: Any, images: jax.Array, labels: Any, quick: bool) -> Rows:
-    """First and last block of a network of 20 layers, from its start to the end of a short training."""
+    """Returns rows with the gradients at the first and last block of a network of 20 layers during a short training."""
     model, found = cifar_net(kind, 20, data, norm="batch"), []
     gradients = jax.jit(partial(gradients_along, model))
 
@@ -172,7 +183,7 @@ def in_training(kind: str, data: Any, images: jax.Array, labels: Any, quick: boo
 
 
 def identity() -> Rows:
-    """How far the Jacobian of a block and that of its branch differ by anything but the identity."""
+    """Returns one row: the largest difference between a block's Jacobian and that of its branch plus the identity."""
     x = jax.random.normal(jax.random.key(1), (1, 4, 4, 3))
     block = PreactBlock(3, zero_init_last=False)
     variables = block.init(jax.random.key(0), x)
@@ -185,7 +196,10 @@ def identity() -> Rows:
 
 
 def ratios(found: Rows) -> Rows:
-    """First over last gradient of each network at its start, `ratio`; nan where one of them is beyond float32."""
+    """Returns for each network before training the gradient at the first block over that at the last, as `ratio`.
+
+    It is nan where one of them is not finite.
+    """
     groups: dict[tuple[Any, ...], list[float | None]] = {}
     for row in found:
         if "block" in row:
@@ -198,7 +212,7 @@ def ratios(found: Rows) -> Rows:
 
 
 def table(found: Rows) -> Rows:
-    """`ratios` as the page shows them: networks down, initialisations across."""
+    """Returns `ratios` as a table: a row for each network, a column for each initialisation."""
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in ratios(found):
         zero = "zero" if row["zero_init_last"] else "random"
@@ -210,7 +224,7 @@ def table(found: Rows) -> Rows:
 
 
 def draw(found: Rows) -> Any:
-    """Gradients along the blocks without and with norms, first over last against depth, and in training."""
+    """Draws gradients over the blocks without and with norms, first over last against depth, and in training."""
     figure, axes = axes_of(2, 2)
     depths = sorted({row["depth"] for row in found if "block" in row and row["kind"] != "densenet"})
     depth = 56 if 56 in depths else depths[-1]
@@ -244,5 +258,5 @@ def draw(found: Rows) -> Any:
 
 
 def about_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells one network from another: kind, norm, whether branches start at zero, initialisation, depth."""
+    """Returns what identifies a row's network: kind, norm, whether branches start at zero, initialisation, depth."""
     return tuple(row[name] for name in ("kind", "norm", "zero_init_last", "init", "depth"))

@@ -1,7 +1,7 @@
-"""The loss around a trained network, over a plane of two random directions (Li et al. 2018, arXiv:1712.09913).
+"""Maps the loss around a trained network, on a plane of two random directions (Li et al. 2018, arXiv:1712.09913).
 
-Each filter of a direction has the norm of the network's own filter; biases and norms stay. Batch norms take the
-statistics of the batch at every point, so that a scaled filter does not leave its statistics behind.
+Each filter of a direction has the norm of the network's own filter; biases and norms do not change. Batch norms take
+the statistics of the batch at every point, so that the statistics fit the changed filters.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ KINDS = ("plain", "residual")
 
 
 def rows(book: Notebook) -> Rows:
-    """Points of the plane: `kind`, `depth`, `x`, `y`, `loss`."""
+    """Trains a plain and a residual network; returns points of the plane: `kind`, `depth`, `x`, `y`, `loss`."""
     options = book.options
     data = load(options.dataset)
     depth = (options.depths or ((20,) if options.quick else (56,)))[0]
@@ -29,7 +29,7 @@ def rows(book: Notebook) -> Rows:
         trained: list[Any] = []
 
         def network(kind: str = kind, trained: list[Any] = trained) -> Any:
-            """The trained network, made once, and only if a row of points is missing."""
+            """Returns the loss on the plane, after training; it trains only if a row of points is missing."""
             if not trained:
                 config = recipe(data, 8.0 if options.quick else 30.0, (options.seeds or (0,))[0])
                 model = cifar_net(kind, depth, data)
@@ -52,7 +52,10 @@ def rows(book: Notebook) -> Rows:
 
 
 def filter_normalised(key: jax.Array, params: Any) -> Any:
-    """A random direction whose filters have the norms of those of `params`; 0 for all that is no kernel."""
+    """Returns a random direction, a tree as `params`, whose filters have the norms of those of `params`.
+
+    It is 0 for all leaves that are no kernels.
+    """
     leaves = iter(jax.random.split(key, len(jax.tree.leaves(params))))
 
     def direction(path: str, leaf: jax.Array) -> jax.Array:
@@ -67,7 +70,15 @@ def filter_normalised(key: jax.Array, params: Any) -> Any:
 
 
 def plane(model: Any, variables: Any, directions: list[Any], batch: Any, classes: int) -> Any:
-    """`losses(xs, y) -> [points]`: the points of a line are spread over all devices."""
+    """Returns `losses(xs, y)`, which computes the loss at the points of a line, spread over all devices.
+
+    Args:
+      model: the network.
+      variables: its trained variables, at x = y = 0.
+      directions: two trees as the parameters.
+      batch: images, float [batch, height, width, 3], and labels, int [batch].
+      classes: number of classes.
+    """
     devices = jax.devices()
     images, labels = batch
 
@@ -86,7 +97,7 @@ def plane(model: Any, variables: Any, directions: list[Any], batch: Any, classes
 
 
 def draw(found: Rows) -> Any:
-    """Contours and a surface of each network, on one scale."""
+    """Draws contours and a surface of each network, on one scale; returns the figure."""
     figure, axes = axes_of(2, 2)
     xs, ys = (sorted({row[name] for row in found}) for name in ("x", "y"))
     levels = np.geomspace(max(1e-4, min(row["loss"] for row in found)), max(row["loss"] for row in found) + 1e-3, 18)

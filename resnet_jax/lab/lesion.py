@@ -1,4 +1,4 @@
-"""A trained residual network survives the loss of blocks; a plain one does not (Veit et al. 2016, arXiv:1605.06431)."""
+"""Removes and swaps blocks of a trained network: residual ones survive it (Veit et al. 2016, arXiv:1605.06431)."""
 
 from typing import Any
 
@@ -16,7 +16,11 @@ KINDS = ("plain", "residual")
 
 
 def rows(book: Notebook) -> Rows:
-    """Accuracies: `kind`, `lesion` (`none`, `remove`, `random`, `swap`), `blocks` (how many), `block`, `accuracy`."""
+    """Trains a plain and a residual network; returns accuracies with blocks removed or swapped.
+
+    Columns: `kind`, `depth`, `seed`, `lesion` (`none`, `remove`, `random`, `swap`), `blocks` (how many), `block` (which
+    one, for `remove`), and `accuracy` on test images, a fraction.
+    """
     options = book.options
     data = load(options.dataset)
     depth = (options.depths or ((20,) if options.quick else (56,)))[0]
@@ -35,7 +39,7 @@ def rows(book: Notebook) -> Rows:
 
 
 def lesions(model: Any, variables: Any, data: Any, depth: int) -> Rows:
-    """Accuracies of a trained network with blocks removed and swapped."""
+    """Returns the accuracies of a trained network with blocks removed and swapped, as rows."""
     size = (depth - 2) // 6
     same = [
         (stage, block) for stage in (1, 2, 3) for block in range(1, size + 1) if (stage, block) not in ((2, 1), (3, 1))
@@ -63,7 +67,13 @@ def lesions(model: Any, variables: Any, data: Any, depth: int) -> Rows:
 
 
 def gated_accuracy(model: Any, data: Any, blocks: list[tuple[int, int]]) -> Any:
-    """`accuracy(variables, gates)` on test images, where a block with gate 0 hands on what it was given."""
+    """Returns `accuracy(variables, gates)` on test images, where a block with gate 0 returns its input.
+
+    Args:
+      model: a CIFAR ResNet or plain network.
+      data: whose test images, at most 1000, are used.
+      blocks: (stage, block) of each gate, from 1; their input and output have the same shape.
+    """
     evaluate = recipe_eval_step(recipe(data, 1.0), model)
     names = {f"stage{stage}/block{block}": i for i, (stage, block) in enumerate(blocks)}
     count = min(1000, len(data.test["label"]))
@@ -86,7 +96,14 @@ def gated_accuracy(model: Any, data: Any, blocks: list[tuple[int, int]]) -> Any:
 
 
 def swapped(variables: Any, size: int, pairs: int, rng: np.random.Generator) -> Any:
-    """Variables in which a number of pairs of equal blocks within stages have changed places; no block moves twice."""
+    """Returns variables in which random pairs of blocks of the same stage are swapped, each block at most once.
+
+    Args:
+      variables: of the model.
+      size: blocks in a stage; the first one of each stage, which may have another shape, stays.
+      pairs: how many pairs are swapped.
+      rng: draws the pairs.
+    """
     moved = {kind: dict(values) for kind, values in variables.items()}
     later = [rng.permutation(np.arange(2, size + 1)) for _ in range(3)]
     possible = [(s, row[i], row[i + 1]) for s, row in enumerate(later, start=1) for i in range(0, len(row) - 1, 2)]
@@ -99,7 +116,7 @@ def swapped(variables: Any, size: int, pairs: int, rng: np.random.Generator) -> 
 
 
 def draw(found: Rows) -> Any:
-    """Accuracy without each block, without several, and with blocks that changed places."""
+    """Draws accuracy without each block, without several, and with swapped blocks; returns the figure."""
     figure, axes = axes_of(3)
     for colour, kind in zip(COLOURS, KINDS, strict=False):
         of = [row for row in found if row["kind"] == kind]
@@ -117,5 +134,6 @@ def draw(found: Rows) -> Any:
     titles = ("accuracy without one block", "without several at random", "with pairs of blocks swapped")
     for axis, title, name in zip(axes, titles, ("block", "blocks removed", "pairs"), strict=True):
         axis.set(title=title, xlabel=name, ylim=(0, 1.02))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
     return figure

@@ -1,4 +1,6 @@
-"""What a step keeps, against depth: all activations, blocks computed twice, or groups (Chen et al. 2016), and loops."""
+"""Measures memory and time of a training step against depth: with all activations kept, with blocks or groups of blocks
+computed again in the backward pass (Chen et al. 2016), and with equal blocks in a loop.
+"""
 
 import time
 from functools import partial
@@ -23,11 +25,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "loop, groups twice": {"scan": True, "remat": "stage"},
 }
 BATCH = 32
+"""Images."""
 UNITS = {"temporary": 2**20, "step_seconds": 1e-3, "compile_seconds": 1.0}
 
 
 def rows(book: Notebook) -> Rows:
-    """Of compiled steps: `way`, `depth`, `temporary` and `state` in bytes, `compile_seconds`, `step_seconds`."""
+    """Compiles and runs training steps; returns their measures.
+
+    Columns: `way`, `depth`, `temporary` and `state` in bytes, `compile_seconds`, `step_seconds`.
+    """
     options = book.options
     depths = options.depths or ((14, 32, 110) if options.quick else (20, 56, 110, 1202))
     unrolled = 40 if options.quick else 200  # deeper only in loops, whose compile time does not depend on the depth
@@ -41,7 +47,7 @@ def rows(book: Notebook) -> Rows:
 
 
 def measured(depth: int, way: str, fields: dict[str, Any], quick: bool) -> Rows:
-    """One row."""
+    """Returns the row of one network, `fields` of whose `model` section are those of the way."""
     size = 16 if quick else 32
     config = Config(
         ModelConfig(f"cifar_resnet{depth}", num_classes=10, **fields),
@@ -65,7 +71,7 @@ def measured(depth: int, way: str, fields: dict[str, Any], quick: bool) -> Rows:
 
 
 def step_of(config: Config, size: int) -> tuple[Any, Any, Any]:
-    """A training step, lowered, its first state and a batch."""
+    """Returns a training step, lowered but not compiled, its first state, and a batch of images `size` pixels wide."""
     model = build_model(config, 10)
     optimizer = make_optimizer(config.optimizer, lambda step: 0.01)
     state = in_form(state_maker(config, model, lambda step: 0.01)(), config)
@@ -76,7 +82,7 @@ def step_of(config: Config, size: int) -> tuple[Any, Any, Any]:
 
 
 def draw(found: Rows) -> Any:
-    """Memory, time of a step and of compilation against the depth."""
+    """Draws memory, time of a step and time of compilation against the depth; returns the figure."""
     from matplotlib.ticker import LogLocator
 
     figure, axes = axes_of(3)

@@ -1,4 +1,4 @@
-"""What an experiment leaves: rows as JSON and CSV, a figure as PNG and SVG, and parts by which it goes on."""
+"""Writes what an experiment leaves: rows as JSON and CSV, a figure as PNG and SVG, and its finished parts."""
 
 import csv
 import hashlib
@@ -18,17 +18,18 @@ from resnet_jax.files import write_whole
 from resnet_jax.runs.folder import versions
 
 Rows = list[dict[str, Any]]
+"""A table: each row maps names of columns to values that JSON can hold."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says of an experiment; None leaves it to the experiment.
+    """The options of an experiment on the command line; None leaves the choice to the experiment.
 
     Attributes:
       dataset: `digits`, or any `data.dataset` of a recipe, at 32 x 32 pixels.
-      depths: of the networks.
-      seeds: one training each.
-      quick: the smallest version that still shows the effect.
+      depths: weighted layers of the networks.
+      seeds: one training is run for each.
+      quick: run the smallest version that still shows the effect.
     """
 
     dataset: str = "digits"
@@ -38,7 +39,16 @@ class Options:
 
 
 class Notebook:
-    """The folder of an experiment: finished parts are kept, so that a run that was stopped goes on with the next."""
+    """Keeps the finished parts of an experiment in a folder, so that one that was stopped goes on with the next part.
+
+    Args:
+      folder: is created if missing.
+      name: of the experiment.
+      options: parts made with other options are not reused.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
 
     def __init__(self, folder: Path, name: str, options: Options) -> None:
         self.folder, self.options = folder, options
@@ -46,7 +56,7 @@ class Notebook:
         (folder / "parts").mkdir(parents=True, exist_ok=True)
 
     def part(self, name: str, make: Callable[[], Rows]) -> Rows:
-        """The rows of a part: as they were kept, or made now, and then kept."""
+        """Returns the rows of a part, read from the folder, or made by `make` and written there."""
         digest = hashlib.sha256(f"{self._salt} {name}".encode()).hexdigest()[:16]
         path = self.folder / "parts" / f"{digest}.json"
         if path.exists():
@@ -59,8 +69,17 @@ class Notebook:
 
 
 def save(folder: Path, name: str, options: Options, rows: Rows, figure: Any, seconds: float) -> dict[str, Any]:
-    """Writes `<name>.json`, `.csv`, `.png` and `.svg` into a folder; returns the record."""
-    words = [Path(word).name if "/" in word else word for word in sys.argv[2:]]  # folders by their names alone
+    """Writes `<name>.json`, `.csv`, `.png` and `.svg` into a folder; returns the record, which is the JSON's content.
+
+    Args:
+      folder: where to write.
+      name: of the experiment.
+      options: that it was run with.
+      rows: what it measured.
+      figure: a `matplotlib.figure.Figure`.
+      seconds: how long it took.
+    """
+    words = [Path(word).name if "/" in word else word for word in sys.argv[2:]]  # folders without their paths
     record = {
         "name": name,
         "command": " ".join(["resnet-jax", "lab", *words]),
@@ -83,7 +102,7 @@ def save(folder: Path, name: str, options: Options, rows: Rows, figure: Any, sec
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package lies in; None outside of one."""
+    """Returns the short hash of the checkout's commit; None where this package is not in a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -95,7 +114,7 @@ COLOURS = ("#0b62a4", "#d1495b", "#3a7d44", "#e59f1c", "#6b4fa0", "#4f5d73", "#1
 
 
 def axes_of(columns: int, rows: int = 1, width: float = 4.6, height: float = 3.4) -> tuple[Any, list[Any]]:
-    """A figure and its axes, row by row, in the style of the lab."""
+    """Returns a figure and its axes, row by row, in the style of the lab; `width` and `height` of each in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

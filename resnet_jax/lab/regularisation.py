@@ -1,4 +1,4 @@
-"""Training and test error of a deep network on a small set, with and without regularisers."""
+"""Measures training and test error of a deep network on a small training set, with and without regularisers."""
 
 import dataclasses
 from typing import Any
@@ -20,7 +20,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def rows(book: Notebook) -> Rows:
-    """Last errors: `way`, `seed`, `train_error`, `test_error`, `train_loss`, `test_loss`."""
+    """Trains a network with each regulariser; returns `way`, `depth`, `seed`, and the last row of `fit`."""
     options = book.options
     data = load(options.dataset, train=150 if options.dataset == "digits" else 2000)
     depth = (options.depths or ((20,) if options.quick else (56,)))[0]
@@ -48,7 +48,7 @@ def rows(book: Notebook) -> Rows:
 
 
 def draw(found: Rows) -> Any:
-    """Training and test error, and test loss, of each way."""
+    """Draws the last errors and losses with each regulariser; returns the figure."""
     figure, axes = axes_of(2, width=5.6)
     ways = list(dict.fromkeys(row["way"] for row in found))
     for axis, names in zip(axes, (("train_error", "test_error"), ("train_loss", "test_loss")), strict=True):

@@ -1,4 +1,4 @@
-"""The relatives at about equal size: plain, GoogLeNet, ResNets, DenseNet, attention, a small transformer."""
+"""Compares a plain network, GoogLeNet, ResNets, DenseNet, attention and a small transformer of about equal size."""
 
 import time
 from functools import partial
@@ -22,11 +22,15 @@ RELATIVES: dict[str, tuple[str, dict[str, Any], int]] = {
     "ResNet with attention": ("cifar_botnet20", {}, 29),
     "transformer": ("cifar_vit", {"patch": 4, "width": 84, "mlp": 168, "depth": 5}, 11),
 }
-"""Name -> model, fields, weighted layers in a row."""
+"""Name -> registered model, fields of the model, number of weighted layers on the longest path."""
 
 
 def rows(book: Notebook) -> Rows:
-    """`name`, `seed`, `parameters`, `macs`, `layers`, `kept` (bytes an image for the backward pass), rates, errors."""
+    """Trains each network; returns a row for each and each seed.
+
+    Columns: `name`, `seed`, `parameters`, `macs` (multiply-adds per image), `layers`, `kept` (bytes per image that are
+    kept for the backward pass), `images_per_second` in evaluation, `train_error` and `test_error`, fractions.
+    """
     options = book.options
     data = load(options.dataset)
     epochs = 8.0 if options.quick else 40.0
@@ -38,7 +42,7 @@ def rows(book: Notebook) -> Rows:
 
 
 def one(name: str, data: Any, epochs: float, seed: int) -> Rows:
-    """One row."""
+    """Returns the row of one network."""
     model_name, fields, layers = RELATIVES[name]
     fields = fields | ({"patch": data.size // 8 * 2} if model_name == "cifar_vit" else {})
     model = network(model_name, data, **fields)
@@ -62,7 +66,7 @@ def one(name: str, data: Any, epochs: float, seed: int) -> Rows:
 
 
 def kept_bytes(model: Any, variables: Any, images: jax.Array) -> int:
-    """Bytes of activations that are kept between forward and backward pass, from shapes alone."""
+    """Returns how many bytes of activations are kept between forward and backward pass, computed from shapes alone."""
 
     def backward(params: Any, images: jax.Array) -> Any:
         def loss(params: Any) -> jax.Array:
@@ -77,7 +81,7 @@ def kept_bytes(model: Any, variables: Any, images: jax.Array) -> int:
 
 
 def table(found: Rows) -> Rows:
-    """Means over the seeds, with the standard deviation of the test error."""
+    """Returns the means over the seeds, with the standard deviation of the test error."""
     lines: Rows = []
     for name in dict.fromkeys(row["name"] for row in found):
         of = [row for row in found if row["name"] == name]
@@ -93,7 +97,7 @@ def table(found: Rows) -> Rows:
 
 
 def draw(found: Rows) -> Any:
-    """Test error beside arithmetic, memory and speed."""
+    """Draws test error against arithmetic, memory and speed; returns the figure."""
     figure, axes = axes_of(3)
     names = list(dict.fromkeys(row["name"] for row in found))
     shown = (("macs", 1e6, "million multiply-adds an image"), ("kept", 2**10, "KiB kept an image, in training"),

@@ -1,4 +1,4 @@
-"""How close blocks are to the identity: what branches put out, beside what they are given (He et al. 2015, Fig. 7)."""
+"""Measures how close blocks are to the identity: outputs of branches against their inputs (He et al. 2015, Fig. 7)."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from resnet_jax.models.blocks import ResidualBlock
 
 
 def rows(book: Notebook) -> Rows:
-    """Of each block of trained networks: `kind`, `depth`, `seed`, `block`, `mean`, `deviation`, `input`, `ratio`."""
+    """Trains networks; returns for each block `kind`, `depth`, `seed`, `block`, and the columns of `responses`."""
     options = book.options
     data = load(options.dataset)
     depths = options.depths or ((8, 20) if options.quick else (20, 56, 110))
@@ -33,7 +33,14 @@ def rows(book: Notebook) -> Rows:
 
 
 def responses(model: Any, variables: Any, images: jax.Array) -> Rows:
-    """Mean and deviation of each branch's last norm, and the deviation of the block's input."""
+    """Returns for each block the `mean` and standard `deviation` of its branch's output, the standard deviation of its
+    `input`, and the `ratio` of the two deviations.
+
+    Args:
+      model: a CIFAR ResNet.
+      variables: of the model.
+      images: float [batch, height, width, 3].
+    """
     seen: dict[str, Any] = {}
 
     def tap(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -61,7 +68,7 @@ def responses(model: Any, variables: Any, images: jax.Array) -> Rows:
 
 
 def draw(found: Rows) -> Any:
-    """Deviation of the branches over the blocks, and beside what comes in."""
+    """Draws the deviation of the branches over the blocks, and its ratio to the input's; returns the figure."""
     figure, axes = axes_of(2)
     for colour, depth in zip(COLOURS, sorted({row["depth"] for row in found}), strict=False):
         of = [row for row in found if row["depth"] == depth]

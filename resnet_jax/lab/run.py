@@ -1,27 +1,34 @@
-"""Running experiments, and the page that shows them."""
+"""Runs experiments, and writes the page that shows them."""
 
 import base64
 import shlex
 import time
-from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypedDict
 
 from resnet_jax.config import DataConfig, InputError
 from resnet_jax.files import read_json, write_whole
-from resnet_jax.lab.captions import TITLES, WORDS
-from resnet_jax.lab.record import Notebook, Options, Rows, save
+from resnet_jax.lab.captions import CAPTIONS, TITLES
+from resnet_jax.lab.record import Notebook, Options, save
 from resnet_jax.models.registry import nearest
 
 EXPERIMENTS = tuple(TITLES)
-"""Each is a module of this folder with `rows(notebook)`, `draw(rows)`, and some with `table(rows)`, for the page."""
+"""Names of the experiments. Each is a module of this folder with `rows(notebook)`, which computes what it records,
+`draw(rows)`, which returns a figure, and perhaps `table(rows)`, which returns rows for a table in the page.
+"""
 
 MOST_LAYERS = 10_004
+"""The depth that `--depths` may ask for at most."""
 
 
 def run(name: str, folder: Path, options: Options) -> dict[str, Any]:
-    """Runs an experiment, or goes on with it; returns its record, which lies in `folder` with its figure.
+    """Runs an experiment, or what is left of one that was stopped; writes record and figure and returns the record.
+
+    Args:
+      name: one of `EXPERIMENTS`.
+      folder: where `<name>.json`, `.csv`, `.png` and `.svg` are written.
+      options: as the command line gives them.
 
     Raises:
       InputError: there is no such experiment, dataset, depth or seed, or the folder cannot be written.
@@ -48,17 +55,8 @@ def run(name: str, folder: Path, options: Options) -> dict[str, Any]:
     return record
 
 
-def write_page(folder: Path) -> Path:
-    """`index.html` with every experiment whose record lies in the folder, in English and Japanese."""
-    there = [name for name in EXPERIMENTS if (folder / f"{name}.json").exists()]
-    sections = [section(folder, name) for name in there]
-    page = (Path(__file__).with_name("page.html")).read_text()
-    write_whole(folder / "index.html", page.replace("{body}", "\n".join(sections)))
-    return folder / "index.html"
-
-
-class Shown(TypedDict):
-    """What the page shows of an experiment's record."""
+class Record(TypedDict):
+    """The fields of a record that the page shows."""
 
     command: str
     hardware: str
@@ -68,41 +66,47 @@ class Shown(TypedDict):
     rows: list[dict[str, Any]]
 
 
-def section(folder: Path, name: str) -> str:
-    """HTML of an experiment, from its record and picture.
+def write_page(folder: Path) -> Path:
+    """Writes `index.html`, in English and Japanese, with every experiment recorded in `folder`; returns its path.
+
+    Raises:
+      InputError: a record or its figure is damaged or missing.
+    """
+    import jinja2
+
+    sections = [section(folder, name) for name in EXPERIMENTS if (folder / f"{name}.json").exists()]
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    write_whole(folder / "index.html", template.render(sections=sections))
+    return folder / "index.html"
+
+
+def section(folder: Path, name: str) -> dict[str, Any]:
+    """Returns what the page shows of an experiment, from its record and figure.
 
     Raises:
       InputError: one of them is damaged or missing.
     """
     file = folder / f"{name}.json"
-    record: Shown = read_json(file, Shown)
-    english, japanese = TITLES[name]
+    record: Record = read_json(file, Record)
     module: Any = import_module(f"resnet_jax.lab.{name}")
     try:
         picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        table = as_table(name, module.table(record["rows"])) if hasattr(module, "table") else ""
+        rows = module.table(record["rows"]) if hasattr(module, "table") else []
+        table = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)] if rows else []
         dataset = record["options"]["dataset"]
     except (KeyError, IndexError, TypeError, ValueError, OSError) as error:
         raise InputError(
             f"{file} or its picture is damaged ({type(error).__name__}: {error}); remove it and run: "
             f"resnet-jax lab {name} --out {shlex.quote(str(folder))}"
         ) from error
-    how = f"{record['command']} · {record['hardware']} · {record['seconds']:.0f} s · {record['commit'] or ''}"
-    return (
-        f'<section id="{name}"><h2>{escape(english)} <span lang="ja">{escape(japanese)}</span></h2>'
-        f'<img src="data:image/png;base64,{picture}" alt="{escape(english)}">'
-        f'{table}<p>{escape(WORDS[name][0])}</p><p lang="ja">{escape(WORDS[name][1])}</p>'
-        f"<small>Data: {escape(str(dataset))}. <code>{escape(how)}</code></small></section>"
-    )
+    made_by = f"{record['command']} · {record['hardware']} · {record['seconds']:.0f} s · {record['commit'] or ''}"
+    shown = {"name": name, "titles": TITLES[name], "captions": CAPTIONS[name], "picture": picture, "table": table}
+    return shown | {"dataset": str(dataset), "made_by": made_by}
 
 
-def as_table(name: str, rows: Rows) -> str:
-    """Rows of the same columns as HTML, numbers to three digits."""
-
-    def cell(value: Any) -> str:
-        form = ".3g" if isinstance(value, float) else "," if isinstance(value, int) else ""
-        return escape(f"{value:{form}}")
-
-    head = "".join(f"<th>{escape(key)}</th>" for key in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{cell(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
-    return f'<div class="wide"><table id="{name}-table"><tr>{head}</tr>{body}</table></div>'
+def cell(value: Any) -> str:
+    """Returns the text of a table's cell: three digits of a float, an int with commas, and all else as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

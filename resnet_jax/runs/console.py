@@ -1,4 +1,4 @@
-"""Progress on the terminal."""
+"""Shows the progress of a run on the terminal."""
 
 import contextlib
 import io
@@ -10,32 +10,40 @@ from typing import Any
 from resnet_jax.output import say
 
 SECONDS_BETWEEN_LINES = 5.0
+"""Where the output is no terminal, such as a file."""
 
 
 class Terminal(io.TextIOBase):
-    """Standard output for what draws on it; it may go away meanwhile."""
+    """Standard output as a terminal to draw on, where writing never fails, even if the terminal has been closed."""
 
     def __init__(self) -> None:
         self._output = sys.stdout
 
     def write(self, text: str) -> int:
-        """Writes what the terminal takes."""
+        """Writes a text and returns its length; what the terminal does not take is lost."""
         with contextlib.suppress(OSError, ValueError):
             self._output.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Shows what was written."""
+        """Flushes what was written."""
         with contextlib.suppress(OSError, ValueError):
             self._output.flush()
 
     def isatty(self) -> bool:
-        """It is one."""
+        """Returns True."""
         return True
 
 
 class Console:
-    """Progress on the terminal: a bar, or a line every few seconds where the output is not a terminal."""
+    """Shows a progress bar, or prints a line every few seconds where the output is not a terminal.
+
+    Args:
+      start: the step at which this process begins.
+      total: the step at which the run ends.
+      steps_per_epoch: may be a fraction.
+      evaluates: whether the run evaluates, so that the last line waits for the last evaluation.
+    """
 
     def __init__(self, start: int, total: int, steps_per_epoch: float, evaluates: bool = True) -> None:
         self._total, self._steps_per_epoch, self._evaluates = total, steps_per_epoch, evaluates
@@ -58,8 +66,11 @@ class Console:
             self._live.start()
 
     def update(self, step: int, numbers: dict[str, float]) -> None:
-        """Shows the newest numbers of a step; without a terminal, the last step once, with its evaluation. Figures of
-        the test split are for the end of the run.
+        """Shows numbers of a step together with the newest of the others. Those of the test split are not shown here.
+
+        Args:
+          step: the number of steps done.
+          numbers: by their names in metrics.jsonl; names that are not shown are ignored.
         """
         if "test/accuracy" in numbers:
             return
@@ -92,6 +103,6 @@ class Console:
         return "  ".join(shown)
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Stops drawing the progress bar."""
         if self._live is not None:
             self._live.stop()

@@ -1,4 +1,7 @@
-"""What a run says while it runs: sums of steps are gathered late, so that the loop never waits for a number."""
+"""Gathers the numbers of a run and reports them: to the terminal, metrics.jsonl and TensorBoard.
+
+Numbers of a step are fetched from the device later than they are computed, so that the loop never waits for them.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +26,11 @@ from resnet_jax.training.state import TrainState
 
 
 class Diverged(RuntimeError):
-    """The loss or a parameter is no longer finite; `what` says so in a few words."""
+    """Raised when the loss or a parameter is no longer finite.
+
+    Attributes:
+      what: what happened, in a few words; the whole message also says what to do.
+    """
 
     def __init__(self, what: str, remedy: str) -> None:
         self.what = what
@@ -31,12 +38,18 @@ class Diverged(RuntimeError):
 
 
 Part = tuple[int, int, Sums]
-"""(step, n, sums) of the n steps that end at a step."""
+"""(step, n, sums): sums over the n steps that end at `step`."""
 
 
 @dataclass
 class Interval:
-    """Steps between two lines of the log; `waited` is in seconds."""
+    """The steps between two lines of metrics.jsonl.
+
+    Attributes:
+      parts: sums of these steps, on the device.
+      images: how many images they took.
+      waited: seconds in which the loop waited for data.
+    """
 
     parts: list[Part] = field(default_factory=list)
     images: int = 0
@@ -44,12 +57,22 @@ class Interval:
 
 
 class Report:
-    """Gathers the sums of steps and writes them late, so that the loop never waits for a number.
-
-    `skipped` counts the updates that were left out for not being finite, in `total` and `in_row` up to now.
+    """Gathers the sums of steps and writes them one interval late, so that the loop never waits for the device.
 
     A thread of its own waits for the device: `flush` hands it the newest interval and writes the one before it;
-    `settle` writes everything.
+    `settle` writes everything. Only the first process writes.
+
+    Args:
+      folder: the run's folder.
+      config: the recipe.
+      plan: the run's length in steps and epochs.
+      schedule: step -> learning rate.
+      step: the step at which the run begins.
+      record: of the checkpoint that the run resumes from: `eval_pending`, `skipped_updates`, `sums`.
+      last_checkpoint: returns the step of the newest checkpoint, or None.
+
+    Attributes:
+      skipped: updates that were left out because they were not finite: `total`, and `in_row` up to now.
     """
 
     def __init__(
@@ -76,7 +99,7 @@ class Report:
         self._images, self._seconds = 0, 0.0
 
     def steps(self, step: int, n: int, sums: Sums, waited: float) -> None:
-        """Takes the sums of the `n` steps that end at `step`; they stay on the device."""
+        """Takes the sums of the `n` steps that end at `step`, which stay on the device, and the seconds of waiting."""
         self._now.parts.append((step, n, sums))
         if self._done is None:
             self._done = time.perf_counter()  # the first call compiled: it does not count
@@ -85,13 +108,13 @@ class Report:
         self._now.waited += waited
 
     def flush(self) -> None:
-        """Ends the interval, and writes the one before it."""
+        """Ends the interval and writes the one before it."""
         handed, self._handed = self._handed, (self._now, self._thread.submit(fetch, self._now.parts))
         self._now = Interval()
         self._write(handed)
 
     def settle(self, state: TrainState) -> Sums | None:
-        """Writes all whole intervals; returns the sums of the one that is under way, None where there are none.
+        """Writes all whole intervals; returns the sums of the unfinished one, or None if it has no steps.
 
         Raises:
           Diverged: a loss, or a parameter or statistic of the state, is not finite.
@@ -108,7 +131,12 @@ class Report:
         return None if self._carried is None else {name: float(value) for name, value in self._carried.items()}
 
     def evaluation(self, step: int, result: dict[str, dict[str, Any]]) -> None:
-        """Writes the means of an evaluation, each under its split's name."""
+        """Writes the means of an evaluation.
+
+        Args:
+          step: the number of steps done.
+          result: split, or `ema/` and the split -> means of the evaluation.
+        """
         line = {
             f"{kind}/{name}": value
             for kind, values in result.items()
@@ -119,13 +147,13 @@ class Report:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Work whose time does not count as training; everything must be settled before."""
+        """Leaves the time spent in its block out of the training time; call `settle` before."""
         yield
         if self._done is not None:
             self._done = time.perf_counter()
 
     def speed(self) -> float:
-        """Training images a second so far, compilation, evaluation and saving apart."""
+        """Returns the training images per second so far, without compilation, evaluation and saving."""
         return self._images / self._seconds if self._seconds else 0.0
 
     def __enter__(self) -> Self:
@@ -156,9 +184,9 @@ class Report:
         self._show(step, line)
 
     def _sum(self, interval: Interval, future: Future[Any]) -> tuple[Sums, float]:
-        """Sums of an interval on the host and its length in seconds.
+        """Returns the sums of an interval, on the host, and its length in seconds.
 
-        Step is added to step in order, so that a run that resumes within an interval comes to the same bits.
+        Steps are added one by one in their order, so that a run that resumes within an interval has the same bits.
         """
         assert self._done is not None
         values, ended = future.result()
@@ -200,18 +228,18 @@ class Report:
 
 
 def fetch(parts: list[Part]) -> tuple[list[Sums], float]:
-    """Waits for the sums of some steps; they, on the host, and the time at which they were there."""
+    """Waits for the sums of some steps; returns them, on the host, and the time at which they arrived, in seconds."""
     values = jax.device_get([sums for _, _, sums in parts])
     return values, time.perf_counter()
 
 
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
-    """Whether no array of a tree holds an infinity or a nan: bool scalar."""
+    """Returns a bool scalar: whether no array of a tree holds an infinity or a nan."""
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def say(text: str, error: bool = False) -> None:
-    """Prints in the first process alone, as `output.say` does."""
+    """Prints a line as `output.say` does, but in the first process alone."""
     if jax.process_index() == 0:
         outputs.say(text, error)

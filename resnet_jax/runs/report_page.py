@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import statistics
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,35 @@ from resnet_jax.training.measures import fit_calibration, measure, probabilities
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration
 
 MISTAKES, THUMBNAIL = 12, 112
-"""How many are shown, and at least how many pixels high."""
+"""How many mistakes are shown, and the height that their images have at least, in pixels."""
 MOST_CLASSES = 40
-"""Of a confusion matrix; of more classes the pairs are listed that are confused most."""
+"""With more classes than this the page lists the most frequent confusions in place of the whole matrix."""
+CALIBRATED = {
+    (
+        None,
+        "test",
+    ): "There is no validation split to fit a temperature on: these are the network's own probabilities.",
+    (
+        "validation",
+        "test",
+    ): "The temperature was fitted on the validation split; the chart shows the test split without it.",
+    ("validation", "validation"): "The temperature was fitted on the split it is measured on, so the calibration error "
+    "with it is optimistic. The chart shows the probabilities without it.",
+}
+"""What the page says of the calibration, by the splits that it was fitted and measured on."""
 
 
 def make_report(folder: Path, checkpoint: str | None = None, dataset: str | None = None) -> Path:
     """Writes `report.html`, `measures.json` and `calibration.json` into a run's folder; returns the page's path.
 
-    The network is that of a checkpoint as `evaluate_run` takes it, with its moving average if it has one. It is
-    measured on the test split, or where there is none on the validation split. Temperature and thresholds are fitted on
-    the validation split; without one, probabilities stay as they are.
+    The network is measured on the test split, or on the validation split if there is no test split. Temperature and
+    thresholds are fitted on the validation split; without one, probabilities stay as the network gives them.
+
+    Args:
+      folder: the folder of a run.
+      checkpoint: `best`, `latest` or a step, as `evaluate_run` takes it. A moving average of the parameters is used in
+        place of the parameters if the run has one.
+      dataset: where the run's data lies now, if it has moved; as `data.dataset` of a recipe.
 
     Raises:
       InputError: the folder holds no run or no such checkpoint, or there is no split to measure on.
@@ -60,126 +77,103 @@ def make_report(folder: Path, checkpoint: str | None = None, dataset: str | None
         calibration = fit_calibration(held_out.logits, held_out.labels)
     names = run.class_names
     plain = measure(predictions.logits, predictions.labels, names)
-    found = measure(predictions.logits, predictions.labels, names, calibration)
-    step = int(run.state.step)
+    calibrated = measure(predictions.logits, predictions.labels, names, calibration)
+    step, loss = int(run.state.step), means["loss"]
     write_whole(folder / "calibration.json", to_json({"step": step} | dataclasses.asdict(calibration)) + "\n")
-    loss = means["loss"]
     kept = {"step": step, "split": split, "loss": loss} | plain
-    kept |= {"calibrated": found, "temperature": calibration.temperature, "calibrated_on": fitted_on}
+    kept |= {"calibrated": calibrated, "temperature": calibration.temperature, "calibrated_on": fitted_on}
     write_whole(folder / "measures.json", to_json(kept, indent=1) + "\n")
-    lines = read_lines(folder / "metrics.jsonl")
-    sections = [
-        _heading(run, folder, step, split),
-        _tiles(plain, found, loss, calibration),
-        _curves(lines),
-        _classes(found),
-        _confusion(found, names),
-        f"<h2>Calibration</h2><p>{CALIBRATED[fitted_on, split]}</p>{reliability_chart(plain['reliability'])}",
-        _mistakes(run, split, predictions, calibration),
-        _speed(lines, folder),
-        _details(run, folder),
-    ]
-    title = escape(f"{run.config.model.name} on {run.config.data.dataset}")
-    head, tail = PAGE.replace("{title}", title, 1).rsplit("{body}", 1)
-    write_whole(folder / "report.html", printable("\n".join([head, *sections, tail])))
+    lines, best = read_lines(folder / "metrics.jsonl"), best_of(folder)
+    page = template().render(
+        title=f"{run.config.model.name} on {run.config.data.dataset}",
+        folder=folder.name,
+        step=step,
+        averaged=run.state.ema is not None,
+        images={name: len(source) for name, source in run.dataset.splits().items()},
+        number_of_classes=len(names),
+        split=split,
+        chosen_by=best["metric"] if best is not None and best["step"] == step else None,
+        tiles=_tiles(plain, calibrated, loss, calibration),
+        curves=_curves(lines),
+        classes=calibrated["classes"],
+        class_names=names,
+        **confusion_of(calibrated, names),
+        calibrated=CALIBRATED[fitted_on, split],
+        reliability_chart=reliability_chart(plain["reliability"]),
+        reliability=plain["reliability"],
+        mistakes=_mistakes(run, split, predictions, calibration),
+        run=_run(lines, folder),
+        undecodable=sorted(run.bad.names)[:50],
+        recipe=json.dumps(to_dict(run.config), indent=2),
+    )
+    write_whole(folder / "report.html", printable(page))
     return folder / "report.html"
 
 
-CALIBRATED = {
-    (
-        None,
-        "test",
-    ): "Probabilities are as the network gives them: no validation split, no temperature.",
-    ("validation", "test"): "The temperature was fitted on the validation split, the chart is of the test split.",
-    ("validation", "validation"): "The temperature was fitted on the same pictures, which flatters it a little.",
-}
-"""What is written of the calibration, by the splits that it was fitted and measured on."""
+def template() -> Any:
+    """Returns the page's template, a `jinja2.Template` that escapes every value."""
+    import jinja2
 
-
-def _heading(run: FinishedRun, folder: Path, step: int, split: str) -> str:
-    config, best = run.config, best_of(folder)
-    average = ", moving average" if run.state.ema is not None else ""
-    counts = ", ".join(f"{len(source):,} {name}" for name, source in run.dataset.splits().items())
-    chosen = ""
-    if best is not None and best["step"] == step:
-        chosen = f" The step was chosen by {escape(best['metric'])}" + (
-            ", so that figures of that split flatter it." if split == "validation" else "."
-        )
-    return (
-        f"<h1>{escape(config.model.name)} on {escape(config.data.dataset)}</h1>"
-        f"<p>{escape(folder.name)}: step {step}{average}; images: {counts}; {len(run.class_names)} classes. "
-        f"Figures below are of the <b>{split}</b> split.{chosen}</p>"
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters |= {"percent": _percent, "number": _number}
+    return environment.from_string(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
 
 
-def _tiles(plain: dict[str, Any], found: dict[str, Any], loss: float, calibration: Calibration) -> str:
-    shown = {
+def _tiles(plain: dict[str, Any], calibrated: dict[str, Any], loss: float, calibration: Calibration) -> dict[str, str]:
+    """Returns the figures on top of the page: name -> text, "" where there is none."""
+    errors = [_percent(measures["ece"]) for measures in (plain, calibrated)]
+    return {
         "accuracy": _percent(plain["accuracy"]),
         "top 5": _percent(plain.get("top5")),
         "mean average precision": _percent(plain.get("map")),
         "macro recall": _percent(plain["macro_recall"]),
         "macro F1": _percent(plain["macro_f1"]),
-        "AUC, one against the rest": _number(plain["auc"]),
+        "AUC, one class against the rest": _number(plain["auc"]),
         "loss": _number(loss),
-        "calibration error": f"{_percent(plain['ece'])} → {_percent(found['ece'])}",
+        "calibration error, before and after fitting the temperature": " → ".join(errors),
         "temperature": _number(calibration.temperature),
     }
-    tiles = "".join(f"<div><b>{value}</b>{name}</div>" for name, value in shown.items() if value)
-    return f'<section class="tiles">{tiles}</section>'
 
 
-def _curves(lines: list[dict[str, Any]]) -> str:
+def _curves(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """Returns charts of the lines of metrics.jsonl: title -> SVG, "" where there is nothing to draw."""
     kinds = {"train": "train", "validation": "validation", "validation, moving average": "ema/validation"}
-
-    charts = [
-        line_chart("Loss", {label: points(lines, f"{kind}/loss") for label, kind in kinds.items()}, "step", log=True),
-        line_chart("Accuracy", {label: points(lines, f"{kind}/accuracy") for label, kind in kinds.items()}, "step"),
-        line_chart("Learning rate", {"learning rate": points(lines, "learning_rate")}, "step"),
-    ]
-    return f'<h2>Curves</h2><section class="charts">{"".join(charts)}</section>'
-
-
-def _classes(found: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th>{escape(row['name'])}</th><td>{_percent(row['precision'])}</td><td>{_percent(row['recall'])}</td>"
-        f"<td>{_percent(row['f1'])}</td><td>{row['support']:,}</td><td>{_number(row['auc'])}</td></tr>"
-        for row in found["classes"]
+    loss, accuracy = (
+        {label: points(lines, f"{kind}/{quantity}") for label, kind in kinds.items()}
+        for quantity in ("loss", "accuracy")
     )
-    head = "<tr><th>class</th><th>precision</th><th>recall</th><th>F1</th><th>images</th><th>AUC</th></tr>"
-    return f'<h2>Classes</h2><div class="wide"><table id="classes">{head}{rows}</table></div>'
+    return {
+        "Loss": line_chart("Loss", loss, "step", log=True),
+        "Accuracy": line_chart("Accuracy", accuracy, "step"),
+        "Learning rate": line_chart("Learning rate", {"learning rate": points(lines, "learning_rate")}, "step"),
+    }
 
 
-def _confusion(found: dict[str, Any], names: tuple[str, ...]) -> str:
-    if "confusion" not in found:
-        return ""
-    matrix = np.asarray(found["confusion"])
+def confusion_of(measures: dict[str, Any], names: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Returns the confusion matrix as rows of cells, or with many classes the most frequent confusions; both are empty
+    where images have several labels.
+    """
+    empty: dict[str, list[Any]] = {"confusion": [], "confused": []}
+    if "confusion" not in measures:
+        return empty
+    matrix = np.asarray(measures["confusion"])
     if len(names) > MOST_CLASSES:
         wrong = matrix * (1 - np.eye(len(names), dtype=int))
         pairs = [divmod(int(i), len(names)) for i in np.argsort(-wrong, axis=None)[:30]]
-        rows = "".join(
-            f"<tr><th>{escape(names[a])}</th><td>{escape(names[b])}</td><td>{wrong[a, b]}</td></tr>"
-            for a, b in pairs
-            if wrong[a, b]
-        )
-        head = "<tr><th>class</th><th>taken for</th><th>images</th></tr>"
-        return f'<h2>Confused most</h2><div class="wide"><table id="confusion">{head}{rows}</table></div>'
-    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th>"
-        + "".join(
-            f'<td style="--share:{share[i, j]:.3f}"{" class=right" if i == j else ""}>{matrix[i, j] or ""}</td>'
-            for j in range(len(names))
-        )
-        + "</tr>"
-        for i, name in enumerate(names)
-    )
-    table = f'<table id="confusion" class="confusion"><tr><th>truth \\ said</th>{head}</tr>{rows}</table>'
-    return f'<h2>Confusion</h2><div class="wide">{table}</div>'
+        confused = [{"truth": names[a], "predicted": names[b], "count": wrong[a, b]} for a, b in pairs if wrong[a, b]]
+        return empty | {"confused": confused}
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    rows = [
+        [{"count": count, "share": share} for count, share in zip(*row, strict=True)]
+        for row in zip(matrix.tolist(), shares.tolist(), strict=True)
+    ]
+    return empty | {"confusion": rows}
 
 
 def worst(predictions: Predictions, temperature: float) -> list[tuple[int, int, float]]:
-    """The most confident mistakes: (place among the predictions, class that is wrong, its probability)."""
+    """Returns the most confident mistakes: (index among the predictions, the wrong class, its probability)."""
     multilabel = predictions.labels.ndim == 2
     p = probabilities(predictions.logits, multilabel, temperature)
     wrong = (
@@ -193,36 +187,33 @@ def worst(predictions: Predictions, temperature: float) -> list[tuple[int, int, 
     return [(int(i), int(label[i]), float(confidence[i])) for i in order]
 
 
-def _mistakes(run: FinishedRun, split: str, predictions: Predictions, calibration: Calibration) -> str:
+def _mistakes(run: FinishedRun, split: str, predictions: Predictions, calibration: Calibration) -> list[dict[str, Any]]:
+    """Returns what the page shows of each of the most confident mistakes."""
     chosen = worst(predictions, calibration.temperature)
     if not chosen:
-        return "<h2>Mistakes</h2><p>There are none.</p>"
+        return []
     config, source, names = run.config, run.dataset.split(split), run.class_names
-    size, look = config.data.eval_image_size or config.data.image_size, config.augment
-    places = [int(predictions.index[i]) for i, _, _ in chosen]
-    seen = [fit(source[i][0], size, look.eval_crop, look.interpolation, config.data.channels) for i in places]
+    size, augment = config.data.eval_image_size or config.data.image_size, config.augment
+    indices = [int(predictions.index[i]) for i, _, _ in chosen]
+    seen = [fit(source[i][0], size, augment.eval_crop, augment.interpolation, config.data.channels) for i in indices]
     model: Any = run.model
     images = normalize(jnp.asarray(np.stack(seen)), config.data.mean, config.data.std, model.dtype)
     variables = run.state.ema or {"params": run.state.params, "batch_stats": run.state.batch_stats}
-    spoke = [None] * len(chosen)
+    heats = [None] * len(chosen)
     if not isinstance(model, ViT):
-        spoke = list(np.asarray(grad_cam(model, variables, images, jnp.asarray([label for _, label, _ in chosen]))))
+        heats = list(np.asarray(grad_cam(model, variables, images, jnp.asarray([label for _, label, _ in chosen]))))
     cards = []
-    for (i, label, confidence), place, picture, heat in zip(chosen, places, seen, spoke, strict=True):
+    for (i, label, confidence), index, pixels, heat in zip(chosen, indices, seen, heats, strict=True):
         truth = predictions.labels[i]
         true = ", ".join(names[k] for k in np.flatnonzero(truth)) if truth.ndim else names[truth]
-        where = escape(Path(source.describe(place)).name)
-        cards.append(
-            f'<figure class="mistake">{_picture(as_shown(picture))}'
-            f"{'' if heat is None else _picture(overlay(picture, heat))}"
-            f"<figcaption><b>{escape(names[label])}</b> {confidence:.0%}, in truth {escape(true or 'nothing')}"
-            f"<small>{where}</small></figcaption></figure>"
-        )
-    text = "The most confident ones, and what in them spoke for the wrong class (Grad-CAM)."
-    return f'<h2>Mistakes</h2><p>{text}</p><section class="mistakes">{"".join(cards)}</section>'
+        card = {"predicted": names[label], "confidence": confidence, "truth": true or "nothing"}
+        card |= {"source": Path(source.describe(index)).name, "image": _data_uri(as_shown(pixels))}
+        cards.append(card | {"heat": None if heat is None else _data_uri(overlay(pixels, heat))})
+    return cards
 
 
-def _picture(pixels: Any) -> str:
+def _data_uri(pixels: Any) -> str:
+    """Returns a picture, PIL's or uint8 [height, width, 3], as the data URI of a JPEG, enlarged if it is small."""
     from PIL import Image
 
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
@@ -231,34 +222,25 @@ def _picture(pixels: Any) -> str:
     image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _speed(lines: list[dict[str, Any]], folder: Path) -> str:
-    rows = []
-    for name, label in (
-        ("images_per_second", "images a second"),
-        ("data_wait", "waiting for data, share of the time"),
-    ):
+def _run(lines: list[dict[str, Any]], folder: Path) -> dict[str, str]:
+    """Returns the rows of the table on the run: name -> text."""
+    rows = {}
+    for name, label in (("images_per_second", "images per second"), ("data_wait", "share of time waiting for data")):
         if values := [value for _, value in points(lines, name)]:
-            rows.append(f"<tr><th>{label}, median</th><td>{statistics.median(values):.4g}</td></tr>")
+            rows[f"{label}, median"] = f"{statistics.median(values):.4g}"
     try:
         summary = read_summary(folder)
     except InputError as error:
         say(f"WARNING: {error}; the report leaves it out", error=True)
         summary = None
     if summary:
-        rows += [f"<tr><th>{name}</th><td>{escape(str(summary[name]))}</td></tr>" for name in ("device", "steps")]
-        rows.append(f"<tr><th>seconds of the last start</th><td>{summary['seconds']:.1f}</td></tr>")
-        rows += [f"<tr><th>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in summary["versions"].items()]
-    return f'<h2>Run</h2><div class="wide"><table id="run">{"".join(rows)}</table></div>'
-
-
-def _details(run: FinishedRun, folder: Path) -> str:
-    recipe = escape(json.dumps(to_dict(run.config), indent=2))
-    bad = sorted(run.bad.names)
-    unread = f"<p>Not counted, since they cannot be decoded: {escape(', '.join(bad[:50]))}</p>" if bad else ""
-    return f"{unread}<details><summary>Recipe</summary><pre>{recipe}</pre></details>"
+        rows |= {name: str(summary[name]) for name in ("device", "steps")}
+        rows["seconds since the last start"] = f"{summary['seconds']:.1f}"
+        rows |= summary["versions"]
+    return rows
 
 
 def _percent(value: float | None) -> str:
@@ -267,7 +249,3 @@ def _percent(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
-
-
-PAGE = (Path(__file__).with_name("report_page.html")).read_text()
-"""The empty page, with its style."""

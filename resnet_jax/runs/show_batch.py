@@ -1,4 +1,4 @@
-"""A picture of the first training batch as the network sees it."""
+"""Draws the first training batch as the network sees it."""
 
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,18 @@ from resnet_jax.training.step import step_key
 from resnet_jax.weights.load import names_of_outputs
 
 MOST, COLUMNS, HIGH = 64, 8, 128
-"""Images that are drawn, in rows of this length; how high each is at least, in pixels."""
+"""How many images are drawn at most, how many in a row, and how high each is at least, in pixels."""
 
 
 def show_batch(config: Config, file: Path) -> Path:
-    """Draws images of the recipe's first batch into a file, after all augmentation and mixing, with their targets.
+    """Draws images of the recipe's first batch, after all augmentation and mixing, with their targets; returns `file`.
+
+    Args:
+      config: the recipe.
+      file: where the picture is written; its suffix is the format, such as .png.
 
     Raises:
-      InputError: the recipe or the data is not as it must be, or the file cannot be written.
+      InputError: the recipe or the data is not valid, or the file cannot be written.
     """
     config = complete(config, None)
     dataset, mesh = load_dataset(config.data, config.train.seed, hold_out=config.train.metric != "none"), make_mesh(1)
@@ -49,13 +53,21 @@ def show_batch(config: Config, file: Path) -> Path:
 
 
 def caption(target: np.ndarray, names: tuple[str, ...]) -> str:
-    """The classes of a soft target, the strongest first, with their shares where there is more than one."""
+    """Returns the classes of a soft target, float [classes], strongest first, each with its share unless that is 1.
+
+    Classes of less than half the share of the strongest are left out, and all but three.
+    """
     top = [k for k in np.argsort(-target, kind="stable")[:3] if target[k] > 0.5 * target.max()]
     return " ".join(names[k] if target[k] > 0.99 else f"{names[k]} {target[k]:.2f}" for k in top)
 
 
 def draw_grid(pixels: np.ndarray, captions: list[str], file: Path) -> Path:
-    """Writes images, float [size, height, width, channel] in [0, 1], side by side with their captions.
+    """Draws images side by side with their captions into a file; returns `file`.
+
+    Args:
+      pixels: float [size, height, width, channel] in [0, 1].
+      captions: a text for each image; long ones are cut.
+      file: where the picture is written.
 
     Raises:
       InputError: the file cannot be written.

@@ -1,36 +1,35 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, a picture."""
+"""The numbers of a run: `metrics.jsonl`, and events for TensorBoard."""
 
-import contextlib
-import io
 import os
 import secrets
-import socket
-import struct
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, path_of
 from resnet_jax.files import in_bucket, parse_json, read_file, to_json, write_whole
 from resnet_jax.output import say
 
-GREATEST = 1e300
-"""Numbers of a metrics.jsonl lie below it."""
+LIMIT = 1e300
+"""A line of metrics.jsonl with a number of this size or larger counts as damaged."""
 
 
 class Tracker:
-    """Writes numbers of a step to `metrics.jsonl`, one object a line, and to TensorBoard.
+    """Writes the numbers of each step to `metrics.jsonl`, one JSON object a line, and to TensorBoard.
 
-    In a bucket nothing can be appended to: there both are written whole at each `flush`.
+    A file in a bucket cannot be appended to: there both files are written anew at each `flush`.
 
-    Opening it on a run that resumes at `step` drops the lines beyond that step, with `eval_pending` the evaluation of
-    that step, and that of the test split, so that each is there once; what cannot be read goes into
-    `metrics.jsonl.damaged`. Lines for which the disk has no room wait until it has.
+    A run that resumes at `step` drops the lines of later steps and the line of the test split, which it will write
+    again; with `eval_pending` it also drops the evaluation of `step` itself. Lines that cannot be read are moved to
+    `metrics.jsonl.damaged`. Lines for which the disk has no room are kept in memory until there is room.
+
+    Args:
+      workdir: the run's folder.
+      step: the step at which the run begins; 0 in a new run.
+      tensorboard: whether to write events too.
+      eval_pending: whether the evaluation of `step` is still to be done.
 
     Raises:
-      InputError: a file cannot be read or written.
+      InputError: `metrics.jsonl` cannot be read or written.
     """
 
     def __init__(self, workdir: Path, step: int, tensorboard: bool, eval_pending: bool = False) -> None:
@@ -56,18 +55,31 @@ class Tracker:
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
         self._waiting: list[bytes] = []
-        self._events: Events | None = Events(workdir, step) if tensorboard else None
+        self._events = open_events(workdir, step) if tensorboard else None
 
     def write(self, step: int, numbers: dict[str, Any]) -> None:
-        """Appends one line: the step and its numbers; those that are not finite are null."""
+        """Appends a line with the step and its numbers; a number that is not finite is written as null."""
         self._waiting.append((to_json({"step": step} | numbers) + "\n").encode())
         while self._waiting and self._append(self._waiting[0]):
             self._waiting.pop(0)
         if self._events is not None:
-            self._events.write(step, numbers)
+            for name, value in numbers.items():
+                if value is not None:
+                    self._events.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Writes both files to the bucket, if the run is in one; a failure is a warning, and the next call retries."""
+        if self._file is not None:
+            return
+        try:
+            write_whole(self._path, bytes(self._whole))
+        except OSError as error:
+            say(f"WARNING: {self._path} could not be written ({error}); it is tried again later", error=True)
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Writes what is left and closes the files."""
         while self._waiting and self._append(self._waiting.pop(0)):
             pass
         self.flush()
@@ -75,17 +87,6 @@ class Tracker:
             os.close(self._file)
         if self._events is not None:
             self._events.close()
-
-    def flush(self) -> None:
-        """Writes what a bucket does not have yet; where that fails it is said, and tried again at the next call."""
-        if self._file is not None:
-            return
-        try:
-            write_whole(self._path, bytes(self._whole))
-            if self._events is not None:
-                self._events.flush()
-        except OSError as error:
-            say(f"WARNING: {self._path} could not be written ({error}); it is tried again later", error=True)
 
     def _append(self, line: bytes) -> bool:
         if self._file is not None:
@@ -95,15 +96,19 @@ class Tracker:
 
 
 def new_file(path: Path, flags: int) -> int:
-    """Opens an ordinary file to write, and makes it where there is none; a link is not followed but an OSError."""
+    """Opens an ordinary file for writing, created if missing, and returns its descriptor.
+
+    Raises:
+      OSError: the path is a link, which is not followed, or it cannot be opened.
+    """
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, 0o666)
 
 
-def append_whole(file: int, line: bytes) -> bool:
-    """Appends a line to an open file, or leaves it as it was where there is no room for all of it."""
+def append_whole(file: int, data: bytes) -> bool:
+    """Appends all of `data` to an open file and returns True; without room for all of it appends nothing: False."""
     try:
         size = os.fstat(file).st_size
-        if os.write(file, line) == len(line):
+        if os.write(file, data) == len(data):
             return True
         os.ftruncate(file, size)
     except OSError:
@@ -111,83 +116,78 @@ def append_whole(file: int, line: bytes) -> bool:
     return False
 
 
-class Events:
-    """TensorBoard's events of a run, written in this thread. Those for which the disk has no room are left out whole,
-    so that what is there can be read.
+EVENTS = "run"
+"""The prefix by which tensorboardX calls `EventsFile`, as it calls its own storage by gs: and s3:."""
+
+
+def open_events(workdir: Path, step: int) -> Any:
+    """Returns a `tensorboardX.SummaryWriter` for a run that begins at `step`, or None, with a warning, if it fails.
+
+    TensorBoard then hides what an earlier process of the run wrote beyond `step`.
+    """
+    from tensorboardX import SummaryWriter
+    from tensorboardX.record_writer import register_writer_factory
+
+    register_writer_factory(EVENTS, EventsFile)
+    folder = workdir if in_bucket(workdir) else workdir.absolute()
+    try:
+        return SummaryWriter(
+            f"{EVENTS}:{folder}",
+            purge_step=step + 1 if step else None,
+            flush_secs=60 if in_bucket(workdir) else 5,
+            filename_suffix=f".{os.getpid()}.{secrets.token_hex(3)}",
+        )
+    except OSError as error:
+        say(f"WARNING: events for TensorBoard cannot be written to {workdir}: {error}", error=True)
+        return None
+
+
+class EventsFile:
+    """Takes what tensorboardX writes and puts it into the run's file of events, without ever raising in its thread.
+
+    On a disk whole events are appended, and kept in memory while there is no room: a failed write would end the thread,
+    and the loop would wait for it for good. In a bucket the file is written anew at each flush.
     """
 
-    def __init__(self, workdir: Path, step: int) -> None:
-        with torch_hidden():
-            from tensorboardX.record_writer import masked_crc32c
+    def __init__(self, path: Path) -> None:
+        self._path, self._data = path, bytearray()
+        self._file = None if in_bucket(path) else new_file(path, os.O_APPEND | os.O_EXCL)
 
-        self._checksum: Callable[[bytes], int] = masked_crc32c
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(3)}"
-        self._file: int | None = None
-        self._path, self._whole = workdir / name, bytearray()
-        if not in_bucket(workdir):
-            with contextlib.suppress(OSError):
-                self._file = new_file(self._path, os.O_APPEND | os.O_EXCL)
-        self._begun = False
-        self._begin = {"step": step + 1, "session_log": {"status": 1}} if step else None
+    @classmethod
+    def open(cls, path: str) -> "EventsFile":
+        """Returns a new file; `path` begins with the prefix."""
+        return cls(path_of(path.removeprefix(f"{EVENTS}:"), "the run's folder"))
 
-    def write(self, step: int, numbers: dict[str, Any]) -> None:
-        """Adds the numbers of a step."""
-        values = [{"tag": name, "simple_value": value} for name, value in numbers.items()]
-        self._begun = self._begun or self._start()
-        if self._begun:
-            self._add(step=step, summary={"value": values})
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """Does nothing: the run's folder is there."""
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._begun = self._begun or self._start()
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+    def write(self, data: bytes) -> None:
+        """Takes a part of an event."""
+        self._data += data
 
     def flush(self) -> None:
-        """Writes the file whole, in a bucket.
+        """Writes the events taken so far; tensorboardX calls it between two events."""
+        if self._file is not None:
+            if append_whole(self._file, bytes(self._data)):
+                self._data.clear()
+            return
+        try:
+            write_whole(self._path, bytes(self._data))
+        except OSError as error:
+            say(f"WARNING: {self._path} could not be written ({error}); it is tried again later", error=True)
 
-        Raises:
-          OSError: the bucket does not take it.
-        """
-        if self._whole:
-            write_whole(self._path, bytes(self._whole))
-
-    def _start(self) -> bool:
-        """Writes how the file begins; TensorBoard drops what a killed run wrote beyond the step of `_begin`."""
-        return self._add(file_version="brain.Event:2") and (self._begin is None or self._add(**self._begin))
-
-    def _add(self, **content: Any) -> bool:
-        from tensorboardX.proto.event_pb2 import Event
-
-        data = Event(wall_time=time.time(), **content).SerializeToString()
-        length = struct.pack("<Q", len(data))
-        sums = [struct.pack("<I", self._checksum(part)) for part in (length, data)]
-        whole = length + sums[0] + data + sums[1]
-        if in_bucket(self._path):
-            self._whole += whole
-            return True
-        return self._file is not None and append_whole(self._file, whole)
-
-
-@contextlib.contextmanager
-def torch_hidden() -> Iterator[None]:
-    """Within it an import of PyTorch fails. tensorboardX imports it where it is installed, for its annotations alone,
-    which takes some two seconds and 200 MB.
-    """
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if hidden:
-            del sys.modules["torch"]
+    def close(self) -> None:
+        """Writes what is left and closes the file."""
+        self.flush()
+        if self._file is not None:
+            os.close(self._file)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that can be read: `step` is a whole number, all other values finite ones or None.
-    Those that cannot are counted on standard error.
+    """Returns the lines of a metrics.jsonl that can be read; how many cannot is said on standard error.
+
+    In each line `step` is an int, and every other value is a finite number or None.
 
     Raises:
       InputError: the file cannot be read.
@@ -199,7 +199,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def split_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """The lines of a metrics.jsonl, and those that cannot be read, such as one that a killed run did not end.
+    """Returns the lines of a metrics.jsonl, parsed, and those that cannot be read, such as the half line that a killed
+    run left; without such a file there are none.
 
     Raises:
       InputError: the file cannot be read.
@@ -222,44 +223,10 @@ def split_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from JSON is a number that a float can hold, or null."""
-    return value is None or (type(value) in (int, float) and abs(value) < GREATEST)
+    """Returns whether a value from JSON is null or a number below `LIMIT`."""
+    return value is None or (type(value) in (int, float) and abs(value) < LIMIT)
 
 
 def points(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """(step, value) of all lines that have a value of this name."""
+    """Returns (step, value) for each line that has a value of this name."""
     return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-
-
-def draw_curves(workdir: Path) -> Path:
-    """Draws loss and accuracy of a run over its steps into `curves.png`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = read_lines(workdir / "metrics.jsonl")
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    styles = (
-        ("train", "train", "#888888"),
-        ("validation", "validation", "#0b62a4"),
-        ("ema/validation", "validation, moving average", "#d1495b"),
-        ("test", "test, at the end", "#0b62a4"),
-        ("ema/test", "test, moving average", "#d1495b"),
-    )
-    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for prefix, label, color in styles:
-            if drawn := points(lines, f"{prefix}/{quantity}"):
-                form = {"marker": "D", "linestyle": ""} if prefix.endswith("test") else {"linewidth": 1.5}
-                axes.plot(*zip(*drawn, strict=True), label=label, color=color, **form)
-        axes.set_xlabel("step")
-        axes.set_title(quantity, loc="left")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        if quantity == "loss":
-            axes.set_yscale("log")
-        elif axes.lines:
-            axes.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    write_whole(workdir / "curves.png", picture.getvalue())
-    return workdir / "curves.png"

@@ -28,6 +28,7 @@ from resnet_jax.data.watch import check_guard, keep_tracker
 from resnet_jax.files import in_bucket, modified, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.recipes import recorded
+from resnet_jax.runs.charts import draw_curves
 from resnet_jax.runs.folder import better, device_name, ended, finish, locked, open_workdir
 from resnet_jax.runs.lock import BucketLock, Lock
 from resnet_jax.runs.processes import agree, check_one_folder, ending_together, facts_of, start_processes
@@ -35,7 +36,6 @@ from resnet_jax.runs.progress import Diverged, Report, say
 from resnet_jax.runs.report_page import make_report
 from resnet_jax.runs.signals import FolderLost, Stop, Stopped, stop_signals
 from resnet_jax.runs.trace import Trace
-from resnet_jax.runs.trackers import draw_curves
 from resnet_jax.training.checkpoints import Checkpoints
 from resnet_jax.training.evaluation import Result, make_evaluate, scalars, selecting_metric, served
 from resnet_jax.training.finetune import make_phases

@@ -21,7 +21,7 @@ from resnet_jax.recipes import recorded
 from resnet_jax.training.checkpoints import Record, read_checkpoint
 from resnet_jax.training.optimizers import make_optimizer, rate_of
 from resnet_jax.training.sharding import state_sharding
-from resnet_jax.training.state import TrainState, copies, create_state
+from resnet_jax.training.state import TrainState, create_state
 from resnet_jax.weights.load import fit_weights, preprocessing_of
 from resnet_jax.weights.sources import Weights, find_weights
 
@@ -117,7 +117,7 @@ def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainSt
         its = f" of {weights.name}" if weights.name else ", of which model it does not say"
         raise InputError(f"model.pretrained has weights{its}; model.name is {config.model.name}. {error}") from error
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    ema = state.ema and copies({"params": params, "batch_stats": batch_stats})
+    ema = state.ema and jax.device_put({"params": params, "batch_stats": batch_stats}, may_alias=False)
     return state.replace(params=params, batch_stats=batch_stats, ema=ema)
 
 

@@ -10,7 +10,6 @@ from resnet_jax.models.registry import create_model
 from resnet_jax.ops import convolution, winograd
 from resnet_jax.ops.convolution import conv2d, of_quarters, plain_operations, stored, stored_relu
 from resnet_jax.training.sharding import compiler_options
-from resnet_jax.training.state import init_variables
 
 X = np.random.default_rng(0).normal(1.0, 2.0, size=(4, 9, 9, 32)).astype(np.float32)
 
@@ -169,7 +168,7 @@ def test_a_whole_network_by_the_cpus_own_ways(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     model = create_model("cifar_resnet18", stage_sizes=(1, 1, 1, 1), zero_init_last=False, act="silu")  # no kinks
     images = jax.random.normal(jax.random.key(0), (16, 32, 32, 3))
-    variables = init_variables(model, jax.random.key(1), images)
+    variables = jax.jit(model.init)(jax.random.key(1), images)
 
     def logits_and_gradient():
         def loss(params):

@@ -10,7 +10,6 @@ from resnet_jax.lab.relatives import kept_bytes
 from resnet_jax.models.densenet import DenseNet
 from resnet_jax.models.googlenet import GoogLeNet
 from resnet_jax.models.vit import ViT
-from resnet_jax.training.state import init_variables
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 16, 3)), jnp.float32)
 SMALL = {
@@ -34,7 +33,7 @@ def test_parts_that_are_computed_twice_keep_less_and_give_the_same(name):
         return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)(variables["params"])
 
     model = SMALL[name]
-    variables = init_variables(model, jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
     expected, kept = gradient(model), kept_bytes(model, variables, IMAGES)
     for remat in ("block", "stage"):
         twice = model.clone(remat=remat)

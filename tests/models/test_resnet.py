@@ -10,7 +10,6 @@ from resnet_jax import create_model
 from resnet_jax.models.blocks import BOTTLENECK, PreactBlock, ResidualBlock, Shortcut
 from resnet_jax.models.layers import DropPath
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.training.state import init_variables
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
 
@@ -47,7 +46,7 @@ def test_endpoint_shapes(name):
 def test_zeroed_branches_leave_the_identity(block, shortcut):
     """With every branch at zero a stage of identity blocks returns its input exactly: the idea of the whole thing."""
     model = tiny(block=block, preact=True, shortcut=shortcut, stage_sizes=(4, 4))
-    variables = init_variables(model, jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
     kernels = {"basic": ("conv2",), "bottleneck": ("conv3",)}[block]
     for stage in ("stage1", "stage2"):
         for branch in variables["params"][stage].values():
@@ -63,7 +62,7 @@ def test_zeroed_branches_leave_the_identity(block, shortcut):
 
 def test_zeroed_stages_of_identity_blocks_pass_the_stem_through():
     model = tiny(preact=True, stage_sizes=(5,), widths=(8,))
-    variables = init_variables(model, jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
     _, taps = jax.jit(partial(model.apply, endpoints=True))(variables, IMAGES)
     np.testing.assert_array_equal(taps["stage1"], taps["stem"])
 
@@ -78,7 +77,7 @@ def test_shortcut_a_subsamples_and_pads_channels_without_parameters():
 
 def test_plain_blocks_have_no_shortcut_and_start_alive():
     model = tiny(shortcut="none")
-    variables = init_variables(model, jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
     assert "shortcut" not in variables["params"]["stage2"]["block1"]
     assert np.all(variables["params"]["stage2"]["block1"]["norm2"]["scale"] == 1)
     plain, residual = create_model("cifar_plain20"), create_model("cifar_resnet20")
@@ -88,7 +87,7 @@ def test_plain_blocks_have_no_shortcut_and_start_alive():
 
 def test_jit_and_no_jit_agree():
     model = tiny()
-    variables = init_variables(model, jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
 
     def run(variables, images):
         return model.apply(variables, images, train=True, mutable=["batch_stats"])
@@ -100,7 +99,7 @@ def test_jit_and_no_jit_agree():
 
 def test_train_moves_running_statistics_and_evaluation_uses_them():
     model = tiny()
-    variables = init_variables(model, jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
     _, moved = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))(variables, IMAGES)
     before, after = variables["batch_stats"]["stem"]["norm"], moved["batch_stats"]["stem"]["norm"]
     assert np.abs(after["mean"] - before["mean"]).max() > 1e-3
@@ -111,7 +110,7 @@ def test_train_moves_running_statistics_and_evaluation_uses_them():
 
 def test_a_norm_can_be_frozen_while_the_rest_trains():
     model = tiny(norm="frozen_batch")
-    variables = init_variables(model, jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
 
     def loss(params):
         logits, moved = model.apply(
@@ -134,7 +133,7 @@ def test_features_without_a_head():
 
 def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
     model = tiny(dtype=jnp.bfloat16)
-    variables = init_variables(model, jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     (logits, taps), moved = model.apply(variables, IMAGES, train=True, endpoints=True, mutable=["batch_stats"])
     assert taps["stage1"].dtype == jnp.bfloat16 and taps["features"].dtype == jnp.float32
@@ -161,7 +160,7 @@ def test_drop_path_leaves_out_whole_images_and_keeps_the_mean():
 
 def test_dropout_and_drop_path_act_in_training_only():
     model = tiny(drop_rate=0.5, drop_path_rate=0.5, zero_init_last=False)
-    variables = init_variables(model, jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
 
     @jax.jit
     def logits(seed):

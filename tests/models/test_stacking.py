@@ -15,7 +15,7 @@ from resnet_jax.models.stacking import grid, stack_blocks, unstack_blocks
 from resnet_jax.runs.plan import forecast
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.sharding import compiler_options, make_mesh, state_sharding
-from resnet_jax.training.state import create_state, init_variables
+from resnet_jax.training.state import create_state
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 16, 3)), jnp.float32)
 SMALL = ResNet((1, 3), widths=(8, 8), stem="3x3", stem_width=8, stem_pool="none", num_classes=5, act="silu")
@@ -42,7 +42,7 @@ def gradient(model, variables):
 )
 def test_a_loop_over_blocks_computes_what_they_do_one_by_one(fields):
     model = SMALL.clone(zero_init_last=False, **fields)
-    variables = init_variables(model, jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
     stacked = stack_blocks(variables)
     shapes = jax.eval_shape(model.clone(scan=True).init, jax.random.key(0), IMAGES)
     chex.assert_trees_all_equal_shapes(stacked, shapes)
@@ -102,7 +102,7 @@ def test_rematerialisation_lowers_what_a_compiled_step_holds(monkeypatch):
 
 
 def test_weights_come_and_go_in_either_form(tmp_path):
-    model, variables = SMALL, init_variables(SMALL, jax.random.key(1), IMAGES)
+    model, variables = SMALL, jax.jit(SMALL.init)(jax.random.key(1), IMAGES)
     looped, stacked = model.clone(scan=True), stack_blocks(variables)
     tensors = to_torch(looped, stacked)
     chex.assert_trees_all_equal(tensors, to_torch(model, variables))
@@ -117,7 +117,7 @@ def test_pretrained_weights_enter_a_looped_model(tmp_path):
     from safetensors.numpy import save_file
 
     model = create_model("cifar_resnet20", num_classes=10)
-    variables = init_variables(model, jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
     save_file(to_torch(model, variables), tmp_path / "net.safetensors")
     looped, stacked = load_pretrained(str(tmp_path / "net.safetensors"), "cifar_resnet20", scan=True)
     assert looped.scan

@@ -14,7 +14,6 @@ from resnet_jax.models.layers import batch_moments, normalized
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.ops.covariance import normalized_product
 from resnet_jax.training.sharding import make_mesh
-from resnet_jax.training.state import init_variables
 
 RNG = np.random.default_rng(0)
 MIX = RNG.normal(size=(6, 6))
@@ -133,7 +132,7 @@ def ways():
     fields = {"stage_sizes": (2, 2), "widths": (16, 32), "stem": "3x3", "stem_pool": "none", "num_classes": 8}
     model = ResNet(**fields, zero_init_last=False)
     images = jnp.zeros((16, 16, 16, 3))
-    variables = init_variables(model, jax.random.key(0), images)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
     stats = variables["batch_stats"]
 
     def gradients(model):
@@ -165,7 +164,7 @@ def test_a_network_of_it_learns_as_well_in_bfloat16(ways):
     for seed in range(4):
         noise = jax.random.normal(jax.random.key(seed), (16, 4, 4, 3))
         images = jax.image.resize(noise, (16, 16, 16, 3), "cubic")
-        params = init_variables(model, jax.random.key(seed), images)["params"]
+        params = jax.jit(model.init)(jax.random.key(seed), images)["params"]
         whole = jax.tree.leaves(jax.device_get(exact(params, images)))
         errors = {
             name: np.array(

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from resnet_jax import create_model, fold_batch_norm
-from resnet_jax.training.state import init_variables
 
 IMAGES = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
 
@@ -16,7 +15,7 @@ IMAGES = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
 def test_folded_networks_have_the_same_logits(name):
     small = {"stage_sizes": (1, 1), "widths": (16, 32), "num_classes": 7}
     model = create_model(name, **small)
-    variables = init_variables(model, jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
     rng = np.random.default_rng(1)
 
     def trained(path, leaf):

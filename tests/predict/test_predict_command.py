@@ -17,7 +17,6 @@ from resnet_jax.cli import main
 from resnet_jax.config import Config, DataConfig, TrainConfig
 from resnet_jax.data.transforms import fit
 from resnet_jax.predict.predictor import Predictor, find_files, predict_files
-from resnet_jax.training.state import init_variables
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import find_weights
 
@@ -152,7 +151,7 @@ def test_grad_cam_is_that_of_torch(stage):
 
     model = rj.create_model("test_resnet", num_classes=7)
     images = jnp.asarray(RNG.normal(size=(3, 64, 96, 3)), jnp.float32)
-    variables = init_variables(model, jax.random.key(0), images)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
     twin = timm.create_model("test_resnet", num_classes=7).eval()
     twin.load_state_dict({name: torch.from_numpy(x.copy()) for name, x in rj.to_torch(model, variables).items()})
     kept = []

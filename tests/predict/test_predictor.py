@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.training.state import init_variables
 
 
 @pytest.mark.parametrize(("count", "constant"), [(1, 2**20), (1, 0), (64, 2**20), (130, 2**20), (256, 0)])
@@ -14,7 +13,7 @@ def test_forward_in_parts_has_the_logits_of_the_module(count, constant, monkeypa
     monkeypatch.setattr("resnet_jax.predict.predictor.CONSTANT", constant)
     model = rj.create_model("cifar_resnet20", stage_sizes=(1, 1, 1))
     images = jax.random.normal(jax.random.key(1), (count, 16, 16, 3))
-    variables = init_variables(model, jax.random.key(0), images)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
     logits = rj.make_forward(model, variables)(images)
     chex.assert_shape(logits, (count, 10))
     chex.assert_trees_all_close(logits, jax.jit(model.apply)(variables, images), atol=1e-5)
@@ -23,7 +22,7 @@ def test_forward_in_parts_has_the_logits_of_the_module(count, constant, monkeypa
 def test_a_norm_that_cannot_be_folded_stays():
     model = rj.create_model("cifar_resnet20", stage_sizes=(1, 1, 1), norm="group", widths=(32, 32, 32), stem_width=32)
     images = jnp.ones((2, 8, 8, 3))
-    variables = init_variables(model, jax.random.key(0), images)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
     chex.assert_trees_all_close(
         rj.make_forward(model, variables)(images), jax.jit(model.apply)(variables, images), atol=1e-5
     )

@@ -10,22 +10,6 @@ from resnet_jax.runs.folder import open_workdir, runs_under
 from resnet_jax.runs.trackers import Tracker, read_lines
 
 
-@pytest.mark.parametrize("first", ["", "import torch"])
-def test_tensorboard_brings_no_torch_and_takes_none_away(tmp_path, first):
-    pytest.importorskip("torch")
-    code = f"""{first}
-import sys
-from pathlib import Path
-from resnet_jax.runs.trackers import Events
-events = Events(Path(sys.argv[1]), 0)
-print("torch" in sys.modules)
-import torch
-print(torch.ones(2).sum().item())
-"""
-    told = subprocess.check_output([sys.executable, "-c", code, tmp_path], text=True)
-    assert told == f"{bool(first)}\n2.0\n"
-
-
 def test_lines_beyond_a_checkpoint_go_and_a_torn_one_too(tmp_path):
     lines = [
         {"step": 5, "train/loss": 1.0},
@@ -77,15 +61,15 @@ def test_tensorboard_reads_what_is_written(tmp_path):
     (path,) = tmp_path.glob("events.out.tfevents.*")
     events = events_in(path)
     assert events[0].file_version == "brain.Event:2"
-    assert events[1].step == 4 and events[1].session_log.status == 1
-    (value,) = events[2].summary.value
-    assert (events[2].step, value.tag, value.simple_value) == (4, "train/loss", 0.5)
+    assert [event.step for event in events if event.session_log.status == 1] == [4]
+    values = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
+    assert values == [(4, "train/loss", 0.5)]
 
 
 def test_events_can_be_read_after_the_disk_was_full(tmp_path):
-    """A file system of 16 kB of the writer's own, full for a while in the middle of it."""
+    """A small file system of the writer's own, full for a while in the middle: no event is lost."""
     code = """
-import os, shutil, sys
+import os, shutil, sys, time
 from pathlib import Path
 from resnet_jax.runs.trackers import Tracker
 disk, out = Path(sys.argv[1]), sys.argv[2]
@@ -99,8 +83,9 @@ for step in range(30):
             except OSError:
                 pass
     if step == 25:
+        time.sleep(6)  # events are written every 5 seconds
         (disk / "filler").unlink()
-    tracker.write(step, {f"number/{i}": float(i) for i in range(40)})
+    tracker.write(step, {f"number/{i}": float(i) for i in range(20)})
 tracker.close()
 for path in disk.iterdir():
     shutil.copy(path, out)
@@ -115,6 +100,6 @@ for path in disk.iterdir():
         pytest.skip("this system lets no user mount a file system of their own")
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("events.out.tfevents.*")
-    steps = [event.step for event in events_in(path)][1:]
-    assert steps[:10] == [*range(10)] and steps[-5:] == [*range(25, 30)] and len(steps) < 30
+    values = [(event.step, value.tag) for event in events_in(path) for value in event.summary.value]
+    assert values == [(step, f"number/{i}") for step in range(30) for i in range(20)]
     assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [*range(30)]

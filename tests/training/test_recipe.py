@@ -11,7 +11,6 @@ from resnet_jax import InputError, Predictor, create_model, to_torch
 from resnet_jax.config import Config, DataConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
 from resnet_jax.training.loop import train
 from resnet_jax.training.recipe import complete
-from resnet_jax.training.state import init_variables
 from resnet_jax.weights.sources import find_weights
 from resnet_jax.weights.tags import tags_of
 
@@ -19,7 +18,7 @@ from resnet_jax.weights.tags import tags_of
 @pytest.fixture
 def tensors():
     model = create_model("test_resnet", num_classes=4)
-    variables = init_variables(model, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     return to_torch(model, variables)
 
 

@@ -1,12 +1,14 @@
 import dataclasses
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import resnet_jax
 from resnet_jax.config import AugmentConfig, Config, ModelConfig, TrainConfig
 from resnet_jax.data.on_device import draw_batch
 from resnet_jax.models.resnet import ResNet
@@ -15,7 +17,7 @@ from resnet_jax.training.optimizers import make_optimizer, make_schedule
 from resnet_jax.training.programs import draw_from, recipe_eval_step, recipe_step
 from resnet_jax.training.several_steps import steps_on_batches, steps_on_device
 from resnet_jax.training.sharding import batch_sharding, make_mesh, put_batch, replicated
-from resnet_jax.training.state import create_state, init_variables
+from resnet_jax.training.state import create_state
 
 RNG = np.random.default_rng(0)
 DATA = {"image": RNG.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), "label": RNG.integers(0, 7, 40, dtype=np.int32)}
@@ -127,7 +129,7 @@ def test_bfloat16_trains_and_keeps_float32_state():
 
 def test_masked_examples_do_not_count():
     model = net()
-    variables = init_variables(model, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     step = jax.jit(lambda *given: recipe_eval_step(CONFIG, model)(*given)[0])
     whole = step(variables, BATCH | {"mask": np.ones(16, bool)})
     padded = {name: np.concatenate([values[:5], values[:11]]) for name, values in BATCH.items()}
@@ -158,3 +160,40 @@ def test_warm_up_and_boundaries_of_he_et_al():
     schedule = make_schedule(load_config("cifar10_resnet110"), 64_000, 50_000 / 128)
     rates = [float(schedule(step)) for step in (0, 389, 392, 31_999, 32_001, 47_999, 48_001, 63_999)]
     np.testing.assert_allclose(rates, [0.01, 0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5)
+
+
+class OwnNet(nn.Module):
+    """A user's module: no batch statistics, dropout when training."""
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = nn.relu(nn.Dense(32)(images.reshape(images.shape[0], -1)))
+        return nn.Dense(3)(nn.Dropout(0.1, deterministic=not train)(x))
+
+
+def squared_error(logits, batch):
+    return jnp.square(logits - jax.nn.one_hot(batch["label"], 3)).sum(-1)
+
+
+def test_a_module_and_a_loss_of_ones_own_train_on_one_device_and_on_eight():
+    """The public face, without a recipe: jitted on a batch that is split over devices, or the same on each of them."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(64) % 3
+    batch = {"image": rng.normal(size=(64, 4, 4, 1)).astype(np.float32) + labels[:, None, None, None], "label": labels}
+    mesh, tx = make_mesh(8), optax.adam(1e-2)
+    losses = {}
+    for name, options in (("one", {}), ("eight", {}), ("each", {"mesh": mesh})):
+        model = OwnNet()
+        state = resnet_jax.create_state(model, tx, jax.random.key(0), image_shape=(4, 4, 1))
+        step = jax.jit(resnet_jax.make_train_step(model, tx, loss=squared_error, **options), donate_argnums=0)
+        given = batch if name == "one" else put_batch(batch, mesh)
+        losses[name] = []
+        for _ in range(40):
+            state, sums = step(state, given)
+            losses[name].append(float(sums["loss"]) / float(sums["count"]))
+        evaluate = jax.jit(resnet_jax.make_eval_step(model, loss=squared_error))
+        found, logits = evaluate({"params": state.params}, batch | {"mask": np.ones(64, bool)})
+        assert found["accuracy"] == (np.asarray(logits).argmax(-1) == labels).sum() > 60
+    assert losses["one"][-1] < 0.2 * losses["one"][0]
+    np.testing.assert_allclose(losses["one"], losses["eight"], rtol=1e-4)
+    assert losses["each"][0] == pytest.approx(losses["one"][0], rel=0.2)  # other units are dropped

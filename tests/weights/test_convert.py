@@ -7,7 +7,6 @@ from resnet_jax.models.densenet import DenseNet
 from resnet_jax.models.registry import variable_shapes
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.vit import ViT
-from resnet_jax.training.state import init_variables
 from resnet_jax.weights.convert import adapt_stem, classes_of, head_key
 
 
@@ -119,7 +118,7 @@ def test_a_grey_image_gives_the_same_features_as_its_rgb(name):
     model = create_model(name, stage_sizes=(1, 1), widths=(16, 32), num_classes=5)
     grey = np.random.default_rng(0).normal(size=(1, 64, 64, 1)).astype(np.float32)
     rgb = np.repeat(grey, 3, -1)
-    variables = init_variables(model, jax.random.key(0), rgb)
+    variables = jax.jit(model.init)(jax.random.key(0), rgb)
     tensors = to_torch(model, variables)
     for channels in (1, 6):
         other = model.clone(in_channels=channels)

@@ -16,7 +16,6 @@ from resnet_jax.cli import main
 from resnet_jax.config import Config, DataConfig, FinetuneConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
 from resnet_jax.recipes import load_config
 from resnet_jax.training.loop import train
-from resnet_jax.training.state import init_variables
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import Weights, find_weights
 
@@ -133,7 +132,7 @@ def source(tmp_path_factory):
     """A file that says which model it holds."""
     file = tmp_path_factory.mktemp("source") / "in.safetensors"
     model = create_model("test_resnet")
-    variables = init_variables(model, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     save_tensors(file, Weights(to_torch(model, variables), "test_resnet", {}), "safetensors")
     return str(file)
 

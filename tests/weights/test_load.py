@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 from resnet_jax import InputError, Predictor, create_model, load_pretrained, to_torch
 from resnet_jax.config import Config, from_dict, to_dict
 from resnet_jax.training.recipe import build_model
-from resnet_jax.training.state import init_variables
 from resnet_jax.weights.export import export, save_tensors
 from resnet_jax.weights.load import names_of_outputs, preprocessing_of
 from resnet_jax.weights.sources import Weights, find_weights
@@ -27,7 +26,7 @@ TAG = "test_resnet.r160_in1k"
 @pytest.fixture(scope="module")
 def tensors():
     model = create_model("test_resnet")
-    variables = init_variables(model, jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))
+    variables = jax.jit(model.init)(jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))
     return to_torch(model, variables)
 
 

@@ -17,7 +17,6 @@ from resnet_jax.models.layers import Conv, make_norm
 from resnet_jax.models.registry import variable_shapes
 from resnet_jax.training.programs import make_prepare, recipe_step
 from resnet_jax.training.recipe import build_model, state_maker
-from resnet_jax.training.state import init_variables
 from resnet_jax.training.step import step_key
 from resnet_jax.weights.convert import from_torch
 from resnet_jax.weights.export import save_tensors
@@ -60,7 +59,7 @@ def test_a_transformer_without_shortcuts_tells_images_apart_less():
 
     def difference(shortcut):
         model = create_model("vit_tiny", image_size=32, depth=8, width=48, heads=3, mlp=96, shortcut=shortcut)
-        variables = init_variables(model, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
         _, taps = jax.jit(lambda v, x, m=model: m.apply(v, x, endpoints=True))(variables, images_for(size=32))
         features = taps["features"] / jnp.linalg.norm(taps["features"], axis=-1, keepdims=True)
         return float(jnp.linalg.norm(features[0] - features[1]))
