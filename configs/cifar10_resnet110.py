@@ -5,12 +5,10 @@ five runs), on the original pixels; theirs is trained on 45k of the 50k images.
 """
 
 import dataclasses
-import runpy
-from pathlib import Path
 
-from resnet_jax.config import Config, ScheduleConfig
+from resnet_jax.configs.cifar10_resnet20 import config as resnet20
 
-resnet20: Config = runpy.run_path(str(Path(__file__).with_name("cifar10_resnet20.py")))["config"]
+from resnet_jax.config import ScheduleConfig
 
 config = dataclasses.replace(
     resnet20,

@@ -5,11 +5,7 @@ Table 6), on the original pixels; theirs is trained on 45k of the 50k images.
 """
 
 import dataclasses
-import runpy
-from pathlib import Path
 
-from resnet_jax.config import Config
-
-resnet20: Config = runpy.run_path(str(Path(__file__).with_name("cifar10_resnet20.py")))["config"]
+from resnet_jax.configs.cifar10_resnet20 import config as resnet20
 
 config = dataclasses.replace(resnet20, model=dataclasses.replace(resnet20.model, name="cifar_resnet56"))

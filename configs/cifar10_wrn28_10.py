@@ -6,12 +6,10 @@ length here.
 """
 
 import dataclasses
-import runpy
-from pathlib import Path
 
-from resnet_jax.config import Config, OptimizerConfig, ScheduleConfig, TrainConfig
+from resnet_jax.configs.cifar10_resnet20 import config as resnet20
 
-resnet20: Config = runpy.run_path(str(Path(__file__).with_name("cifar10_resnet20.py")))["config"]
+from resnet_jax.config import OptimizerConfig, ScheduleConfig, TrainConfig
 
 config = dataclasses.replace(
     resnet20,

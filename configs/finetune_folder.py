@@ -1,6 +1,6 @@
 """Your own pictures: a pretrained ResNet-50, all of it, the more slowly the further from the head.
 
-    resnet-jax train --config configs/finetune_folder.py --data.dataset folder:PICTURES
+    resnet-jax train --config finetune_folder --data.dataset folder:PICTURES
 
 A fifth of the pictures is held out for validation, which chooses the step; folders `train`, `val` and `test` are taken
 for what they are called, and `test` is looked at once, at the end. `--data.dataset csv:FILE` takes a table;

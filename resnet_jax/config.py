@@ -1,80 +1,40 @@
-"""The recipe of a run: frozen dataclasses. `Config()` is the digits recipe; every field is a flag."""
+"""The recipe of a run: frozen dataclasses with their own checks, to and from JSON. `Config()` is the digits recipe.
 
-import importlib.util
-import logging
+Every field is a flag of `resnet-jax train`, such as `--train.batch_size 64`, and its docstring the flag's help.
+"""
+
+import dataclasses
+import math
 import re
+import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+from resnet_jax.files import local_path, path_of
+from resnet_jax.typed import InputError, check_limits, require, shown, typed
 
 Size: TypeAlias = int | tuple[int, int]
 """Pixels of an image: its side, or height and width."""
 
+MOST = 2**31 - 1
+"""The largest number of a field that has no other limit."""
+SYNTHETIC_BYTES = 2**35
+"""Most that the synthetic images of a recipe may take."""
+
 
 def sides(size: Size) -> tuple[int, int]:
-    """Height and width."""
+    """Returns height and width."""
     return (size, size) if isinstance(size, int) else size
 
 
-class InputError(ValueError):
-    """Something the user gave is wrong; the message names it and the remedy. Commands end with status 2."""
-
-
-REMOTE = re.compile(r"([A-Za-z][\w+.-]+):/")
-"""How a path that is not on this machine begins; a Path has made one slash of two."""
-
-
-def path_of(given: str | Path, what: str) -> Path:
-    """Returns a path that the user gave, on this machine (`local_path`) or in a bucket (`gs://bucket/run`).
-
-    What is in a bucket is an `etils.epath.Path`, which has pathlib's methods but no links, locks or appending.
-
-    Raises:
-      InputError: as `local_path`; or another scheme than gs, a bucket without a name, or `gcsfs` is not installed.
-    """
-    scheme = REMOTE.match(str(given))
-    if not scheme:
-        return local_path(given, what)
-    if scheme[1] != "gs":
-        raise InputError(f"{what} {given}: of remote paths only gs://BUCKET/PATH is supported; or name a local path")
-    if importlib.util.find_spec("gcsfs") is None:
-        raise InputError(f"{what} {given}: buckets need gcsfs: pip install 'resnet_jax[gcs]'")
-    if not re.match(r"gs://?[^/]", str(given)):
-        raise InputError(f"{what} {given}: give the bucket's name, as in gs://BUCKET/PATH")
-    import fsspec
-    from etils import epath
-
-    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # others write, too
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    found: Path = epath.Path(re.sub("^gs:/+", "gs://", str(given)))
-    return found
-
-
-def local_path(given: str | Path, what: str) -> Path:
-    """Returns a path that the user gave, with `~` expanded; nothing needs to be there.
+def option(default: Any, limits: str | None = None, *, may_change_on_resume: bool = False) -> Any:
+    """Declares a field of a recipe.
 
     Args:
-      what: the name of the flag or field, for messages.
-
-    Raises:
-      InputError: it is empty, remote (`gs://bucket/run`), in the home of an unknown user, or no name for a file.
+      limits: the interval in which its number, or each of its numbers, must lie, such as `[0, 1)` or `[1, MOST]`.
+      may_change_on_resume: a run that is resumed may have another value, since it does not change the result.
     """
-    text = str(given)
-    if not text.strip():
-        raise InputError(f"{what} is empty: name a file or folder")
-    if REMOTE.match(text):
-        raise InputError(f"{what} {text}: this has to be on this machine; name a local folder or file, or a mount")
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{what} {text}: there is no such home ({error}); write the path out") from error
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
-        raise InputError(f"{what} {text[:200]!r}: {getattr(error, 'strerror', None) or error}") from error
-    return path
+    return field(default=default, metadata={"limits": limits, "may_change_on_resume": may_change_on_resume})
 
 
 @dataclass(frozen=True)
@@ -83,7 +43,7 @@ class ModelConfig:
 
     name: str = "cifar_resnet20"
     """A name from `resnet-jax models`."""
-    num_classes: int | None = None
+    num_classes: int | None = option(None, "[1, 10000000]")
     """Outputs of the head; None takes the number of classes in the data."""
     pretrained: str | None = None
     """Weights to start from: a tag such as resnet50.tv2_in1k, a file, hf-hub:OWNER/NAME, a run's folder. Preprocessing
@@ -98,10 +58,10 @@ class ModelConfig:
     """Keep running variances the PyTorch way, n / (n - 1)."""
     zero_init_last: bool = True
     """Every residual branch starts at zero."""
-    remat: Literal["none", "block", "stage"] = "none"
+    remat: Literal["none", "block", "stage"] = option("none", may_change_on_resume=True)
     """What the backward pass computes again instead of keeping it: saves memory, costs time. With scan, stage takes
     groups of blocks, for very deep networks."""
-    scan: bool = False
+    scan: bool = option(False, may_change_on_resume=True)
     """Compile the equal blocks of a ResNet's stage once and run them in a loop: compile time no longer grows with
     depth."""
     act: Literal["relu", "silu", "gelu", "identity"] | None = None
@@ -109,56 +69,86 @@ class ModelConfig:
     attention: Literal["none", "se", "eca"] | None = None
     """Attention over channels in place of the model's own."""
     anti_alias: Literal["none", "average", "blur"] | None = None
-    """Low pass before pixels are left out, in place of the model's own."""
-    drop_rate: float | None = None
-    """Of the dropout before the head."""
-    drop_path_rate: float | None = None
-    """Share of the images whose last branch is left out in training; it falls to 0 at the first."""
+    """Low-pass filter before downsampling, in place of the model's own."""
+    drop_rate: float | None = option(None, "[0, 1)")
+    """Rate of the dropout before the head."""
+    drop_path_rate: float | None = option(None, "[0, 1)")
+    """Stochastic depth: how often the last block's branch is left out in training; it falls to 0 at the first block."""
     output_stride: Literal[8, 16, 32] | None = None
     """The image never shrinks further than by this; later stages are dilated instead."""
     global_pool: Literal["avg", "max", "avgmax", "catavgmax"] | None = None
     """Pooling before the head."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.pretrained is not None:
+            path_of(self.pretrained, "model.pretrained")
+        require(
+            not (self.scan and self.drop_path_rate),
+            "model.scan needs equal blocks, and model.drop_path_rate gives each its own rate: leave one of them out",
+        )
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The images and how they are read."""
 
-    dataset: str = "digits"
+    dataset: str = option("digits", may_change_on_resume=True)
     """digits, folder:PATH, csv:FILE (columns path, label and perhaps split; several labels as a;b;c), tfds:NAME[:SPLIT]
     or synthetic. A resumed run may find the same pictures elsewhere."""
-    data_dir: str | None = None
+    data_dir: str | None = option(None, may_change_on_resume=True)
     """Where tensorflow-datasets keeps its data; None for its own default."""
-    image_size: Size = 8
+    image_size: Size = option(8, "[1, 16384]")
     """Side of training images in pixels, or height and width."""
-    eval_image_size: Size | None = None
+    eval_image_size: Size | None = option(None, "[1, 16384]")
     """The same of images that are evaluated; None for image_size."""
-    channels: int = 3
+    channels: int = option(3, "[1, 4096]")
     """Of the pictures. 3 is RGB in 8 bits; 1 is grey, other numbers are those of .npy and TIFF files: these keep their
     16 bits or floating-point values."""
-    validation_fraction: float = 0.2
+    validation_fraction: float = option(0.2, "[0, 1)")
     """Share of the training split that is held out for validation, by name, where the data has no validation split and
     something is selected (train.metric) or there is no test split; 0 for none."""
-    accept_changes: bool = False
+    accept_changes: bool = option(False, may_change_on_resume=True)
     """Resume although pictures of the training split were added, lost, moved or relabelled."""
     sampling: Literal["natural", "balanced"] = "natural"
     """balanced: every class is drawn equally often, the pictures of small ones again and again."""
-    mean: tuple[float, ...] = (0.305, 0.305, 0.305)
-    """Subtracted from the channels of pixels in [0, 1]; where there are not as many, their mean."""
-    std: tuple[float, ...] = (0.376, 0.376, 0.376)
+    mean: tuple[float, ...] = option((0.305, 0.305, 0.305), "[-MOST, MOST]")
+    """Subtracted from the channels of pixels in [0, 1]; their mean, where the number of channels is another."""
+    std: tuple[float, ...] = option((0.376, 0.376, 0.376), "[1e-30, MOST]")
     """What the channels are divided by afterwards."""
     on_device: bool = True
     """Keep the data on the accelerator; indices, crops and flips are then drawn inside the compiled step."""
-    workers: int = 0
+    workers: int = option(0, "[0, 1024]", may_change_on_resume=True)
     """Processes that decode; 0 decodes in threads of this process."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do with an image that cannot be decoded; skipped ones are counted and listed in the summary."""
-    timeout: float = 600.0
+    timeout: float = option(600.0, "(0, MOST]", may_change_on_resume=True)
     """Seconds after which a loader that gives nothing ends the run, naming the image it is at."""
-    synthetic_size: int = 1024
+    synthetic_size: int = option(1024, "[1, MOST]")
     """Images in the synthetic dataset."""
-    synthetic_classes: int = 1000
+    synthetic_classes: int = option(1000, "[1, 10000000]")
     """Classes in the synthetic dataset."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        kind, _, path = self.dataset.partition(":")
+        if path and kind in ("folder", "csv"):
+            path_of(path, "data.dataset")
+        elif path and kind == "tfds":
+            local_path(path, "data.dataset")
+        if self.data_dir is not None:
+            local_path(self.data_dir, "data.data_dir")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            require(
+                len(values) in (1, 3, self.channels),
+                f"data.{name} has {len(values)} values: give one for each of the {self.channels} channels",
+            )
+        count = self.synthetic_size * math.prod(sides(self.image_size)) * self.channels
+        require(
+            self.dataset != "synthetic" or count <= SYNTHETIC_BYTES,
+            f"data.synthetic_size {self.synthetic_size}: its images take {count / 2**30:,.0f} GiB of memory; take "
+            f"fewer or smaller ones, up to {SYNTHETIC_BYTES // 2**30} GiB",
+        )
 
 
 @dataclass(frozen=True)
@@ -167,34 +157,38 @@ class AugmentConfig:
 
     crop: Literal["none", "pad", "random_resized"] = "pad"
     """pad: add a border and cut out the size again; random_resized: cut out an area and resize it; none: resize."""
-    pad: int = 1
+    pad: int = option(1, "[0, 1024]")
     """Width of that border in pixels."""
-    area: tuple[float, float] = (0.08, 1.0)
+    area: tuple[float, float] = option((0.08, 1.0), "(0, 1]")
     """Least and greatest share of the image that random_resized cuts out."""
     flip: Literal["none", "random", "alternating"] = "none"
     """Mirror left and right: half of the images of every epoch by chance, or each image in every second epoch."""
     flip_vertical: bool = False
     """Mirror half of the images top to bottom too, as aerial and microscopic pictures allow. Host data only."""
-    color_jitter: float = 0.0
+    color_jitter: float = option(0.0, "[0, 1)")
     """Brightness, contrast and saturation are each changed by a factor of up to 1 +- this. Host data only."""
-    randaugment: int = 0
+    randaugment: int = option(0, "[0, 10]")
     """Magnitude (1 to 10) of two random operations an image; 0 for none. Host data only."""
     trivial_augment: bool = False
     """One random operation of random strength an image (Mueller and Hutter 2021). Host data only."""
-    erasing: float = 0.0
+    erasing: float = option(0.0, "[0, 1]")
     """Chance that a random box of the image becomes noise (Zhong et al. 2017). Host data only."""
-    repeats: int = 1
-    """So many copies of an image, each augmented on its own, follow each other (Hoffer et al. 2019)."""
-    mixup: float = 0.0
+    repeats: int = option(1, "[1, MOST]")
+    """How many copies of an image follow each other, each augmented on its own (Hoffer et al. 2019)."""
+    mixup: float = option(0.0, "[0, 1000]")
     """Alpha of mixup (Zhang et al. 2017); 0 for none."""
-    cutmix: float = 0.0
+    cutmix: float = option(0.0, "[0, 1000]")
     """Alpha of CutMix (Yun et al. 2019); 0 for none. With mixup, each batch takes one of them by a coin."""
-    eval_crop: float = 1.0
+    eval_crop: float = option(1.0, "[0.01, 1]")
     """Images are evaluated after a resize of the short side to eval_image_size / eval_crop and a crop at the centre."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How images are resized; antialiased in both cases."""
     eval_flip: bool = False
     """Images are evaluated as they are and mirrored, and the two logits are averaged."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.area[0] <= self.area[1], f"augment.area {self.area}: the least share comes first")
 
 
 @dataclass(frozen=True)
@@ -202,16 +196,16 @@ class OptimizerConfig:
     """How parameters are updated."""
 
     name: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
-    """sgd has Nesterov momentum."""
-    learning_rate: float = 0.1
+    """sgd has momentum; lamb and lars are for very large batches."""
+    learning_rate: float = option(0.1, "[0, 1e+30]")
     """Peak learning rate."""
-    base_batch_size: int | None = None
+    base_batch_size: int | None = option(None, "[1, MOST]")
     """The batch that learning_rate is meant for; it is scaled linearly to train.batch_size. None: no scaling."""
-    momentum: float = 0.9
-    """Of sgd and lars."""
+    momentum: float = option(0.9, "[0, 1)")
+    """Momentum of sgd and lars."""
     nesterov: bool = True
-    """Look ahead in sgd."""
-    weight_decay: float = 5e-4
+    """Nesterov's momentum in sgd."""
+    weight_decay: float = option(5e-4, "[0, 1000000]")
     """Decay towards zero, times the factor of the first rule that matches."""
     decay_rules: tuple[tuple[str, float], ...] = (
         (".*/kernel", 1.0),
@@ -221,10 +215,17 @@ class OptimizerConfig:
     rate_rules: tuple[tuple[str, float], ...] = ()
     """(regular expression over a whole parameter path, factor of learning_rate); the first match counts, 0 freezes, the
     statistics of a norm too, and what no rule matches has the factor that finetune gives it, or 1."""
-    clip_norm: float | None = None
+    clip_norm: float | None = option(None, "(0, MOST]")
     """Greatest global norm of the gradient."""
-    sam_rho: float = 0.0
+    sam_rho: float = option(0.0, "[0, 1000]")
     """Radius of sharpness-aware minimisation (Foret et al. 2020), which takes two gradients a step; 0 for none."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for pattern, factor in self.decay_rules:
+            check_rule(pattern, factor, "optimizer.decay_rules")
+        for pattern, factor in self.rate_rules:
+            check_rule(pattern, factor, "optimizer.rate_rules")
 
 
 @dataclass(frozen=True)
@@ -233,16 +234,23 @@ class ScheduleConfig:
 
     name: Literal["constant", "step", "cosine", "one_cycle"] = "cosine"
     """Shape of the learning rate after the warm-up; one_cycle rises for 30 % of the run, then falls to zero."""
-    warmup_epochs: float = 2.0
+    warmup_epochs: float = option(2.0, "[0, MOST]")
     """Length of the warm-up."""
-    warmup_factor: float = 0.0
+    warmup_factor: float = option(0.0, "[0, 1]")
     """The warm-up starts at this share of the learning rate."""
     warmup_shape: Literal["linear", "constant"] = "linear"
     """constant stays at the starting value until the warm-up ends."""
-    boundaries: tuple[float, ...] = (0.5, 0.75)
+    boundaries: tuple[float, ...] = option((0.5, 0.75), "(0, 1)")
     """Shares of the run at which `step` multiplies the rate by `factor`."""
-    factor: float = 0.1
-    """Of `step`."""
+    factor: float = option(0.1, "(0, 1000]")
+    """What `step` multiplies the rate by."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            list(self.boundaries) == sorted(set(self.boundaries)),
+            f"schedule.boundaries {self.boundaries}: give shares of the run that rise",
+        )
 
 
 @dataclass(frozen=True)
@@ -252,106 +260,154 @@ class FinetuneConfig:
     mode: Literal["none", "linear_probe", "full", "gradual"] = "none"
     """linear_probe trains the head alone, on features that are computed once where nothing is random; full trains all;
     gradual thaws stage by stage from the head down. What is frozen keeps its batch statistics too."""
-    layer_decay: float = 1.0
+    layer_decay: float = option(1.0, "(0, 1]")
     """Factor of the learning rate from one stage to the one below it."""
-    thaw_every_epochs: float = 2.0
+    thaw_every_epochs: float = option(2.0, "(0, MOST]")
     """In gradual, after this number of epochs the next stage is thawed."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Length, batch and loss of a run."""
 
-    epochs: float = 40.0
+    epochs: float = option(40.0, "(0, MOST]")
     """Passes over the training data."""
-    steps: int | None = None
+    steps: int | None = option(None, "[1, MOST]")
     """Length in steps, in place of epochs; a recipe's steps give way to epochs on the command line."""
-    batch_size: int = 96
+    batch_size: int = option(96, "[1, 1000000]")
     """Images a step, over all devices."""
-    seed: int = 0
+    seed: int = option(0, "[0, 4294967295]")
     """Of parameters, order, augmentation and splits."""
     loss: Literal["cross_entropy", "focal", "binary"] = "cross_entropy"
-    """focal (Lin et al. 2017) attends to what is still wrong; binary: one sigmoid a class (Wightman et al. 2021), and
-    what data with several labels needs."""
-    focal_gamma: float = 2.0
+    """focal (Lin et al. 2017) lowers the weight of what is right already; binary: one sigmoid a class (Wightman et al.
+    2021), and what data with several labels needs."""
+    focal_gamma: float = option(2.0, "[0, 100]")
     """How strongly focal does so; 0 is cross_entropy."""
     class_weights: Literal["none", "balanced", "effective_number"] = "none"
     """Weight of a class in the loss: balanced is inverse to its number of images, effective_number less strongly so
     (Cui et al. 2019)."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = option(0.0, "[0, 1)")
     """Share of the target that is spread over all classes."""
-    ema_decay: float | None = 0.99
+    ema_decay: float | None = option(0.99, "(0, 1)")
     """Decay of the moving average of parameters and batch statistics; None for none."""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """What to do when loss or state stops being finite: stop; skip that update, batch statistics and optimizer
     included; or go back to the last checkpoint with half the learning rate."""
-    nonfinite_limit: int = 5
+    nonfinite_limit: int = option(5, "[1, MOST]")
     """Skipped updates in a row, or rollbacks of a run, after which it ends all the same."""
-    accumulate_steps: int = 1
+    accumulate_steps: int = option(1, "[1, MOST]")
     """Parts in which a batch goes through, to save memory; batch normalisation then sees one part at a time."""
-    steps_per_call: int | None = None
-    """Most steps in one dispatch; it always ends where something is logged, saved or evaluated. None: 5 with the data
-    on the device; else 2 on a CPU, which may have to find a step's memory anew for each, and 1 elsewhere."""
-    eval_every_epochs: float = 5.0
+    steps_per_call: int | None = option(None, "[1, 1000]")
+    """Most steps that one compiled call runs; a call ends where something is logged, saved or evaluated. None: 5 with
+    the data on the device, else 2 on a CPU and 1 elsewhere. More share the host's time for a call, which counts for
+    small networks, and let a signal wait longer. It is part of the recipe because each number is a compiled program of
+    its own, which may round otherwise: a resumed run keeps it."""
+    eval_every_epochs: float = option(5.0, "(0, MOST]")
     """Evaluate on the validation split this often, and at the end."""
     metric: Literal["auto", "none", "accuracy", "loss", "macro_recall", "macro_f1", "map"] = "auto"
     """What makes a checkpoint the best on the validation split, of the moving average where there is one. auto:
     accuracy, or where images have several labels map, the mean over the classes of average precision. none: nothing is
     selected, and the last step is what counts."""
-    patience: int | None = None
+    patience: int | None = option(None, "[1, MOST]")
     """End after this number of evaluations on the validation split without a better one."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            self.metric != "none" or self.patience is None,
+            "train.patience needs a metric to wait for: leave train.metric none out",
+        )
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """The devices that share the work."""
 
-    devices: int | None = None
-    """Use the first devices, of that number,; None for all."""
-    strategy: Literal["jit", "shard_map", "pmap"] = "jit"
+    devices: int | None = option(None, "[1, MOST]", may_change_on_resume=True)
+    """How many devices to use, the first ones; None for all."""
+    strategy: Literal["jit", "shard_map", "pmap"] = option("jit", may_change_on_resume=True)
     """How the step is split: jit leaves it to XLA; shard_map and pmap run a function for each device."""
     batch_norm: str = "global"
     """Whose statistics batch normalisation takes: global (the whole batch), local (each device's), or ghost:N (groups
     of N images)."""
-    fsdp: int = 1
+    fsdp: int = option(1, "[1, MOST]", may_change_on_resume=True)
     """Parameters, averages and optimizer state are spread over this number of devices; needs jit."""
-    distributed: Literal["auto", "off"] = "off"
+    distributed: Literal["auto", "off"] = option("off", may_change_on_resume=True)
     """auto: join the processes of the cluster that JAX detects (SLURM, Open MPI, Kubernetes, Cloud TPU), or of the
     coordinator below."""
-    coordinator: str | None = None
+    coordinator: str | None = option(None, may_change_on_resume=True)
     """Address and port of the first process, such as 10.0.0.1:1234; None asks the environment
     (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID) or the cluster."""
-    processes: int | None = None
+    processes: int | None = option(None, "[1, MOST]", may_change_on_resume=True)
     """How many processes there are; with coordinator."""
-    process_id: int | None = None
+    process_id: int | None = option(None, "[0, MOST]", may_change_on_resume=True)
     """Number of this process, from 0; with coordinator."""
-    join_within: float = 40.0
+    join_within: float = option(40.0, "(0, 1000000]", may_change_on_resume=True)
     """Seconds for which a process waits until all have joined; then all end, naming those that are missing."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            self.fsdp == 1 or self.strategy == "jit",
+            f"parallel.fsdp needs parallel.strategy jit: {self.strategy} keeps all of the state on each device",
+        )
+        require(
+            re.fullmatch(r"global|local|ghost:[1-9][0-9]{0,8}", self.batch_norm) is not None,
+            f"parallel.batch_norm {self.batch_norm!r} is unknown; choose global, local or ghost:N",
+        )
+        given = [value is not None for value in (self.coordinator, self.processes, self.process_id)]
+        require(
+            not any(given) or (all(given) and self.distributed == "auto"),
+            "parallel.coordinator, processes and process_id belong together, with parallel.distributed auto",
+        )
+        require(
+            self.coordinator is None or re.fullmatch(r".+:[0-9]{1,5}", self.coordinator) is not None,
+            f"parallel.coordinator {self.coordinator!r}: give a host and a port, such as 10.0.0.1:1234",
+        )
+        require(
+            (self.process_id or 0) < (self.processes or MOST),
+            f"parallel.process_id {self.process_id}: of {self.processes} processes the first is 0",
+        )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When the state is saved."""
 
-    every_steps: int | None = None
+    every_steps: int | None = option(None, "[1, MOST]", may_change_on_resume=True)
     """Save this often; None saves after each evaluation. The end is always saved."""
-    keep: int = 1
+    keep: int = option(1, "[1, MOST]", may_change_on_resume=True)
     """Latest checkpoints that are kept, beside the best one."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class LogConfig:
     """When numbers are written."""
 
-    every_steps: int = 15
+    every_steps: int = option(15, "[1, MOST]", may_change_on_resume=True)
     """Write training metrics, averaged since the last line, this often."""
-    tensorboard: bool = True
+    tensorboard: bool = option(True, may_change_on_resume=True)
     """Write TensorBoard events too."""
-    report: bool = True
+    report: bool = option(True, may_change_on_resume=True)
     """Make report.html at the end."""
-    profile: str | None = None
+    profile: str | None = option(None, may_change_on_resume=True)
     """START:STOP, such as 20:25: a trace of the steps from START to before STOP for TensorBoard and xprof, in the run's
     folder."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.profile is not None:
+            span = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.profile)
+            require(
+                span is not None and int(span[1]) < int(span[2]),
+                f"log.profile {self.profile!r} is no START:STOP: give two steps, such as 20:25",
+            )
 
 
 @dataclass(frozen=True)
@@ -368,3 +424,96 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(Config).items():
+            section = getattr(self, name)
+            require(isinstance(section, kind), f"{name} is {shown(section)} and must be {kind.__name__}(...)")
+        require(
+            not (self.model.scan and self.optimizer.name in ("lars", "lamb")),
+            f"optimizer.name {self.optimizer.name} takes the norm of each layer, and model.scan stacks them: leave "
+            "model.scan out, or take sgd or adamw",
+        )
+        require(
+            self.parallel.strategy != "pmap" or self.train.steps_per_call in (None, 1),
+            "parallel.strategy pmap runs one step a call: leave train.steps_per_call at 1, or take jit",
+        )
+        augment, channels = self.augment, self.data.channels
+        works_on_host = {
+            "crop random_resized": augment.crop == "random_resized",
+            "flip_vertical": augment.flip_vertical,
+            "color_jitter": augment.color_jitter > 0,
+            "randaugment": augment.randaugment > 0,
+            "trivial_augment": augment.trivial_augment,
+            "erasing": augment.erasing > 0,
+        }
+        for name, wanted in works_on_host.items():
+            require(not (wanted and self.data.on_device), f"augment.{name} works on the host: add --data.no_on_device")
+        for name in ("color_jitter", "randaugment", "trivial_augment"):
+            require(
+                not works_on_host[name] or channels == 3,
+                f"augment.{name} is for RGB: leave it out with data.channels {channels}",
+            )
+
+
+def check_fields(section: Any) -> None:
+    """Raises InputError where a field of a section is not of its type, not finite, or outside its limits."""
+    kind, hints = type(section), typing.get_type_hints(type(section))
+    for item in dataclasses.fields(section):
+        name = f"{kind.__name__.removesuffix('Config').lower()}.{item.name}"
+        value = getattr(section, item.name)
+        typed(value, hints[item.name], name)
+        if (limits := item.metadata.get("limits")) and value is not None:
+            for number in value if isinstance(value, tuple) else (value,):
+                check_limits(number, limits.replace("MOST", str(MOST)), name)
+
+
+def check_rule(pattern: str, factor: float, name: str) -> None:
+    """Raises InputError where a rule is no regular expression, could take for ever, or its factor is negative.
+
+    A group under `*`, `+` or `{}` is refused: a match can then take exponential time.
+    """
+    about = f"{name} {pattern[:200]!r}"
+    require(0 <= factor <= MOST, f"{about}: its factor {shown(factor)} must be at least 0")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"{about} is no regular expression: {error}") from error
+    plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern, flags=re.DOTALL)
+    repeats_group = re.search(r"\)\s*[*+{]|\(\?(#|[a-zA-Z]*x)", plain) is not None
+    require(
+        len(pattern) <= 1000 and not repeats_group,
+        f"{about}: it is too long, or repeats a group, which could take for ever",
+    )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the recipe as JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Any) -> Config:
+    """Returns the recipe of `to_dict`; lists become tuples, absent fields have their defaults.
+
+    Raises:
+      InputError: a field is unknown, of another type or impossible, or a section is no object; the message names it.
+    """
+    return typed(values, Config, "the recipe")
+
+
+def result_fields(config: Config) -> dict[str, Any]:
+    """Returns `section.field` -> value of all that can change a run's result."""
+    return {
+        f"{section}.{item.name}": getattr(values, item.name)
+        for section, values in vars(config).items()
+        for item in dataclasses.fields(values)
+        if not item.metadata.get("may_change_on_resume")
+    }
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Returns `field: old -> new` for every field that differs and changes the result."""
+    before = result_fields(old)
+    return [
+        f"{name}: {before[name]!r} -> {value!r}" for name, value in result_fields(new).items() if value != before[name]
+    ]

@@ -1,9 +1,12 @@
-"""Files that nobody ever sees half of, and JSON that holds what it must."""
+"""Paths that users give, files that nobody ever sees half of, and JSON that holds what it must."""
 
 import contextlib
+import importlib.util
 import json
+import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -11,8 +14,63 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config import InputError
-from resnet_jax.typed import typed
+from resnet_jax.typed import InputError, typed
+
+REMOTE = re.compile(r"([A-Za-z][\w+.-]+):/")
+"""How a path that is not on this machine begins; a Path has made one slash of two."""
+
+
+def path_of(given: str | Path, what: str) -> Path:
+    """Returns a path that the user gave, on this machine (`local_path`) or in a bucket (`gs://bucket/run`).
+
+    What is in a bucket is an `etils.epath.Path`, which has pathlib's methods but no links, locks or appending.
+
+    Raises:
+      InputError: as `local_path`; or another scheme than gs, a bucket without a name, or `gcsfs` is not installed.
+    """
+    scheme = REMOTE.match(str(given))
+    if not scheme:
+        return local_path(given, what)
+    if scheme[1] != "gs":
+        raise InputError(f"{what} {given}: of remote paths only gs://BUCKET/PATH is supported; or name a local path")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise InputError(f"{what} {given}: buckets need gcsfs: pip install 'resnet_jax[gcs]'")
+    if not re.match(r"gs://?[^/]", str(given)):
+        raise InputError(f"{what} {given}: give the bucket's name, as in gs://BUCKET/PATH")
+    import fsspec
+    from etils import epath
+
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # others write, too
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    found: Path = epath.Path(re.sub("^gs:/+", "gs://", str(given)))
+    return found
+
+
+def local_path(given: str | Path, what: str) -> Path:
+    """Returns a path that the user gave, with `~` expanded; nothing needs to be there.
+
+    Args:
+      what: the name of the flag or field, for messages.
+
+    Raises:
+      InputError: it is empty, remote (`gs://bucket/run`), in the home of an unknown user, or no name for a file.
+    """
+    text = str(given)
+    if not text.strip():
+        raise InputError(f"{what} is empty: name a file or folder")
+    if REMOTE.match(text):
+        raise InputError(f"{what} {text}: this has to be on this machine; name a local folder or file, or a mount")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{what} {text}: there is no such home ({error}); write the path out") from error
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what} {text[:200]!r}: {getattr(error, 'strerror', None) or error}") from error
+    return path
 
 
 def in_bucket(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Words for the user, on outputs that may take nothing."""
+"""Lines for the user, on outputs that may be closed or full."""
 
 import contextlib
 import sys
@@ -12,3 +12,9 @@ def say(text: str, error: bool = False) -> None:
     """
     with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def fail(message: str, status: int = 2) -> int:
+    """Prints an error and returns the status to end with."""
+    say(f"error: {message}", error=True)
+    return status

@@ -1,19 +1,29 @@
-"""Values from JSON as the types that are expected of them, or words that say which of them is wrong."""
+"""Values that users and files give, as the types that are expected of them; else an InputError says which is wrong."""
 
 import dataclasses
+import math
 import sys
 import types
 import typing
 from typing import Any
 
-from resnet_jax.config import InputError
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names it and the remedy. Commands end with status 2."""
+
+
+def require(right: bool, message: str) -> None:
+    """Raises InputError with this message where something is not right."""
+    if not right:
+        raise InputError(message)
+
 
 GREATEST = 2**63
 """Whole numbers from JSON lie below it."""
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
-    """Returns a value from JSON as a type: lists become tuples where it says so, whole numbers floats.
+    """Returns a value as a type: lists become tuples where it says so, whole numbers floats.
 
     Args:
       kind: None, bool, int, float (finite), str, Any, Literal, a union, tuple, list, dict, a dataclass (absent fields
@@ -56,7 +66,7 @@ NAMES = {str: "a text", bool: "true or false", type(None): "null"}
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it, short whatever it is."""
+    """Returns a value as a message shows it, short whatever it is."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= GREATEST:
         return "a whole number of more than 63 bits"
     if isinstance(value, dict | list | tuple):
@@ -66,8 +76,23 @@ def shown(value: Any) -> str:
 
 
 def shown_name(name: str) -> str:
-    """A key as a message shows it."""
+    """Returns a key as a message shows it."""
     return name if name.isidentifier() and len(name) <= 80 else shown(name)
+
+
+def check_limits(number: float, limits: str, name: str) -> None:
+    """Raises InputError where a number, or what is no number, is not within limits such as `[0, 1)`."""
+    low, high = (float(end) for end in limits[1:-1].split(", "))
+    large_enough = number >= low if limits[0] == "[" else number > low
+    if large_enough and (number <= high if limits[-1] == "]" else number < high):
+        return
+    if low < 0 or high < 1_000_000:
+        bound = f"lie between {low:g} and {high:g}" if limits[0] + limits[-1] == "()" else f"lie in {limits}"
+    elif large_enough and number != math.inf:
+        bound = f"be at most {high:.0f}"
+    else:
+        bound = f"be {'at least' if limits[0] == '[' else 'above'} {low:g}"
+    raise InputError(f"{name} must {bound}, and is {shown(number)}")
 
 
 def _expect(right: bool, value: Any, what: str, where: str) -> None:

@@ -1,10 +1,13 @@
-"""A small network as a file."""
+"""A small network as a file, and the recipe of a command line."""
 
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.commands import ConfigFlag, RecipeFlags, WorkdirFlag, call
+from resnet_jax.config import Config
+from resnet_jax.flags import checked
 from resnet_jax.models.registry import create_model
 from resnet_jax.weights.convert import to_torch
 from resnet_jax.weights.export import save_tensors
@@ -18,3 +21,12 @@ def save_small_network(path: Path) -> None:
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     look = Preprocessing((0.5,) * 3, (0.5,) * 3, 8, 8, 1.0, "bilinear")
     save_tensors(path, Weights(to_torch(model, variables), "cifar_resnet8", {"num_classes": 10}, look), "safetensors")
+
+
+def parse_recipe(flags: list[str]) -> tuple[Config, str | None]:
+    """Recipe and workdir that `train` is given by flags."""
+
+    def train(recipe: RecipeFlags, config: ConfigFlag = None, workdir: WorkdirFlag = None):
+        return checked(recipe), workdir
+
+    return call(["train", *flags], {"train": train})

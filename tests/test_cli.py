@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -13,13 +14,15 @@ import pytest
 from PIL import Image
 
 from resnet_jax import cli
-from resnet_jax.cli import MEMORY, main, parse_recipe, spelt_out
-from resnet_jax.config import Config, ParallelConfig
-from resnet_jax.recipes import load_config, to_dict
+from resnet_jax.cli import MEMORY, main
+from resnet_jax.commands import COMMANDS
+from resnet_jax.config import Config, ParallelConfig, to_dict
+from resnet_jax.flags import spelt_out
+from resnet_jax.recipes import load_config
 from resnet_jax.training import loop
 
 from .conftest import ROOT
-from .small import save_small_network
+from .small import parse_recipe, save_small_network
 
 
 def run(arguments, capsys):
@@ -39,21 +42,29 @@ import sys
 from resnet_jax import cli
 
 print(os.getpid())
-cli.main = lambda arguments: print(os.getpid(), sys.argv[1:], os.environ["GLIBC_TUNABLES"])
+cli.main = lambda arguments: print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
 cli.run()
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
-@pytest.mark.parametrize("given", [{}, {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}])
-def test_a_command_starts_anew_once_with_kept_memory_unless_settings_are_given(given, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "starts_anew", "expected"),
+    [
+        ({}, True, MEMORY),
+        ({"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}, False, "glibc.malloc.perturb=0"),
+        ({"RESNET_JAX_LARGE_PAGES": "0"}, False, "None"),
+        ({"RESNET_JAX_LARGE_PAGES": "1"}, True, MEMORY),
+    ],
+)
+def test_a_command_starts_anew_once_with_kept_memory_unless_told_otherwise(given, starts_anew, expected, tmp_path):
     (tmp_path / "command.py").write_text(COMMAND)
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | given
     command = [sys.executable, "-u", str(tmp_path / "command.py"), "plan"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     *starts, last = done.stdout.splitlines()
-    assert starts == [last.split()[0]] * (1 if given else 2)
-    assert last.endswith(f"['plan'] {given.get('GLIBC_TUNABLES', MEMORY)}")
+    assert starts == [last.split()[0]] * (2 if starts_anew else 1)
+    assert last.endswith(f"['plan'] {expected}")
 
 
 def test_flags_override_the_file(tmp_path):
@@ -227,9 +238,10 @@ def test_wrong_input_ends_with_status_2(line, message, capsys, things):
 
 
 @pytest.mark.parametrize("line", ["lab degradation --seeds x", "lab degradation --seeds 1,,2", "plan --devices x"])
-def test_a_word_in_place_of_a_number_ends_with_usage(line, capsys, things):
+def test_a_word_in_place_of_a_number_names_the_flag(line, capsys, things):
     status, _, err = run(shlex.split(line), capsys)
-    assert status == 2 and err.startswith("usage: resnet-jax ")
+    flag = line.split()[-2]
+    assert status == 2 and f"Error parsing {flag}" in err and "For full helptext" in err
 
 
 def test_a_nul_character_is_no_traceback(capsys):
@@ -338,10 +350,10 @@ def test_a_closed_pipe_is_no_traceback():
 def test_another_pipe_that_breaks_is_not_taken_for_the_output(capsys, monkeypatch):
     """As that to the process that keeps shared memory, or to a worker: a run did not end as it should."""
 
-    def broken(_):
+    def broken():
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setitem(cli.COMMANDS, "models", broken)
+    monkeypatch.setitem(COMMANDS, "models", broken)
     with pytest.raises(BrokenPipeError):
         cli.main(["models"])
 
@@ -363,6 +375,15 @@ def test_a_batch_norm_that_sees_one_value_a_channel_is_a_warning(capsys, tmp_pat
     assert "WARNING" not in out(*large, *one_each)
     assert "WARNING" not in out(*small, "--train.batch_size", "2")
     assert "WARNING" not in out(*small, *one_each, "--model.norm", "frozen_batch")
+
+
+def test_the_version_is_told(capsys):
+    assert run(["--version"], capsys)[:2] == (0, f"resnet-jax {metadata.version('resnet_jax')}\n")
+
+
+def test_shells_can_complete_commands_and_flags(capsys):
+    status, out, _ = run(["--tyro-print-completion", "bash"], capsys)
+    assert not status and "show-batch" in out and "--optimizer.learning_rate" in out
 
 
 def test_help_describes_every_field(capsys):

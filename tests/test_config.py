@@ -1,13 +1,23 @@
 import dataclasses
 import json
+import sys
 import typing
 from pathlib import Path
 
 import pytest
 
-from resnet_jax.config import Config, DataConfig, InputError, OptimizerConfig, TrainConfig, local_path
-from resnet_jax.recipes import LIMITS, check, differences, from_dict, load_config
-from resnet_jax.recipes import to_dict as as_dict
+from resnet_jax.config import (
+    Config,
+    DataConfig,
+    InputError,
+    OptimizerConfig,
+    TrainConfig,
+    differences,
+    from_dict,
+    local_path,
+)
+from resnet_jax.config import to_dict as as_dict
+from resnet_jax.recipes import load_config
 
 
 def test_json_round_trip():
@@ -108,30 +118,29 @@ def test_differences_leave_out_what_does_not_change_the_result():
 def test_impossible_fields_are_refused(section, fields, message):
     config = Config()
     with pytest.raises(InputError, match=message):
-        check(dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)}))
+        dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), -1e30, 10**40, True, "1"], ids=repr)
 def test_no_number_is_without_limits(number):
-    for place in LIMITS:
-        section, name = place.split(".")
-        recipe, default = getattr(Config(), section), getattr(getattr(Config(), section), name)
-        value = (number,) * len(default) if isinstance(default, tuple) else number
-        with pytest.raises(InputError, match=place):
-            check(dataclasses.replace(Config(), **{section: dataclasses.replace(recipe, **{name: value})}))
+    for section, recipe in vars(Config()).items():
+        for field in dataclasses.fields(recipe):
+            if field.metadata.get("limits"):
+                value = (number,) * len(field.default) if isinstance(field.default, tuple) else number
+                with pytest.raises(InputError, match=f"{section}.{field.name}"):
+                    dataclasses.replace(recipe, **{field.name: value})
 
 
 def test_every_word_that_a_field_may_be_is_of_its_type():
     for section, kind in typing.get_type_hints(Config).items():
         for name, hint in typing.get_type_hints(kind).items():
             for word in _words(hint):
-                one = dataclasses.replace(getattr(Config(), section), **{name: word})
-                assert "of the type" not in _refusal(dataclasses.replace(Config(), **{section: one}))
+                assert "it must be" not in _refusal(getattr(Config(), section), name, word)
 
 
-def _refusal(config):
+def _refusal(section, name, value):
     try:
-        check(config)
+        dataclasses.replace(section, **{name: value})
     except InputError as error:
         return str(error)
     return ""
@@ -145,12 +154,12 @@ def _words(hint):
 
 @pytest.mark.parametrize("pattern", [r".*/kernel", r"stage[1-4]/block\d+/.*", r"(stem|stage1)/.*", r"(?!head/).*"])
 def test_rules_of_the_usual_kinds_are_taken(pattern):
-    check(Config(optimizer=OptimizerConfig(rate_rules=((pattern, 0.5),))))
+    OptimizerConfig(rate_rules=((pattern, 0.5),))
 
 
 def test_a_section_that_is_none_is_named():
     with pytest.raises(InputError, match=r"train is 3 and must be TrainConfig"):
-        check(Config(train=3))
+        Config(train=3)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +182,30 @@ def test_a_file_without_a_recipe_is_named(tmp_path, text, message):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=rf"--config .*recipe\.py.*{message}"):
         load_config(path)
+
+
+def test_a_recipe_that_is_shipped_is_found_by_its_name():
+    assert load_config("digits_resnet20") == Config()
+    assert load_config("cifar10_resnet56").model.name == "cifar_resnet56"
+
+
+def test_a_misspelt_name_is_answered_with_the_names_the_nearest_first():
+    with pytest.raises(
+        InputError, match="finetune_foldr: there is no recipe of this name; there are finetune_folder, "
+    ):
+        load_config("finetune_foldr")
+
+
+def test_a_recipe_starts_from_one_that_is_shipped_or_lies_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("from resnet_jax.configs.imagenet_resnet50 import config\n")
+    (tmp_path / "longer.py").write_text(
+        "from dataclasses import replace\n"
+        "from mine import config as mine\n"
+        "config = replace(mine, train=replace(mine.train, epochs=300.0))\n"
+    )
+    config = load_config(tmp_path / "longer.py")
+    assert (config.model.name, config.train.epochs) == ("resnet50", 300.0)
+    assert str(tmp_path) not in sys.path
 
 
 def test_a_folder_in_place_of_a_recipe_is_named(tmp_path):

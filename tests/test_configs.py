@@ -1,14 +1,33 @@
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
 
 import pytest
 
 from resnet_jax.config import Config
-from resnet_jax.recipes import check, load_config
+from resnet_jax.recipes import load_config
 from resnet_jax.training import loop
 
 from .conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def test_recipes_are_found_by_name_where_the_package_is_installed(tmp_path):
+    """The files as a wheel lays them out, without the checkout."""
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in wheel["packages"]:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    for folder, place in wheel["force-include"].items():
+        shutil.copytree(ROOT / folder, tmp_path / place, ignore=ignored, dirs_exist_ok=True)
+    code = "import resnet_jax.recipes as r; print(r.load_config('cifar10_fast').model.name, *r.recipe_names())"
+    command = [sys.executable, "-c", code]
+    printed = subprocess.check_output(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, text=True)
+    assert printed.split() == ["cifar_resnet18", *sorted(path.stem for path in RECIPES)]
 
 
 def test_the_default_is_the_digits_recipe():
@@ -18,7 +37,6 @@ def test_the_default_is_the_digits_recipe():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_loads_and_runs_a_step_when_shrunk(path, tmp_path):
     config = load_config(path)
-    check(config)
     size = 32 if config.model.pretrained else min(config.data.image_size, 32)
     small = dataclasses.replace(
         config,

@@ -44,3 +44,17 @@ def test_the_command_is_there_before_jax():
     """It replaces its process once, and jax would have been imported twice."""
     code = "import sys, resnet_jax.cli; print('jax' in sys.modules, 'numpy' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False False\n"
+
+
+WITHOUT_JAX = """
+import contextlib, sys
+from resnet_jax.cli import main
+for line in ("--help", "--version", "train --help", "train --train.sed 3", "plan --train.seed -1", "plan --config x"):
+    with contextlib.suppress(SystemExit):
+        main(line.split())
+    assert "jax" not in sys.modules, line
+"""
+
+
+def test_help_and_wrong_flags_are_answered_before_jax():
+    subprocess.run([sys.executable, "-c", WITHOUT_JAX], check=True, capture_output=True)

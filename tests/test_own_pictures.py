@@ -174,7 +174,7 @@ def test_operations_of_the_family_are_translated(fields, tmp_path):
 
 
 def test_a_program_that_differs_is_not_written(run, tmp_path, monkeypatch, capsys):
-    from resnet_jax import serving
+    from resnet_jax.predict import serving
 
     monkeypatch.setattr(serving, "serve", lambda predictor: lambda pixels: pixels[:, 0, 0] / 255.0)
     assert main(["export", str(run), str(tmp_path / "net.stablehlo")]) == 2

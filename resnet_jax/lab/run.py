@@ -7,12 +7,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypedDict
 
-from resnet_jax.config import Config, DataConfig, InputError
+from resnet_jax.config import DataConfig, InputError
 from resnet_jax.files import read_json, write_whole
 from resnet_jax.lab.captions import CAPTIONS, TITLES
 from resnet_jax.lab.record import Notebook, Options, save
 from resnet_jax.models.registry import nearest
-from resnet_jax.recipes import check
 
 EXPERIMENTS = tuple(TITLES)
 """Names of the experiments. Each is a module of this folder with `rows(notebook)`, which computes what it records,
@@ -36,7 +35,7 @@ def run(name: str, folder: Path, options: Options) -> dict[str, Any]:
     """
     if name not in EXPERIMENTS:
         raise InputError(f"there is no experiment {name!r}; {nearest(name, (*EXPERIMENTS, 'all'))}")
-    check(Config(data=DataConfig(dataset=options.dataset)))
+    DataConfig(dataset=options.dataset)  # which checks it
     for depth in options.depths or ():
         if not 8 <= depth <= MOST_LAYERS or (depth - 2) % 6:
             raise InputError(f"--depths {depth}: depths are 6n + 2 up to {MOST_LAYERS}, such as 8, 20, 56")

@@ -11,7 +11,6 @@ import optax
 
 from resnet_jax.config import Config, InputError, sides
 from resnet_jax.models.registry import create_model
-from resnet_jax.recipes import check
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import recipe_step
 from resnet_jax.training.recipe import build_model, complete, images_per_statistic, in_form, state_maker
@@ -40,7 +39,6 @@ def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
     Raises:
       InputError: the recipe contradicts itself or does not fit the devices, or its strategy is pmap.
     """
-    check(config)
     if config.parallel.strategy == "pmap":
         raise InputError("a plan is made of one program, and pmap has several: plan with --parallel.strategy shard_map")
     config = complete(config, None)
@@ -105,3 +103,19 @@ def parse_memory(text: str) -> int:
     if match is None:
         raise InputError(f"--memory {text}: give a number and MB, GB, MiB or GiB, such as 80GiB")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def format_plan(needs: dict[str, Any]) -> str:
+    """Returns the table that `resnet-jax plan` prints."""
+    mib = {f"  {name}": count for name, count in needs["state"].items()}
+    mib |= {"  batch": needs["batch"], "  activations and the like": needs["temporary"], "together": needs["total"]}
+    rows = [
+        f"{needs['parameters']:,} parameters, {needs['flops'] / 1e9:,.1f} GFLOP a step on {needs['devices']} devices",
+        "MiB on each device, in a step compiled for CPUs; an accelerator's compiler may use less or more:",
+        *(f"{name:<28}{count / 2**20:>12,.1f}" for name, count in mib.items()),
+        "MiB that each device exchanges in a step:",
+        *(f"  {name:<26}{count / 2**20:>12,.1f}" for name, count in needs["collectives"].items()),
+    ]
+    if "fits" in needs:
+        rows.append(f"{'fits into' if needs['fits'] else 'does NOT fit into'} {needs['memory'] / 2**30:,.1f} GiB")
+    return "\n".join(rows)

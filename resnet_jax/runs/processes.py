@@ -29,8 +29,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from resnet_jax.config import Config, InputError, ParallelConfig
-from resnet_jax.recipes import to_dict
+from resnet_jax.config import Config, InputError, ParallelConfig, to_dict
 
 LOST_AFTER = 30.0
 """Seconds without a sign of life after which a process counts as lost and the others end."""

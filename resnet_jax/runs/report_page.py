@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, to_dict
 from resnet_jax.data.dataset import default_split
 from resnet_jax.data.files import printable
 from resnet_jax.data.on_device import normalize
@@ -21,7 +21,6 @@ from resnet_jax.files import to_json, write_whole
 from resnet_jax.models.vit import ViT
 from resnet_jax.output import say
 from resnet_jax.predict.gradcam import grad_cam
-from resnet_jax.recipes import to_dict
 from resnet_jax.runs.charts import line_chart, reliability_chart
 from resnet_jax.runs.folder import read_summary
 from resnet_jax.runs.trackers import points, read_lines

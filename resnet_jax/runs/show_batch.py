@@ -13,7 +13,6 @@ from resnet_jax.data.loader import BadImages, sampling_table, train_batches, who
 from resnet_jax.data.on_device import per_channel
 from resnet_jax.data.show import as_shown
 from resnet_jax.data.sources import load_dataset
-from resnet_jax.recipes import check
 from resnet_jax.training.programs import draw_from, make_prepare
 from resnet_jax.training.recipe import build_model, complete
 from resnet_jax.training.sharding import make_mesh, put_everywhere
@@ -34,7 +33,6 @@ def show_batch(config: Config, file: Path) -> Path:
     Raises:
       InputError: the recipe or the data is not valid, or the file cannot be written.
     """
-    check(config)
     config = complete(config, None)
     dataset, mesh = load_dataset(config.data, config.train.seed, hold_out=config.train.metric != "none"), make_mesh(1)
     model: Any = build_model(config, len(dataset.class_names))

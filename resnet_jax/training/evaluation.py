@@ -21,7 +21,7 @@ from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.stacking import block_by_block
 from resnet_jax.ops import sharded_batch
 from resnet_jax.output import say
-from resnet_jax.recipes import check, recorded
+from resnet_jax.recipes import recorded
 from resnet_jax.runs.signals import Stop
 from resnet_jax.training.checkpoints import read_checkpoint
 from resnet_jax.training.linear_probe import Features, head_of
@@ -262,7 +262,6 @@ def open_run(
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
     if dataset is not None:
         config = replace(config, data=replace(config.data, dataset=dataset))
-    check(config)
     mesh = mesh_for(config.train.batch_size)
     selects = config.train.metric != "none"
     found = load_dataset(config.data, config.train.seed, hold_out=selects, prepare=False)

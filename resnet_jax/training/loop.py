@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, path_of
+from resnet_jax.config import Config, InputError, path_of, to_dict
 from resnet_jax.data.dataset import Dataset, with_outputs
 from resnet_jax.data.fingerprint import changes, described, digest, fingerprint, other_resizer
 from resnet_jax.data.fingerprint import load as load_fingerprint
@@ -28,7 +28,7 @@ from resnet_jax.data.transforms import resizer
 from resnet_jax.data.watch import check_guard, keep_tracker
 from resnet_jax.files import in_bucket, modified, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
-from resnet_jax.recipes import check, recorded, to_dict
+from resnet_jax.recipes import recorded
 from resnet_jax.runs.charts import draw_curves
 from resnet_jax.runs.folder import better, device_name, ended, finish, locked, open_workdir
 from resnet_jax.runs.lock import BucketLock, Lock
@@ -97,7 +97,6 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     check_guard(config.data.workers)
     keep_tracker(config.data.workers)
     start_processes(config.parallel)
-    check(config)
     workdir = None if workdir is None else path_of(workdir, "--workdir")
     config = complete(config, recorded(workdir))
     agree(facts_of(config))

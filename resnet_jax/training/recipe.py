@@ -17,7 +17,7 @@ from resnet_jax.config import Config, InputError, ModelConfig, path_of, sides
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model, model_fields, stride_of, variable_shapes
 from resnet_jax.models.stacking import block_by_block, stack_blocks
-from resnet_jax.recipes import check, recorded
+from resnet_jax.recipes import recorded
 from resnet_jax.training.checkpoints import Record, read_checkpoint
 from resnet_jax.training.optimizers import make_optimizer, rate_of
 from resnet_jax.training.sharding import state_sharding
@@ -75,7 +75,6 @@ def complete(config: Config, recorded: Config | None) -> Config:
         taken = {name: getattr(theirs, name) for name in names if getattr(ours, name) == getattr(default, name)}
         sections[section] = dataclasses.replace(ours, **taken)
     config = dataclasses.replace(config, **sections)
-    check(config)
     return config
 
 
@@ -246,7 +245,6 @@ def restore(run: str | Path, step: int | None = None) -> tuple[TrainState, int]:
     config = recorded(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
-    check(config)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def shapes(record: Record) -> Any:

@@ -19,11 +19,10 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
-from resnet_jax.config import InputError, ModelConfig, path_of, sides
+from resnet_jax.config import InputError, ModelConfig, from_dict, path_of, sides
 from resnet_jax.files import in_bucket, read_file, read_json
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest, variable_shapes
 from resnet_jax.output import say
-from resnet_jax.recipes import check, from_dict
 from resnet_jax.typed import shown, shown_name, typed
 from resnet_jax.weights.convert import as_array, to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag, tags_of
@@ -322,7 +321,6 @@ def _from_run(folder: Path, checkpoint: str | None) -> Weights:
 
     step, record, variables = read_variables(folder, checkpoint)
     config = from_dict(record["recipe"])
-    check(config)
     fields: dict[str, Any] = {"num_classes": variables["params"]["head"]["bias"].shape[0]}
     fields |= model_fields(replace(config.model, scan=False))
     fields |= {} if config.data.channels == 3 else {"in_channels": config.data.channels}

@@ -10,7 +10,6 @@ from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError
 from resnet_jax.data import policy
 from resnet_jax.data.policy import OPERATIONS, TRIVIAL, color_jitter, erase, rand_augment, trivial_augment
 from resnet_jax.data.transforms import augment
-from resnet_jax.recipes import check
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (40, 30, 3), dtype=np.uint8)
@@ -86,12 +85,12 @@ def test_half_of_the_images_are_turned_top_to_bottom():
 def test_what_works_on_the_host_says_so(name):
     fields = {name: True if name in ("flip_vertical", "trivial_augment") else 0.5}
     with pytest.raises(InputError, match=rf"augment\.{name} works on the host: add --data\.no_on_device"):
-        check(Config(augment=AugmentConfig(**fields)))
+        Config(augment=AugmentConfig(**fields))
 
 
 def test_colours_need_colours():
     with pytest.raises(InputError, match="color_jitter is for RGB"):
-        check(Config(data=DataConfig(channels=5, on_device=False), augment=AugmentConfig(color_jitter=0.3)))
+        Config(data=DataConfig(channels=5, on_device=False), augment=AugmentConfig(color_jitter=0.3))
 
 
 def gradient():

@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from resnet_jax import cli
-from resnet_jax.config import Config, InputError, LogConfig, TrainConfig
+from resnet_jax.config import Config, InputError, LogConfig, TrainConfig, from_dict, to_dict
 from resnet_jax.files import to_json
-from resnet_jax.recipes import from_dict, to_dict
 from resnet_jax.runs.folder import better
 from resnet_jax.runs.trackers import Tracker, read_lines
 from resnet_jax.training import loop

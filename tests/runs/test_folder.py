@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from resnet_jax.config import Config
-from resnet_jax.recipes import to_dict
+from resnet_jax.config import Config, to_dict
 from resnet_jax.runs.folder import open_workdir, runs_under
 from resnet_jax.runs.trackers import Tracker, read_lines
 

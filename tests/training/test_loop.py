@@ -12,8 +12,17 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, ParallelConfig, TrainConfig
-from resnet_jax.recipes import from_dict, to_dict
+from resnet_jax.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    InputError,
+    LogConfig,
+    ParallelConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 from resnet_jax.runs.progress import Diverged
 from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training import loop

@@ -12,6 +12,7 @@ import resnet_jax
 from resnet_jax.config import AugmentConfig, Config, ModelConfig, TrainConfig
 from resnet_jax.data.on_device import draw_batch
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.recipes import load_config
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
 from resnet_jax.training.programs import draw_from, recipe_eval_step, recipe_step
 from resnet_jax.training.several_steps import steps_on_batches, steps_on_device
@@ -156,12 +157,7 @@ def test_evaluation_with_flips_does_not_tell_left_from_right():
 
 
 def test_warm_up_and_boundaries_of_he_et_al():
-    import runpy
-    from pathlib import Path
-
-    path = Path(__file__).parents[2] / "configs" / "cifar10_resnet110.py"
-    config = runpy.run_path(str(path))["config"]
-    schedule = make_schedule(config, 64_000, 50_000 / 128)
+    schedule = make_schedule(load_config("cifar10_resnet110"), 64_000, 50_000 / 128)
     rates = [float(schedule(step)) for step in (0, 389, 392, 31_999, 32_001, 47_999, 48_001, 63_999)]
     np.testing.assert_allclose(rates, [0.01, 0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5)
 

@@ -1,0 +1,475 @@
+"""What each command of `resnet-jax` does: functions whose arguments are its flags, which tyro parses.
+
+Nothing here imports JAX before a command needs it.
+"""
+
+import inspect
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from resnet_jax.files import in_bucket, local_path, path_of, to_json
+from resnet_jax.flags import Recipe, checked, recipe_to_change, spelt_out, unchecked
+from resnet_jax.lab.captions import TITLES
+from resnet_jax.output import fail, say
+from resnet_jax.typed import InputError
+
+RecipeFlags = Annotated[Recipe, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+ConfigFlag = Annotated[
+    str | None, tyro.conf.arg(metavar="NAME|FILE", help="A recipe of ours by its name, or a Python file with one.")
+]
+WorkdirFlag = Annotated[
+    str | None, tyro.conf.arg(metavar="DIR", help="The run's folder. Without --config the flags change its recipe.")
+]
+Checkpoint = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="best|latest|STEP", help="Which checkpoint of a run; by default the best where the run selected one."
+    ),
+]
+Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json", help="Print JSON.")]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Name = Annotated[str | None, tyro.conf.arg(help="The model, where the source does not say.")]
+WhereData = Annotated[str | None, tyro.conf.arg(name="data.dataset", help="Where the run's data lies now.")]
+Source = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(metavar="SOURCE", help="The folder of a run, a tag, a file: all that --model.pretrained takes."),
+]
+RunFolder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR", help="The folder of a run.")]
+
+
+def train_command(recipe: RecipeFlags, config: ConfigFlag = None, workdir: WorkdirFlag = None) -> int:
+    """Trains as a recipe says; a folder that holds a run goes on with it."""
+    chosen = checked(recipe)
+    prepare_jax()
+    from resnet_jax.data.watch import Stalled
+    from resnet_jax.runs.progress import Diverged
+    from resnet_jax.runs.signals import FolderLost, Stopped
+    from resnet_jax.training.loop import NotSaved, train
+
+    try:
+        train(chosen, workdir)
+    except (Diverged, FolderLost) as error:
+        return fail(str(error), status=1)
+    except NotSaved as error:
+        return fail(str(error), status=3)
+    except Stalled as error:
+        fail(str(error))
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(1)  # the threads that hang would be waited for
+    except Stopped as stopped:
+        say(str(stopped))
+        return 130 if stopped.signal == signal.SIGINT else int(not stopped.saved)
+    return 0
+
+
+MOST_DEVICES = 1024
+"""That `plan` imitates on a CPU."""
+
+
+def plan_command(
+    recipe: RecipeFlags,
+    config: ConfigFlag = None,
+    workdir: WorkdirFlag = None,
+    devices: int = 1,
+    memory: str | None = None,
+    as_json: Json = False,
+) -> int:
+    """Says what a run will need, before it starts.
+
+    Args:
+      devices: How many devices the run will have.
+      memory: Of each device, such as 80GiB; says whether the run fits.
+    """
+    if not 1 <= devices <= MOST_DEVICES:
+        raise InputError(f"--devices {devices}: give a number from 1 to {MOST_DEVICES}")
+    chosen = checked(recipe)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    prepare_jax()
+    import jax
+
+    from resnet_jax.runs.plan import forecast, format_plan, parse_memory
+
+    jax.config.update("jax_platforms", "cpu")  # the recipe may have imported JAX before
+    limit = None if memory is None else parse_memory(memory)
+    needs = forecast(chosen, devices)
+    if limit is not None:
+        needs |= {"memory": limit, "fits": needs["total"] <= limit}
+    print(to_json(needs, indent=2) if as_json else format_plan(needs))
+    return 0
+
+
+def show_batch_command(
+    recipe: RecipeFlags,
+    file: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="FILE.png")] = None,
+    config: ConfigFlag = None,
+    workdir: WorkdirFlag = None,
+) -> int:
+    """Draws a batch as the network sees it.
+
+    Args:
+      file: The picture to write.
+    """
+    if file is None or not file.endswith(".png"):
+        raise InputError("say which file to write: resnet-jax show-batch out.png [--config FILE] [flags of train]")
+    path = file_to_write(file)
+    chosen = checked(recipe)
+    from resnet_jax.runs.show_batch import show_batch
+
+    print(show_batch(chosen, path))
+    return 0
+
+
+def evaluate_command(
+    workdir: RunFolder,
+    split: Literal["validation", "test"] | None = None,
+    checkpoint: Checkpoint = None,
+    dataset: WhereData = None,
+    accept_changes: Annotated[Switch, tyro.conf.arg(name="data.accept_changes")] = False,
+    per_class: Switch = False,
+    as_json: Json = False,
+) -> int:
+    """Evaluates a run's checkpoint.
+
+    Args:
+      split: By default test, where the data has it.
+      accept_changes: Evaluate also where the data has changed.
+      per_class: Print the accuracy of each class too.
+    """
+    prepare_jax()
+    from resnet_jax.training.evaluation import evaluate_run
+
+    result = evaluate_run(path_of(workdir, "WORKDIR"), checkpoint, split, per_class, dataset, accept_changes)
+    print(to_json(result, indent=2) if as_json else format_result(result))
+    return 0
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """Returns the table that `resnet-jax evaluate` prints."""
+    split = result["split"]
+    rows = [f"step {result['step']}, {split} split, {result[split]['count']} images"]
+    for kind, label in ((split, "parameters"), (f"ema/{split}", "their moving average")):
+        if kind in result:
+            values = result[kind]
+            top5 = f"   top-5 {values['top5']:.2%}" if "top5" in values else ""
+            rows.append(f"{label:<21} loss {values['loss']:.4f}   top-1 {values['accuracy']:.2%}{top5}")
+    if result["skipped_images"]:
+        rows.append(f"not counted, since they cannot be decoded: {', '.join(result['skipped_images'])}")
+    for name, values in result[split].get("classes", {}).items():
+        accuracy = "no images" if values["accuracy"] is None else f"{values['accuracy']:7.2%} of {values['count']}"
+        rows.append(f"  {name:<24} {accuracy}")
+    return "\n".join(rows)
+
+
+def report_command(workdir: RunFolder, checkpoint: Checkpoint = None, dataset: WhereData = None) -> int:
+    """Writes report.html into a run's folder."""
+    folder = path_of(workdir, "WORKDIR")
+    prepare_jax()
+    from resnet_jax.runs.report_page import make_report
+
+    print(make_report(folder, checkpoint, dataset))
+    return 0
+
+
+def runs_command(
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")] = "runs", as_json: Json = False
+) -> int:
+    """Lists the runs under a folder, how far they are and whether they are whole.
+
+    Args:
+      folder: The folder, which is searched at any depth.
+    """
+    path = path_of(folder, "DIR")
+    if not path.is_dir():
+        raise InputError(f"{path}: there is no such folder")
+    from resnet_jax.runs.folder import runs_under
+
+    rows = runs_under(path)
+    if as_json:
+        print(to_json(rows, indent=2))
+    elif not rows:
+        print(f"there are no runs under {path}")
+    for row in [] if as_json else rows:
+        form = ".4f" if str(row["metric"]).endswith("loss") else ".2%"
+        best = "" if row["best"] is None else format(row["best"], form)
+        known = f"{row['model'] or '?':<20} {row['data'] or '?':<20} step {row['step'] or 0:<8} best {best:<8}"
+        print(f"{row['folder']:<36} {row['state']:<9} {known}")
+        if row["problem"]:
+            print(f"    {row['problem']}")
+    return 0
+
+
+MOST_AT_ONCE = 65_536
+"""Pictures of a batch."""
+
+
+def predict_command(
+    source: Source,
+    paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATH...")],
+    top: int | None = None,
+    flip: Switch = False,
+    format: Literal["table", "json", "csv"] = "table",
+    cam: str | None = None,
+    batch: int = 32,
+    name: Name = None,
+    checkpoint: Checkpoint = None,
+) -> int:
+    """Says which class pictures belong to.
+
+    Args:
+      paths: Files, folders, or patterns such as 'a/*.jpg'.
+      top: How many classes of each picture to print; by default one, or with several labels those it has.
+      flip: Look at each picture mirrored too, and take the mean.
+      format: json is one object a line.
+      cam: A folder for pictures of where the network looked (Grad-CAM).
+      batch: Pictures that go through the network at once.
+    """
+    if not paths:
+        raise InputError("name the pictures: resnet-jax predict SOURCE PATH...")
+    if (top is not None and top < 1) or not 1 <= batch <= MOST_AT_ONCE:
+        raise InputError(f"--top and --batch must be at least 1, and --batch at most {MOST_AT_ONCE}")
+    path_of(source, "SOURCE")
+    folder = None if cam is None else local_path(cam, "--cam")
+    if folder and folder.exists() and not folder.is_dir():
+        raise InputError(f"--cam {folder} is a file: name a folder")
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from resnet_jax.models.vit import ViT
+    from resnet_jax.predict.predictor import NOT_FINITE, Predictor, find_files, predict_files
+    from resnet_jax.predict.rows import WRITERS, draw_cam
+
+    pictures = list(find_files(paths))
+    predictor = Predictor.from_source(source, name, flip, checkpoint)
+    if folder and isinstance(predictor.model, ViT):
+        raise InputError("--cam needs a network with maps, and a transformer has none")
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    write, bad = WRITERS[format](), []
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("pictures", total=len(pictures))
+        for i, (path, row, reason) in enumerate(predict_files(predictor, pictures, batch)):
+            progress.advance(task)
+            if row is None:
+                bad.append((path, reason))
+                continue
+            best = predictor.predicted_classes(row) if top is None else row.argsort()[::-1][:top]
+            write((path, [(predictor.class_names[k], float(row[k])) for k in best]))
+            if folder:
+                draw_cam(predictor, path, int(row.argmax()), folder / f"{i:05d}-{path.stem}.png")
+    for path, reason in bad:
+        what = reason if reason == NOT_FINITE else f"cannot be decoded ({reason})"
+        print(f"error: {path} {what}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def file_to_write(given: str) -> Path:
+    """Returns the path of a file that a command is to write.
+
+    Raises:
+      InputError: the path is none of this machine, or a folder or a device is there.
+    """
+    path = local_path(given, "FILE")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no ordinary file: name a file to write")
+    return path
+
+
+FORMS = ("safetensors", "pth", "stablehlo", "onnx", "orbax")
+
+
+def export_command(
+    source: Source,
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")],
+    format: Literal["safetensors", "pth", "stablehlo", "onnx", "orbax"] | None = None,
+    name: Name = None,
+    checkpoint: Checkpoint = None,
+) -> int:
+    """Writes weights under PyTorch's names or for Orbax, or a program for serving.
+
+    Args:
+      file: What to write, such as out.safetensors; with --format orbax a folder.
+      format: By default what the file's name says.
+    """
+    form = format or Path(file).suffix.removeprefix(".")
+    path = path_of(file, "FILE")
+    if form != "orbax" and not in_bucket(path):
+        path = file_to_write(file)
+    if form not in FORMS:
+        raise InputError(f"{path}: end the name with .{', .'.join(FORMS)}, or say which with --format")
+    if form in ("stablehlo", "onnx"):
+        from resnet_jax.predict.serving import export_program
+
+        metadata = export_program(source, path, form, name, checkpoint)
+        taken = f"{metadata['dtype']} pixels {metadata['input']}"
+        print(f"{path}: takes {taken}, gives {len(metadata['class_names'])} probabilities; checked on 100 pictures")
+        return 0
+    from resnet_jax.weights.export import export
+
+    model, count = export(source, path, form, name, checkpoint)
+    print(f"{path}: {model}, {count} tensors under the names of {'the module' if form == 'orbax' else 'PyTorch'}")
+    return 0
+
+
+def models_command(
+    pattern: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATTERN")] = "*", as_json: Json = False
+) -> int:
+    """Lists models, their cost and their weights.
+
+    Args:
+      pattern: A shell pattern such as 'resnext*'.
+    """
+    from resnet_jax.models.registry import list_models
+
+    names = list_models(pattern)
+    if not names:
+        raise InputError(f"no model matches {pattern!r}; try resnet-jax models '*resnet*'")
+    rows = []
+    for name in names:
+        rows.append(describe_model(name))
+        if not as_json:
+            print(format_model(rows[-1]))
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    return 0
+
+
+def describe_model(name: str) -> dict[str, Any]:
+    """Returns a model's parameters, its GMACs at the size of its default weights, and its tags with their licences."""
+    from resnet_jax.models.registry import cost, create_model
+    from resnet_jax.weights.tags import tags_of
+
+    tags = tags_of(name)
+    size = tags[0].preprocessing.image_size if tags else 32 if name.startswith("cifar_") else 224
+    parameters, macs = cost(create_model(name), size)
+    listed = [{"tag": t.tag, "license": t.license, "num_classes": t.num_classes, "default": t.default} for t in tags]
+    return {"name": name, "parameters": parameters, "gmacs": round(macs / 1e9, 3), "size": size, "tags": listed}
+
+
+def format_model(row: dict[str, Any]) -> str:
+    """Returns the lines that `resnet-jax models` prints of a model."""
+    lines = [f"{row['name']:<24}{row['parameters']:>13,} parameters{row['gmacs']:>9.2f} GMACs at {row['size']}"]
+    for tag in row["tags"]:
+        lines.append(f"    {tag['tag']:<46}{tag['license'] or 'no licence given'}{', default' * tag['default']}")
+    return "\n".join(lines)
+
+
+Numbers = Annotated[
+    tuple[int, ...] | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N,N,...",
+        instance_from_str=lambda words: tuple(int(word) for word in words[0].split(",")),
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+def lab_command(
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help=f"all, or {', '.join(TITLES)}.")],
+    out: str = "lab",
+    dataset: str = "digits",
+    depths: Numbers = None,
+    seeds: Numbers = None,
+    quick: Switch = False,
+) -> int:
+    """Runs an experiment that shows why residual learning works; stopped, it goes on with the same command.
+
+    Args:
+      out: Folder of figures, records and index.html.
+      dataset: digits, or what data.dataset takes, at 32 x 32 pixels.
+      depths: Of the networks, such as 20,56.
+      seeds: Such as 0,1,2.
+      quick: The smallest version that still shows the effect.
+    """
+    folder = local_path(out, "--out")
+    prepare_jax()
+    from resnet_jax.lab.record import Options
+    from resnet_jax.lab.run import EXPERIMENTS, run, write_page
+
+    chosen = Options(dataset, depths, seeds, quick)
+    for experiment in EXPERIMENTS if name == "all" else (name,):
+        run(experiment, folder, chosen)
+    print(write_page(folder))
+    return 0
+
+
+def prepare_jax() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was told another place, and `run_in_caller`."""
+    import jax
+
+    from resnet_jax.training.sharding import run_in_caller
+
+    run_in_caller()
+    if jax.config.values.get("jax_compilation_cache_dir") is not None:
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_jax" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:  # the second where there is no home
+        print(
+            f"WARNING: compiled programs cannot be kept ({error}), so each start compiles anew; "
+            "set XDG_CACHE_HOME to a folder that can be written",
+            file=sys.stderr,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "train": train_command,
+    "plan": plan_command,
+    "show-batch": show_batch_command,
+    "evaluate": evaluate_command,
+    "report": report_command,
+    "runs": runs_command,
+    "predict": predict_command,
+    "export": export_command,
+    "models": models_command,
+    "lab": lab_command,
+}
+
+DESCRIPTION = """Residual networks in JAX: training, prediction, weights.
+
+resnet-jax COMMAND --help tells more, resnet-jax --version which version this is."""
+
+
+def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | None = None) -> Any:
+    """Calls the command that a command line names; returns what it returns.
+
+    What flags change is the recipe of `--config`, else that of the run in `--workdir`, else the digits.
+
+    Args:
+      commands: name -> function; by default `COMMANDS`.
+
+    Raises:
+      InputError: the recipe is not as it must be, or whatever the command finds wrong.
+      SystemExit: a flag is wrong (status 2), or help was asked for (0).
+    """
+    commands = dict(COMMANDS if commands is None else commands)
+    name = arguments[0]
+    if name in commands and "recipe" in inspect.signature(commands[name]).parameters:
+        arguments = spelt_out(arguments)
+        commands[name] = partial(commands[name], recipe=unchecked(recipe_to_change(arguments)))
+    return tyro.extras.subcommand_cli_from_dict(
+        dict(commands),
+        prog="resnet-jax",
+        args=arguments,
+        description=DESCRIPTION,
+        use_underscores=True,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
