@@ -52,7 +52,7 @@ def train_command(recipe: RecipeFlags, config: ConfigFlag = None, workdir: Workd
     chosen = checked(recipe)
     prepare_jax()
     from resnet_jax.data.watch import Stalled
-    from resnet_jax.runs.progress import Diverged
+    from resnet_jax.runs.reporter import Diverged
     from resnet_jax.runs.signals import FolderLost, Stopped
     from resnet_jax.training.loop import NotSaved, train
 

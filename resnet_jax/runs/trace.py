@@ -7,7 +7,7 @@ import jax
 
 from resnet_jax.config import InputError
 from resnet_jax.files import in_bucket
-from resnet_jax.runs.progress import say
+from resnet_jax.runs.reporter import say
 
 
 class Trace:

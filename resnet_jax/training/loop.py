@@ -33,8 +33,8 @@ from resnet_jax.runs.charts import draw_curves
 from resnet_jax.runs.folder import better, device_name, ended, finish, locked, open_workdir
 from resnet_jax.runs.lock import BucketLock, Lock
 from resnet_jax.runs.processes import agree, check_one_folder, ending_together, facts_of, start_processes
-from resnet_jax.runs.progress import Diverged, Report, say
 from resnet_jax.runs.report_page import make_report
+from resnet_jax.runs.reporter import Diverged, Reporter, say
 from resnet_jax.runs.signals import FolderLost, Stop, Stopped, stop_signals
 from resnet_jax.runs.trace import Trace
 from resnet_jax.training.checkpoints import Checkpoints
@@ -336,9 +336,9 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
     under_way: Sums = {}
     trace = Trace(config.log.profile, run.folder)
 
-    with Report(run.folder, config, plan, schedule, step, progress, run.checkpoints.latest) as report:
+    with Reporter(run.folder, config, plan, schedule, step, progress, run.checkpoints.latest) as reporter:
         if progress.eval_pending and validate is not None:
-            evaluate_step(run, state, step, progress, validate, report, bad)
+            evaluate_step(run, state, step, progress, validate, reporter, bad)
         while step < plan.total and progress.no_better < patience:
             phase = bisect_right(starts, step) - 1
             n = steps_in_call(step, most, (*starts, plan.total), (plan.log_every, plan.eval_every, plan.save_every))
@@ -353,27 +353,27 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
             trace.after(step, state)
             jax.block_until_ready(under_way)
             under_way = sums
-            report.steps(step, n, sums, waited)
+            reporter.steps(step, n, sums, waited)
 
             log, save = (step % every == 0 or step == plan.total for every in (plan.log_every, plan.save_every))
             evaluate = validate is not None and (step % plan.eval_every == 0 or step == plan.total)
             if log:
-                report.flush()
+                reporter.flush()
             if run.lock is not None and run.lock.lost(now=save):
                 run.stop.ask()
             stopping = run.stop.due()
             if not (evaluate or save or stopping):
                 continue
-            progress.step, progress.sums = step, report.settle(state)
-            progress.skipped_updates, progress.skipped = dict(report.skipped), sorted(bad.names)
+            progress.step, progress.sums = step, reporter.settle(state)
+            progress.skipped_updates, progress.skipped = dict(reporter.skipped), sorted(bad.names)
             progress.eval_pending = evaluate
-            with report.paused():
+            with reporter.paused():
                 if stopping:
                     end_early(run, state, step, progress)
                 if save:
                     run.checkpoints.save(step, unstack_blocks(state), progress.to_record())
                 if evaluate and validate is not None:
-                    evaluate_step(run, state, step, progress, validate, report, bad)
+                    evaluate_step(run, state, step, progress, validate, reporter, bad)
         progress.step = step
         if step < plan.total:
             say(f"no better for {progress.no_better} evaluations: the run ends")
@@ -384,9 +384,9 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
             end_early(run, state, step, progress)
         progress.selected = progress.best["step"] if progress.best else step
         if "test" in evaluates:
-            evaluate_test(run, state, progress, evaluates["test"], report)
+            evaluate_test(run, state, progress, evaluates["test"], reporter)
         progress.skipped = sorted(bad.names)
-    return progress, report.speed()
+    return progress, reporter.speed()
 
 
 def evaluate_step(
@@ -395,7 +395,7 @@ def evaluate_step(
     step: int,
     progress: RunProgress,
     evaluate: Evaluate,
-    report: Report,
+    reporter: Reporter,
     bad: BadImages,
 ) -> None:
     """Evaluates a step on the validation split, and keeps its checkpoint if it is the best so far.
@@ -406,7 +406,7 @@ def evaluate_step(
     result = evaluate(state)
     if result is None:
         end_early(run, state, step, progress)
-    report.evaluation(step, result)
+    reporter.evaluation(step, result)
     progress.eval_pending, progress.skipped = False, sorted(bad.names)
     if run.metric is None:
         progress.result = scalars(result)
@@ -427,7 +427,7 @@ def evaluate_step(
             note_best(run.folder, best)
 
 
-def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: Evaluate, report: Report) -> None:
+def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: Evaluate, reporter: Reporter) -> None:
     """Evaluates what was selected on the test split, at the end of the run, and adds it to the progress's result.
 
     Raises:
@@ -444,7 +444,7 @@ def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: 
     result = evaluate(chosen)
     if result is None:
         end_early(run, state, progress.step, progress)
-    report.evaluation(selected, result)
+    reporter.evaluation(selected, result)
     progress.result = (progress.result or {}) | scalars(result)
 
 

@@ -23,7 +23,7 @@ from resnet_jax.config import (
     from_dict,
     to_dict,
 )
-from resnet_jax.runs.progress import Diverged
+from resnet_jax.runs.reporter import Diverged
 from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training import loop
 from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint

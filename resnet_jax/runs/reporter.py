@@ -56,7 +56,7 @@ class Interval:
     waited: float = 0.0
 
 
-class Report:
+class Reporter:
     """Gathers the sums of steps and writes them one interval late, so that the loop never waits for the device.
 
     A thread of its own waits for the device: `flush` hands it the newest interval and writes the one before it;
