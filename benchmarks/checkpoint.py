@@ -43,9 +43,9 @@ def prepared(size: int, batch: int) -> tuple[Any, Any, Any]:
     import numpy as np
 
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+    from resnet_jax.training.build import build_model, state_maker
     from resnet_jax.training.optimizers import make_optimizer
     from resnet_jax.training.programs import recipe_step
-    from resnet_jax.training.recipe import build_model, state_maker
     from resnet_jax.training.sharding import compiler_options, run_in_caller
 
     run_in_caller()

@@ -24,8 +24,8 @@ def one_step(name: str, remat: str) -> Any:
         from resnet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
         from resnet_jax.models.stacking import unstack_blocks
         from resnet_jax.runs.plan import forecast
+        from resnet_jax.training.build import build_model, in_form, state_maker
         from resnet_jax.training.programs import recipe_step
-        from resnet_jax.training.recipe import build_model, in_form, state_maker
 
         config = Config(
             ModelConfig(name, num_classes=10, scan=True, remat=remat),  # type: ignore[arg-type]

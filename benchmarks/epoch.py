@@ -116,9 +116,9 @@ def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, in_one_cal
     import jax
 
     from resnet_jax import config as c
+    from resnet_jax.training.build import build_model, state_maker
     from resnet_jax.training.optimizers import make_optimizer, make_schedule
     from resnet_jax.training.programs import draw_from, recipe_step
-    from resnet_jax.training.recipe import build_model, state_maker
     from resnet_jax.training.several_steps import steps_on_device
     from resnet_jax.training.sharding import compiler_options, make_mesh
 

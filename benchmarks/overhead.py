@@ -18,8 +18,8 @@ def host_rows(rounds: int) -> list[dict[str, Any]]:
 
     from resnet_jax.config import Config
     from resnet_jax.data.sources import load_dataset
+    from resnet_jax.training.build import build_model, state_maker
     from resnet_jax.training.programs import STEPS_PER_CALL
-    from resnet_jax.training.recipe import build_model, state_maker
 
     config = Config()
     dataset = load_dataset(config.data, 0)

@@ -23,9 +23,9 @@ def scaled_step(name: str, size: int, each: int, dtype: str, devices: int, strat
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
     from resnet_jax.data.loader import BadImages, whole_split
     from resnet_jax.data.sources import load_dataset
+    from resnet_jax.training.build import build_model, state_maker
     from resnet_jax.training.optimizers import make_optimizer
     from resnet_jax.training.programs import compile_steps
-    from resnet_jax.training.recipe import build_model, state_maker
     from resnet_jax.training.sharding import make_mesh, put_everywhere, put_state, replicated, state_sharding
 
     data = DataConfig("synthetic", image_size=size, synthetic_size=2 * each * devices, synthetic_classes=10)

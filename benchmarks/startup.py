@@ -31,7 +31,7 @@ DEPTH = """
 import jax, jax.numpy as jnp
 from resnet_jax.config import *
 from resnet_jax.training.sharding import compiler_options
-from resnet_jax.training.recipe import build_model, in_form, state_maker
+from resnet_jax.training.build import build_model, in_form, state_maker
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import recipe_step
 config = Config(model=ModelConfig(name={name!r}, {more}), data=DataConfig(image_size=32, on_device=False),

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from resnet_jax.predict.fold_batch_norm import fold_batch_norm
     from resnet_jax.predict.gradcam import grad_cam
     from resnet_jax.predict.predictor import Predictor, make_forward
+    from resnet_jax.training.build import restore
     from resnet_jax.training.loop import train
-    from resnet_jax.training.recipe import restore
     from resnet_jax.training.state import create_state
     from resnet_jax.training.step import make_eval_step, make_train_step
     from resnet_jax.weights.convert import from_torch, to_torch
@@ -48,7 +48,7 @@ _HOMES = {
     "predict.gradcam": ("grad_cam",),
     "predict.predictor": ("Predictor", "make_forward"),
     "training.loop": ("train",),
-    "training.recipe": ("restore",),
+    "training.build": ("restore",),
     "training.state": ("create_state",),
     "training.step": ("make_eval_step", "make_train_step"),
     "weights.convert": ("from_torch", "to_torch"),

@@ -23,8 +23,8 @@ from resnet_jax.config import InputError, path_of
 from resnet_jax.runs.folder import runs_under
 from resnet_jax.runs.lock import hold
 from resnet_jax.runs.trackers import read_lines
+from resnet_jax.training.build import restore
 from resnet_jax.training.manifest import damage, steps_in
-from resnet_jax.training.recipe import restore
 
 from .runs.test_folder import events_in
 

@@ -18,7 +18,7 @@ from resnet_jax.data.dataset import (
     labels_of,
     with_validation,
 )
-from resnet_jax.data.files import folder_dataset, table_dataset
+from resnet_jax.data.folders import folder_dataset, table_dataset
 
 CHECKED_LABELS = 1000
 """How many labels of a split that lies on the disk are looked at before the first step; the loader checks the rest."""

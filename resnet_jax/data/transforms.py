@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageSequence
 from PIL.JpegImagePlugin import JpegImageFile
 
 from resnet_jax.config import AugmentConfig, Size, path_of, sides
-from resnet_jax.data.policy import color_jitter, erase, rand_augment, trivial_augment
+from resnet_jax.data.augmentation import color_jitter, erase, rand_augment, trivial_augment
 
 try:
     import cykooz_resizer as fast

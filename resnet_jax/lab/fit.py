@@ -23,10 +23,10 @@ from resnet_jax.data.dataset import default_split
 from resnet_jax.data.loader import BadImages, whole_split
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.registry import create_model
+from resnet_jax.training.build import state_maker
 from resnet_jax.training.metrics import add, means
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
 from resnet_jax.training.programs import draw_from, recipe_eval_step, recipe_step
-from resnet_jax.training.recipe import state_maker
 from resnet_jax.training.several_steps import steps_on_device
 from resnet_jax.training.sharding import compiler_options, make_mesh, replicated
 from resnet_jax.training.state import TrainState

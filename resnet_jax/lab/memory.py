@@ -12,9 +12,9 @@ import numpy as np
 
 from resnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
+from resnet_jax.training.build import build_model, in_form, state_maker
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import recipe_step
-from resnet_jax.training.recipe import build_model, in_form, state_maker
 from resnet_jax.training.sharding import compiler_options, uncached
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -238,7 +238,7 @@ def find_files(words: Sequence[str]) -> Iterator[Path]:
     Raises:
       InputError: one of them names nothing.
     """
-    from resnet_jax.data.files import LeftOut, pictures_under
+    from resnet_jax.data.folders import LeftOut, pictures_under
 
     for word in words:
         path = path_of(word, "PATH")

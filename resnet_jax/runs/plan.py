@@ -11,9 +11,9 @@ import optax
 
 from resnet_jax.config import Config, InputError, sides
 from resnet_jax.models.registry import create_model
+from resnet_jax.training.build import build_model, complete, images_per_statistic, in_form, state_maker
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import recipe_step
-from resnet_jax.training.recipe import build_model, complete, images_per_statistic, in_form, state_maker
 from resnet_jax.training.sharding import (
     batch_sharding,
     check_batch,

@@ -13,7 +13,7 @@ import numpy as np
 
 from resnet_jax.config import InputError, to_dict
 from resnet_jax.data.dataset import default_split
-from resnet_jax.data.files import printable
+from resnet_jax.data.folders import printable
 from resnet_jax.data.on_device import normalize
 from resnet_jax.data.show import as_shown, overlay
 from resnet_jax.data.transforms import fit
@@ -26,7 +26,7 @@ from resnet_jax.runs.folder import read_summary
 from resnet_jax.runs.trackers import points, read_lines
 from resnet_jax.training.evaluation import FinishedRun, Predictions, open_run, served
 from resnet_jax.training.manifest import best_of
-from resnet_jax.training.measures import fit_calibration, measure, probabilities
+from resnet_jax.training.metrics import fit_calibration, measure, probabilities
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration
 
 MISTAKES, THUMBNAIL = 12, 112

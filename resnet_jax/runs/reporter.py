@@ -19,9 +19,9 @@ from resnet_jax import output as outputs
 from resnet_jax.config import Config
 from resnet_jax.runs.console import Console
 from resnet_jax.runs.trackers import Tracker
+from resnet_jax.training.build import Plan
 from resnet_jax.training.metrics import Sums, add, means
 from resnet_jax.training.progress import RunProgress
-from resnet_jax.training.recipe import Plan
 from resnet_jax.training.state import TrainState
 
 

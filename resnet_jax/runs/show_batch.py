@@ -13,8 +13,8 @@ from resnet_jax.data.loader import BadImages, sampling_table, train_batches, who
 from resnet_jax.data.on_device import per_channel
 from resnet_jax.data.show import as_shown
 from resnet_jax.data.sources import load_dataset
+from resnet_jax.training.build import build_model, complete
 from resnet_jax.training.programs import draw_from, make_prepare
-from resnet_jax.training.recipe import build_model, complete
 from resnet_jax.training.sharding import make_mesh, put_everywhere
 from resnet_jax.training.step import step_key
 from resnet_jax.weights.load import names_of_outputs

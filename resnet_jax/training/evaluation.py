@@ -23,12 +23,11 @@ from resnet_jax.ops import sharded_batch
 from resnet_jax.output import say
 from resnet_jax.recipes import recorded
 from resnet_jax.runs.signals import Stop
+from resnet_jax.training.build import build_model, sharded_shapes, state_maker
 from resnet_jax.training.checkpoints import read_checkpoint
 from resnet_jax.training.linear_probe import Features, head_of
-from resnet_jax.training.measures import mean_average_precision
-from resnet_jax.training.metrics import Sums, add, means
+from resnet_jax.training.metrics import Sums, add, mean_average_precision, means
 from resnet_jax.training.programs import recipe_eval_step
-from resnet_jax.training.recipe import build_model, sharded_shapes, state_maker
 from resnet_jax.training.sharding import check_batch, compiler_options, make_mesh, replicated
 from resnet_jax.training.state import TrainState
 from resnet_jax.weights.load import names_of_outputs

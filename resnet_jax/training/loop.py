@@ -37,16 +37,7 @@ from resnet_jax.runs.report_page import make_report
 from resnet_jax.runs.reporter import Diverged, Reporter, say
 from resnet_jax.runs.signals import FolderLost, Stop, Stopped, stop_signals
 from resnet_jax.runs.trace import Trace
-from resnet_jax.training.checkpoints import Checkpoints
-from resnet_jax.training.evaluation import Result, make_evaluate, scalars, selecting_metric, served
-from resnet_jax.training.finetune import make_phases
-from resnet_jax.training.linear_probe import computes_features_once, head_of, make_features, whole_features
-from resnet_jax.training.manifest import BEST
-from resnet_jax.training.metrics import Sums
-from resnet_jax.training.optimizers import make_schedule
-from resnet_jax.training.programs import compile_phases, steps_in_call, steps_per_call, weights_of_classes
-from resnet_jax.training.progress import Best, RunProgress
-from resnet_jax.training.recipe import (
+from resnet_jax.training.build import (
     Plan,
     build_model,
     complete,
@@ -58,6 +49,15 @@ from resnet_jax.training.recipe import (
     state_maker,
     with_weights,
 )
+from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.training.evaluation import Result, make_evaluate, scalars, selecting_metric, served
+from resnet_jax.training.finetune import make_phases
+from resnet_jax.training.linear_probe import computes_features_once, head_of, make_features, whole_features
+from resnet_jax.training.manifest import BEST
+from resnet_jax.training.metrics import Sums
+from resnet_jax.training.optimizers import make_schedule
+from resnet_jax.training.programs import compile_phases, steps_in_call, steps_per_call, weights_of_classes
+from resnet_jax.training.progress import Best, RunProgress
 from resnet_jax.training.sharding import (
     cached_where_sound,
     check_batch,

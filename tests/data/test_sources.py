@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError
-from resnet_jax.data import files, sources
+from resnet_jax.data import folders as files
+from resnet_jax.data import sources
 from resnet_jax.data.dataset import ArraySource, Dataset, labels_of
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.training.loop import train

@@ -22,10 +22,10 @@ from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.registry import create_model
 from resnet_jax.training import linear_probe as probe
 from resnet_jax.training import loop
+from resnet_jax.training.build import build_model, state_maker
 from resnet_jax.training.finetune import make_phases, part_numbers
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import compile_phases, recipe_step, weights_of_classes
-from resnet_jax.training.recipe import build_model, state_maker
 from resnet_jax.training.sharding import make_mesh, replicated
 from resnet_jax.training.state import path_map
 

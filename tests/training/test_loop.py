@@ -26,11 +26,11 @@ from resnet_jax.config import (
 from resnet_jax.runs.reporter import Diverged
 from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training import loop
+from resnet_jax.training.build import build_model, sharded_shapes, state_maker
 from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
 from resnet_jax.training.evaluation import evaluate_run
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import recipe_step
-from resnet_jax.training.recipe import build_model, sharded_shapes, state_maker
 from resnet_jax.training.sharding import make_mesh
 
 pytestmark = pytest.mark.xdist_group("loop")  # one process makes what they share

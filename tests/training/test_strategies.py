@@ -13,9 +13,9 @@ from resnet_jax.data.loader import BadImages, train_batches, whole_split
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.training.build import state_maker
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import compile_steps, steps_in_call, steps_per_call
-from resnet_jax.training.recipe import state_maker
 from resnet_jax.training.sharding import (
     cached_where_sound,
     make_mesh,

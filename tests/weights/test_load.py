@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from resnet_jax import InputError, Predictor, create_model, load_pretrained, to_torch
 from resnet_jax.config import Config, from_dict, to_dict
-from resnet_jax.training.recipe import build_model
+from resnet_jax.training.build import build_model
 from resnet_jax.weights.export import export, save_tensors
 from resnet_jax.weights.load import names_of_outputs, preprocessing_of
 from resnet_jax.weights.sources import Weights, find_weights

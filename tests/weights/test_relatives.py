@@ -16,8 +16,8 @@ from resnet_jax.models.googlenet import AuxiliaryHead, Chain
 from resnet_jax.models.layers import Conv, make_norm
 from resnet_jax.models.registry import variable_shapes
 from resnet_jax.ops.pooling import adaptive_average_pool
+from resnet_jax.training.build import build_model, state_maker
 from resnet_jax.training.programs import make_prepare, recipe_step
-from resnet_jax.training.recipe import build_model, state_maker
 from resnet_jax.training.step import step_key
 from resnet_jax.weights.convert import from_torch
 from resnet_jax.weights.export import save_tensors

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from resnet_jax.training.measures import calibration_error, fit_calibration, measure, probabilities
+from resnet_jax.training.metrics import calibration_error, fit_calibration, measure, probabilities
 from resnet_jax.weights.tags import Calibration
 
 RNG = np.random.default_rng(0)

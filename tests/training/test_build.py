@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 
 from resnet_jax import InputError, Predictor, create_model, to_torch
 from resnet_jax.config import Config, DataConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
+from resnet_jax.training.build import complete
 from resnet_jax.training.loop import train
-from resnet_jax.training.recipe import complete
 from resnet_jax.weights.sources import find_weights
 from resnet_jax.weights.tags import tags_of
 
