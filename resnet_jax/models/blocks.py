@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
       width: channels inside the branch; None for `features`, or a quarter of them in a bottleneck.
       first_width: channels after the first convolution; None for `width`.
       groups: cardinality of the 3x3 convolutions (ResNeXt).
-      dilation, first_dilation: distance of the taps of the 3x3 convolutions, and of the strided one.
+      dilation, first_dilation: of the 3x3 convolutions, and of the one that carries the stride.
       shortcut: `A`, `B`, `C`, `D` as in `Shortcut`, or `none`: the plain block.
       shortcut_kernel: size of a projection that shrinks the image.
       attention, attention_ratio: what weights the branch's channels at its end, as in `channel_attention`.
@@ -114,7 +114,7 @@ class ResidualBlock(nn.Module):
         conv, norm, act = self.conv, self.norm, self.act
         starts_at_zero = self.zero_init_last and self.shortcut != "none"
         last_norm = partial(norm, scale_init=nn.initializers.zeros) if starts_at_zero else norm
-        shrinks = self.strides > 1 or self.first_dilation != self.dilation
+        shrinks = self.strides > 1 or self.first_dilation != self.dilation  # dilation in place of a stride
         low_pass = self.anti_alias if shrinks else "none"
         strides = self.strides if low_pass == "none" else 1
 
@@ -147,9 +147,9 @@ class ResidualBlock(nn.Module):
 class PreactBlock(nn.Module):
     """Computes `F(x) + shortcut`, F = norm, act, conv, ..., norm, act, conv: the block with the activation first.
 
-    A shortcut that projects starts from the first activation, any other from x itself, so that nothing stands on
-    the way of identities (He et al. 2016). Fields and shapes as in `ResidualBlock`; `zero_init_last` zeroes the
-    last convolution.
+    A shortcut that projects starts from the first activation, any other from x itself, so that no norm and no
+    activation lies on the identity path (He et al. 2016). Fields and shapes are those of `ResidualBlock`, but there is
+    no `anti_alias`; `zero_init_last` zeroes the last convolution.
     """
 
     features: int

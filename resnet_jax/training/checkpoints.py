@@ -8,6 +8,7 @@
 import contextlib
 import difflib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -55,7 +56,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int) -> None:
         self.folder, self.keep = checkpoints_of(workdir), keep
         self.best: int | None = None
-        self._begun: int | None = None  # the last step whose save was begun
+        self._begun: set[int] = set()  # steps whose save was begun
         self._writing: int | None = None
         for name in ("absl", "asyncio"):  # where a save fails, each of its parts would log a traceback
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -97,7 +98,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, record: Record) -> None:
         """Starts to write a checkpoint and returns once the state has been copied."""
         self.settle()
-        self._begun = self._writing = step
+        self._writing = step
+        self._begun.add(step)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree_of(state)), record=ocp.args.JsonSave(finite(record)))
         try:
             self._writer.save(self.folder / str(step), items, force=True)
@@ -122,14 +124,19 @@ class Checkpoints:
     def abandon(self) -> None:
         """Removes what was being written when the run's folder was taken away, with the folders that this made anew."""
         self.settle()
-        if self._begun is None or jax.process_index() != 0 or (self.folder.parent / "config.json").exists():
+        if jax.process_index() != 0 or (self.folder.parent / "config.json").exists():
             return
-        self._remove_begun(str(self._begun))
-        with contextlib.suppress(OSError):
-            if (self.folder / str(self._begun)).exists():
-                remove_tree(self.folder / str(self._begun))
+        for _ in range(10):  # a save that failed may still write for a moment, and make its folders again
+            for step in self._begun:
+                self._remove_begun(str(step))
+                with contextlib.suppress(OSError):
+                    remove_tree(self.folder / str(step))
             for folder in (self.folder, self.folder.parent):
-                folder.rmdir()  # where nothing else is in it
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # where nothing else is in it
+            if not self.folder.exists():
+                return
+            time.sleep(0.1)
 
     def has(self, step: int) -> bool:
         """Whether there is a checkpoint of a step; waits for the one that is being written."""

@@ -274,7 +274,7 @@ def begin(run: Run) -> tuple[TrainState, RunProgress]:
 
 
 def stacked(state: TrainState, run: Run) -> TrainState:
-    """Returns a state as checkpoints hold it in the form that the recipe's model takes."""
+    """Stacks the blocks of a checkpoint's state where the model uses `scan`; else returns it as it is."""
     if not run.config.model.scan:
         return state
     form = state_sharding(jax.eval_shape(lambda: stack_blocks(state)), run.mesh)
@@ -284,9 +284,10 @@ def stacked(state: TrainState, run: Run) -> TrainState:
 def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Schedule) -> tuple[RunProgress, float]:
     """Trains from a state to the plan's end, or until `train.patience` is at its end, and looks at the test split.
 
-    Everything is written and found finite before a checkpoint replaces another one. A checkpoint is begun before the
-    evaluation of its step, which is pending until then, so that the two run beside each other. The device is given one
-    call beyond the one that it works at, no more, so that slow steps end soon after a signal.
+    `reporter.settle` writes all metrics and checks that they and the state are finite; only then may a checkpoint
+    replace an older one. A checkpoint is written in the background while its step is evaluated; it says `eval_pending`,
+    so that a run that is killed between the two evaluates when it resumes. At most two calls are queued on the device,
+    so that slow steps end soon after a signal.
 
     Returns:
       What came out, and the images a second.
@@ -300,15 +301,24 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
     features = make_features(config, run.model, mesh) if computes_features_once(config) else None
     from_device = config.data.on_device or features is not None
     most = steps_per_call(config, from_device)
-    whole: Any = None
+    on_device: Any = None
     if features is not None:
         frozen = partial(features, {"params": state.params, "batch_stats": state.batch_stats})
-        whole = put_everywhere(whole_features(run.dataset.train, config, mesh, bad, frozen, table), mesh)
+        on_device = put_everywhere(whole_features(run.dataset.train, config, mesh, bad, frozen, table), mesh)
     elif from_device:
-        whole = put_everywhere(whole_split(run.dataset.train, config, bad, table, classes), mesh)
+        on_device = put_everywhere(whole_split(run.dataset.train, config, bad, table, classes), mesh)
     else:
-        process, steps = (jax.process_index(), jax.process_count()), range(step, plan.total)
-        batches = train_batches(run.dataset.train, config, mesh, bad, steps, *process, table, classes)
+        batches = train_batches(
+            run.dataset.train,
+            config,
+            mesh,
+            bad,
+            range(step, plan.total),
+            rank=jax.process_index(),
+            hosts=jax.process_count(),
+            table=table,
+            classes=classes,
+        )
 
     # The step, compiled when it is first called, anew for each phase of a fine-tuning.
     phases = make_phases(config, state.params, len(run.dataset.train) / config.train.batch_size)
@@ -323,7 +333,7 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
         most=most,
         weights=weights_of_classes(config, run.dataset, run.model.num_classes),
     )
-    numbers = put_everywhere({n: np.int32(n) for n in range(1, most + 1)}, mesh)
+    counts = put_everywhere({n: np.int32(n) for n in range(1, most + 1)}, mesh)
     starts = [phase.start for phase in phases]
 
     evaluates: dict[str, Evaluate] = {
@@ -333,7 +343,7 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
     }
     validate = evaluates.get("validation")
     patience = config.train.patience or math.inf
-    under_way: Sums = {}
+    previous: Sums = {}
     trace = Trace(config.log.profile, run.folder)
 
     with Reporter(run.folder, config, plan, schedule, step, progress, run.checkpoints.latest) as reporter:
@@ -343,16 +353,16 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
             phase = bisect_right(starts, step) - 1
             n = steps_in_call(step, most, (*starts, plan.total), (plan.log_every, plan.eval_every, plan.save_every))
             asked = time.perf_counter()
-            data = whole if from_device else [next(batches) for _ in range(n)]
+            data = on_device if from_device else [next(batches) for _ in range(n)]
             waited = 0.0 if from_device else time.perf_counter() - asked
             if not from_device:
-                data += data[-1:] * (most - n)
+                data += data[-1:] * (most - n)  # the program takes `most` batches, and looks at the first n
             trace.before(step)
-            state, sums = programs[phase](state, data, numbers[n])
+            state, sums = programs[phase](state, data, counts[n])
             step += n
             trace.after(step, state)
-            jax.block_until_ready(under_way)
-            under_way = sums
+            jax.block_until_ready(previous)
+            previous = sums
             reporter.steps(step, n, sums, waited)
 
             log, save = (step % every == 0 or step == plan.total for every in (plan.log_every, plan.save_every))

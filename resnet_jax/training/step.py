@@ -1,4 +1,4 @@
-"""The training and the evaluation step as pure functions. The only file that takes a gradient.
+"""The training and the evaluation step as pure functions. The only file of training that takes a gradient.
 
 `make_train_step` composes small functions: a gradient, of parts of the batch if need be (`accumulated`), averaged over
 devices (`averaged`), taken at a worse point nearby (`sharpness_aware`), then the optimizer, the moving average, and
@@ -60,7 +60,7 @@ def make_train_step(
       model: called as `model(images, train=True)`; may keep `batch_stats`, draw from `dropout`, and sow
         `auxiliary_logits`.
       optimizer: whose state `state.opt_state` is.
-      loss: `loss(logits, batch) -> float32 [batch]`, in nats or what it means to you; its mean is minimised.
+      loss: `loss(logits, batch) -> float32 [batch]`, one number for each example; the step minimises their mean.
       prepare: augments and normalises a batch, from a key of the step; None takes batches as they are.
       seed: of the random keys, which are `fold_in(key(seed), step)`.
       accumulate_steps: parts of a batch whose gradients are added up one after the other, which saves memory; batch
@@ -187,7 +187,7 @@ def accumulated(gradient: Gradient, parts: int) -> Gradient:
 
 
 def averaged(gradient: Gradient, axis_name: str) -> Gradient:
-    """Returns a device's gradient as the mean over the devices of a mapped axis, statistics too; sums are added."""
+    """Returns a gradient that is averaged over the devices of a mapped axis, with its statistics; sums are added up."""
 
     def of_all(params: PyTree, stats: PyTree, key: jax.Array, batch: Batch) -> tuple[PyTree, PyTree, Sums]:
         grads, stats, sums = gradient(params, stats, key, batch)

@@ -253,8 +253,12 @@ def test_processes_that_were_given_other_numbers_end(tmp_path):
         ends(process, 2, "process 1 cannot join: it was given 3 processes, process 0 was given 2")
 
 
-def test_an_identity_that_makes_no_sense_is_named():
+def test_an_identity_that_makes_no_sense_is_named(monkeypatch):
     with pytest.raises(InputError, match="a host and a port"):
         split_address("localhost")
+    with pytest.raises(InputError, match=r"parallel.process_id 2: of 2 processes the first is 0"):
+        ParallelConfig(distributed="auto", coordinator="localhost:1", processes=2, process_id=2)
+    for name, value in (("COORDINATOR_ADDRESS", "localhost:1"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "2")):
+        monkeypatch.setenv(f"JAX_{name}", value)
     with pytest.raises(InputError, match=r"parallel.process_id 2: with 2 processes it is from 0 to 1"):
-        identity(ParallelConfig(coordinator="localhost:1", processes=2, process_id=2))
+        identity(ParallelConfig(distributed="auto"))
