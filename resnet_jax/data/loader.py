@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import AugmentConfig, Config, InputError, Size, sides
 from resnet_jax.data.dataset import Dataset, Source, labels_of
+from resnet_jax.data.decode import BadImage, decode
 from resnet_jax.data.order import balanced_table, example_index, is_mirrored
-from resnet_jax.data.transforms import BadImage, augment, decode, fit
+from resnet_jax.data.transforms import augment, fit
 from resnet_jax.data.watch import Stalled, awaited, check_guard, end_with_parent, name_what_hangs
 from resnet_jax.training.sharding import put_batch
 

@@ -1,33 +1,32 @@
-"""Transforms images on the host: decode, resize, crop, flip. Results are arrays [height, width, channel].
+"""Transforms images on the host: resize, crop, flip. Results are arrays [height, width, channel].
 
 RGB is uint8, as in Pillow. Images of another number of channels are float32 in [0, 1], which keeps 16 bits.
 """
 
-import io
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageSequence
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from resnet_jax.config import AugmentConfig, Size, path_of, sides
+from resnet_jax.config import AugmentConfig, Size, sides
 from resnet_jax.data.augmentation import color_jitter, erase, rand_augment, trivial_augment
+from resnet_jax.data.decode import (
+    ORIENTATIONS,
+    Picture,
+    Raw,
+    decode,
+    errors_as_bad_image,
+    from_image,
+    opened,
+    orientation,
+)
 
 try:
     import cykooz_resizer as fast
 except ImportError:  # the extra `fast` is not installed
     fast = None
-
-Raw = Any
-"""What a source holds: a path, the bytes of a file, or an array [height, width, channel]; also a Pillow image."""
-
-Picture = Any
-"""A Pillow image of mode RGB, or a float32 array [height, width, channel]."""
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -36,163 +35,12 @@ SPARE = 3
 each direction. With three the mean difference from the full decoding is 0.4 of 255, below 1 for each of 100
 photographs; with two it is 0.7."""
 
-ORIENTATIONS = {
-    2: (Image.Transpose.FLIP_LEFT_RIGHT, "x"),
-    3: (Image.Transpose.ROTATE_180, "xy"),
-    4: (Image.Transpose.FLIP_TOP_BOTTOM, "y"),
-    5: (Image.Transpose.TRANSPOSE, "t"),
-    6: (Image.Transpose.ROTATE_270, "tx"),
-    7: (Image.Transpose.TRANSVERSE, "txy"),
-    8: (Image.Transpose.ROTATE_90, "ty"),
-}
-"""Orientations of EXIF: the transposition that makes the image upright, and which of its directions, x or y, run
-backwards in the file; t where the two are exchanged."""
-
 MOST_PIXELS = 2**24
 """A picture is resized whole, and its centre cut out then, while that takes at most this number of pixels, or 16 times
 those of the result. Of longer pictures only the part that is cut out is resized."""
 
 LONG_SIDE = 2**14
 """Pillow holds the corners of a box as float32: where a side is longer, the part around the box is cut out first."""
-
-
-class BadImage(ValueError):
-    """An image cannot be decoded."""
-
-
-def decode(raw: Raw, channels: int = 3) -> Picture:
-    """Decodes an image from a path, a file's bytes or an array, and makes it upright as its EXIF says.
-
-    For three channels an RGB image: 16 bits a channel are scaled to 8, alpha is left out as torchvision does, palettes
-    and CMYK are resolved. For another number a float32 array: 1 is grey, in [0, 1]; more are those of a `.npy` file, or
-    the pages of a TIFF. Arrays of integers are scaled by the greatest value of their type, floating-point numbers must
-    lie in [0, 1].
-
-    Raises:
-      BadImage: with the decoder's reason; also for more pixels than Pillow takes for safe.
-    """
-    with _errors_as_bad_image(), _opened(raw, channels) as found:
-        return _from_image(found, channels) if isinstance(found, Image.Image) else found
-
-
-@contextmanager
-def _errors_as_bad_image() -> Iterator[None]:
-    """Raises BadImage for every error inside: decoders raise many types, and an image can be too large for memory."""
-    try:
-        yield
-    except BadImage:
-        raise
-    except Exception as error:
-        raise BadImage(f"{type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _opened(raw: Raw, channels: int) -> Iterator[Picture]:
-    """Opens an image, of which only the header is read, or converts an array."""
-    if not isinstance(raw, Path) and isinstance(raw, str | os.PathLike) and os.fspath(raw).startswith("gs://"):
-        place = path_of(os.fspath(raw), "a picture")
-        raw = place.read_bytes()
-        if place.suffix.lower() == ".npy":
-            raw = np.load(io.BytesIO(raw), allow_pickle=False)
-    if isinstance(raw, np.ndarray) or (isinstance(raw, str | Path) and Path(raw).suffix.lower() == ".npy"):
-        yield _from_array(raw if isinstance(raw, np.ndarray) else np.load(raw, allow_pickle=False), channels)
-    elif isinstance(raw, Image.Image):
-        yield raw
-    else:
-        with Image.open(raw if isinstance(raw, str | Path) else io.BytesIO(raw)) as image:
-            yield image
-
-
-def _from_array(array: np.ndarray, channels: int) -> Picture:
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or 0 in array.shape:
-        raise BadImage(f"an array of shape {array.shape} is no picture: expected [height, width, channel]")
-    found, taken = array.shape[2], {channels, 1} if channels == 3 else {channels, 3} if channels == 1 else {channels}
-    if found not in taken and array.shape[0] in taken and array.shape[0] < min(array.shape[1:]):
-        raise BadImage(f"an array of shape {array.shape} has its channels first: expected [height, width, channel]")
-    if found not in taken:
-        raise BadImage(f"it has {found} channels, the recipe {channels}: set data.channels")
-    if channels == 3:
-        pixels = array if array.dtype == np.uint8 else np.round(unit(array) * 255).astype(np.uint8)
-        return Image.fromarray(np.repeat(pixels, 3, axis=2) if found == 1 else pixels)
-    return unit(array) if found == channels else unit(array) @ np.asarray([[0.299], [0.587], [0.114]], np.float32)
-
-
-def _from_image(image: Image.Image, channels: int) -> Picture:
-    if channels in (1, 3):
-        upright = _upright(image)
-        return _as_rgb(upright) if channels == 3 else _as_grey(upright)
-    if getattr(image, "n_frames", 1) == channels:
-        return np.concatenate([_as_grey(_upright(page.copy())) for page in ImageSequence.Iterator(image)], -1)
-    return _from_array(np.asarray(_upright(image)), channels)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Makes an image upright; `ImageOps.exif_transpose` fails where another part of the EXIF is broken."""
-    image.load()  # Pillow transposes a TIFF itself, and forgets its orientation
-    orientation = _orientation(image)
-    if orientation not in ORIENTATIONS:
-        return image
-    upright = image.transpose(ORIENTATIONS[orientation][0])
-    upright.info = {name: value for name, value in image.info.items() if name == "transparency"}  # no orientation
-    return upright
-
-
-def _orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 to 8; 1 where it cannot be read or is no such number."""
-    try:
-        found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # errors of many types, for metadata that the pixels do not need
-        return 1
-    return found if isinstance(found, int) and found in ORIENTATIONS else 1
-
-
-def unit(array: np.ndarray) -> np.ndarray:
-    """Scales an array to float32 in [0, 1]: integers are divided by the greatest value of their type, floating-point
-    numbers stay as they are.
-
-    Raises:
-      BadImage: the type is neither uint8, uint16, bool nor floating-point, or a number lies outside of [0, 1].
-    """
-    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
-        return array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
-    if array.dtype.kind == "f" and not ((array >= 0) & (array <= 1)).all():
-        if not np.isfinite(array).all():
-            raise BadImage("some of its floating-point numbers are nan or infinite")
-        raise BadImage(
-            f"floating-point pixels from {array.min():g} to {array.max():g} have no known range: scale them to [0, 1], "
-            "or save them as uint8 or uint16"
-        )
-    if array.dtype.kind in "bf":
-        return array.astype(np.float32)
-    raise BadImage(f"pixels of type {array.dtype} have no known range: save them as uint8, uint16 or float32")
-
-
-def _of_16_bits(image: Image.Image) -> np.ndarray:
-    pixels = np.asarray(image)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise BadImage(f"pixels from {pixels.min()} to {pixels.max()} are not those of 16 bits")
-    return pixels.astype(np.uint16)
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow's own conversion saturates everything above 255
-        image = Image.fromarray(np.round(_of_16_bits(image) / 257).astype(np.uint8))
-    if image.mode == "F":
-        raise BadImage("pixels are floating-point numbers, whose range is unknown")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode != "RGB":
-        return image.convert("RGB")
-    image.load()
-    return image
-
-
-def _as_grey(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):
-        return unit(_of_16_bits(image))[..., None]
-    pixels = np.asarray(image if image.mode == "F" else image.convert("RGB").convert("L"))
-    return unit(pixels)[..., None]
 
 
 def resizer() -> str:
@@ -279,7 +127,7 @@ def fit(raw: Raw, size: Size, crop: float = 1.0, interpolation: str = "bilinear"
         and (crop, channels) == (1.0, 3)
     ):
         return raw
-    with _errors_as_bad_image():
+    with errors_as_bad_image():
         picture = decode(raw, channels)
         found = height_width(picture)
         least = math.floor(height / crop), math.floor(width / crop)
@@ -326,11 +174,11 @@ def random_resized_crop(
     Raises:
       BadImage: the image cannot be decoded or resized.
     """
-    with _errors_as_bad_image(), _opened(raw, channels) as found:
+    with errors_as_bad_image(), opened(raw, channels) as found:
         if isinstance(found, JpegImageFile) and found is not raw and channels in (1, 3):
             picture, box = _part_of_jpeg(found, rng, sides(size), area, channels)
         else:
-            picture = _from_image(found, channels) if isinstance(found, Image.Image) else found
+            picture = from_image(found, channels) if isinstance(found, Image.Image) else found
             box = random_part(*height_width(picture), rng, area)
         return resize(picture, sides(size), interpolation, box)
 
@@ -339,14 +187,14 @@ def _part_of_jpeg(
     image: JpegImageFile, rng: np.random.Generator, size: tuple[int, int], area: tuple[float, float], channels: int
 ) -> tuple[Picture, tuple[float, float, float, float]]:
     """Decodes a JPEG, at a smaller size where that is enough, and draws a random part of it."""
-    _, backwards = ORIENTATIONS.get(_orientation(image), (None, ""))
+    _, backwards = ORIENTATIONS.get(orientation(image), (None, ""))
     wide, tall = image.size[::-1] if "t" in backwards else image.size
     left, top, right, bottom = random_part(tall, wide, rng, area)
     spare = min((right - left) / size[1], (bottom - top) / size[0]) / SPARE
     less = max((k for k in (2, 4, 8) if k <= spare), default=1)
     if less == 1 or not image.draft(None, (image.width // less, image.height // less)):
-        return _from_image(image, channels), (left, top, right, bottom)
-    picture = _from_image(image, channels)
+        return from_image(image, channels), (left, top, right, bottom)
+    picture = from_image(image, channels)
     found_tall, found_wide = height_width(picture)
     x = (
         found_wide - wide / less if "x" in backwards else 0

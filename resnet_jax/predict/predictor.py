@@ -140,7 +140,8 @@ class Predictor:
         Raises:
           BadImage: it cannot be decoded, or is a path of something else than a regular file, which could hang.
         """
-        from resnet_jax.data.transforms import BadImage, fit
+        from resnet_jax.data.decode import BadImage
+        from resnet_jax.data.transforms import fit
 
         if isinstance(raw, str | Path) and os.path.exists(raw) and not os.path.isfile(raw):
             raise BadImage("it is no regular file")
@@ -199,7 +200,7 @@ def predict_files(
 
     Files are read and decoded by threads, two batches ahead at most: memory does not grow with their number.
     """
-    from resnet_jax.data.transforms import BadImage
+    from resnet_jax.data.decode import BadImage
 
     def prepare(path: Path) -> tuple[Path, np.ndarray | None, str]:
         try:

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, features
 
 from resnet_jax.config import AugmentConfig
 from resnet_jax.data import transforms
+from resnet_jax.data.decode import BadImage, decode
 
 RNG = np.random.default_rng(0)
 
@@ -28,13 +29,13 @@ def encoded(array, form="PNG", **options):
 def test_decode_reads_bytes_paths_and_arrays(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(picture()))
     for raw in (encoded(picture()), str(tmp_path / "a.png"), picture()):
-        np.testing.assert_array_equal(np.asarray(transforms.decode(raw)), picture())
+        np.testing.assert_array_equal(np.asarray(decode(raw)), picture())
 
 
 def test_decode_turns_by_exif():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by a quarter
-    upright = transforms.decode(encoded(picture(), "JPEG", exif=exif))
+    upright = decode(encoded(picture(), "JPEG", exif=exif))
     assert upright.size == (30, 40)
 
 
@@ -76,9 +77,9 @@ def test_broken_metadata_costs_no_pixels(kind, form, channels):
     if form == "JPEG" and channels == 4:
         image = image.convert("CMYK")
     good, marked = encoded(image, form), encoded(image, form, exif=data)
-    expected = np.asarray(transforms.decode(good, channels))
+    expected = np.asarray(decode(good, channels))
     expected = np.rot90(expected, -1) if orientation == 6 else expected
-    np.testing.assert_array_equal(transforms.decode(marked, channels), expected)
+    np.testing.assert_array_equal(decode(marked, channels), expected)
     assert transforms.fit(marked, 16, channels=channels).shape == (16, 16, channels)
     first, again = (
         np.asarray(transforms.random_resized_crop(raw, np.random.default_rng(0), 16, (0.3, 0.9), channels=channels))
@@ -94,7 +95,7 @@ def test_rubbish_where_a_text_of_png_should_hold_metadata():
     texts.add_text("Raw profile type exif", "\nexif\n 4\nno hexadecimal numbers\n", zip=True)
     buffer = io.BytesIO()
     Image.fromarray(picture()).save(buffer, "PNG", pnginfo=texts)
-    np.testing.assert_array_equal(transforms.decode(buffer.getvalue()), picture())
+    np.testing.assert_array_equal(decode(buffer.getvalue()), picture())
 
 
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
@@ -108,9 +109,9 @@ def test_every_format_is_upright_however_it_comes_in(form, orientation):
     raw = encoded(picture(), form, exif=tag)
     with Image.open(io.BytesIO(raw)) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
-    decoded = transforms.decode(raw)
+    decoded = decode(raw)
     np.testing.assert_array_equal(decoded, upright)
-    np.testing.assert_array_equal(transforms.decode(decoded), upright)  # it does not remember how it lay
+    np.testing.assert_array_equal(decode(decoded), upright)  # it does not remember how it lay
     np.testing.assert_array_equal(transforms.fit(raw, 16), transforms.fit(upright, 16))
     for seed in range(3):
         np.testing.assert_array_equal(cropped(raw, seed, 16, (0.2, 0.6)), cropped(upright, seed, 16, (0.2, 0.6)))
@@ -149,7 +150,7 @@ def kinds():
 @pytest.mark.parametrize("kind", kinds())
 def test_every_kind_of_picture_comes_out_as_rgb(kind):
     raw, expected = kinds()[kind]
-    image = transforms.decode(raw)
+    image = decode(raw)
     assert image.mode == "RGB"
     near = 12 if "JPEG" in kind else 0
     difference = np.asarray(image).astype(int) - np.asarray(expected).astype(int)
@@ -180,8 +181,8 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_decode_names_the_reason(kind):
-    with pytest.raises(transforms.BadImage, match=r"\w+Error: |pixels |DecompressionBomb"):
-        transforms.decode(BAD[kind])
+    with pytest.raises(BadImage, match=r"\w+Error: |pixels |DecompressionBomb"):
+        decode(BAD[kind])
 
 
 def test_fit_is_pillow_resize_and_centre_crop():
@@ -273,7 +274,7 @@ def test_any_error_of_decoding_or_resizing_is_of_the_image(error, monkeypatch):
     for name in ("_pillow_resized", "_fast_resized"):
         monkeypatch.setattr(transforms, name, fails)
     for make in (lambda: transforms.fit(NOISE, 16), lambda: cropped(NOISE, 0, 16, (0.2, 0.5))):
-        with pytest.raises(transforms.BadImage, match=f"{error.__name__}: of the library"):
+        with pytest.raises(BadImage, match=f"{error.__name__}: of the library"):
             make()
 
 
@@ -302,7 +303,7 @@ def test_resizing_is_that_of_pillow(interpolation, box, size):
 
 def test_resizing_of_a_photograph_is_that_of_pillow(pictures):
     for path in sorted((pictures / "imagenet_samples").glob("*.JPEG"))[:20]:
-        image = transforms.decode(path)
+        image = decode(path)
         box = (image.width // 10, image.height // 8, image.width, image.height)
         for name, kernel in transforms.RESAMPLING.items():
             found = np.asarray(transforms.resize(image, (224, 224), name, box), int)
@@ -332,7 +333,7 @@ def mosaic(pictures):
     """48 photographs beside each other, each at its own sharpness: 3000 x 3000 pixels and a few more."""
     whole = Image.new("RGB", (3001, 3003))
     paths = sorted((pictures / "imagenet_samples").glob("*.JPEG"))
-    fitting = [image for image in map(transforms.decode, paths) if image.width >= 500 and image.height >= 375]
+    fitting = [image for image in map(decode, paths) if image.width >= 500 and image.height >= 375]
     for i, image in enumerate(fitting[:48]):
         whole.paste(image, (i % 6 * 500, i // 6 * 375))
     return whole
@@ -347,7 +348,7 @@ def test_a_large_photograph_is_decoded_smaller_with_the_pixels_of_all_of_it(mosa
     exif = Image.Exif()
     exif[0x0112] = orientation
     mosaic.save(tmp_path / "a.jpg", quality=92, exif=exif)
-    upright, kernel = transforms.decode(tmp_path / "a.jpg"), Image.Resampling.BILINEAR
+    upright, kernel = decode(tmp_path / "a.jpg"), Image.Resampling.BILINEAR
     for seed in range(3):
         box = transforms.random_part(*upright.size[::-1], np.random.default_rng(seed), (0.3, 1.0))
         expected = np.asarray(upright.resize((size, size), kernel, box=box), int)
@@ -361,14 +362,14 @@ def test_a_large_photograph_is_decoded_smaller_with_the_pixels_of_all_of_it(mosa
 
 def test_a_large_photograph_that_is_cut_off_is_a_bad_image(mosaic):
     raw = saved(mosaic, "JPEG")
-    with pytest.raises(transforms.BadImage, match="truncated"):
+    with pytest.raises(BadImage, match="truncated"):
         cropped(raw[: len(raw) * 9 // 10], 0, 40, (0.3, 0.5))
 
 
 def test_a_photograph_is_decoded_in_full_where_its_pixels_are_needed(pictures):
     for path in sorted((pictures / "imagenet_samples").glob("*.JPEG"))[:5]:
         raw = path.read_bytes()
-        from_image, from_file = (cropped(source, 1, 160, (0.08, 1.0)) for source in (transforms.decode(raw), raw))
+        from_image, from_file = (cropped(source, 1, 160, (0.08, 1.0)) for source in (decode(raw), raw))
         np.testing.assert_array_equal(from_file, from_image)
 
 
