@@ -23,7 +23,7 @@ def one_step(name: str, remat: str) -> Any:
 
         from resnet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
         from resnet_jax.models.stacking import unstack_blocks
-        from resnet_jax.runs.plan import forecast
+        from resnet_jax.runs.forecast import forecast
         from resnet_jax.training.build import build_model, in_form, state_maker
         from resnet_jax.training.programs import recipe_step
 
@@ -67,7 +67,7 @@ def step_memory(name: str, remat: str, scan: bool) -> Any:
 
     def call() -> dict[str, float]:
         from resnet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-        from resnet_jax.runs.plan import forecast
+        from resnet_jax.runs.forecast import forecast
 
         model = ModelConfig(name, num_classes=10, remat=remat, scan=scan)  # type: ignore[arg-type]
         data, train = DataConfig(image_size=SIZE), TrainConfig(batch_size=128, ema_decay=None)

@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from resnet_jax.files import in_bucket, local_path, path_of, to_json
-from resnet_jax.flags import Recipe, checked, recipe_to_change, spelt_out, unchecked
 from resnet_jax.lab.captions import TITLES
 from resnet_jax.output import fail, say
+from resnet_jax.recipe_flags import Recipe, checked, recipe_to_change, spelt_out, unchecked
 from resnet_jax.typed import InputError
 
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name="")]  # type: ignore[valid-type]
@@ -99,7 +99,7 @@ def plan_command(
     prepare_jax()
     import jax
 
-    from resnet_jax.runs.plan import forecast, format_plan, parse_memory
+    from resnet_jax.runs.forecast import forecast, format_plan, parse_memory
 
     jax.config.update("jax_platforms", "cpu")  # the recipe may have imported JAX before
     limit = None if memory is None else parse_memory(memory)
@@ -248,7 +248,7 @@ def predict_command(
 
     from resnet_jax.models.vit import ViT
     from resnet_jax.predict.predictor import NOT_FINITE, Predictor, find_files, predict_files
-    from resnet_jax.predict.rows import WRITERS, draw_cam
+    from resnet_jax.predict.write_predictions import WRITERS, draw_cam
 
     pictures = list(find_files(paths))
     predictor = Predictor.from_source(source, name, flip, checkpoint)

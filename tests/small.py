@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from resnet_jax.commands import ConfigFlag, RecipeFlags, WorkdirFlag, call
 from resnet_jax.config import Config
-from resnet_jax.flags import checked
 from resnet_jax.models.registry import create_model
+from resnet_jax.recipe_flags import checked
 from resnet_jax.weights.convert import to_torch
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import Weights

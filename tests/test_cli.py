@@ -17,8 +17,8 @@ from resnet_jax import cli
 from resnet_jax.cli import MEMORY, main
 from resnet_jax.commands import COMMANDS
 from resnet_jax.config import Config, ParallelConfig, to_dict
-from resnet_jax.flags import spelt_out
-from resnet_jax.recipes import load_config
+from resnet_jax.recipe_files import load_config
+from resnet_jax.recipe_flags import spelt_out
 from resnet_jax.training import loop
 
 from .conftest import ROOT

@@ -17,7 +17,7 @@ from resnet_jax.config import (
     local_path,
 )
 from resnet_jax.config import to_dict as as_dict
-from resnet_jax.recipes import load_config
+from resnet_jax.recipe_files import load_config
 
 
 def test_json_round_trip():

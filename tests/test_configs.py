@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from resnet_jax.config import Config
-from resnet_jax.recipes import load_config
+from resnet_jax.recipe_files import load_config
 from resnet_jax.training import loop
 
 from .conftest import ROOT
@@ -24,7 +24,7 @@ def test_recipes_are_found_by_name_where_the_package_is_installed(tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     for folder, place in wheel["force-include"].items():
         shutil.copytree(ROOT / folder, tmp_path / place, ignore=ignored, dirs_exist_ok=True)
-    code = "import resnet_jax.recipes as r; print(r.load_config('cifar10_fast').model.name, *r.recipe_names())"
+    code = "import resnet_jax.recipe_files as r; print(r.load_config('cifar10_fast').model.name, *r.recipe_names())"
     command = [sys.executable, "-c", code]
     printed = subprocess.check_output(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, text=True)
     assert printed.split() == ["cifar_resnet18", *sorted(path.stem for path in RECIPES)]

@@ -17,8 +17,7 @@ from resnet_jax.config import Config
 from resnet_jax.lab.record import Notebook
 from resnet_jax.predict import predictor as inference
 from resnet_jax.predict import serving
-from resnet_jax.runs import plan as forecast
-from resnet_jax.runs import show_batch
+from resnet_jax.runs import forecast, show_batch
 from resnet_jax.training import loop, sharding
 
 from .small import save_small_network

@@ -17,11 +17,11 @@ from resnet_jax import __version__
 from resnet_jax.config import Config, InputError, differences, path_of, to_dict
 from resnet_jax.files import in_bucket, read_json, to_json, write_whole
 from resnet_jax.output import say
-from resnet_jax.recipes import read_recipe, recorded
+from resnet_jax.recipe_files import read_recipe, recorded
 from resnet_jax.runs.lock import BucketLock, Lock, hold, live_holder
 from resnet_jax.runs.trackers import split_lines
 from resnet_jax.training.manifest import best_of, checkpoints_of, damage, steps_in
-from resnet_jax.training.progress import RunProgress
+from resnet_jax.training.run_progress import RunProgress
 
 
 def open_workdir(workdir: str | Path | None, config: Config) -> Path:

@@ -21,7 +21,7 @@ from resnet_jax.runs.console import Console
 from resnet_jax.runs.trackers import Tracker
 from resnet_jax.training.build import Plan
 from resnet_jax.training.metrics import Sums, add, means
-from resnet_jax.training.progress import RunProgress
+from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.state import TrainState
 
 

@@ -17,7 +17,7 @@ from resnet_jax.config import Config, InputError, ModelConfig, path_of, sides
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model, model_fields, stride_of, variable_shapes
 from resnet_jax.models.stacking import block_by_block, stack_blocks
-from resnet_jax.recipes import recorded
+from resnet_jax.recipe_files import recorded
 from resnet_jax.training.checkpoints import Record, read_checkpoint
 from resnet_jax.training.optimizers import make_optimizer, rate_of
 from resnet_jax.training.sharding import state_sharding

@@ -21,7 +21,7 @@ from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.stacking import block_by_block
 from resnet_jax.ops import sharded_batch
 from resnet_jax.output import say
-from resnet_jax.recipes import recorded
+from resnet_jax.recipe_files import recorded
 from resnet_jax.runs.signals import Stop
 from resnet_jax.training.build import build_model, sharded_shapes, state_maker
 from resnet_jax.training.checkpoints import read_checkpoint

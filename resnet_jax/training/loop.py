@@ -28,7 +28,7 @@ from resnet_jax.data.transforms import resizer
 from resnet_jax.data.watch import check_guard, keep_tracker
 from resnet_jax.files import in_bucket, modified, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
-from resnet_jax.recipes import recorded
+from resnet_jax.recipe_files import recorded
 from resnet_jax.runs.charts import draw_curves
 from resnet_jax.runs.folder import better, device_name, ended, finish, locked, open_workdir
 from resnet_jax.runs.lock import BucketLock, Lock
@@ -57,7 +57,7 @@ from resnet_jax.training.manifest import BEST
 from resnet_jax.training.metrics import Sums
 from resnet_jax.training.optimizers import make_schedule
 from resnet_jax.training.programs import compile_phases, steps_in_call, steps_per_call, weights_of_classes
-from resnet_jax.training.progress import Best, RunProgress
+from resnet_jax.training.run_progress import Best, RunProgress
 from resnet_jax.training.sharding import (
     cached_where_sound,
     check_batch,

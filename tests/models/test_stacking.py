@@ -12,7 +12,7 @@ from resnet_jax import create_model, fold_batch_norm, from_torch, load_pretraine
 from resnet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.stacking import grid, stack_blocks, unstack_blocks
-from resnet_jax.runs.plan import forecast
+from resnet_jax.runs.forecast import forecast
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.sharding import compiler_options, make_mesh, state_sharding
 from resnet_jax.training.state import create_state

@@ -12,7 +12,7 @@ import resnet_jax
 from resnet_jax.config import AugmentConfig, Config, ModelConfig, TrainConfig
 from resnet_jax.data.on_device import draw_batch
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.recipes import load_config
+from resnet_jax.recipe_files import load_config
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
 from resnet_jax.training.programs import draw_from, recipe_eval_step, recipe_step
 from resnet_jax.training.several_steps import steps_on_batches, steps_on_device

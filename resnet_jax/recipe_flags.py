@@ -5,7 +5,7 @@ from dataclasses import fields, make_dataclass, replace
 from typing import Any, get_type_hints
 
 from resnet_jax.config import Config
-from resnet_jax.recipes import starting_recipe
+from resnet_jax.recipe_files import starting_recipe
 
 
 def recipe_to_change(arguments: Sequence[str]) -> Config:

@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, ModelConfig, ParallelConfig
-from resnet_jax.recipes import load_config
-from resnet_jax.runs.plan import collective_bytes, forecast, parse_memory
+from resnet_jax.recipe_files import load_config
+from resnet_jax.runs.forecast import collective_bytes, forecast, parse_memory
 
 from ..conftest import ROOT
 
