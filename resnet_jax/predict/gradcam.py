@@ -11,7 +11,8 @@ Array = jax.Array
 
 
 def grad_cam(model: Any, variables: Any, images: Array, classes: Array, stage: str | None = None) -> Array:
-    """What in each image speaks for a class: the channels of a stage, weighted by the mean gradient of that logit.
+    """Computes what in each image speaks for a class: the channels of a stage, weighted by the mean gradient of that
+    logit.
 
     Args:
       images: float [batch, height, width, channel], normalised.

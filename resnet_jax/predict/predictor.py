@@ -37,7 +37,7 @@ CONSTANT = 8 * 2**20
 
 
 def make_forward(model: nn.Module, variables: Any) -> Callable[[jax.Array], jax.Array]:
-    """`forward(images) -> logits`, as fast as this machine does it.
+    """Returns `forward(images) -> logits`, as fast as this machine does it.
 
     Batch normalisation is folded into the convolutions, which changes logits by rounding only. On a CPU a large batch
     goes through in parts, since activations that leave the cache cost more than the arithmetic.
@@ -69,7 +69,7 @@ def make_forward(model: nn.Module, variables: Any) -> Callable[[jax.Array], jax.
 
 
 def to_probabilities(logits: jax.Array, multilabel: bool, temperature: float = 1.0) -> jax.Array:
-    """float32 [batch, classes]: softmax of logits / temperature, or with `several` labels the sigmoid of each.
+    """Returns float32 [batch, classes]: softmax of logits / temperature, or with `multilabel` the sigmoid of each.
 
     One logit means a sigmoid, as in `torch.sigmoid(model(x))` after training with `BCEWithLogitsLoss`: [batch, 1], the
     probability of the label 1.
@@ -87,7 +87,7 @@ class Predictor:
       class_names: of the columns, as `names_of_outputs` says. A network with one logit has one column, the probability
         of the label 1.
       forward: normalised images -> logits.
-      several: each class has a probability of its own, since a picture may show several.
+      multilabel: each class has a probability of its own, since a picture may show several.
       calibration: temperature and thresholds that the run's report fitted.
       flip: pictures are seen as they are and mirrored, and the logits are averaged.
     """
@@ -105,7 +105,7 @@ class Predictor:
     def from_source(
         cls, source: str | Path, name: str | None = None, flip: bool = False, checkpoint: str | None = None
     ) -> Self:
-        """From anything that `load_pretrained` takes; `name` is the model's, where the source does not say.
+        """Makes one from anything that `load_pretrained` takes; `name` is the model's, where the source does not say.
 
         Args:
           checkpoint: of a run, as for `find_weights`.
@@ -131,11 +131,12 @@ class Predictor:
 
     @classmethod
     def from_run(cls, folder: str | Path) -> Self:
-        """From the folder of a run: its averages if it kept any, of the best checkpoint or the latest."""
+        """Makes one from the folder of a run: its averages if it kept any, of the best checkpoint or the latest."""
         return cls.from_source(folder)
 
     def prepare(self, raw: Any) -> np.ndarray:
-        """A picture (path, a file's bytes, array or Pillow image) as the network sees it: RGB uint8, or float32.
+        """Returns a picture (path, a file's bytes, array or Pillow image) as the network sees it: RGB uint8, or
+        float32.
 
         Raises:
           BadImage: it cannot be decoded, or is a path of something else than a regular file, which could hang.
@@ -149,12 +150,12 @@ class Predictor:
         return fit(raw, look.eval_image_size, look.eval_crop, look.interpolation, self.model.in_channels)
 
     def normalized(self, prepared: Sequence[np.ndarray]) -> jax.Array:
-        """Prepared pictures as the network takes them, [batch, height, width, channel]."""
+        """Returns prepared pictures as the network takes them, [batch, height, width, channel]."""
         look = self.preprocessing
         return normalize(jnp.asarray(np.stack(prepared)), look.mean, look.std, self.model.dtype)
 
     def probabilities(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
-        """float32 [batch, classes] of prepared pictures."""
+        """Returns float32 [batch, classes] of prepared pictures."""
         images = self.normalized(prepared)
         logits = self.forward(images)
         if self.flip:
@@ -162,7 +163,8 @@ class Predictor:
         return np.asarray(to_probabilities(logits, self.multilabel, self.calibration.temperature))
 
     def predicted_classes(self, row: np.ndarray) -> np.ndarray:
-        """Of the probabilities of a picture, [classes]: numbers of the classes that it has, the most probable first.
+        """Returns the numbers of the classes that a picture has, from its probabilities [classes], the most probable
+        first.
 
         That is one, and of a network with one logit the only one, however improbable; where a picture may have several,
         those that reach their thresholds.
@@ -195,8 +197,8 @@ class Predictor:
 def predict_files(
     predictor: Predictor, paths: Iterable[Path], batch: int = 32
 ) -> Iterator[tuple[Path, np.ndarray | None, str]]:
-    """(path, probabilities, "") of each file in its order, or (path, None, reason) of one that cannot be decoded or for
-    which the probabilities are not finite.
+    """Yields (path, probabilities, "") of each file in its order, or (path, None, reason) of one that cannot be decoded
+    or for which the probabilities are not finite.
 
     Files are read and decoded by threads, two batches ahead at most: memory does not grow with their number.
     """
@@ -234,7 +236,7 @@ def predict_files(
 
 
 def find_files(words: Sequence[str]) -> Iterator[Path]:
-    """The files that paths, folders and patterns such as `a/*.jpg` name; of folders all pictures, by name.
+    """Returns the files that paths, folders and patterns such as `a/*.jpg` name; of folders all pictures, by name.
 
     Raises:
       InputError: one of them names nothing.

@@ -72,7 +72,7 @@ def export_program(
 
 
 def serve(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
-    """The whole way from pixels to probabilities as one function, with the norms folded."""
+    """Returns the whole way from pixels to probabilities as one function, with the norms folded."""
     model, variables, look = predictor.model, predictor.variables, predictor.preprocessing
     if isinstance(model, ResNet) and model.norm in ("batch", "frozen_batch"):
         model, variables = fold_batch_norm(model, variables)

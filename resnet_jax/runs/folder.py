@@ -81,7 +81,7 @@ class Summary(TypedDict):
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What `summary.json` holds; None where there is none.
+    """Returns what `summary.json` holds; None where there is none.
 
     Raises:
       InputError: it is damaged.
@@ -93,7 +93,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def finished(folder: Path, step: int) -> dict[str, Any] | None:
-    """The summary of a run that has ended with this step; None where it goes on.
+    """Returns the summary of a run that has ended with this step; None where it goes on.
 
     Raises:
       InputError: it is damaged.
@@ -103,8 +103,8 @@ def finished(folder: Path, step: int) -> dict[str, Any] | None:
 
 
 def ended(folder: Path) -> dict[str, Any] | None:
-    """The summary of a run that has ended and whose last checkpoint is sound; None where it goes on. A damaged one is
-    named on standard error.
+    """Returns the summary of a run that has ended and whose last checkpoint is sound; None where it goes on. A damaged
+    one is named on standard error.
     """
     last = max(steps_in(checkpoints_of(folder)), default=0)
     try:
@@ -131,7 +131,7 @@ def finish(folder: Path, progress: RunProgress, speed: dict[str, float], device:
 
 
 def outcome(summary: dict[str, Any]) -> list[str]:
-    """Lines that say what came out of a run: each figure with its split, and how its step was chosen."""
+    """Returns lines that say what came out of a run: each figure with its split, and how its step was chosen."""
     step, best, lines = summary["selected"], summary["best"], []
     for split in ("validation", "test"):
         kind = next((kind for kind in (f"ema/{split}", split) if kind in summary), None)
@@ -148,7 +148,7 @@ def outcome(summary: dict[str, Any]) -> list[str]:
 
 
 def device_name(mesh: Mesh) -> str:
-    """Kind and number of the devices of a mesh, such as `4 x NVIDIA H200`."""
+    """Returns kind and number of the devices of a mesh, such as `4 x NVIDIA H200`."""
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
 
 
@@ -160,8 +160,8 @@ def versions() -> dict[str, str]:
 
 
 def runs_under(folder: Path) -> list[dict[str, Any]]:
-    """The runs under a folder, at any depth, in a bucket in it and right below it: `folder`, `model`, `data`, `step`,
-    `steps`, `best`, `state`, `problem`, by name.
+    """Returns the runs under a folder, at any depth, in a bucket in it and right below it: `folder`, `model`, `data`,
+    `step`, `steps`, `best`, `state`, `problem`, by name.
 
     `state` is `running`, `finished`, `stopped` (the same command goes on), or `damaged` (a file cannot be read, or no
     checkpoint is sound); `problem` then says which.
@@ -172,12 +172,12 @@ def runs_under(folder: Path) -> list[dict[str, Any]]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, not just any config.json."""
+    """Returns whether a folder holds a run, not just any config.json."""
     return any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", "lock"))
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
-    """One row of `runs_under`."""
+    """Returns one row of `runs_under`."""
     row: dict[str, Any] = dict.fromkeys(("model", "data", "step", "metric", "best", "problem"))
     row["folder"] = str(folder)
     running = live_holder(folder / "lock") is not None
@@ -206,7 +206,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
 
 
 def better(metric: str, new: float | None, old: float | None) -> bool:
-    """Whether a value is better than another one: a loss the lower, everything else the higher.
+    """Returns whether a value is better than another one: a loss the lower, everything else the higher.
 
     What is None or not a number is worse than any number, and never better than anything.
     """

@@ -76,12 +76,12 @@ def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
 
 
 def bytes_on_a_device(tree: Any) -> int:
-    """Of arrays with shardings."""
+    """Returns how many bytes arrays with shardings take on a device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes that each kind of collective of a compiled program's text results in on a device."""
+    """Returns bytes that each kind of collective of a compiled program's text results in on a device."""
     found = dict.fromkeys(COLLECTIVES, 0)
     for line in text.splitlines():
         match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
@@ -94,7 +94,7 @@ def collective_bytes(text: str) -> dict[str, int]:
 
 
 def parse_memory(text: str) -> int:
-    """`80GiB` in bytes.
+    """Returns the bytes that a text such as `80GiB` means.
 
     Raises:
       InputError: it is no number with a unit.

@@ -75,7 +75,7 @@ class Lock:
         self._descriptor, self._looked, self._lost = descriptor, 0.0, False
 
     def lost(self, now: bool = False) -> bool:
-        """Whether the lock was removed or another run has taken it; once it is lost, it stays so.
+        """Returns whether the lock was removed or another run has taken it; once it is lost, it stays so.
 
         Args:
           now: look even where the last look was less than `LOOKED_EVERY` seconds ago.
@@ -86,7 +86,7 @@ class Lock:
         return self._lost
 
     def lies_in(self, folder: Path) -> bool:
-        """Whether the file in a folder is this lock. A disk that does not answer leaves it as it was."""
+        """Returns whether the file in a folder is this lock. A disk that does not answer leaves it as it was."""
         try:
             found, ours = os.stat(folder / self.path.name, follow_symlinks=False), os.fstat(self._descriptor)
             if read := read_holder(folder / self.path.name):
@@ -127,7 +127,8 @@ class BucketLock:
         self._lost = False
 
     def lost(self, now: bool = False) -> bool:
-        """Whether another run has taken the lock, or it was removed; a bucket that does not answer leaves it as it was.
+        """Returns whether another run has taken the lock, or it was removed; a bucket that does not answer leaves it as
+        it was.
 
         Args:
           now: look, in place of what the last touch found.
@@ -186,7 +187,7 @@ def acquire_in_bucket(path: Path) -> BucketLock:
 
 
 def read_holder_or_fail(path: Path) -> Holder | None:
-    """What a lock's object says; None where there is none, or it says nothing that can be read.
+    """Returns what a lock's object says; None where there is none, or it says nothing that can be read.
 
     Raises:
       OSError: the bucket does not answer.
@@ -300,7 +301,7 @@ def refuse_if_alive(path: Path, holder: Holder, flocked: bool) -> None:
 
 
 def touched(path: Path, holder: Holder) -> bool:
-    """Whether a lock of another host is being touched.
+    """Returns whether a lock of another host is being touched.
 
     It is taken for granted where that was a moment ago by the clock of the disk. Else the lock is watched, since some
     disks take the clock of whoever touches a file; so it is where a host of this name may have started anew.
@@ -318,7 +319,9 @@ def touched(path: Path, holder: Holder) -> bool:
 
 
 def age(path: Path) -> float:
-    """Seconds since a file was touched, by the clock that the disk stamps files with; 0.0 where it takes no file."""
+    """Returns seconds since a file was touched, by the clock that the disk stamps files with; 0.0 where it takes no
+    file.
+    """
     probe = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
     try:
         descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
@@ -332,14 +335,16 @@ def age(path: Path) -> float:
 
 
 def alive_here(holder: Holder) -> bool | None:
-    """Whether the process that a lock names is alive; None where its number is none of this system and container."""
+    """Returns whether the process that a lock names is alive; None where its number is none of this system and
+    container.
+    """
     if holder.kernel != kernel() if holder.kernel else holder.host != socket.gethostname():
         return None
     return holder.start is not None and start_of(holder.pid) == holder.start
 
 
 def same_system(holder: Holder) -> bool:
-    """Whether a holder ran under the system that is running here, in whatever container."""
+    """Returns whether a holder ran under the system that is running here, in whatever container."""
     ours = kernel()
     return holder.kernel is not None and ours is not None and holder.kernel.split()[0] == ours.split()[0]
 
@@ -371,7 +376,7 @@ def write(descriptor: int, holder: Holder) -> None:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """What a lock's file says; None where it says nothing that can be read."""
+    """Returns what a lock's file says; None where it says nothing that can be read."""
     try:
         return parse_json(read_file(path), Holder, "the lock")
     except (OSError, InputError):
@@ -379,7 +384,7 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def live_holder(path: Path) -> Holder | None:
-    """Who holds a lock; None where nobody does, or it was left behind. Never waits."""
+    """Returns who holds a lock; None where nobody does, or it was left behind. Never waits."""
     holder = read_holder(path)
     if holder and (alive := alive_here(holder)) is not None:
         return holder if alive else None
@@ -410,7 +415,9 @@ def refuse(path: Path, holder: Holder | None) -> None:
 
 
 def kernel() -> str | None:
-    """What names the running system and the container whose process numbers are ours; None where it is not Linux."""
+    """Returns what names the running system and the container whose process numbers are ours; None where it is not
+    Linux.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -419,7 +426,9 @@ def kernel() -> str | None:
 
 
 def start_of(pid: int) -> str | None:
-    """What tells a process from a later one of the same number: its start, if the system says; None if it is dead."""
+    """Returns what tells a process from a later one of the same number: its start, if the system says; None if it is
+    dead.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

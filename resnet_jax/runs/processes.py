@@ -141,13 +141,13 @@ class Peers:
         self._loop.call_soon_threadsafe(write)
 
     def gather(self, kind: str, seconds: float | None = None) -> dict[int, Any]:
-        """What each process sent of a kind, once all have, or after that number of seconds, or once one failed."""
+        """Returns what each process sent of a kind, once all have, after that many seconds, or once one failed."""
         with self._changed:
             self._changed.wait_for(lambda: self.cause or len(self._sent[kind]) == self.count, seconds)
             return dict(self._sent[kind])
 
     def exchange(self, value: Any) -> dict[int, Any]:
-        """The values of all processes; to be called by all of them equally often."""
+        """Returns the values of all processes; to be called by all of them equally often."""
         self._rounds += 1
         kind = f"round {self._rounds}"
         self.send(**{kind: value})
@@ -382,8 +382,8 @@ def join_detected() -> None:
 
 
 def identity(recipe: ParallelConfig) -> tuple[str, int, int] | None:
-    """The coordinator's address, the number of processes and the number of this one, by recipe and environment; None
-    where these do not say all of it.
+    """Returns the coordinator's address, the number of processes and the number of this one, by recipe and environment;
+    None where these do not say all of it.
 
     Raises:
       InputError: they make no sense.
@@ -401,7 +401,7 @@ def identity(recipe: ParallelConfig) -> tuple[str, int, int] | None:
 
 
 def from_environment(name: str) -> int | None:
-    """A whole number from the environment; None where it is not set.
+    """Returns a whole number from the environment; None where it is not set.
 
     Raises:
       InputError: it is something else.
@@ -413,7 +413,7 @@ def from_environment(name: str) -> int | None:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """`host:port` as host and port.
+    """Returns host and port of `host:port`.
 
     Raises:
       InputError: it is something else.
@@ -443,7 +443,7 @@ def listen_at(port: int) -> socket.socket:
 
 
 def free_port() -> int:
-    """A port of the loopback that nothing listens at."""
+    """Returns a port of the loopback that nothing listens at."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
         return port
@@ -520,7 +520,7 @@ def agree(facts: dict[str, str]) -> None:
 
 
 def exchange(value: Any) -> dict[int, Any]:
-    """What each process gave, by number; to be called by all of them."""
+    """Returns what each process gave, by number; to be called by all of them."""
     if _peers:
         return _peers.exchange(value)
     from jax.experimental import multihost_utils  # the user joined the processes
@@ -532,7 +532,7 @@ def exchange(value: Any) -> dict[int, Any]:
 
 
 def facts_of(config: Config) -> dict[str, str]:
-    """The fields of the recipe, and the devices and versions, that all processes must have in common."""
+    """Returns the fields of the recipe, and the devices and versions, that all processes must have in common."""
     fields = {
         f"{section}.{name}": json.dumps(value)
         for section, values in to_dict(config).items()

@@ -57,11 +57,12 @@ class Stop:
         self._asked = True
 
     def asked(self) -> bool:
-        """Whether this process knows that the run is to end, several of them having agreed on it."""
+        """Returns whether this process knows that the run is to end, several of them having agreed on it."""
         return self._asked or self.signal is not None if jax.process_count() == 1 else self._together
 
     def due(self) -> bool:
-        """Whether to end after the call that has just been dispatched; to be asked once for each, by all processes.
+        """Returns whether to end after the call that has just been dispatched; to be asked once for each, by all
+        processes.
 
         Several processes agree on one, by its number: the steps in a call may be many.
         """

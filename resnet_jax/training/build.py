@@ -39,7 +39,7 @@ class Plan:
 
 
 def make_plan(config: Config, examples: int, evaluates: bool = True) -> Plan:
-    """The plan of a run over a number of training examples. An epoch need not be a whole number of steps."""
+    """Returns the plan of a run over a number of training examples. An epoch need not be a whole number of steps."""
     per_epoch = examples / config.train.batch_size
     total = config.train.steps or max(1, math.ceil(config.train.epochs * per_epoch))
     eval_every = max(1, round(config.train.eval_every_epochs * per_epoch))
@@ -50,7 +50,8 @@ def make_plan(config: Config, examples: int, evaluates: bool = True) -> Plan:
 
 
 def complete(config: Config, recorded: Config | None) -> Config:
-    """The recipe with the fields of `FROM_WEIGHTS` that it leaves at their defaults taken from its pretrained weights.
+    """Returns the recipe with the fields of `FROM_WEIGHTS` that it leaves at their defaults taken from its pretrained
+    weights.
 
     Args:
       recorded: the recipe of the run that is resumed, which then says what the weights said at its start.
@@ -89,7 +90,7 @@ FROM_WEIGHTS = {
 
 
 def recipe_of(weights: Weights) -> Config:
-    """What weights say of a recipe; everything else is as in `Config()`."""
+    """Returns what weights say of a recipe; everything else is as in `Config()`."""
     recipe, preprocessing = Config(), weights.preprocessing
     known = {name: value for name, value in weights.fields.items() if name in FROM_WEIGHTS["model"]}
     model = dataclasses.replace(recipe.model, **known, name=weights.name or recipe.model.name)
@@ -102,7 +103,7 @@ def recipe_of(weights: Weights) -> Config:
 
 
 def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainState:
-    """A first state with the recipe's pretrained weights, if it has any; a head that does not fit stays random.
+    """Returns a first state with the recipe's pretrained weights, if it has any; a head that does not fit stays random.
 
     Raises:
       InputError: the weights cannot be read, or are not those of this model.
@@ -122,7 +123,8 @@ def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainSt
 
 
 def build_model(config: Config, classes: int) -> nn.Module:
-    """The recipe's model with a head for `model.num_classes`, or for the classes of the data where that is None.
+    """Returns the recipe's model with a head for `model.num_classes`, or for the classes of the data where that is
+    None.
 
     Raises:
       InputError: the head has fewer outputs than the data has classes, or the recipe's fields do not fit the model.
@@ -172,7 +174,7 @@ def images_per_statistic(config: Config, devices: int) -> int:
 
 
 def nearest_divisors(number: int, size: int) -> list[int]:
-    """The divisors of a number just below and just above a size."""
+    """Returns the divisors of a number just below and just above a size."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     below, above = [d for d in divisors if d < size], [d for d in divisors if d > size]
     return below[-1:] + above[:1]
@@ -204,7 +206,8 @@ def norms_of_one_value(config: Config, model: nn.Module, devices: int) -> list[s
 
 
 def state_maker(config: Config, model: nn.Module, schedule: Any) -> Callable[[], TrainState]:
-    """A function without arguments that returns the recipe's first state, block by block, as checkpoints hold it.
+    """Returns a function without arguments that returns the recipe's first state, block by block, as checkpoints hold
+    it.
 
     Its random bits come from JAX's `rbg` generator, which compiles several times faster than the default one; they are
     the same on any number of devices, but may differ between kinds of devices.
@@ -217,12 +220,12 @@ def state_maker(config: Config, model: nn.Module, schedule: Any) -> Callable[[],
 
 
 def in_form(state: TrainState, config: Config) -> TrainState:
-    """A state, or its shapes, as the recipe's model takes it: with `model.scan` equal blocks are stacked."""
+    """Returns a state, or its shapes, as the recipe's model takes it: with `model.scan` equal blocks are stacked."""
     return stack_blocks(state) if config.model.scan else state
 
 
 def sharded_shapes(new_state: Callable[[], TrainState], mesh: Mesh) -> Any:
-    """Shapes, types and shardings of a state, to restore into."""
+    """Returns shapes, types and shardings of a state, to restore into."""
     shapes = jax.eval_shape(new_state)
     place = state_sharding(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, place)

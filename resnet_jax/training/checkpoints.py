@@ -90,7 +90,7 @@ class Checkpoints:
             self._writer.close()
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint; waits for the one that is being written."""
+        """Returns step of the newest checkpoint; waits for the one that is being written."""
         self.settle()
         sound = (step for step in steps_in(self.folder) if damage(self.folder / str(step), contents=False) is None)
         return next(sound, None)
@@ -139,7 +139,7 @@ class Checkpoints:
             time.sleep(0.1)
 
     def has(self, step: int) -> bool:
-        """Whether there is a checkpoint of a step; waits for the one that is being written."""
+        """Returns whether there is a checkpoint of a step; waits for the one that is being written."""
         self.settle()
         return (self.folder / str(step) / MANIFEST).exists()
 
@@ -155,7 +155,7 @@ class Checkpoints:
         return _read(self.folder, template, step)[0]
 
     def restore(self, template: Template) -> tuple[Any, Record, int] | None:
-        """State, record and step of the newest sound checkpoint; damaged newer ones are moved aside.
+        """Returns state, record and step of the newest sound checkpoint; damaged newer ones are moved aside.
 
         Returns:
           None where there are no checkpoints.
@@ -259,7 +259,7 @@ def leaves_of(tree: Any) -> dict[str, Any]:
 
 
 def read_checkpoint(workdir: Path, template: Template, checkpoint: str | None = "latest") -> tuple[Any, Record]:
-    """A checkpoint's state and record; arguments and errors as for `read_chosen`.
+    """Returns a checkpoint's state and record; arguments and errors as for `read_chosen`.
 
     Nothing is touched, so the run may be under way.
     """

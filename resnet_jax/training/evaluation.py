@@ -22,7 +22,6 @@ from resnet_jax.models.stacking import block_by_block
 from resnet_jax.ops import sharded_batch
 from resnet_jax.output import say
 from resnet_jax.recipe_files import recorded
-from resnet_jax.runs.signals import Stop
 from resnet_jax.training.build import build_model, sharded_shapes, state_maker
 from resnet_jax.training.checkpoints import read_checkpoint
 from resnet_jax.training.linear_probe import Features, head_of
@@ -60,13 +59,13 @@ def make_evaluate(
     split: str,
     mesh: Mesh,
     bad: BadImages,
-    stop: Stop | None = None,
+    stopped: Callable[[], bool] | None = None,
     features: Features | None = None,
     keep: bool = False,
 ) -> Callable[[TrainState], Result | None]:
     """Returns `evaluate(state) -> {split: means, "ema/" + split: means}` over every example of the split once.
 
-    The entry of the moving average is there only where the state has one. None is returned where `stop` was asked for
+    The entry of the moving average is there only where the state has one. None is returned where `stopped()` is true
     meanwhile: in one process only, since several would have to agree on a batch. Batches stay on the device between
     evaluations where the training data does.
 
@@ -101,7 +100,7 @@ def make_evaluate(
         sums: dict[str, list[Sums]] = {name: [] for name in variables}
         outputs: dict[str, list[Any]] = {name: [] for name in variables}
         for batch in stored or batches(variables[split]):
-            if stop is not None and stop.asked():
+            if stopped is not None and stopped():
                 return None
             for name, values in variables.items():
                 part, logits = step_function(values, batch)
@@ -121,12 +120,12 @@ def make_evaluate(
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process can read whole."""
+    """Returns arrays that every process can read whole."""
     return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree) if jax.process_count() > 1 else tree
 
 
 def gathered(parts: list[Any]) -> Predictions:
-    """The predictions of batches of (logits, labels, mask)."""
+    """Returns the predictions of batches of (logits, labels, mask)."""
     logits, labels, mask = (np.concatenate(values) for values in zip(*jax.device_get(parts), strict=True))
     index = np.flatnonzero(mask)
     return Predictions(index, logits[index], labels[index])

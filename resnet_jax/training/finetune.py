@@ -24,7 +24,7 @@ class Phase:
 
 
 def make_phases(config: Config, names: Iterable[str], per_epoch: float) -> list[Phase]:
-    """The phases of a run; there is one but for `finetune.mode gradual`.
+    """Returns the phases of a run; there is one but for `finetune.mode gradual`.
 
     Args:
       names: of the top modules of the model, as its parameters have them.
@@ -49,7 +49,8 @@ def make_phases(config: Config, names: Iterable[str], per_epoch: float) -> list[
 
 
 def part_numbers(names: Iterable[str]) -> dict[str, int]:
-    """Top module -> number of its part, from the bottom up: 0 the stem, 1 the first stage, ..., and last the head.
+    """Returns top module -> number of its part, from the bottom up: 0 the stem, 1 the first stage, ..., and last the
+    head.
 
     What lies between two stages belongs to the one before it, the last norm to the last stage.
     """
@@ -60,12 +61,12 @@ def part_numbers(names: Iterable[str]) -> dict[str, int]:
 
 
 def without_gradient(params: PyTree, frozen: Callable[[str], bool]) -> PyTree:
-    """Parameters of which the frozen ones are constants to `jax.grad`: what only they need is not computed."""
+    """Returns parameters of which the frozen ones are constants to `jax.grad`: what only they need is not computed."""
     return path_map(lambda path, p: jax.lax.stop_gradient(p) if frozen(path) else p, params)
 
 
 def frozen_statistics(frozen: Callable[[str], bool]) -> AbstractContextManager[None]:
-    """A context in which batch norms with frozen parameters take their running statistics and do not move them."""
+    """Returns a context in which norms with frozen parameters take their running statistics, which stay as they are."""
 
     def tap(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module.norm if isinstance(context.module, ConvNorm) else context.module

@@ -24,7 +24,7 @@ STILL = AugmentConfig(crop="none")
 
 
 def computes_features_once(config: Config) -> bool:
-    """Whether the recipe trains the head alone on images that are always the same."""
+    """Returns whether the recipe trains the head alone on images that are always the same."""
     same = ("area", "pad", "eval_crop", "eval_flip", "interpolation", "repeats")  # change nothing from step to step
     augment = dataclasses.replace(STILL, **{name: getattr(config.augment, name) for name in same})
     alone = config.finetune.mode == "linear_probe" and not config.optimizer.rate_rules
@@ -32,7 +32,7 @@ def computes_features_once(config: Config) -> bool:
 
 
 def head_of(model: Any) -> nn.Module:
-    """The model's head as a module of its own, for the parameters of the whole model."""
+    """Returns the model's head as a module of its own, for the parameters of the whole model."""
     return Classifier(model.num_classes, model.drop_rate)
 
 
@@ -61,7 +61,8 @@ def whole_features(
     features: Callable[[dict[str, Any]], dict[str, Any]],
     table: np.ndarray | None,
 ) -> Batch:
-    """All examples of a split as `draw_batch` takes them: `feature` float32, `label` int32, and perhaps `table`.
+    """Returns all examples of a split as `draw_batch` takes them: `feature` float32, `label` int32, and perhaps
+    `table`.
 
     Args:
       features: those of `make_features` for certain variables.

@@ -207,7 +207,7 @@ def show(folder: Path, config: Config) -> None:
 
 
 def newer(path: Path, other: Path) -> bool:
-    """Whether a file is there and was written no earlier than another one."""
+    """Returns whether a file is there and was written no earlier than another one."""
     return path.is_file() and modified(path) >= modified(other)
 
 
@@ -337,7 +337,7 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
     starts = [phase.start for phase in phases]
 
     evaluates: dict[str, Evaluate] = {
-        split: make_evaluate(config, run.model, run.dataset, split, mesh, bad, run.stop, features)
+        split: make_evaluate(config, run.model, run.dataset, split, mesh, bad, run.stop.asked, features)
         for split in run.dataset.splits()
         if split != "train"
     }

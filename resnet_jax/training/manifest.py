@@ -115,7 +115,7 @@ class Best(TypedDict):
 
 
 def best_of(folder: Path) -> Best | None:
-    """What `best.json` of a run's folder says; None where nothing was selected.
+    """Returns what `best.json` of a run's folder says; None where nothing was selected.
 
     Raises:
       InputError: it is damaged.

@@ -19,7 +19,9 @@ BINS = 15
 
 
 def predicted_classes(logits: Array, multilabel: bool) -> Array:
-    """bool [batch, classes]: the class with the greatest logit, or with `several` labels or one logit all above 0."""
+    """Returns bool [batch, classes]: the class with the greatest logit, or with `multilabel` or one logit all above
+    0.
+    """
     return (
         logits > 0
         if multilabel or logits.shape[-1] == 1
@@ -28,14 +30,14 @@ def predicted_classes(logits: Array, multilabel: bool) -> Array:
 
 
 def train_sums(losses: Array, logits: Array, labels: Array) -> Sums:
-    """Sums over a batch by `TRAIN_SUMS`; `accuracy` counts examples that are right, with several labels in all."""
+    """Returns sums over a batch by `TRAIN_SUMS`; `accuracy` counts examples that are right, in all of their labels."""
     multilabel = labels.ndim == 2
     right = (predicted_classes(logits, True) == (labels > 0)).all(-1) if multilabel else logits.argmax(-1) == labels
     return {"loss": losses.sum(), "accuracy": right.sum(dtype=jnp.float32), "count": jnp.float32(labels.shape[0])}
 
 
 def eval_sums(losses: Array, logits: Array, labels: Array, mask: Array) -> Sums:
-    """Sums over the examples of a batch where `mask` is true.
+    """Returns sums over the examples of a batch where `mask` is true.
 
     Args:
       losses: float32 [batch].
@@ -75,7 +77,7 @@ def add(sums: list[Sums]) -> Sums:
 
 
 def means(total: Sums) -> dict[str, Any]:
-    """Means from sums: `loss` and fractions as floats, `count` as int.
+    """Returns means from sums: `loss` and fractions as floats, `count` as int.
 
     From those of `eval_sums` also lists over the classes, nan without examples: `class_accuracy` (recall) and
     `class_count`; and `macro_recall` and `macro_f1`, their means over the classes that have examples.
@@ -101,7 +103,7 @@ def means(total: Sums) -> dict[str, Any]:
 
 
 def probabilities(logits: np.ndarray, multilabel: bool, temperature: float = 1.0) -> np.ndarray:
-    """float64 [size, classes]: softmax, or with several labels an image, or one logit, the sigmoid of each."""
+    """Returns float64 [size, classes]: softmax, or with `multilabel`, or one logit, the sigmoid of each."""
     from scipy.special import expit, softmax
 
     scaled = logits.astype(np.float64) / temperature
@@ -109,7 +111,8 @@ def probabilities(logits: np.ndarray, multilabel: bool, temperature: float = 1.0
 
 
 def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:
-    """The temperature with the least loss, and with labels [size, classes] each class's threshold with the best F1.
+    """Returns the temperature with the least loss, and with labels [size, classes] each class's threshold with the best
+    F1.
 
     Where every prediction is right, no temperature is the best, and it stays 1.
     """
@@ -143,7 +146,7 @@ def _best_threshold(p: np.ndarray, truth: np.ndarray) -> float:
 
 
 def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Mean of the average precision over the classes that some image has; labels 0 and 1 [size, classes]."""
+    """Returns mean of the average precision over the classes that some image has; labels 0 and 1 [size, classes]."""
     from sklearn.metrics import average_precision_score
 
     there = np.flatnonzero(labels.any(0))
@@ -153,7 +156,7 @@ def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
 def measure(
     logits: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], calibration: Calibration | None = None
 ) -> dict[str, Any]:
-    """All measures of predictions.
+    """Returns all measures of predictions.
 
     Args:
       logits: float [size, classes].
@@ -164,7 +167,7 @@ def measure(
       `count`, `accuracy` (with several labels: all of an image right), `macro_precision`, `macro_recall`, `macro_f1`,
       `auc` (one class against the rest, mean), `ece`, `classes` (a row for each: `name`, `precision`, `recall`, `f1`,
       `support`, `auc`), `reliability` (rows of `confidence`, `accuracy`, `count`); with one label an image `confusion`
-      [truth][prediction] and, with more than five classes, `top5`; with several `map`. None where there is nothing to
+      [truth][prediction] and, with more than five classes, `top5`; multilabel `map`. None where there is nothing to
       measure.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -213,7 +216,8 @@ def _auc(truth: np.ndarray, p: np.ndarray) -> float | None:
 
 
 def calibration_error(confidence: np.ndarray, hits: np.ndarray) -> tuple[list[dict[str, float]], float]:
-    """Rows of `confidence`, `accuracy` and `count` in equal bins of confidence, and the expected calibration error.
+    """Returns rows of `confidence`, `accuracy` and `count` in equal bins of confidence, and the expected calibration
+    error.
 
     The error is the mean over all predictions of how far their bin's confidence is from its accuracy (Naeini et al.
     2015).

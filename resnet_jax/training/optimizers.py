@@ -15,7 +15,7 @@ Rates: TypeAlias = Callable[[str], float]
 
 
 def make_schedule(config: Config, steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Learning rate as a function of the step alone, after `schedule` and `optimizer` of the recipe.
+    """Returns learning rate as a function of the step alone, after `schedule` and `optimizer` of the recipe.
 
     Args:
       steps: length of the run.
@@ -49,7 +49,8 @@ def make_schedule(config: Config, steps: int, steps_per_epoch: float) -> optax.S
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, rates: Rates | None = None
 ) -> optax.GradientTransformation:
-    """SGD with (Nesterov) momentum, AdamW, LAMB (You et al. 2019) or LARS (You et al. 2017), with rules for decay.
+    """Returns SGD with (Nesterov) momentum, AdamW, LAMB (You et al. 2019) or LARS (You et al. 2017), with rules for
+    decay.
 
     Weight decay is added to the gradient (sgd, lars) or to Adam's update (adamw, lamb).
 
@@ -84,7 +85,9 @@ def make_optimizer(
 
 
 def rate_of(rules: Rules, otherwise: Rates = lambda path: 1.0) -> Rates:
-    """The factor of the first rule whose expression matches the whole path of a parameter, or what `otherwise` says."""
+    """Returns the factor of the first rule whose expression matches the whole path of a parameter, or what `otherwise`
+    says.
+    """
 
     def rate(path: str) -> float:
         return next((factor for pattern, factor in rules if re.fullmatch(pattern, path)), otherwise(path))
@@ -93,7 +96,7 @@ def rate_of(rules: Rules, otherwise: Rates = lambda path: 1.0) -> Rates:
 
 
 def at_rates(whole: optax.GradientTransformation, rates: Rates, rules: Rules) -> optax.GradientTransformation:
-    """An optimizer, each of whose updates is multiplied by the factor of its parameter's path.
+    """Returns an optimizer, each of whose updates is multiplied by the factor of its parameter's path.
 
     Raises:
       InputError: in `init`, a rule that is the first for no parameter: it is misspelt, or stands too late.

@@ -25,7 +25,7 @@ def run_in_caller() -> None:
 
 
 def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
-    """A mesh with the axis `data` over the first devices, of that number, of all processes; None for all.
+    """Returns a mesh with the axis `data` over the first devices, of that number, of all processes; None for all.
 
     Args:
       fsdp: size of a second axis, `fsdp`, over which the state is spread; 1 for none.
@@ -43,7 +43,7 @@ def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
 
 
 def cached_where_sound(mesh: Mesh) -> AbstractContextManager[None]:
-    """`uncached` for a state that is spread over a CPU's devices, else nothing.
+    """Returns `uncached` for a state that is spread over a CPU's devices, else nothing.
 
     From the cache such a program hangs (jaxlib 0.10.2): devices wait for each other in different collectives until XLA
     ends the process. It may be that their order is not kept.
@@ -78,12 +78,12 @@ def check_batch(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Returns the sharding by which every device holds the whole array."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over all devices."""
+    """Returns the sharding by which the first axis is split over all devices."""
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
@@ -92,7 +92,9 @@ SPREAD_ABOVE = 2**14
 
 
 def state_sharding(shapes: Any, mesh: Mesh) -> Any:
-    """How each array of a state lies on a mesh: along its largest axis that divides by `fsdp`, or whole everywhere."""
+    """Returns how each array of a state lies on a mesh: along its largest axis that divides by `fsdp`, or whole
+    everywhere.
+    """
     parts = mesh.shape.get("fsdp", 1)
 
     def place(path: Any, array: Any) -> NamedSharding:
@@ -134,23 +136,23 @@ def known_on_cpu(*options: tuple[str, str | bool]) -> dict[str, str | bool]:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """This process's share of a batch, as global arrays split over the mesh."""
+    """Returns this process's share of a batch, as global arrays split over the mesh."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in batch.items()}
 
 
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that are the same in every process, whole on every device of the mesh."""
+    """Returns arrays that are the same in every process, whole on every device of the mesh."""
     return put(tree, replicated(mesh))
 
 
 def put_state(state: Any, mesh: Mesh) -> Any:
-    """A first state, the same in every process, as `state_sharding` says."""
+    """Returns a first state, the same in every process, as `state_sharding` says."""
     return put(state, state_sharding(state, mesh))
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has whole, on devices as shardings say: one for all, or one for each."""
+    """Returns arrays that every process has whole, on devices as shardings say: one for all, or one for each."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
