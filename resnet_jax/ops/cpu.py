@@ -24,11 +24,6 @@ TRANSPOSED = ("NHWC", "HWOI", "NHWC")
 NARROW_GROUP = 16
 """Groups with fewer channels are computed several at once (`_narrow_groups`)."""
 
-PAIRED_CHANNELS = 16
-"""Most channels, in and out, of a 3x3 convolution that computes pixels in pairs (`_pairs_pixels`)."""
-PAIRED_PIXELS = 2**10
-"""Least pixels of a batch for it; with fewer, its kernel takes longer to make than it saves."""
-
 HALVED_RATIO = 16
 """With this many times more pixels than channels, the weight gradient of a 1x1 convolution is computed in halves."""
 
@@ -100,7 +95,7 @@ def _narrow_groups(x: Array, kernel: Array, strides: int, dilation: int, groups:
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
 def _direct(x: Array, kernel: Array, strides: int, dilation: int, groups: int, sharded: bool) -> Array:
-    """Convolves by Winograd's algorithm, by pairs of pixels, or by XLA's convolution, whose derivatives are in `ORDER`.
+    """Convolves by Winograd's algorithm or by XLA's convolution, whose derivatives are in `ORDER`.
 
     XLA for CPUs computes any other order some twenty times slower in loops, in functions, and with groups. JAX
     transposes a convolution by changing its order, so the derivatives below are in the orders which that changes into
@@ -108,10 +103,6 @@ def _direct(x: Array, kernel: Array, strides: int, dilation: int, groups: int, s
     """
     if _takes_winograd(x, kernel, strides, dilation, groups, sharded):
         return winograd.conv2d(x, kernel)
-    if _pairs_pixels(x, kernel, strides, dilation, groups):
-        padding = ((1, 1), (1, 1))
-        y = lax.conv_general_dilated(x, _kernel_of_pairs(kernel), (1, 2), padding, dimension_numbers=ORDER)
-        return y.reshape(*x.shape[:3], -1)
     window = _window(kernel, strides, dilation)
     return lax.conv_general_dilated(x, kernel, **window, dimension_numbers=ORDER, feature_group_count=groups)
 
@@ -134,8 +125,6 @@ def _along_x(x: Array, kernel: Array, strides: int, dilation: int, groups: int, 
         return jax.checkpoint(winograd.scattered_conv2d)(
             x, kernel
         )  # or its transformed kernel is kept for the gradient
-    if _pairs_pixels(x, kernel, strides, dilation, groups):
-        return _from_pairs(x, transposed)
     if kernel.shape[0] == 3 and strides == 2 and dilation == 1 and even:
         return _strided_by_parity(x, transposed, groups)
     window = _window(kernel, strides, dilation)
@@ -188,37 +177,6 @@ def _images_a_part(x: Array) -> int:
     """Returns how many images a weight gradient takes at once; 0 for all, which is faster for wide or small images."""
     narrow = x.shape[-1] < 64 and 24 * 1024 <= math.prod(x.shape[1:]) * x.dtype.itemsize <= 256 * 1024
     return 16 if narrow and isinstance(x.shape[0], int) and x.shape[0] > 16 else 0
-
-
-def _pairs_pixels(x: Array, kernel: Array, strides: int, dilation: int, groups: int) -> bool:
-    """Returns whether two neighbouring pixels are computed as one, of a 3x3 convolution of few channels.
-
-    With AVX-512 that takes 0.6 of the time for RGB images and 0.85 for 16 channels; with AVX2 as long as without.
-    """
-    narrow = kernel.shape[0] == 3 and max(kernel.shape[2:]) <= PAIRED_CHANNELS and strides == dilation == groups == 1
-    return narrow and isinstance(x.shape[0], int) and x.shape[2] % 2 == 0 and math.prod(x.shape[:3]) >= PAIRED_PIXELS
-
-
-def _kernel_of_pairs(kernel: Array) -> Array:
-    """Returns the kernel [3, 4, in, 2 * out] that computes two pixels from four columns, a quarter of it zeros.
-
-    That is more arithmetic, but the pixels under a window are gathered once for two windows.
-    """
-    both = [jnp.pad(kernel, ((0, 0), (i, 1 - i), (0, 0), (0, 0))) for i in (0, 1)]
-    return jnp.stack(both, axis=3).reshape(3, 4, kernel.shape[2], -1)
-
-
-def _from_pairs(x: Array, transposed: Array) -> Array:
-    """Computes a 3x3 convolution whose transpose along the images computes pixels in pairs."""
-    batch, height, width, _ = x.shape
-    return lax.conv_general_dilated(
-        x.reshape(batch, height, width // 2, -1),
-        _kernel_of_pairs(transposed[::-1, ::-1])[::-1, ::-1],
-        window_strides=(1, 1),
-        padding=((1, 1), (2, 2)),
-        lhs_dilation=(1, 2),
-        dimension_numbers=TRANSPOSED,
-    )
 
 
 def _strided_by_parity(x: Array, transposed: Array, groups: int) -> Array:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from resnet_jax.models.registry import create_model
-from resnet_jax.ops import cpu, gpu, sharded_batch, use_custom_kernels, winograd
+from resnet_jax.ops import gpu, sharded_batch, use_custom_kernels, winograd
 from resnet_jax.ops.convolution import conv2d, plain_conv2d
 from resnet_jax.ops.materialize import materialize, materialized_relu
 from resnet_jax.ops.pooling import max_pool
-from resnet_jax.training.sharding import batch_sharding, compiler_options, make_mesh
+from resnet_jax.training.sharding import batch_sharding, make_mesh
 
 X = np.random.default_rng(0).normal(1.0, 2.0, size=(4, 9, 9, 32)).astype(np.float32)
 
@@ -39,20 +39,21 @@ def test_convolution_is_padded_on_both_sides(size, strides, dilation):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
 
 
-CASES = [  # forward, along images, along kernel
-    ((1, 1, 4, 1), 0),
-    ((1, 2, 4, 1), 0),
-    ((3, 1, 40, 1), 1 + 1 + 3),
-    ((3, 2, 41, 1), 1 + 4 + 3),
-    ((3, 1, 4, 2), 1 + 1 + 1),
-    ((3, 2, 4, 2), 1 + 4 + 1),
-    ((3, 1, 4, 4), 4 * (1 + 1 + 1)),
-    ((1, 2, 4, 16), 8 * (1 + 1 + 1)),
+LAYERS = [
+    (1, 1, 4, 1),
+    (1, 2, 4, 1),
+    (3, 1, 40, 1),
+    (3, 2, 41, 1),
+    (3, 1, 4, 2),
+    (3, 2, 4, 2),
+    (3, 1, 4, 4),
+    (1, 2, 4, 16),
 ]
+"""Size of the kernel, strides, batch, groups: each takes another way on a CPU."""
 
 
-@pytest.mark.parametrize(("layer", "convolutions"), CASES)
-def test_derivatives_are_those_of_the_plain_convolution(layer, convolutions):
+@pytest.mark.parametrize("layer", LAYERS)
+def test_derivatives_are_those_of_the_plain_convolution(layer):
     """The CPU's ways to compute them, against XLA's: gradients, forward mode, and second derivatives of both kinds."""
     size, strides, batch, groups = layer
     side = 16 if groups > 1 else 32
@@ -69,52 +70,14 @@ def test_derivatives_are_those_of_the_plain_convolution(layer, convolutions):
             x, kernel, (strides,) * 2, padding, dimension_numbers=order, feature_group_count=groups
         )
 
-    program = jax.jit(jax.grad(lambda x, k: jnp.square(own(x, k)).sum(), (0, 1))).lower(x, kernel).as_text()
-    assert program.count("stablehlo.convolution") == convolutions, "this case takes no way of its own"
-    fast = "dim_numbers = [b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"
-    assert program.count(fast) == convolutions, "in a loop XLA would compute the others twenty times slower"
-
     same_derivatives(own, plain, x, kernel)
 
 
-def test_few_channels_go_in_pairs_where_pixels_are_many(monkeypatch):
-    x = jax.random.normal(jax.random.key(0), (3, 7, 10, 5))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 4))
-
-    def program():
-        jax.clear_caches()
-        return jax.jit(jax.grad(lambda x: jnp.square(conv2d(x, kernel)).sum())).lower(x).as_text()
-
-    both_ways = ("tensor<3x4x5x8xf32>", "tensor<3x4x4x10xf32>")
-    assert not any(shape in program() for shape in both_ways)
-    monkeypatch.setattr(cpu, "PAIRED_PIXELS", 3 * 7 * 10)
-    assert all(shape in program() for shape in both_ways)
-    expected = direct_convolution(np.asarray(x), np.asarray(kernel), 1, 1)
-    np.testing.assert_allclose(jax.jit(conv2d)(x, kernel), expected, atol=1e-5 * np.abs(expected).max())
-    same_derivatives(conv2d, lambda x, k: plain_conv2d(x, k), x, kernel)
-
-
-@pytest.mark.parametrize(("batch", "wide", "out", "halves"), [(4, 12, 20, 2), (4, 20, 12, 2), (3, 20, 12, 1)])
-def test_the_weight_gradient_of_a_1x1_has_few_rows_and_many_pixels_go_in_halves(batch, wide, out, halves):
-    x = jax.random.normal(jax.random.key(0), (batch, 17 if halves == 1 else 12, 17, wide))
+@pytest.mark.parametrize(("batch", "wide", "out"), [(4, 12, 20), (4, 20, 12), (3, 20, 12)])
+def test_derivatives_of_a_1x1_are_those_of_a_product(batch, wide, out):
+    x = jax.random.normal(jax.random.key(0), (batch, 17 if batch == 3 else 12, 17, wide))
     kernel = jax.random.normal(jax.random.key(1), (1, 1, wide, out))
-    program = jax.jit(jax.grad(lambda k: jnp.square(conv2d(x, k)).sum())).lower(kernel).as_text()
-    assert f"-> tensor<{halves}x12x20xf32>" in program and "stablehlo.convolution" not in program
     same_derivatives(conv2d, lambda x, k: jnp.einsum("bhwi,io->bhwo", x, k[0, 0]), x, kernel)
-
-
-@pytest.mark.parametrize(("wide", "out"), [(12, 20), (20, 12)])
-def test_what_the_weight_gradient_of_a_1x1_reads_is_computed_once(wide, out):
-    """Its halves have another shape than the rest, and XLA would compute cheap values anew for each shape."""
-    x = jax.random.normal(jax.random.key(0), (4, 12, 17, wide))
-    kernel = jax.random.normal(jax.random.key(1), (1, 1, wide, out))
-
-    def loss(x, kernel):
-        y = conv2d(jnp.ceil(x) + x, kernel)
-        return (jnp.floor(y) * y).sum()  # the gradient is floor(y)
-
-    program = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).compile(compiler_options()).as_text()
-    assert (program.count(" ceil("), program.count(" floor(")) == (1, 1)
 
 
 def same_derivatives(own, plain, x, kernel):
