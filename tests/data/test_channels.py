@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from resnet_jax.config import AugmentConfig, DataConfig
+from resnet_jax.data.decode import BadImage, decode
 from resnet_jax.data.on_device import normalize, per_channel
-from resnet_jax.data.transforms import BadImage, augment, decode, fit, random_resized_crop
+from resnet_jax.data.transforms import augment, fit, random_resized_crop
 
 RNG = np.random.default_rng(0)
 

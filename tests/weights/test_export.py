@@ -109,15 +109,14 @@ def test_a_linear_probe_starts_from_pretrained_weights_and_trains_the_head_alone
 
 
 def test_a_published_tag_brings_its_preprocessing(tmp_path, monkeypatch):
-    from resnet_jax.training import recipe
 
     tag = Weights({}, "resnet50", {"num_classes": 1000}, find_tag_preprocessing("resnet50.tv2_in1k"))
-    monkeypatch.setattr(recipe, "find_weights", lambda source: tag)
-    config = recipe.complete(Config(model=ModelConfig(pretrained="resnet50.tv2_in1k")), None)
+    monkeypatch.setattr(build, "find_weights", lambda source: tag)
+    config = build.complete(Config(model=ModelConfig(pretrained="resnet50.tv2_in1k")), None)
     assert config.model.name == "resnet50" and config.data.mean == (0.485, 0.456, 0.406)
     assert (config.data.image_size, config.data.eval_image_size, config.augment.eval_crop) == (176, 224, 0.965)
     own = Config(model=ModelConfig(pretrained="x"), data=DataConfig(image_size=64, mean=(0.1, 0.1, 0.1)))
-    kept = recipe.complete(own, None).data
+    kept = build.complete(own, None).data
     assert (kept.image_size, kept.eval_image_size, kept.mean, kept.std) == (64, None, (0.1,) * 3, (0.229, 0.224, 0.225))
 
 
