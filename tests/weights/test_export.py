@@ -15,6 +15,7 @@ from resnet_jax import Predictor, create_model, load_pretrained, to_torch
 from resnet_jax.cli import main
 from resnet_jax.config import Config, DataConfig, FinetuneConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
 from resnet_jax.recipe_files import load_config
+from resnet_jax.training import build
 from resnet_jax.training.loop import train
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import Weights, find_weights
