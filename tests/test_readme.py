@@ -4,7 +4,9 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+import resnet_jax
 from resnet_jax import list_models
 
 from .conftest import ROOT
@@ -40,6 +42,17 @@ def test_the_block_in_a_module_of_ones_own_runs():
     exec(compile(ast.parse(source), "README.md", "exec"), names)
     logits, _ = names["MyNet"]().init_with_output(jax.random.key(0), jnp.zeros((2, 16, 16, 3)), train=True)
     assert logits.shape == (2, 10)
+
+
+def test_the_step_in_a_loop_of_ones_own_trains():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    net, own = (next(code for code in blocks if word in code) for word in ("class MyNet", "rj.make_train_step"))
+    labels = np.arange(16) % 4
+    images = np.random.default_rng(0).normal(size=(16, 32, 32, 3)).astype(np.float32) + labels[:, None, None, None]
+    names = {"nn": nn, "jax": jax, "rj": resnet_jax, "batches": [{"image": images, "label": labels}] * 8}
+    exec(compile(ast.parse(net), "README.md", "exec"), names)
+    exec(compile(ast.parse(own), "README.md", "exec"), names)
+    assert names["state"].step == 8 and names["sums"]["count"] == 16 and names["sums"]["loss"] / 16 < 1.0
 
 
 def test_every_file_it_names_is_there():
