@@ -154,7 +154,7 @@ def _words(hint):
 
 @pytest.mark.parametrize("pattern", [r".*/kernel", r"stage[1-4]/block\d+/.*", r"(stem|stage1)/.*", r"(?!head/).*"])
 def test_rules_of_the_usual_kinds_are_taken(pattern):
-    OptimizerConfig(rate_rules=((pattern, 0.5),))
+    assert OptimizerConfig(rate_rules=((pattern, 0.5),)).rate_rules == ((pattern, 0.5),)
 
 
 def test_a_section_that_is_none_is_named():

@@ -59,7 +59,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def get_kernel(self, in_features: int) -> Array:
-        """Returns the kernel with which images of so many channels are convolved, float32 [k, k, in / groups, out]."""
+        """Returns the kernel for images of that number of channels, float32 [k, k, in / groups, out]."""
         shape = (self.kernel_size, self.kernel_size, in_features // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         if self.standardized:
@@ -120,7 +120,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def get_variables(self, features: int) -> NormVariables:
-        """Returns what the norm of so many channels holds."""
+        """Returns scale, bias and running statistics of the norm, each [channels]."""
         mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
         scale = self.param("scale", self.scale_init, (features,), jnp.float32)

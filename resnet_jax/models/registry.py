@@ -57,10 +57,10 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
 
 def model_fields(recipe: ModelConfig) -> dict[str, Any]:
-    """Returns the fields in which a recipe's model differs from the named model, apart from classes and type."""
-    apart = ("name", "num_classes", "pretrained", "compute_dtype")
+    """Returns the fields in which a recipe's model differs from the named model, but for classes and type."""
+    excluded = ("name", "num_classes", "pretrained", "compute_dtype")
     default = ModelConfig()
-    names = [name for name in ModelConfig.__dataclass_fields__ if name not in apart]
+    names = [name for name in ModelConfig.__dataclass_fields__ if name not in excluded]
     return {name: value for name in names if (value := getattr(recipe, name)) != getattr(default, name)}
 
 

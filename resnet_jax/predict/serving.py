@@ -44,7 +44,7 @@ def export_program(
       checkpoint: of a run, as for `find_weights`.
 
     Returns:
-      What its metadata say: `source`, `class_names`, `input`, `dtype`, `several`, `thresholds`, `eval_crop`,
+      What its metadata say: `source`, `class_names`, `input`, `dtype`, `multilabel`, `thresholds`, `eval_crop`,
       `interpolation`.
 
     Raises:

@@ -83,7 +83,7 @@ def make_evaluate(
         out_shardings=replicated(mesh),
         compiler_options=compiler_options(),
     )
-    stored: list[Any] = []
+    kept_batches: list[Any] = []
     keep_logits = keep or dataset.multilabel
 
     def batches(variables: Any) -> Iterator[Any]:
@@ -93,13 +93,13 @@ def make_evaluate(
 
     def evaluate(state: TrainState) -> Result | None:
         variables = {split: {"params": state.params, "batch_stats": state.batch_stats}}
-        if (config.data.on_device or features) and not stored:
-            stored.extend(batches(variables[split]))
+        if (config.data.on_device or features) and not kept_batches:
+            kept_batches.extend(batches(variables[split]))
         if state.ema is not None:
             variables[f"ema/{split}"] = state.ema
         sums: dict[str, list[Sums]] = {name: [] for name in variables}
         outputs: dict[str, list[Any]] = {name: [] for name in variables}
-        for batch in stored or batches(variables[split]):
+        for batch in kept_batches or batches(variables[split]):
             if stopped is not None and stopped():
                 return None
             for name, values in variables.items():

@@ -53,8 +53,9 @@ def make_train_step(
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, sums)`: one update from one batch, to be jitted.
 
-    Under `jit` a batch that is split over devices gives loss, gradient and batch statistics of the whole batch. With
-    `mesh` the same update runs on each device's share of the batch (`shard_map`) and averages over the devices.
+    Under `jit` a batch that is split over devices gives loss, gradient and batch statistics of the whole batch; on
+    several CPU devices put `ops.sharded_batch()` around the function, or images travel between them. With `mesh` the
+    same update runs on each device's share of the batch (`shard_map`) and averages over the devices.
 
     Args:
       model: called as `model(images, train=True)`; may keep `batch_stats`, draw from `dropout`, and sow
