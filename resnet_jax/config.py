@@ -307,12 +307,17 @@ class TrainConfig:
     its own, which may round otherwise: a resumed run keeps it."""
     eval_every_epochs: float = option(5.0, "(0, MOST]")
     """Evaluate on the validation split this often, and at the end."""
-    metric: Literal["auto", "none", "accuracy", "loss", "macro_recall", "macro_f1", "map"] = "auto"
-    """What makes a checkpoint the best on the validation split, of the moving average where there is one. auto:
-    accuracy, or where images have several labels map, the mean over the classes of average precision. none: nothing is
+    metric: str = "auto"
+    """What makes a checkpoint the best on the validation split, of the moving average where there is one: accuracy,
+    loss, macro_recall, macro_f1, map (the mean over the classes of average precision), or the name of a metric of your
+    own. auto: accuracy; where images have several labels map; where there are no classes loss. none: nothing is
     selected, and the last step is what counts."""
+    metric_goal: Literal["auto", "max", "min"] = "auto"
+    """Whether more or less of the metric is better; auto knows it of ours, and a metric of your own needs the word."""
     patience: int | None = option(None, "[1, MOST]")
     """End after this number of evaluations on the validation split without a better one."""
+    accept_parts: bool = option(False, may_change_on_resume=True)
+    """Resume although a model, loss, optimizer, ... of your own is another one than the run was started with."""
 
     def __post_init__(self) -> None:
         check_fields(self)

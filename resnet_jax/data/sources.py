@@ -56,13 +56,21 @@ def load_dataset(config: DataConfig, seed: int, hold_out: bool = True, prepare: 
             f"data.dataset {config.dataset!r} is unknown; "
             "give digits, folder:PATH, csv:FILE, tfds:NAME[:SPLIT] or synthetic"
         )
+    return in_three_splits(found, config, seed, hold_out)
+
+
+def in_three_splits(found: Dataset, config: DataConfig, seed: int, hold_out: bool = True) -> Dataset:
+    """Returns a dataset with what is held out for validation, checked, and with a note on what it holds; arguments and
+    errors: `load_dataset`.
+    """
     held_out = found.validation is None and config.validation_fraction > 0 and (hold_out or found.test is None)
     if held_out:
         found = with_validation(found, config.validation_fraction, seed)
     _check_labels(found)
     counts = ", ".join(f"{len(source):,} {name}" for name, source in found.splits().items())
     how = f" (about {config.validation_fraction:.0%} held out of train, by name)" if held_out else ""
-    note = f"data: {config.dataset}: {len(found.class_names)} classes; {counts}{how}"
+    classes = f"{len(found.class_names)} classes" if found.class_names else "no classes"
+    note = f"data: {config.dataset}: {classes}; {counts}{how}"
     return dataclasses.replace(found, notes=(note, *found.notes))
 
 
@@ -72,7 +80,7 @@ def _check_labels(dataset: Dataset) -> None:
     for name, source in dataset.splits().items():
         if not len(source):
             raise InputError(f"the {name} split has no examples")
-        if dataset.multilabel:
+        if dataset.multilabel or not classes:
             continue
         labels, places = known_labels(source), np.arange(len(source))
         if labels is None:
