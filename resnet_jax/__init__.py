@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from resnet_jax.predict.fold_batch_norm import fold_batch_norm
     from resnet_jax.predict.gradcam import grad_cam
     from resnet_jax.predict.predictor import Predictor, make_forward
+    from resnet_jax.runs.wandb_mlflow import MlflowHook, WandbHook
     from resnet_jax.training.build import restore
     from resnet_jax.training.loop import train
     from resnet_jax.training.state import create_state
@@ -23,7 +24,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Config",
     "InputError",
+    "MlflowHook",
     "Predictor",
+    "WandbHook",
     "__version__",
     "create_model",
     "create_state",
@@ -47,6 +50,7 @@ _HOMES = {
     "predict.fold_batch_norm": ("fold_batch_norm",),
     "predict.gradcam": ("grad_cam",),
     "predict.predictor": ("Predictor", "make_forward"),
+    "runs.wandb_mlflow": ("MlflowHook", "WandbHook"),
     "training.loop": ("train",),
     "training.build": ("restore",),
     "training.state": ("create_state",),
