@@ -186,8 +186,12 @@ def _prepared(kind: str, given: str, name: str, home: str | None, prepare: bool)
             "folder, or go online"
         ) from error
     except Exception as error:  # datasets, pyarrow and huggingface_hub raise many kinds
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise InputError(f"{name} cannot be read: {type(error).__name__}: {reason}") from error
+        reason = " ".join(str(error.__cause__ or error).partition("Example of usage")[0].split())[:500]
+        hub = (
+            "" if options.get("data_files") or root else f" (there is no folder {given} here, so it is one on the Hub)"
+        )
+        several = "; name one as hf:OWNER/NAME/CONFIGURATION" if hub and "onfig" in reason else ""
+        raise InputError(f"{name} cannot be read{hub}: {type(error).__name__}: {reason}{several}") from error
     return builder, root
 
 

@@ -268,6 +268,41 @@ def test_what_is_not_there(tmp_path, home, monkeypatch):
         load(f"hf:{tmp_path}", home)
 
 
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("mnist", ("mnist", None)),
+        ("some.one/some-thing:train[:2]", ("some.one/some-thing", None)),
+        ("someone/something/small:train", ("someone/something", "small")),
+    ],
+)
+def test_names_on_the_hub(given, asked, tmp_path, home, monkeypatch):
+    write_parquet(tmp_path / "data", {"train": 4})
+    builder = datasets.load_dataset_builder(str(tmp_path / "data"), cache_dir=str(home))
+    calls = []
+
+    def answer(source, name, cache_dir):
+        calls.append((source, name))
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", answer)
+    with pytest.raises(InputError, match=r"is not downloaded: training does that"):
+        load_dataset(data_of(f"hf:{given}", home), seed=0, prepare=False)
+    assert len(load(f"hf:{given}", home).train) == (2 if "[" in given else 4)
+    assert load_dataset(data_of(f"hf:{given}", home, validation_fraction=0.0), seed=0, prepare=False)
+    assert calls == [asked] * 3
+
+
+def test_the_hub_says_which_configurations_there_are(home, monkeypatch):
+    def several(*_, **__):
+        raise ValueError("Config name is missing.\nPlease pick one: ['big', 'small']\nExample of usage:\n`load()`")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", several)
+    words = r"hf:a/b cannot be read \(there is no folder a/b here, .*\): .* \['big', 'small'\]; name one as hf:OWNER"
+    with pytest.raises(InputError, match=words):
+        load("hf:a/b", home)
+
+
 def test_code_in_a_dataset_is_not_run(tmp_path, home):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "data.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w')")
