@@ -173,9 +173,10 @@ def _prepared(kind: str, given: str, name: str, home: str | None, prepare: bool)
         owner, _, rest = given.partition("/")
         source, _, own = rest.partition("/")
         source, options = f"{owner}/{source}".rstrip("/"), {"name": own or None}
+    local = kind == "parquet" or root is not None
     try:
         builder = load_dataset_builder(source, cache_dir=home, **options)
-        if not (prepare or kind == "parquet" or root) and not os.path.isdir(builder.cache_dir):
+        if not (prepare or local) and not os.path.isdir(builder.cache_dir):
             raise InputError(f"{name} is not downloaded: training does that; --data.dataset names it elsewhere")
         builder.download_and_prepare(download_mode=DownloadMode.REUSE_DATASET_IF_EXISTS)
     except InputError:
@@ -187,18 +188,17 @@ def _prepared(kind: str, given: str, name: str, home: str | None, prepare: bool)
         ) from error
     except Exception as error:  # datasets, pyarrow and huggingface_hub raise many kinds
         reason = " ".join(str(error.__cause__ or error).partition("Example of usage")[0].split())[:500]
-        hub = (
-            "" if options.get("data_files") or root else f" (there is no folder {given} here, so it is one on the Hub)"
-        )
-        several = "; name one as hf:OWNER/NAME/CONFIGURATION" if hub and "onfig" in reason else ""
-        raise InputError(f"{name} cannot be read{hub}: {type(error).__name__}: {reason}{several}") from error
+        where = "" if local else f" (there is no folder {given} here, so it is one on the Hub)"
+        several = "; name one as hf:OWNER/NAME/CONFIGURATION" if not local and "onfig" in reason else ""
+        raise InputError(f"{name} cannot be read{where}: {type(error).__name__}: {reason}{several}") from error
     return builder, root
 
 
 def _parquet_files(path: Path, name: str) -> dict[str, list[str]]:
     """Parquet files by split: of a file, a folder or a pattern."""
     if path.is_dir():
-        found = [file for file in path.rglob("*.parquet") if not any(p.startswith(".") for p in file.parts)]
+        hidden = re.compile(r"(.*/)?\.")
+        found = [file for file in path.rglob("*.parquet") if not hidden.match(file.relative_to(path).as_posix())]
     else:
         found = [path] if path.is_file() else [Path(file) for file in glob.glob(str(path), recursive=True)]
     files = sorted(file.absolute() for file in found if file.is_file())

@@ -122,14 +122,17 @@ def test_parquet_by_a_file_a_folder_or_a_pattern(given, tmp_path, home):
 
 
 def test_parquet_files_belong_to_the_split_that_their_path_names(tmp_path, home):
-    for file in ("train-00000-of-00001", "train-00001-of-00001", "val/part-0", "old [1]/TEST_0", "detrain-0"):
-        number = len(list(tmp_path.rglob("*.parquet")))
-        rows = {"image": [png(number), png(number + 1)], "label": ["a", "b"]}
-        write_table(tmp_path / "data" / f"{file}.parquet", rows)
-    for given in ("data", "data/**/*.parquet"):
-        found = load(f"parquet:{tmp_path / given}", home)
+    root = tmp_path / ".home" / "test"
+    for i, file in enumerate(
+        ("train-00000-of-00001", "train-00001", "val/part-0", "old [1]/TEST_0", "detrain-0", ".x/y")
+    ):
+        write_table(root / f"{file}.parquet", {"image": [png(i), png(i + 1)], "label": ["a", "b"]})
+    for given in (root, root / "**/*.parquet"):
+        found = load(f"parquet:{given}", home)
         assert [len(split) for split in found.splits().values()] == [6, 2, 2]
         assert [found.test[i][0] for i in range(2)] == [png(3), png(4)]
+    with pytest.raises(InputError, match="files are named as test and validation, and none is left to train on"):
+        load(f"parquet:{root}/[!.dt]*/*.parquet", home)
 
 
 def test_a_split_and_parts_of_splits(tmp_path, home):
