@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from resnet_jax.predict.fold_batch_norm import fold_batch_norm
     from resnet_jax.predict.gradcam import grad_cam
     from resnet_jax.predict.predictor import Predictor, make_forward
+    from resnet_jax.runs.wandb_mlflow import MlflowHook, WandbHook
     from resnet_jax.training.build import restore
     from resnet_jax.training.loop import train
     from resnet_jax.training.metrics import means
@@ -27,7 +28,9 @@ __all__ = [
     "Config",
     "Dataset",
     "InputError",
+    "MlflowHook",
     "Predictor",
+    "WandbHook",
     "__version__",
     "create_model",
     "create_state",
@@ -55,6 +58,7 @@ _HOMES = {
     "predict.gradcam": ("grad_cam",),
     "predict.predictor": ("Predictor", "make_forward"),
     "data.dataset": ("Dataset",),
+    "runs.wandb_mlflow": ("MlflowHook", "WandbHook"),
     "training.loop": ("train",),
     "training.metrics": ("means",),
     "training.sharding": ("make_mesh", "shard_batch"),

@@ -94,10 +94,15 @@ class DataConfig:
     """The images and how they are read."""
 
     dataset: str = option("digits", may_change_on_resume=True)
-    """digits, folder:PATH, csv:FILE (columns path, label and perhaps split; several labels as a;b;c), tfds:NAME[:SPLIT]
-    or synthetic. A resumed run may find the same pictures elsewhere."""
+    """digits, folder:PATH, csv:FILE (columns path, label and perhaps split; several labels as a;b;c),
+    tfds:NAME[:SPLIT], hf:NAME_OR_PATH[:SPLIT], parquet:PATH (a file, a folder or a pattern) or synthetic. A resumed run
+    may find the same pictures elsewhere."""
     data_dir: str | None = option(None, may_change_on_resume=True)
-    """Where tensorflow-datasets keeps its data; None for its own default."""
+    """Where tensorflow-datasets or Hugging Face keep their data; None for their own default."""
+    image_column: str | None = option(None, may_change_on_resume=True)
+    """Column of the images in hf: and parquet:; None finds it by its type."""
+    label_column: str | None = option(None, may_change_on_resume=True)
+    """Column of the labels in hf: and parquet:; None finds it by its type."""
     image_size: Size = option(8, "[1, 16384]")
     """Side of training images in pixels, or height and width."""
     eval_image_size: Size | None = option(None, "[1, 16384]")
@@ -134,8 +139,13 @@ class DataConfig:
         kind, _, path = self.dataset.partition(":")
         if path and kind in ("folder", "csv"):
             path_of(path, "data.dataset")
-        elif path and kind == "tfds":
+        elif path and kind in ("tfds", "hf", "parquet"):
             local_path(path, "data.dataset")
+        for name in ("image_column", "label_column"):
+            require(
+                getattr(self, name) is None or kind in ("hf", "parquet"),
+                f"data.{name} is for hf: and parquet:, and data.dataset is {self.dataset!r}: leave it out",
+            )
         if self.data_dir is not None:
             local_path(self.data_dir, "data.data_dir")
         for name, values in (("mean", self.mean), ("std", self.std)):

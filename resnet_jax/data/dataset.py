@@ -179,6 +179,19 @@ def labels_of(source: Source) -> np.ndarray:
     return np.asarray([source[i][1] for i in range(len(source))], np.int32) if known is None else known
 
 
+def row_of(places: Sequence[tuple[str, int, int]], index: int) -> tuple[str, int]:
+    """Returns the split and the row there of the example of this index, of runs of rows (split, first, after the last).
+
+    Raises:
+      IndexError: there are fewer rows.
+    """
+    for split, first, end in places:
+        if index < end - first:
+            return split, first + index
+        index -= end - first
+    raise IndexError(index)
+
+
 def split_of(name: str) -> str | None:
     """Returns which of the three splits a folder or a word of a table names, in any case; None for another name."""
     plain = name.strip().lower().replace("-", "_").replace(" ", "_")
