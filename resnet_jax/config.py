@@ -205,8 +205,9 @@ class AugmentConfig:
 class OptimizerConfig:
     """How parameters are updated."""
 
-    name: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
-    """sgd has momentum; lamb and lars are for very large batches."""
+    name: Literal["sgd", "adam", "adamw", "lamb", "lars"] = "sgd"
+    """sgd has momentum; adam adds the decay to the gradient, adamw to the update; lamb and lars are for very large
+    batches."""
     learning_rate: float = option(0.1, "[0, 1e+30]")
     """Peak learning rate."""
     base_batch_size: int | None = option(None, "[1, MOST]")

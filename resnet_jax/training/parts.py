@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from resnet_jax.config import Config, InputError, ModelConfig, OptimizerConfig, sides
 from resnet_jax.data.dataset import Dataset
@@ -205,7 +204,7 @@ def definition_of(part: Any) -> Any:
         return part.update
     if isinstance(part, Dataset):
         return type(part.train)
-    if isinstance(part, nnx.bridge.ToLinen):
+    if hasattr(part, "nnx_class"):  # of flax.nnx.bridge.to_linen
         return part.nnx_class
     return part if isinstance(part, type) or hasattr(part, "__qualname__") else type(part)
 
