@@ -462,6 +462,8 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
     """
     commands = dict(COMMANDS if commands is None else commands)
     name = arguments[0]
+    if name == "show-batch":  # else a flag with several values before FILE would take it, too
+        arguments = [name, *sorted(arguments[1:], key=lambda word: not word.endswith(".png"))]
     if name in commands and "recipe" in inspect.signature(commands[name]).parameters:
         arguments = spelt_out(arguments)
         commands[name] = partial(commands[name], recipe=unchecked(recipe_to_change(arguments)))

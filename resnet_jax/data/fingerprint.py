@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet_jax.config import InputError, path_of
+from resnet_jax.config import InputError
 from resnet_jax.data.dataset import Dataset, FileSource, Source, known_labels
 from resnet_jax.data.transforms import resizer
-from resnet_jax.files import read_file, size_of, write_whole
+from resnet_jax.files import parse_path, read_file, size_of, write_whole
 
 FILE = "pictures.npz"
 """Name of the file in a run's folder."""
@@ -40,7 +40,7 @@ def _rows(source: Source, names: np.ndarray) -> np.ndarray:
     order = np.argsort(keys, kind="stable")
     if isinstance(source, FileSource):
         for i in order[:SIZED].tolist():
-            rows[i, 2] = size_of(path_of(source.paths[i], "a picture"))
+            rows[i, 2] = size_of(parse_path(source.paths[i], "a picture"))
     return rows[order]
 
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, ModelConfig, path_of, sides
+from resnet_jax.config import Config, InputError, ModelConfig, sides
+from resnet_jax.files import path_of
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model, model_fields, stride_of, variable_shapes
 from resnet_jax.models.stacking import block_by_block, stack_blocks
