@@ -93,15 +93,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return fail(problem)
         raise
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("gcsfs", "google"):  # such as HttpError, where it is no right
+        if type(error).__module__.startswith(("gcsfs.", "google.auth.")):  # such as HttpError, where there is no right
             return fail(about_bucket(error, arguments))
         raise
 
 
 def about_bucket(error: Exception, arguments: Sequence[str]) -> str:
-    """Returns what an error says; where a command line names a bucket and the error does not, what to check of it."""
+    """Returns what an error says; where it may be that of a bucket that the command line names, what to check of it."""
+    of_system = getattr(error, "errno", None) is not None and not type(error).__module__.startswith("aiohttp.")
     words = " ".join(arguments)
-    return str(error) if "gs:/" not in words or "bucket gs:" in str(error) else bucket_problem(words, error)
+    if of_system or "gs:/" not in words or "bucket gs:" in str(error):
+        return str(error)
+    return bucket_problem(words, error)
 
 
 def nobody_reads() -> bool:

@@ -20,7 +20,6 @@ from resnet_jax.typed import InputError, typed
 REMOTE = re.compile(r"([A-Za-z][\w+.-]+):/")
 """How a path that is not on this machine begins; a Path has made one slash of two."""
 
-
 BUCKET = re.compile("gs://?([^/ ]+)")
 """Where a path, or a command line, names a bucket."""
 
@@ -68,7 +67,7 @@ def check_bucket(name: str) -> None:
     """Asks a bucket once whether it is there. One that may not be listed passes: its files may be readable.
 
     Raises:
-      InputError: it does not exist, or does not answer for half a minute.
+      InputError: it does not exist, or does not answer, which is tried for up to a minute.
     """
     import fsspec
 

@@ -178,7 +178,7 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax and TensorStore have many kinds for a disk that takes no more
             self._writing = False
-            remove(self._begun(self._last))
+            remove(self._begun("*"))  # with what an earlier one still wrote after it had failed
             say(
                 f"WARNING: the checkpoint of step {self._last} could not be written ({first_line(error, 600)}). The "
                 "run goes on and tries again at the next interval; the last checkpoint is that of step "
