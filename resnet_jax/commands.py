@@ -546,6 +546,8 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
     """
     commands = dict(COMMANDS if commands is None else commands)
     name = arguments[0]
+    if name == "show-batch":  # else a flag with several values before FILE would take it, too
+        arguments = [name, *sorted(arguments[1:], key=lambda word: not word.endswith(".png"))]
     own = list(inspect.signature(commands[name]).parameters) if name in commands else []
     if os.environ.get("NO_COLOR") and name in commands:
         commands[name] = without_colours(commands[name])
