@@ -354,7 +354,7 @@ def test_a_metric_of_ones_own_needs_a_goal(tmp_path):
 
 
 def test_a_metric_that_is_not_there_is_answered_with_those_that_are(tmp_path):
-    with pytest.raises(rj.InputError, match="train.metric recall is none of auto, none, loss, accuracy, macro_recall"):
+    with pytest.raises(rj.InputError, match=r"train.metric recall is none of auto, none, loss, accuracy, macro_recall"):
         rj.train(recipe(2, metric="recall"), tmp_path, model=Net(), dataset=DATA)
 
 
