@@ -106,6 +106,8 @@ def plan_command(
     workdir: WorkdirFlag = None,
     devices: int = 1,
     memory: str | None = None,
+    target: str | None = None,
+    largest_batch: Switch = False,
     as_json: Json = False,
 ) -> int:
     """Says what a run will need, before it starts.
@@ -113,20 +115,30 @@ def plan_command(
     Args:
       devices: How many devices the run will have.
       memory: Of each device, such as 80GiB; says whether the run fits.
+      target: Compile for a slice of TPUs that need not be there, such as v5e:4x4 (v4, v5e, v5p, v6e); needs jax[tpu].
+      largest_batch: With --target, look for the largest batch that fits; compiles several times.
     """
+    from resnet_jax.runs.tpu_target import prepare_environment
+
     if not 1 <= devices <= MOST_DEVICES:
         raise InputError(f"--devices {devices}: give a number from 1 to {MOST_DEVICES}")
     chosen = checked(recipe)
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    if target is not None:
+        prepare_environment(target)
+    elif largest_batch:
+        raise InputError("--largest-batch asks the compiler of a target: give one, such as --target v5e:4x4")
     prepare_jax()
     import jax
 
-    from resnet_jax.runs.forecast import forecast, format_plan, parse_memory
+    from resnet_jax.runs.forecast import forecast, format_plan, largest_batch_of, parse_memory
 
     jax.config.update("jax_platforms", "cpu")  # the recipe may have imported JAX before
     limit = None if memory is None else parse_memory(memory)
-    needs = forecast(chosen, devices, own_parts(config))
+    needs = forecast(chosen, devices, own_parts(config), target)
+    if target is not None and largest_batch:
+        needs["largest_batch"] = largest_batch_of(chosen, target, own_parts(config))
     if limit is not None:
         needs |= {"memory": limit, "fits": needs["total"] <= limit}
     print(to_json(needs, indent=2) if as_json else format_plan(needs))
