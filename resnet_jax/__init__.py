@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from resnet_jax.predict.gradcam import grad_cam
     from resnet_jax.predict.predictor import Predictor, make_forward
     from resnet_jax.training.build import restore
+    from resnet_jax.training.check import check
     from resnet_jax.training.loop import train
     from resnet_jax.training.state import create_state
     from resnet_jax.training.step import make_eval_step, make_train_step
@@ -25,6 +26,7 @@ __all__ = [
     "InputError",
     "Predictor",
     "__version__",
+    "check",
     "create_model",
     "create_state",
     "feature_info",
@@ -49,6 +51,7 @@ _HOMES = {
     "predict.predictor": ("Predictor", "make_forward"),
     "training.loop": ("train",),
     "training.build": ("restore",),
+    "training.check": ("check",),
     "training.state": ("create_state",),
     "training.step": ("make_eval_step", "make_train_step"),
     "weights.convert": ("from_torch", "to_torch"),
