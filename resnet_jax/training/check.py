@@ -115,9 +115,10 @@ def module_of(target: str, size: int | None = None, channels: int | None = None)
     if not isinstance(module, nn.Module):
         raise InputError(f"{target} gives {type(module).__name__}, not a flax.linen.Module such as MyNet()")
     wanted = {"image_size": size, "in_channels": channels}
-    module = module.clone(**{name: n for name, n in wanted.items() if n is not None and has_field(module, name)})
-    side = size or getattr(module, "image_size", 32)
-    return module, (side, side, channels or getattr(module, "in_channels", 3))
+    fields: dict[str, Any] = {name: n for name, n in wanted.items() if n is not None and has_field(module, name)}
+    module = module.clone(**fields)
+    side = size or getattr(module, "image_size", None) or 32
+    return module, (side, side, channels or getattr(module, "in_channels", None) or 3)
 
 
 class Flattened(nn.Module):
@@ -181,15 +182,21 @@ def by_compiling(case: Case, notes: Notes, called: Called, with_rows: Callable[[
     """Makes the checks that need compiled steps."""
     train_step = make_train_step(with_rows(case.module), OPTIMIZER, loss=probe)
     start = time.perf_counter()
-    step = jax.jit(train_step).lower(called.state, called.batch).compile()
+    try:
+        step = jax.jit(train_step).lower(called.state, called.batch).compile()
+    except Exception as error:  # what is called without gradient is known to work
+        remedy = "use operations that have a gradient, such as lax.scan in place of lax.while_loop"
+        notes.add("gradients", [Finding("gradients", (case.name,), f"its gradient raises {first_line(error)}", remedy)])
+        return
     notes.figures |= {"compile_seconds": time.perf_counter() - start, "memory": memory_of(step)}
     one = tried(called, step)
     notes.add("finite", broken := broken_gradient(case, called, one))
     notes.add("gradients", unreached(case, called, one))
-    notes.add("jit", unlike_jit(case, called, one))
+    evaluate = jax.jit(partial(case.module.apply, train=False))
+    notes.add("jit", unlike_jit(case, called, one, evaluate))
     notes.add("resume", not_resumed(case, called, step))
     if has_field(case.given, "dtype"):
-        notes.add("bfloat16", unlike_bfloat16(case, called))
+        notes.add("bfloat16", unlike_bfloat16(case, called, evaluate))
     else:
         notes.left_out["bfloat16"] = "the module has no field dtype"
     if broken or case.devices == 1:
@@ -197,7 +204,8 @@ def by_compiling(case: Case, notes: Notes, called: Called, with_rows: Callable[[
         notes.left_out |= dict.fromkeys(("devices", "shard_map"), "it needs finite gradients" if broken else alone)
         return
     mesh = make_mesh(case.devices)
-    notes.add("devices", unlike("devices", called, one, train_step, mesh))
+    if not notes.add("devices", unlike("devices", called, one, train_step, mesh)):
+        return
     module = case.module.clone(axis_name="data") if has_field(case.module, "axis_name") else case.module
     mapped = make_train_step(with_rows(module), OPTIMIZER, loss=probe, mesh=mesh)
     draws, elsewhere = draws_random_numbers(case, called)
@@ -249,7 +257,7 @@ def memory_of(program: Any) -> int | None:
 def apart(
     expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], noisy: Mapping[str, np.ndarray]
 ) -> list[str]:
-    """Returns the paths of arrays that differ by more than rounding explains, the furthest first.
+    """Returns the paths of arrays that differ by more than rounding explains.
 
     Args:
       noisy: what was expected, of inputs that were changed in their last digits.
@@ -266,8 +274,7 @@ def apart(
         allowed = 1e-4 * norms[path] + 20 * noise + 1e-6 * largest[path.partition("/")[0]]
         return math.inf if not np.isfinite(off) else float(off / allowed) if allowed else float(off)
 
-    excesses = {path: excess(path) for path in expected}
-    return sorted((path for path in excesses if excesses[path] > 1), key=lambda path: -excesses[path])
+    return [path for path in expected if excess(path) > 1]
 
 
 def broken_gradient(case: Case, called: Called, one: Steps) -> list[Finding]:
@@ -338,7 +345,7 @@ def unreached(case: Case, called: Called, one: Steps) -> list[Finding]:
     return [Finding("gradients", tuple(sorted(idle)), "no gradient reaches it", remedy)]
 
 
-def unlike_jit(case: Case, called: Called, one: Steps) -> list[Finding]:
+def unlike_jit(case: Case, called: Called, one: Steps, evaluate: Callable[..., Any]) -> list[Finding]:
     """Finds where compiled calls give something else than calls without jit."""
     losses = probe(called.call.output, called.batch)
     for auxiliary in jax.tree.leaves(called.call.updated.get(SOWN, {})):
@@ -347,7 +354,6 @@ def unlike_jit(case: Case, called: Called, one: Steps) -> list[Finding]:
     before = flat({"batch_stats": called.before["batch_stats"]})
     plain = {path: changed[path] - before[path] for path in before} | {"loss": np.asarray(losses.sum())}
     in_training = apart({path: one.result[path] for path in plain}, plain, one.noisy)
-    evaluate = jax.jit(partial(case.module.apply, train=False))
     inputs = called.after, called.batch["image"]
     compiled, noisy = evaluate(*inputs), evaluate(*rounded(inputs, ROUNDING, 2))
     in_evaluation = apart({"output": compiled}, {"output": called.alone.output}, {"output": noisy})
@@ -382,11 +388,11 @@ def not_resumed(case: Case, called: Called, step: Any) -> list[Finding]:
     after = jax.device_get(step(called.state, batch)[0])
     try:
         read = flax.serialization.from_bytes(after, flax.serialization.to_bytes(after))
+        went_on, again, resumed = (flat(carried(step(s, batch)[0])) for s in (after, after, read))
     except Exception as error:
-        problem = f"its variables cannot be stored ({type(error).__name__}: {error})"
+        problem = f"its variables cannot be stored and read ({type(error).__name__}: {error})"
         remedy = "keep plain arrays in variables, under names that are strings"
         return [Finding("resume", (case.name,), problem, remedy)]
-    went_on, again, resumed = (flat(carried(step(s, batch)[0])) for s in (after, after, read))
     if any(went_on[path].tobytes() != again[path].tobytes() for path in went_on):
         problem = "the same compiled step with the same state gives other bits the second time"
         remedy = "look for a callback with a state of its own; on a GPU set XLA_FLAGS=--xla_gpu_deterministic_ops=true"
@@ -425,14 +431,13 @@ def unlike(check: str, called: Called, one: Steps, step: TrainStep, mesh: Mesh) 
     return [Finding(check, places, problem, remedy)]
 
 
-def unlike_bfloat16(case: Case, called: Called) -> list[Finding]:
+def unlike_bfloat16(case: Case, called: Called, evaluate: Callable[..., Any]) -> list[Finding]:
     """Finds a module that does not compute in bfloat16, or whose output is then off by more than rounding."""
     half = case.module.clone(dtype=jnp.bfloat16)
     macs = multiply_adds(half, jax.eval_shape(lambda: called.after), case.image_shape)
     if macs and "bfloat16" not in macs:
         problem = "with dtype=bfloat16 no convolution or product computes in bfloat16"
         return [Finding("bfloat16", (case.name,), problem, "pass dtype=self.dtype to the layers")]
-    evaluate = jax.jit(partial(case.module.apply, train=False))
     inputs = called.after, called.batch["image"]
     output, noisy = (np.asarray(evaluate(*x), np.float64) for x in (inputs, rounded(inputs, HALF_ROUNDING, 3)))
     found = np.asarray(jax.jit(partial(half.apply, train=False))(*inputs), np.float64)

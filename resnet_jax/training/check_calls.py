@@ -28,7 +28,7 @@ class Call:
       output: of the module.
       updated: collections that it updated.
       results: path and output of each module within, in the order in which they ended.
-      frozen: paths of modules with `frozen=True`, as our batch norm may have.
+      frozen: paths of modules with `frozen=True`, as our batch norm may have: neither gradients nor statistics there.
       idle: paths of dropouts that let everything through, though their rate is above 0.
     """
 
@@ -71,8 +71,10 @@ class Called:
     Attributes:
       first_state: key -> a new state.
       initial, state: a new state, and the same with other parameters (`shaken`).
-      before, after: variables before and after a training call.
-      call, alone: that call, and one in evaluation.
+      batch: of `case.images(0)`, with the number of each image as its label.
+      key: that the first training step gives to dropout.
+      before, after: variables of `state`, and those after a training call.
+      call, alone: that call, and one in evaluation with `after`.
     """
 
     first_state: Callable[[jax.Array], TrainState]
@@ -105,11 +107,11 @@ def by_calling(case: Case, notes: Notes, model: nn.Module) -> Called | None:
     if not notes.add("", not_finite(call, "in training") or not_finite(alone, "in evaluation")):
         return None
     among = run(case, after, np.concatenate([images[:half], 3 * case.images(1)[half:] + 1]))
-    if place := first_apart(alone, among, slice(half)):
+    if differ(alone.output[:half], among.output[:half]):
+        place = first_apart(alone, among, slice(half)) or case.name
         problem = "with train=False the result for an image depends on the other images of its batch"
         remedy = "use running statistics where train is False (use_running_average=not train), and no mean over a batch"
-        findings = [Finding("evaluation", (place,), problem, remedy)]
-        notes.add("", findings)
+        notes.add("evaluation", [Finding("evaluation", (place,), problem, remedy)])
     notes.add("evaluation", [])
     batch = {"image": images, "label": np.arange(case.size, dtype=np.int32)}
     return Called(first_state, initial, state, batch, key, before, after, call, alone)
@@ -157,10 +159,17 @@ def first_apart(call: Call, other: Call, rows: slice = slice(None), tolerance: f
                 continue
             if rows != slice(None) and len(a) != size:
                 continue
-            a, b = (np.asarray(values, np.float64)[rows] for values in (a, b))
-            if not np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a):
+            if differ(np.asarray(a)[rows], np.asarray(b)[rows], tolerance):
                 return path
     return None
+
+
+def differ(array: Any, other: Any, tolerance: float = 1e-4) -> bool:
+    """Returns whether the norm of a difference is more than `tolerance` of that of the array; equal NaN are equal."""
+    a, b = np.asarray(array, np.float64), np.asarray(other, np.float64)
+    if a.shape == b.shape and np.array_equal(a, b, equal_nan=True):
+        return False
+    return a.shape != b.shape or not np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a)
 
 
 def idle_statistics(before: PyTree, after: PyTree, frozen: Sequence[str]) -> list[Finding]:

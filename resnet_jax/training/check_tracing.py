@@ -29,7 +29,8 @@ def by_tracing(case: Case, notes: Notes) -> bool:
     notes.figures["parameters"] = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     notes.add("decay", uncovered(params, case.rules))
     notes.add("dtype", wrong_dtypes(case))
-    if not notes.add("", wrong_calls(case, shapes)):
+    numbers = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in by_path(shapes).values())
+    if not notes.add("", wrong_calls(case, shapes)) or not numbers:
         return False
     notes.figures["gmacs"] = sum(multiply_adds(case.module, shapes, case.image_shape).values()) / 1e9
     return True
@@ -68,6 +69,9 @@ def traced_shapes(case: Case) -> tuple[PyTree, list[Finding]]:
             return {}, [Finding("output", (case.name,), problem, "return one row for each image: [batch, ...]")]
         results.append((output.shape[1:], variables))
     (one, variables), (two, others) = results
+    if not jax.tree.leaves(variables.get("params", {})):
+        problem, remedy = "it has no parameters", "make them in self.param or in layers; there is nothing to train"
+        return {}, [Finding("call", (case.name,), problem, remedy)]
     first, second = ({path: leaf.shape for path, leaf in by_path(v).items()} for v in (variables, others))
     differ = tuple(path for path in first | second if first.get(path) != second.get(path))
     remedy = "reshape with images.shape[0] as first size, and take means over other axes than the first"
@@ -214,8 +218,8 @@ def multiply_adds(module: nn.Module, shapes: PyTree, image_shape: Shape) -> dict
     variables = {name: shapes[name] for name in CARRIED if name in shapes}
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with use_custom_kernels(False):
-        jaxpr = jax.make_jaxpr(partial(apply, module))(variables, images).jaxpr
-    return counted(jaxpr)
+        traced = jax.make_jaxpr(partial(apply, module))(variables, images)
+    return counted(getattr(traced, "jaxpr", traced))
 
 
 def counted(jaxpr: Any) -> dict[str, int]:

@@ -1,20 +1,30 @@
 """A contract for modules: ten and more planted faults are each named, and nothing else; sound modules pass."""
 
+import dataclasses
+import json
+import os
 import random
+import re
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import resnet_jax as rj
+from resnet_jax.cli import main
 from resnet_jax.models.densenet import DenseNet
 from resnet_jax.models.googlenet import GoogLeNet
+from resnet_jax.models.registry import cost
 from resnet_jax.models.vit import ViT
+from resnet_jax.ops.custom_kernels import batch_is_sharded
+from resnet_jax.training import check
 from resnet_jax.training.check_report import CHECKS
+from resnet_jax.training.check_tracing import multiply_adds
 
 SHAPE = (8, 8, 3)
 Dtype = Any
@@ -22,10 +32,6 @@ Dtype = Any
 
 def mean_of_places(x):
     return x.mean((1, 2))
-
-
-def image_norm(images):
-    return images / jnp.sqrt(jnp.square(images).sum((1, 2, 3), keepdims=True) + 1e-6)
 
 
 # Sound modules.
@@ -151,23 +157,23 @@ def test_sound_modules_pass(module):
 
 
 def shrunk(name):
-    """A named model with all kinds of layers that it has, in the smallest form; and the side of its images."""
+    """A named model with every kind of layer that it has, narrow and with few of each; and the side of its images."""
     model = rj.create_model(name, num_classes=4)
     if isinstance(model, ViT):
         return model.clone(width=24, depth=2, heads=3, mlp=32, image_size=2 * model.patch), 2 * model.patch
+    size = 8 if model.stem == "3x3" else 32
     if isinstance(model, GoogLeNet):
-        return model.clone(widths=tuple(tuple((8,) * 6 for _ in stage[:2]) for stage in model.widths)), 32
-    sizes = tuple(min(2, size) for size in model.stage_sizes)
+        return model.clone(widths=tuple(((8,) * 6,) for _ in model.widths)), size
     if isinstance(model, DenseNet):
-        return model.clone(stage_sizes=sizes, growth=8), 32
-    width = 32 if model.norm == "group" else 16
+        return model.clone(stage_sizes=(2, 1), growth=8), size
+    width, size = (32, 2 * size) if model.norm == "group" else (16, size)  # a group needs more than one value
     cardinality, base = (4, 32) if model.cardinality > 1 else (1, model.base_width)
-    fields = {"widths": (width,) * len(sizes), "stem_width": width, "cardinality": cardinality, "base_width": base}
-    return model.clone(stage_sizes=sizes, **fields), 32
+    fields = {"widths": (width, width), "stem_width": width, "cardinality": cardinality, "base_width": base}
+    block = model.block if isinstance(model.block, str) else model.block[1:3]
+    return model.clone(stage_sizes=(1, 1), block=block, **fields), size
 
 
-OF_EACH_FAMILY = ("test_resnet", "resnetv2_50x1_bit", "seresnextaa101d_32x8d", "cifar_botnet20", "cifar_plain1202")
-OF_EACH_FAMILY += ("densenetblur121d", "googlenet", "vit_tiny")
+OF_EACH_FAMILY = ("cifar_resnet20", "cifar_densenet_bc_100_12", "cifar_googlenet", "cifar_vit")
 
 
 @pytest.mark.parametrize("name", OF_EACH_FAMILY)
@@ -207,6 +213,27 @@ class RootAtZero(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         return jnp.sqrt(jnp.maximum(x, 0))
+
+
+class DividesByZero(nn.Module):
+    """As a black image does: its deviation is 0."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = x - x[:, :1, :1]
+        return x / x.std((1, 2, 3), keepdims=True)
+
+
+class LoopWithoutGradient(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return jax.lax.while_loop(lambda c: c[0] < x.shape[1], lambda c: (c[0] + 1, c[1] / 2), (0, x))[1]
+
+
+class NoParameters(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        return mean_of_places(images)
 
 
 class OtherUnderJit(nn.Module):
@@ -363,11 +390,35 @@ class OneVector(nn.Module):
         return nn.Dense(5)(images.mean((0, 1, 2)))
 
 
+class Similarities(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        x = nn.Dense(4)(mean_of_places(images))
+        return x @ x.T
+
+
+class CountsCalls(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        if train:
+            count.value += 1
+        return x
+
+
+class OtherOverDevices(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return x * (2 if batch_is_sharded() else 1)
+
+
 class Classes(nn.Module):
     @nn.compact
     def __call__(self, images, train):
         return nn.Dense(5)(mean_of_places(images)).argmax(-1)
 
+
+EVERYTHING = ("conv/bias", "conv/kernel", "head/kernel", "loss")
 
 FAULTS = {
     "norm of another collection": (Within(NormOfAnotherCollection), "collections", ("part",)),
@@ -386,7 +437,13 @@ FAULTS = {
     "digits lost in bfloat16": (Within(LosesDigits), "bfloat16", ("part",)),
     "dtype that is ignored": (IgnoresDtype(), "bfloat16", ("IgnoresDtype",)),
     "shape of the batch": (DependsOnBatch(), "shape", ("head/kernel",)),
+    "similarities of the batch": (Similarities(), "shape", ("Similarities",)),
+    "whole numbers": (Within(CountsCalls), "dtype", ("part/count",)),
+    "another result over devices": (Within(OtherOverDevices), "devices", EVERYTHING),
     "root at zero": (Within(RootAtZero), "finite", ("part",)),
+    "division by zero": (Within(DividesByZero), "finite", ("part",)),
+    "loop without a gradient": (Within(LoopWithoutGradient), "gradients", ("Within",)),
+    "no parameters": (NoParameters(), "call", ("NoParameters",)),
     "no train": (WithoutTrain(), "call", ("WithoutTrain",)),
     "two heads": (TwoHeads(), "output", ("TwoHeads",)),
     "one vector for all images": (OneVector(), "output", ("OneVector",)),
@@ -407,3 +464,121 @@ def test_a_planted_fault_is_named_and_no_other(name):
     assert [(finding.check, finding.where) for finding in report.findings] == [(kind, where)], str(report)
     assert kind in CHECKS and report.findings[0].problem and report.findings[0].remedy
     assert f"FOUND     {kind} " in str(report) and "1 finding" in str(report)
+
+
+def test_a_state_that_is_read_otherwise_is_found(monkeypatch):
+    read = flax.serialization.from_bytes
+
+    def read_otherwise(target, stored):
+        return jax.tree.map(lambda x: (x * 1.001).astype(x.dtype), read(target, stored))
+
+    monkeypatch.setattr(flax.serialization, "from_bytes", read_otherwise)
+    found = rj.check(PlainCNN(), SHAPE).findings
+    assert [finding.check for finding in found] == ["resume"] and "Dense_0/kernel" in found[0].where
+
+
+def test_the_report_has_figures_and_what_was_left_out(monkeypatch):
+    monkeypatch.setattr(check, "MOST_DEVICES", 1)
+    report = rj.check(PlainCNN(), SHAPE)
+    assert report.ok and set(report.left_out) == {"devices", "shard_map", "bfloat16"}
+    assert report.parameters == 9 * 3 * 8 + 8 + 9 * 8 * 8 + 8 + 8 * 5 + 5
+    assert report.gmacs * 1e9 == pytest.approx(64 * 9 * 3 * 8 + 16 * 9 * 8 * 8 + 8 * 5)
+    assert report.compile_seconds > 0 and report.memory > 4 * 4 * 8 * 8 * (3 + 8)
+    lines = str(report).splitlines()
+    assert lines[0] == "PlainCNN, images 8 x 8 x 3" and lines[-1] == "no findings"
+    assert [line.split()[0] for line in lines if "JAX sees one device" in line] == ["left", "left"]
+    assert dataclasses.asdict(report)["module"] == "PlainCNN"
+
+
+def test_a_model_costs_what_the_table_of_models_says():
+    model = rj.create_model("resnet18")
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3))))
+    macs = multiply_adds(model, shapes, (224, 224, 3))
+    assert set(macs) == {"float32"} and macs["float32"] == pytest.approx(cost(model, 224).macs, rel=0.01)
+    half = multiply_adds(model.clone(dtype=jnp.bfloat16), shapes, (224, 224, 3))
+    assert half == {"bfloat16": macs["float32"] - 512_000, "float32": 512_000}  # the head
+
+
+def test_rules_of_ones_own_cover_a_parameter():
+    rules = ((".*/(kernel|weight)", 1.0), (".*/bias", 0.0))
+    assert "decay" not in [finding.check for finding in rj.check(Within(WithWeight), SHAPE, decay_rules=rules).findings]
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        (PlainCNN, SHAPE, "takes a flax.linen.Module, not ModuleMeta"),
+        (len, SHAPE, "takes a flax.linen.Module, not builtin_function_or_method"),
+        (PlainCNN(), (8, 8), "must be .height, width, channel."),
+        (PlainCNN(), (8, 8, 0), "must be .height, width, channel."),
+    ],
+)
+def test_what_is_no_module_is_named(module, shape, message):
+    with pytest.raises(rj.InputError, match=message):
+        rj.check(module, shape)
+
+
+NET = """
+import beside
+import flax.linen as nn
+
+
+class Net(nn.Module):
+    classes: int = 3
+    spare: bool = False
+
+    @nn.compact
+    def __call__(self, images, train):
+        if self.spare:
+            nn.Dense(4, name="spare")(images)
+        return nn.Dense(self.classes)(images.mean((1, 2)))
+
+
+net = Net(beside.CLASSES)
+number = 3
+
+
+def make():
+    return Net(spare=True)
+
+
+def make_of(classes):
+    return Net(classes)
+"""
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    """The current folder, with a file of modules."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # the command changes it
+    (tmp_path / "beside.py").write_text("CLASSES = 5")
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "bad.py").write_text("import nothing_of_this_name")
+
+
+def test_the_command_ends_with_the_status_of_its_findings(net, capsys):
+    assert main(["check", "net.py:net", "--image-size", "4", "--channels", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["module"], found["image_shape"], found["parameters"], found["devices"]) == ("Net", [4, 4, 1], 10, 8)
+    assert main(["check", "net.py:make", "--image-size", "4"]) == 1
+    out = capsys.readouterr().out
+    assert "1. gradients, at spare/bias, spare/kernel:" in out and out.endswith("1 finding\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("net.py:Not", "net.py defines no 'Not'; it has Net, net"),
+        ("net.py:number", "gives int, not a flax.linen.Module"),
+        ("net.py:make_of", "make_of\\(\\) raises TypeError: .*; name a function without arguments"),
+        ("none.py:net", "there is no such file; give FILE:NAME"),
+        ("bad.py:net", "bad.py, line 1: ModuleNotFoundError"),
+        ("rsnet18", "no model is called 'rsnet18'; did you mean resnet18"),
+        ("net.py:net --devices 0", "--devices 0: give a number from 1"),
+        ("net.py:net --image-size 0", "must be at least 1"),
+    ],
+)
+def test_wrong_input_of_the_command_is_named(line, message, net, capsys):
+    assert main(["check", *line.split()]) == 2
+    assert re.search(message, capsys.readouterr().err)
