@@ -68,9 +68,10 @@ def check(module: nn.Module, image_shape: Shape, *, decay_rules: Rules | None = 
       InputError: the module is none of `flax.linen`, or the shape is none of images.
     """
     if not isinstance(module, nn.Module):
+        came = f"the class {module.__name__}" if isinstance(module, type) else f"an object of {type(module).__name__}"
         raise InputError(
-            f"check takes a flax.linen.Module, not {type(module).__name__}: give an object such as MyNet(), and bring "
-            "a module of flax.nnx over with flax.nnx.bridge.to_linen"
+            f"check takes a flax.linen.Module, not {came}: give an object such as MyNet(), and bring a module of "
+            "flax.nnx over with flax.nnx.bridge.to_linen"
         )
     shape = tuple(image_shape)
     if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):

@@ -29,7 +29,7 @@ CHECKS = {
     "devices": "one device gives what several give",
     "shard_map": "shard_map gives what jit gives",
     "resume": "a state that was stored and read goes on bit by bit",
-    "bfloat16": "bfloat16 gives the same, within its rounding",
+    "bfloat16": "bfloat16 gives the same in evaluation, within its rounding",
 }
 """Name of a check -> what it shows, in the order of the table."""
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import resnet_jax as rj
 from resnet_jax.cli import main
@@ -181,6 +182,25 @@ def test_named_models_pass(name):
     model, size = shrunk(name)
     report = rj.check(model, (size, size, 3))
     assert report.ok and not report.left_out, str(report)
+
+
+def test_frozen_norms_and_dropped_paths_are_no_fault():
+    fields = {"norm": "frozen_batch", "drop_path_rate": 0.2, "drop_rate": 0.1, "widths": (8, 8, 8), "stem_width": 8}
+    report = rj.check(rj.create_model("cifar_resnet8", **fields), SHAPE)
+    assert report.ok and not report.left_out, str(report)
+
+
+class OfNNX(nnx.Module):
+    def __init__(self, rngs):
+        self.dense, self.norm = nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, images, train):
+        return self.norm(self.dense(mean_of_places(images)), use_running_average=not train)
+
+
+def test_a_module_of_nnx_comes_over_the_bridge():
+    (finding,) = rj.check(nnx.bridge.to_linen(OfNNX), SHAPE).findings
+    assert (finding.check, finding.where) == ("shard_map", ("norm",))  # it has no axis_name, and all else is sound
 
 
 # Faulty ones.
@@ -507,8 +527,8 @@ def test_rules_of_ones_own_cover_a_parameter():
 @pytest.mark.parametrize(
     ("module", "shape", "message"),
     [
-        (PlainCNN, SHAPE, "takes a flax.linen.Module, not ModuleMeta"),
-        (len, SHAPE, "takes a flax.linen.Module, not builtin_function_or_method"),
+        (PlainCNN, SHAPE, "takes a flax.linen.Module, not the class PlainCNN: give an object such as"),
+        (len, SHAPE, "takes a flax.linen.Module, not an object of builtin_function_or_method"),
         (PlainCNN(), (8, 8), "must be .height, width, channel."),
         (PlainCNN(), (8, 8, 0), "must be .height, width, channel."),
     ],
