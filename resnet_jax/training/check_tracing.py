@@ -157,7 +157,7 @@ def explained(error: Exception, mode: str, place: str) -> Finding:
 def first_line(error: Exception) -> str:
     """Returns an error's kind and the first line of what it says."""
     line = (str(error).strip().splitlines() or [""])[0].partition(" (https://")[0]  # Flax adds the page of its errors
-    return f"{type(error).__name__}: {line[:200].rstrip('.')}"
+    return f"{type(error).__name__}: {line[:400].rstrip('.')}"
 
 
 def wrong_calls(case: Case, shapes: PyTree) -> list[Finding]:

@@ -167,9 +167,10 @@ def shrunk(name):
         return model.clone(widths=tuple(((8,) * 6,) for _ in model.widths)), size
     if isinstance(model, DenseNet):
         return model.clone(stage_sizes=(2, 1), growth=8), size
-    width, size = (32, 2 * size) if model.norm == "group" else (16, size)  # a group needs more than one value
+    # of 32 groups each needs a channel in the stem, which has half of its width first, and several values later
+    width, stem, size = (32, 64, 2 * size) if model.norm == "group" else (16, 16, size)
     cardinality, base = (4, 32) if model.cardinality > 1 else (1, model.base_width)
-    fields = {"widths": (width, width), "stem_width": width, "cardinality": cardinality, "base_width": base}
+    fields = {"widths": (width, width), "stem_width": stem, "cardinality": cardinality, "base_width": base}
     block = model.block if isinstance(model.block, str) else model.block[1:3]
     return model.clone(stage_sizes=(1, 1), block=block, **fields), size
 
