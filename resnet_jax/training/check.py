@@ -28,17 +28,16 @@ from resnet_jax.training.check_calls import (
     Called,
     all_finite,
     by_calling,
-    carried,
     first_apart,
     flat,
     run,
     shaken,
     within,
 )
-from resnet_jax.training.check_report import SOWN, Case, CheckReport, Finding, Notes, Shape, has_field
+from resnet_jax.training.check_report import Case, CheckReport, Finding, Notes, Shape, has_field
 from resnet_jax.training.check_tracing import apply, by_tracing, first_line, multiply_adds
 from resnet_jax.training.optimizers import Rules
-from resnet_jax.training.sharding import make_mesh, put_batch, put_everywhere
+from resnet_jax.training.sharding import make_mesh, put_everywhere, shard_batch
 from resnet_jax.training.state import PyTree, TrainState
 from resnet_jax.training.step import AUXILIARY, TrainStep, make_train_step
 
@@ -83,15 +82,9 @@ def check(module: nn.Module, image_shape: Shape, *, decay_rules: Rules | None = 
     notes = Notes(case)
     with jax.default_matmul_precision("highest"):
         if by_tracing(case, notes):
-            images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-            output, _ = jax.eval_shape(partial(exact.init_with_output, train=False), jax.random.key(0), images)
-
-            def with_rows(module: nn.Module) -> nn.Module:
-                """Returns the module, or one that gives [batch, values], as the step's count of right answers needs."""
-                return module if len(output.shape) == 2 else Flattened(module)
-
-            if called := by_calling(case, notes, with_rows(exact)):
-                by_compiling(case, notes, called, with_rows)
+            called = by_calling(case, notes)
+            if called:
+                by_compiling(case, notes, called)
     return notes.report()
 
 
@@ -122,19 +115,6 @@ def module_of(target: str, size: int | None = None, channels: int | None = None)
     return module, (side, side, channels or getattr(module, "in_channels", None) or 3)
 
 
-class Flattened(nn.Module):
-    """Returns a module's output as [batch, values]; its variables are those of the module."""
-
-    inner: nn.Module
-
-    def setup(self) -> None:
-        """Makes variables stand where those of the module stand."""
-        nn.share_scope(self, self.inner)
-
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        return self.inner(images, train=train).reshape(images.shape[0], -1)
-
-
 def probe(outputs: jax.Array, batch: Mapping[str, Any]) -> jax.Array:
     """Computes a linear loss, float32 [batch], with other weights for each image (its `label`) and each output."""
     values = outputs.reshape(outputs.shape[0], -1).astype(jnp.float32)
@@ -146,17 +126,25 @@ def outcome(before: TrainState, result: tuple[TrainState, PyTree]) -> dict[str, 
     """Returns by their paths what a first step with `OPTIMIZER` gives.
 
     Returns:
-      `gradient/...`, which is the momentum, `batch_stats/...`, by how much running statistics changed, and `loss`.
+      `gradient/...`, which is the momentum, `batch_stats/...` and other collections: by how much they changed, and
+      `loss`.
     """
     after, sums = result
-    changes = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), after.batch_stats, before.batch_stats)
-    return flat({"gradient": after.opt_state[0].trace, "batch_stats": changes, "loss": sums["loss"]})
+    old, new = (flat({"batch_stats": state.batch_stats} | state.collections) for state in (before, after))
+    changes = {path: np.asarray(new[path], np.float64) - old[path] for path in old}
+    return flat({"gradient": after.opt_state[0].trace, "loss": sums["loss"]}) | changes
 
 
 def rounded(tree: PyTree, amount: float, seed: int) -> PyTree:
-    """Returns arrays whose values are changed by a normal random share of `amount`."""
+    """Returns arrays whose floats are changed by a normal random share of `amount`."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: (x * (1 + amount * rng.normal(size=np.shape(x)))).astype(x.dtype), tree)
+
+    def change(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return (x * (1 + amount * rng.normal(size=np.shape(x)))).astype(x.dtype)
+
+    return jax.tree.map(change, tree)
 
 
 @dataclass(frozen=True)
@@ -179,9 +167,9 @@ def tried(called: Called, step: Callable[[TrainState, PyTree], Any]) -> Steps:
     return Steps(run, run(called.state, called.batch), run(rough, called.batch | {"image": images}))
 
 
-def by_compiling(case: Case, notes: Notes, called: Called, with_rows: Callable[[nn.Module], nn.Module]) -> None:
+def by_compiling(case: Case, notes: Notes, called: Called) -> None:
     """Makes the checks that need compiled steps."""
-    train_step = make_train_step(with_rows(case.module), OPTIMIZER, loss=probe)
+    train_step = make_train_step(case.module, OPTIMIZER, loss=probe, classes=False)
     start = time.perf_counter()
     try:
         step = jax.jit(train_step).lower(called.state, called.batch).compile()
@@ -212,7 +200,7 @@ def by_compiling(case: Case, notes: Notes, called: Called, with_rows: Callable[[
     if not notes.add("devices", unlike("devices", called, one, over_devices, mesh)):
         return
     module = case.module.clone(axis_name="data") if has_field(case.module, "axis_name") else case.module
-    mapped = make_train_step(with_rows(module), OPTIMIZER, loss=probe, mesh=mesh)
+    mapped = make_train_step(module, OPTIMIZER, loss=probe, classes=False, mesh=mesh)
     draws, elsewhere = draws_random_numbers(case, called)
     if elsewhere:
         why = "it draws random numbers elsewhere than in Dropout and DropPath, and each device draws its own"
@@ -325,7 +313,7 @@ def gradient_breaks_in(case: Case, called: Called, state: TrainState) -> str | N
             return result
 
         with nn.intercept_methods(watch):
-            output, _ = apply(case.module, carried(state), called.batch["image"], called.key, train=True)
+            output, _ = apply(case.module, state.variables, called.batch["image"], called.key, train=True)
         return probe(output, called.batch).mean()
 
     shapes: dict[str, Any] = {}
@@ -353,11 +341,12 @@ def unreached(case: Case, called: Called, one: Steps) -> list[Finding]:
 def unlike_jit(case: Case, called: Called, one: Steps, evaluate: Callable[..., Any]) -> list[Finding]:
     """Finds where compiled calls give something else than calls without jit."""
     losses = probe(called.call.output, called.batch)
-    for auxiliary in jax.tree.leaves(called.call.updated.get(SOWN, {})):
+    for auxiliary in jax.tree.leaves(called.call.updated.get("auxiliary_logits", {})):
         losses += AUXILIARY * probe(auxiliary, called.batch)
-    changed = flat({"batch_stats": called.after["batch_stats"]})
-    before = flat({"batch_stats": called.before["batch_stats"]})
-    plain = {path: changed[path] - before[path] for path in before} | {"loss": np.asarray(losses.sum())}
+    for more in jax.tree.leaves(called.call.updated.get("losses", {})):
+        losses += more
+    old, new = (flat({k: v for k, v in x.items() if k != "params"}) for x in (called.before, called.after))
+    plain = {path: np.asarray(new[path], np.float64) - old[path] for path in old} | {"loss": np.asarray(losses.sum())}
     in_training = apart({path: one.result[path] for path in plain}, plain, one.noisy)
     inputs = called.after, called.batch["image"]
     compiled, noisy = evaluate(*inputs), evaluate(*rounded(inputs, ROUNDING, 2))
@@ -393,7 +382,7 @@ def not_resumed(case: Case, called: Called, step: Any) -> list[Finding]:
     after = jax.device_get(step(called.state, batch)[0])
     try:
         read = flax.serialization.from_bytes(after, flax.serialization.to_bytes(after))
-        went_on, again, resumed = (flat(carried(step(s, batch)[0])) for s in (after, after, read))
+        went_on, again, resumed = (flat(step(s, batch)[0].variables) for s in (after, after, read))
     except Exception as error:
         problem = f"its variables cannot be stored and read ({type(error).__name__}: {error})"
         remedy = "keep plain arrays in variables, under names that are strings"
@@ -413,7 +402,7 @@ def unlike(check: str, called: Called, one: Steps, step: TrainStep, mesh: Mesh) 
     Args:
       check: `devices` or `shard_map`.
     """
-    inputs = put_everywhere(called.state, mesh), put_batch(called.batch, mesh)
+    inputs = put_everywhere(called.state, mesh), shard_batch(called.batch, mesh)
     try:
         found = outcome(called.state, jax.jit(sharded_batch()(step))(*inputs))
     except Exception as error:
@@ -422,7 +411,8 @@ def unlike(check: str, called: Called, one: Steps, step: TrainStep, mesh: Mesh) 
     differ = apart(one.result, found, one.noisy)
     if not differ:
         return []
-    norms = dict.fromkeys(path.rpartition("/")[0] for path in sorted(differ) if path.startswith("batch_stats/"))
+    statistics = [path for path in sorted(differ) if path.partition("/")[0] not in ("gradient", "loss")]
+    norms = dict.fromkeys(path.rpartition("/")[0] for path in statistics)
     places = tuple(path.partition("/")[2] for path in norms) or tuple(path.partition("/")[2] or path for path in differ)
     if check == "devices":
         problem = f"jit over {mesh.size} devices gives something else than on one"

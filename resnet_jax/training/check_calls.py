@@ -88,19 +88,19 @@ class Called:
     alone: Call
 
 
-def by_calling(case: Case, notes: Notes, model: nn.Module) -> Called | None:
+def by_calling(case: Case, notes: Notes) -> Called | None:
     """Makes the checks that need no compiled step; returns None where a step would tell nothing more."""
-    first_state, findings = state_program(case, model)
+    first_state, findings = state_program(case)
     notes.add("key", findings)
     initial = first_state(jax.random.key(case.seed))
     state = initial.replace(params=shaken(initial.params, case.seed))
-    before = {"params": state.params, "batch_stats": state.batch_stats}
+    before = state.variables
     images, half = case.images(0), case.size // 2
     key = jax.random.split(step_key(0, state.step), 4)[3]
     call, again = (run(case, before, images, key, train=True) for _ in range(2))
     if not notes.add("pure", impure(call, again)):
         return None
-    after = before | {"batch_stats": call.updated.get("batch_stats", {})}
+    after = before | {name: values for name, values in call.updated.items() if name in before}
     notes.add("collections", idle_statistics(before["batch_stats"], after["batch_stats"], call.frozen))
     notes.add("train", idle_dropout(call))
     alone = run(case, after, images)
@@ -117,25 +117,20 @@ def by_calling(case: Case, notes: Notes, model: nn.Module) -> Called | None:
     return Called(first_state, initial, state, batch, key, before, after, call, alone)
 
 
-def state_program(case: Case, model: nn.Module) -> tuple[Callable[[jax.Array], TrainState], list[Finding]]:
+def state_program(case: Case) -> tuple[Callable[[jax.Array], TrainState], list[Finding]]:
     """Returns a compiled `create_state`, and the variables in which tracing it again makes another program."""
     key = jax.random.key(case.seed)
     first, second = (
-        jax.jit(lambda key: create_state(model, OPTIMIZER, key, case.image_shape)).lower(key) for _ in range(2)
+        jax.jit(lambda key: create_state(case.module, OPTIMIZER, key, case.image_shape)).lower(key) for _ in range(2)
     )
     program = first.compile()
     if first.as_text() == second.as_text():
         return program, []
-    one, two = flat(carried(program(key))), flat(carried(second.compile()(key)))
+    one, two = flat(program(key).variables), flat(second.compile()(key).variables)
     differ = tuple(path.partition("/")[2] for path in one if not np.array_equal(one[path], two[path], equal_nan=True))
     remedy = "draw initial values from the key that an initializer is given, not from random or numpy"
     problem = "two calls of init with the same key give different values"
     return program, [Finding("key", differ, problem, remedy)] if differ else []
-
-
-def carried(state: TrainState) -> PyTree:
-    """Returns the variables of a state."""
-    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def impure(call: Call, again: Call) -> list[Finding]:
@@ -223,7 +218,8 @@ def flat(tree: PyTree) -> dict[str, np.ndarray]:
     """Returns the arrays of a tree by their paths."""
     found: dict[str, np.ndarray] = {}
     path_map(found.__setitem__, tree)
-    return {path: np.asarray(leaf) for path, leaf in found.items()}
+    keys = {path for path, leaf in found.items() if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)}
+    return {path: np.asarray(jax.random.key_data(leaf) if path in keys else leaf) for path, leaf in found.items()}
 
 
 def within(path: str, modules: Sequence[str]) -> bool:

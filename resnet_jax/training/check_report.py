@@ -8,6 +8,7 @@ import flax.linen as nn
 import numpy as np
 
 from resnet_jax.training.optimizers import Rules
+from resnet_jax.training.state import SOWN, PyTree
 
 Shape: TypeAlias = tuple[int, int, int]
 """Height, width, channel of an image."""
@@ -18,7 +19,7 @@ CHECKS = {
     "shape": "no shape depends on the size of the batch",
     "dtype": "parameters, statistics and outputs are float32",
     "decay": "a decay rule covers every parameter",
-    "collections": "training updates the running statistics, in `batch_stats`",
+    "collections": "training updates the running statistics, where the state carries them",
     "train": "what should differ in training does",
     "key": "its variables are a function of the key alone",
     "pure": "the same call gives the same result",
@@ -33,10 +34,6 @@ CHECKS = {
 }
 """Name of a check -> what it shows, in the order of the table."""
 
-CARRIED = ("params", "batch_stats")
-"""Collections that a training state holds."""
-SOWN = "auxiliary_logits"
-"""The collection whose values count in the loss."""
 WAITS = "waits until what was found is mended"
 
 
@@ -170,6 +167,11 @@ class Notes:
             batch_size=case.size,
             **self.figures,
         )
+
+
+def carried(variables: PyTree) -> PyTree:
+    """Returns the collections of a module's variables that a state carries."""
+    return {name: values for name, values in variables.items() if name not in SOWN}
 
 
 def has_field(module: nn.Module, name: str) -> bool:

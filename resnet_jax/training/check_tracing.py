@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.ops import use_custom_kernels
-from resnet_jax.training.check_report import CARRIED, SOWN, Case, Finding, Notes, Shape, has_field
+from resnet_jax.training.check_report import Case, Finding, Notes, Shape, carried, has_field
 from resnet_jax.training.optimizers import Rules, rate_of
 from resnet_jax.training.state import PyTree, path_map
 
@@ -29,8 +29,7 @@ def by_tracing(case: Case, notes: Notes) -> bool:
     notes.figures["parameters"] = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     notes.add("decay", uncovered(params, case.rules))
     notes.add("dtype", wrong_dtypes(case))
-    numbers = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in by_path(shapes).values())
-    if not notes.add("", wrong_calls(case, shapes)) or not numbers:
+    if not notes.add("", wrong_calls(case, shapes)):
         return False
     notes.figures["gmacs"] = sum(multiply_adds(case.module, shapes, case.image_shape).values()) / 1e9
     return True
@@ -59,7 +58,10 @@ def traced_shapes(case: Case) -> tuple[PyTree, list[Finding]]:
         output, variables = result
         if not isinstance(output, jax.ShapeDtypeStruct):
             problem = f"it returns a {type(output).__name__}, not one array"
-            remedy = f"return logits alone; sow outputs of further heads into {SOWN!r}, so that they count in the loss"
+            remedy = (
+                "return logits alone, and sow those of further heads into 'auxiliary_logits', whose loss counts; with "
+                "a loss of your own it can be trained as it is, but not checked"
+            )
             return {}, [Finding("output", (case.name,), problem, remedy)]
         if not jnp.issubdtype(output.dtype, jnp.floating):
             problem = f"it returns {output.dtype} numbers, which have no gradient"
@@ -85,10 +87,10 @@ def traced_shapes(case: Case) -> tuple[PyTree, list[Finding]]:
 
 
 def by_path(variables: PyTree) -> dict[str, Any]:
-    """Returns shapes of parameters and statistics by their paths."""
+    """Returns shapes of parameters, statistics and what else a state carries by their paths."""
     found: dict[str, Any] = {}
-    for name in CARRIED:
-        path_map(found.__setitem__, variables.get(name, {}))
+    for values in carried(variables).values():
+        path_map(found.__setitem__, values)
     return found
 
 
@@ -162,7 +164,7 @@ def first_line(error: Exception) -> str:
 
 def wrong_calls(case: Case, shapes: PyTree) -> list[Finding]:
     """Finds what the training and the evaluation step cannot call, with the variables that a state holds."""
-    variables = {name: shapes[name] for name in CARRIED if name in shapes}
+    variables = carried(shapes)
     images = jax.ShapeDtypeStruct((case.size, *case.image_shape), jnp.float32)
     _, findings = traced(case, "train", partial(apply, case.module, train=True), variables, images, jax.random.key(0))
     return findings + traced(case, "eval", partial(apply, case.module, train=False), variables, images)[1]
@@ -175,7 +177,9 @@ def apply(
     if not train:
         return module.apply(variables, images, train=False), {}
     rngs = {"dropout": key}
-    output, updated = module.apply(variables, images, train=True, mutable=["batch_stats", SOWN], rngs=rngs)
+    others = [name for name in variables if name != "params"]
+    mutable = [*others, "auxiliary_logits", "losses"]
+    output, updated = module.apply(variables, images, train=True, mutable=mutable, rngs=rngs)
     return output, updated
 
 
@@ -186,7 +190,7 @@ def wrong_dtypes(case: Case) -> list[Finding]:
     for module in (case.module, *half):
         images = jax.ShapeDtypeStruct((1, *case.image_shape), jnp.float32)
         output, variables = jax.eval_shape(partial(module.init_with_output, train=False), jax.random.key(0), images)
-        wrong = {path: leaf.dtype for path, leaf in by_path(variables).items() if leaf.dtype != jnp.float32}
+        wrong = {path: leaf.dtype for path, leaf in by_path(variables).items() if is_inexact(leaf.dtype)}
         by = f" with dtype={jnp.dtype(module.dtype).name}" if half else ""
         if wrong:
             kind = next(iter(wrong.values()))
@@ -196,6 +200,11 @@ def wrong_dtypes(case: Case) -> list[Finding]:
             remedy = "end with .astype(jnp.float32), or give the last layer dtype=jnp.float32"
             findings.append(Finding("dtype", (case.name,), f"its output is {output.dtype} and not float32{by}", remedy))
     return findings
+
+
+def is_inexact(dtype: Any) -> bool:
+    """Returns whether a type is of floats, but not float32."""
+    return jnp.issubdtype(dtype, jnp.floating) and dtype != jnp.float32
 
 
 def uncovered(params: PyTree, rules: Rules) -> list[Finding]:
@@ -215,7 +224,7 @@ def uncovered(params: PyTree, rules: Rules) -> list[Finding]:
 
 def multiply_adds(module: nn.Module, shapes: PyTree, image_shape: Shape) -> dict[str, int]:
     """Counts the multiply-adds of convolutions and products for one image, by the type in which they compute."""
-    variables = {name: shapes[name] for name in CARRIED if name in shapes}
+    variables = carried(shapes)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with use_custom_kernels(False):
         traced = jax.make_jaxpr(partial(apply, module))(variables, images)
