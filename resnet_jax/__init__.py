@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from resnet_jax.predict.predictor import Predictor, make_forward
     from resnet_jax.runs.wandb_mlflow import MlflowHook, WandbHook
     from resnet_jax.training.build import restore
+    from resnet_jax.training.check import check
     from resnet_jax.training.loop import train
     from resnet_jax.training.metrics import means
     from resnet_jax.training.sharding import make_mesh, shard_batch
@@ -32,6 +33,7 @@ __all__ = [
     "Predictor",
     "WandbHook",
     "__version__",
+    "check",
     "create_model",
     "create_state",
     "feature_info",
@@ -63,6 +65,7 @@ _HOMES = {
     "training.metrics": ("means",),
     "training.sharding": ("make_mesh", "shard_batch"),
     "training.build": ("restore",),
+    "training.check": ("check",),
     "training.state": ("create_state",),
     "training.step": ("make_eval_step", "make_train_step"),
     "weights.convert": ("from_torch", "to_torch"),

@@ -3,6 +3,7 @@
 Nothing here imports JAX before a command needs it.
 """
 
+import dataclasses
 import inspect
 import json
 import multiprocessing
@@ -426,6 +427,36 @@ def format_model(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check_command(
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE:NAME|MODEL")],
+    image_size: int | None = None,
+    channels: int | None = None,
+    devices: int = 8,
+    as_json: Json = False,
+) -> int:
+    """Tries whether a module keeps what training, several devices and resumption assume; status 1 where it does not.
+
+    Args:
+      target: A Flax module in a Python file, or a function that returns one, such as net.py:MyNet; or a named model.
+      image_size: Pixels; by default the module's own image_size, or 32.
+      channels: Of the images; by default the module's own in_channels, or 3.
+      devices: How many the CPU imitates.
+    """
+    if not 1 <= devices <= MOST_DEVICES:
+        raise InputError(f"--devices {devices}: give a number from 1 to {MOST_DEVICES}")
+    if not all(number is None or number >= 1 for number in (image_size, channels)):
+        raise InputError("--image-size and --channels must be at least 1")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    prepare_jax()
+    from resnet_jax.training.check import check, module_of
+
+    module, size = module_of(target, image_size, channels)
+    report = check(module, size)
+    print(to_json(dataclasses.asdict(report), indent=2) if as_json else report)
+    return int(not report.ok)
+
+
 Numbers = Annotated[
     tuple[int, ...] | None,
     tyro.constructors.PrimitiveConstructorSpec(
@@ -501,6 +532,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "predict": predict_command,
     "export": export_command,
     "models": models_command,
+    "check": check_command,
     "lab": lab_command,
 }
 
