@@ -218,6 +218,34 @@ def format_result(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def verify_command(
+    workdir: RunFolder,
+    every: Annotated[Switch, tyro.conf.arg(name="all")] = False,
+    intervals: int = 2,
+    seed: int | None = None,
+    rounding: Switch = False,
+    dataset: WhereData = None,
+    config: PartsFlag = None,
+    as_json: Json = False,
+) -> int:
+    """Replays a run between its checkpoints, and names what differs; status 1 where anything does.
+
+    Args:
+      every: Replay all intervals, from step 0 to the last checkpoint.
+      intervals: How many to replay, drawn at random; 0 compares what the folder says with itself.
+      seed: Of that draw; by default a new one, which is printed.
+      rounding: Compare within rounding, for a run of another kind of processor.
+    """
+    folder = path_of(workdir, "WORKDIR")
+    prepare_jax()
+    from resnet_jax.training.verify import verify
+
+    chosen = None if every else intervals
+    report = verify(folder, chosen, seed=seed, rounding=rounding, data=dataset, **given_parts(config))
+    print(to_json(dataclasses.asdict(report) | {"ok": report.ok}, indent=2) if as_json else report)
+    return int(not report.ok)
+
+
 def report_command(
     workdir: RunFolder, checkpoint: Checkpoint = None, dataset: WhereData = None, config: PartsFlag = None
 ) -> int:
@@ -527,6 +555,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "plan": plan_command,
     "show-batch": show_batch_command,
     "evaluate": evaluate_command,
+    "verify": verify_command,
     "report": report_command,
     "runs": runs_command,
     "predict": predict_command,

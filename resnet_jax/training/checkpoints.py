@@ -209,6 +209,15 @@ def read_checkpoint(workdir: Path, template: Template, checkpoint: str | None = 
     return read_chosen(workdir, lambda step: _read(folder, template, step)[:2], checkpoint)
 
 
+def read_record(workdir: Path, step: int) -> Record:
+    """Returns what the checkpoint of a step holds beside the state.
+
+    Raises:
+      Damaged: it cannot be read.
+    """
+    return _describe(checkpoints_of(workdir) / str(step))[0]
+
+
 def read_variables(workdir: Path, checkpoint: str | None) -> tuple[int, Record, dict[str, Any]]:
     """Returns step and record of a checkpoint, and its `params` and `batch_stats`, those of the moving average where
     there is one; arguments and errors as for `read_chosen`.

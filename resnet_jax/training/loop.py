@@ -320,7 +320,9 @@ def stacked(state: TrainState, run: Run) -> TrainState:
     return jax.jit(stack_blocks, out_shardings=form)(state)
 
 
-def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Schedule) -> tuple[RunProgress, float]:
+def fit(
+    run: Run, state: TrainState, progress: RunProgress, schedule: optax.Schedule, until: int | None = None
+) -> tuple[RunProgress, float]:
     """Trains from a state to the plan's end, or until `train.patience` is at its end, and looks at the test split.
 
     `reporter.settle` writes all metrics and checks that they and the state are finite; only then may a checkpoint
@@ -328,10 +330,14 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
     so that a run that is killed between the two evaluates when it resumes. At most two calls are queued on the device,
     so that slow steps end soon after a signal.
 
+    Args:
+      until: a step up to which the run is gone through as ever, saved and left; None for the plan's end.
+
     Returns:
       What came out, and the images a second.
     """
     config, plan, mesh, step = run.config, run.plan, run.mesh, int(state.step)
+    end = plan.total if until is None else until
     bad = BadImages(config.data.on_bad_image, set(progress.skipped), config.data.channels)
 
     # The data: a whole split on the device, of which a step draws its batch, or batches from the host. A linear probe
@@ -352,7 +358,7 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
             config,
             mesh,
             bad,
-            range(step, plan.total),
+            range(step, end),
             rank=jax.process_index(),
             hosts=jax.process_count(),
             table=table,
@@ -394,9 +400,9 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
     with Reporter(run.folder, config, plan, known, step, progress, latest, hooks) as reporter:
         if progress.eval_pending and validate is not None:
             evaluate_step(run, state, step, progress, validate, reporter, bad)
-        while step < plan.total and progress.no_better < patience and not ending:
+        while step < end and progress.no_better < patience and not ending:
             phase = bisect_right(starts, step) - 1
-            n = steps_in_call(step, most, (*starts, plan.total), (plan.log_every, plan.eval_every, plan.save_every))
+            n = steps_in_call(step, most, (*starts, end), (plan.log_every, plan.eval_every, plan.save_every))
             asked = time.perf_counter()
             data = on_device if from_device else [next(batches) for _ in range(n)]
             waited = 0.0 if from_device else time.perf_counter() - asked
@@ -414,7 +420,7 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
             if log:
                 reporter.flush()
             ending = step == plan.total or asked_to_end(hooks)
-            save = ending or step % plan.save_every == 0
+            save = ending or step == end or step % plan.save_every == 0
             evaluate = validate is not None and (ending or step % plan.eval_every == 0)
             if run.lock is not None and run.lock.lost(now=save):
                 run.stop.ask()
@@ -434,6 +440,8 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
                     evaluate_step(run, state, step, progress, validate, reporter, bad)
                     ending = ending or asked_to_end(hooks)
         progress.step = step
+        if until is not None:
+            return progress, reporter.speed()
         if step < plan.total:
             reason = "a hook asked for it" if ending else f"no better for {progress.no_better} evaluations"
             say(f"{reason}: the run ends at step {step} of {plan.total}")
