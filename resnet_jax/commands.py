@@ -240,8 +240,9 @@ def verify_command(
     prepare_jax()
     from resnet_jax.training.verify import verify
 
-    chosen = None if every else intervals
-    report = verify(folder, chosen, seed=seed, rounding=rounding, data=dataset, **given_parts(config))
+    report = verify(
+        folder, "all" if every else intervals, seed=seed, rounding=rounding, data=dataset, **given_parts(config)
+    )
     print(to_json(dataclasses.asdict(report) | {"ok": report.ok}, indent=2) if as_json else report)
     return int(not report.ok)
 

@@ -5,85 +5,71 @@ checkpoint at an interval's start (or, from step 0, a new state) to the checkpoi
 """
 
 import contextlib
-import dataclasses
 import io
 import random
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import optax
 
-from resnet_jax.config import Config, InputError, differences, from_dict
+from resnet_jax.config import Config, InputError, from_dict
 from resnet_jax.data.dataset import with_outputs
 from resnet_jax.data.fingerprint import changes, described, fingerprint, other_resizer
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.loader import BadImages
 from resnet_jax.data.transforms import resizer
-from resnet_jax.files import path_of, to_json
+from resnet_jax.files import path_of
 from resnet_jax.models.stacking import unstack_blocks
 from resnet_jax.output import say
 from resnet_jax.recipe_files import recorded
-from resnet_jax.runs.folder import better, device_name, read_summary, versions
+from resnet_jax.runs.folder import device_name, read_summary, versions
 from resnet_jax.runs.hooks import Hooks
 from resnet_jax.runs.lock import live_holder
 from resnet_jax.runs.reporter import Diverged
 from resnet_jax.runs.signals import Stop
 from resnet_jax.runs.trackers import split_lines
 from resnet_jax.training.build import data_of, make_plan, model_with_parts
-from resnet_jax.training.checkpoints import Record, Template, leaves_of, read_checkpoint, read_record
-from resnet_jax.training.evaluation import Result, goal_of, make_evaluate, scalars, selecting_metric
+from resnet_jax.training.checkpoints import Record, Template, read_checkpoint
+from resnet_jax.training.evaluation import Result, make_evaluate, scalars, selecting_metric
 from resnet_jax.training.linear_probe import computes_features_once, make_features
 from resnet_jax.training.loop import Run, begin, fit
-from resnet_jax.training.manifest import best_of, checkpoints_of, damage, steps_in
+from resnet_jax.training.manifest import best_of
 from resnet_jax.training.optimizers import make_schedule
 from resnet_jax.training.parts import NAMES, Parts, check_recorded, make_parts
 from resnet_jax.training.programs import steps_per_call
 from resnet_jax.training.sharding import cached_where_sound, make_mesh
 from resnet_jax.training.state import TrainState
+from resnet_jax.training.verify_compare import (
+    ARRAYS,
+    BFLOAT16,
+    FIGURES,
+    Difference,
+    Rounding,
+    best_in,
+    chosen_recipe,
+    compare_arrays,
+    compare_figures,
+    compare_lines,
+    compare_records,
+    kind_of_line,
+    on_host,
+    read_records,
+    same_figure,
+    shown,
+)
 
-ARRAYS = 0.05
-"""Rounding of an array: the norm of its difference, in parts of the norm of what the interval changed in it (at least
-of what it changed, on the mean, in arrays of the same kind), and 1e-5 of the array's own."""
-FIGURES = 0.01
-"""Rounding of a figure, such as a loss or an accuracy: the difference, above 1 in parts of the figure."""
-EXACT_FIGURES = ("epoch", "learning_rate")
-"""Figures that are a function of the step; their rounding is 1e-5 of them."""
-BFLOAT16 = 5.0
-"""Times both in a run that computes in 16 bits."""
-
-TIMES = ("images_per_second", "data_wait")
-"""What a line of metrics.jsonl says of speed."""
 COMPUTES = ("jax", "jaxlib", "flax", "optax", "resnet_jax")
 """Packages another version of which may round otherwise."""
 ROUNDS = ("model.scan", "model.remat", "parallel.strategy", "parallel.devices", "parallel.fsdp")
 """Fields that a resumed run may change, and that change the rounding."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One thing that is not as it would be if the run were what its folder says.
-
-    Attributes:
-      where: a file of the run's folder, such as `metrics.jsonl` or `checkpoints/20`, or `data` or `parts`.
-      step: of a line or a checkpoint; None where it belongs to none.
-      what: both sides, in words.
-    """
-
-    where: str
-    step: int | None
-    what: str
-
-    def __str__(self) -> str:
-        at = "" if self.step is None or self.where.endswith(f"/{self.step}") else f", step {self.step}"
-        return f"{self.where}{at}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +112,7 @@ class Verification:
 
 def verify(
     run: str | Path,
-    intervals: int | None = None,
+    intervals: int | Literal["all"] = 2,
     *,
     seed: int | None = None,
     rounding: bool = False,
@@ -144,7 +130,7 @@ def verify(
     Args:
       run: its folder; nothing may train in it.
       intervals: how many of those between kept checkpoints, the first one from step 0, to replay, drawn at random;
-        0 compares what the folder says with itself, None replays all.
+        0 compares what the folder says with itself, "all" replays the whole run.
       seed: of that draw; None takes a new one.
       rounding: compare within rounding also where versions and devices are the run's: another kind of processor rounds
         otherwise.
@@ -159,7 +145,7 @@ def verify(
     config = recorded(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
-    if intervals is not None and intervals < 0:
+    if intervals != "all" and intervals < 0:
         raise InputError(f"intervals {intervals}: give a number of intervals to replay, or 0 for none")
     if jax.process_count() > 1:
         raise InputError("a run is verified by one process: start it once, without a cluster's settings")
@@ -178,7 +164,7 @@ def verify(
 
     steps = sorted(records)
     chosen = list(pairwise([0, *(step for step in steps if step > 0)]))
-    if intervals is None or intervals >= len(chosen):
+    if intervals == "all" or intervals >= len(chosen):
         seed = None
     else:
         seed = secrets.randbelow(2**31) if seed is None else seed
@@ -194,7 +180,7 @@ def verify(
     if beyond := sorted({line["step"] for line in lines if line["step"] > steps[-1]}):
         notes.append(f"lines of {len(beyond)} steps after the last checkpoint, {steps[-1]}, were not looked at")
     unique = tuple(dict.fromkeys(found))
-    return Verification(str(folder), tuple(steps), tuple(chosen), job.exact, seed, unique, tuple(notes))
+    return Verification(str(folder), tuple(steps), tuple(chosen), job.how.exact, seed, unique, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -205,7 +191,7 @@ class Job:
       run: with everything but a place for checkpoints.
       records: step -> what the checkpoint holds beside the state.
       summary: None where the run has not ended.
-      scale: times the stated rounding.
+      how: how equal the replay has to be.
       same_kind: whether the devices are of the run's kind, so that the first state is drawn from the same bits.
     """
 
@@ -213,63 +199,8 @@ class Job:
     records: dict[int, Record]
     summary: dict[str, Any] | None
     schedule: optax.Schedule
-    exact: bool
-    scale: float
+    how: Rounding
     same_kind: bool
-
-
-def read_records(folder: Path, found: list[Difference]) -> dict[int, Record]:
-    """Returns the records of the sound checkpoints by step; adds the damaged ones to what was found.
-
-    Raises:
-      InputError: no checkpoint is sound.
-    """
-    checkpoints, records = checkpoints_of(folder), {}
-    for step in sorted(steps_in(checkpoints)):
-        problem = damage(checkpoints / str(step))
-        try:
-            if problem is None:
-                records[step] = read_record(folder, step)
-                from_dict(records[step]["recipe"])
-                if (says := records[step]["step"]) != step:
-                    problem = f"its record says that it is of step {says}"
-        except (InputError, KeyError) as error:
-            problem = f"its record is none of this version's: {error}"
-            records.pop(step, None)
-        if problem is not None:
-            found.append(Difference(f"checkpoints/{step}", step, problem))
-    if not records:
-        listed = "; ".join(map(str, found)) or "it has none"
-        raise InputError(f"{folder} has no sound checkpoint to replay from ({listed})")
-    return records
-
-
-def chosen_recipe(config: Config, records: dict[int, Record], found: list[Difference]) -> Config:
-    """Returns the recipe to replay: that of config.json, or of the checkpoints where none of them has it.
-
-    What can change no result is config.json's. Recipes that are not the chosen one are added to what was found.
-    """
-    recipes = {step: from_dict(record["recipe"]) for step, record in records.items()}
-    chosen = config
-    if all(differences(recipe, config) for recipe in recipes.values()):
-        chosen = with_results_of(config, recipes[max(recipes)])
-        changed = "; ".join(differences(chosen, config))
-        what = f"it is not the recipe that the checkpoints hold (theirs -> config.json): {changed}"
-        found.append(Difference("config.json", None, what))
-    for step, recipe in recipes.items():
-        if changed := "; ".join(differences(chosen, recipe)):
-            what = f"it is another run's: its recipe is not this one (this run's -> the checkpoint's): {changed}"
-            found.append(Difference(f"checkpoints/{step}", step, what))
-    return chosen
-
-
-def with_results_of(config: Config, other: Config) -> Config:
-    """Returns a recipe with all fields of another one that can change a result."""
-    sections = {}
-    for section, values in vars(config).items():
-        decisive = [f.name for f in dataclasses.fields(values) if not f.metadata.get("may_change_on_resume")]
-        sections[section] = replace(values, **{name: getattr(getattr(other, section), name) for name in decisive})
-    return replace(config, **sections)
 
 
 def make_job(
@@ -332,8 +263,8 @@ def make_job(
     where = in_a_temporary_folder(config, usable, fsdp)
     run = Run(folder, where, plan, module, dataset, metric, mesh, NO_CHECKPOINTS, Stop(), None, parts, Hooks(()))
     schedule = make_schedule(config, plan.total, plan.per_epoch)
-    scale = 1.0 if config.model.compute_dtype == "float32" else BFLOAT16
-    return Job(run, records, summary, schedule, not loose, scale, summary is None or here.endswith(f" x {kind}"))
+    how = Rounding(not loose, 1.0 if config.model.compute_dtype == "float32" else BFLOAT16)
+    return Job(run, records, summary, schedule, how, same_kind=summary is None or here.endswith(f" x {kind}"))
 
 
 NO_CHECKPOINTS: Any = None
@@ -363,15 +294,19 @@ def in_a_temporary_folder(config: Config, devices: int, fsdp: int) -> Config:
 def spans_of(intervals: Sequence[tuple[int, int]], job: Job) -> list[list[int]]:
     """Returns the steps of intervals that one replay goes through without a stop, [start, end, end, ...] each.
 
-    It goes through a checkpoint where the plan writes one. Within rounding each interval begins at its checkpoint.
+    It goes through a checkpoint where the run as it is planned writes one, and not one of a signal. Within rounding
+    each interval begins at its checkpoint.
     """
     spans: list[list[int]] = []
     for start, end in intervals:
-        through = spans and spans[-1][-1] == start and start % job.run.plan.save_every == 0 and job.exact
-        if through and job.records[start]["rollbacks"] == job.records[end]["rollbacks"]:
-            spans[-1].append(end)
-        else:
-            spans.append([start, end])
+        if spans and spans[-1][-1] == start and job.how.exact:
+            record, plan = job.records[start], job.run.plan
+            best = start % plan.eval_every == 0 and not record["eval_pending"]
+            same_rate = record["rollbacks"] == job.records[end]["rollbacks"]
+            if same_rate and (best or start % plan.save_every == 0):
+                spans[-1].append(end)
+                continue
+        spans.append([start, end])
     return spans
 
 
@@ -389,13 +324,18 @@ def verify_span(job: Job, span: Sequence[int], lines: Sequence[dict[str, Any]]) 
         if start != span[0] and replay.found.get(start) and replay.found.get(end, ["not reached"]):
             seen = Replay(job, [start, end])
             seen.start()
-        found += [Difference(f"checkpoints/{end}", end, what) for what in seen.found.get(end, [])]
+        name, problems = f"checkpoints/{end}", seen.found.get(end, [])
         if seen.failure:
-            found.append(Difference(f"checkpoints/{end}", end, seen.failure))
+            problems = [*problems, seen.failure]
         elif end not in seen.found:
-            found.append(Difference(f"checkpoints/{end}", end, f"the replay from step {seen.span[0]} ends before it"))
-        else:
-            found += compare_lines(job, lines, seen.lines, start, end)
+            problems = [f"the replay from step {seen.span[0]} ends before it"]
+        found += [Difference(name, end, problem) for problem in problems]
+        if end in seen.found:
+            edited = compare_lines(job.how, lines, seen.lines, start, end, unplanned_evaluation(job))
+            if problems and edited:
+                rows = ", ".join(str(step) for step in dict.fromkeys(each.step for each in edited))
+                edited = [Difference("metrics.jsonl", None, f"so do the lines of the steps {rows}, before {name}")]
+            found += edited
     return found
 
 
@@ -452,7 +392,9 @@ class Replay:
                 state, progress = begin(run)
                 self.before = on_host(unstack_blocks(state))
             except InputError as error:
-                self.failure, state, progress = str(error), None, None
+                if self.span[0] == 0:
+                    raise  # such as weights that cannot be found
+                self.failure, state, progress = f"the replay cannot begin at step {self.span[0]}: {error}", None, None
             yield run, state, progress
 
     def restore(self, template: Template) -> tuple[TrainState, Record, int] | None:
@@ -473,8 +415,8 @@ class Replay:
         except InputError as error:
             self.found[step] = [str(error)]
             return
-        differing = compare_arrays(self.job, on_host(kept), on_host(state), self.before, self.span[0], step)
-        self.found[step] = differing + ([] if not self.job.exact else compare_records(its_record, record))
+        differing = compare_arrays(self.job.how, on_host(kept), on_host(state), self.before, self.span[0], step)
+        self.found[step] = differing + ([] if not self.job.how.exact else compare_records(its_record, record))
 
     def has(self, step: int) -> bool:
         """Returns whether the replay has come by a step that is saved."""
@@ -488,164 +430,17 @@ class Replay:
         """Does nothing: nothing is being written."""
 
 
-def on_host(state: Any) -> dict[str, np.ndarray]:
-    """Returns copies of a state's arrays by their addresses; the program that goes on from it takes its memory."""
-    return {address: np.array(leaf) for address, leaf in leaves_of(state).items()}
-
-
-FEW = 3
-"""Values, and fields, that are named one by one."""
-
-
-def compare_arrays(
-    job: Job,
-    kept: Mapping[str, np.ndarray],
-    replayed: Mapping[str, np.ndarray],
-    before: Mapping[str, np.ndarray],
-    start: int,
-    end: int,
-) -> list[str]:
-    """Returns in words how a checkpoint's arrays differ from those of a replay that began with `before`."""
-    unequal = [name for name in kept if kept[name].tobytes() != replayed[name].tobytes()]
-    beyond = [name for name, share in shares_of_rounding(kept, replayed, before, unequal).items() if share > job.scale]
-    if not (unequal if job.exact else beyond):
-        return []
-    of, whole = f"the replay of steps {start} to {end}", f"{len(unequal)} of its {len(kept)} arrays"
-    places = [(name, at) for name in unequal for at in np.argwhere(differing(kept[name], replayed[name]))[: FEW + 1]]
-    if len(places) <= FEW:
-        named = [
-            f"{name}{at.tolist() or ''} is {kept[name][tuple(at)]!r}, and {replayed[name][tuple(at)]!r} in {of}"
-            for name, at in places
-        ]
-        return [f"{len(places)} of its values {'was' if len(places) == 1 else 'were'} changed: {'; '.join(named)}"]
-    if not beyond:
-        return [
-            f"{whole} differ from {of} by rounding alone: so does a run of another kind of processor, or with other "
-            "XLA_FLAGS; --rounding allows it"
-        ]
-    listed = ", ".join(beyond[:FEW]) + (f" and {len(beyond) - FEW} more" if len(beyond) > FEW else "")
-    if len(beyond) > len(kept) / 2:
-        return [
-            f"{whole} differ from {of}, {len(beyond)} by more than rounding: the checkpoint is not the one that this "
-            "recipe and these data lead to from there (swapped, or trained otherwise)"
-        ]
-    return [f"{whole} differ from {of}, by more than rounding: {listed}"]
-
-
-def differing(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns bool of the arrays' shape: where their bytes differ."""
-    size, shape = a.dtype.itemsize, a.shape
-    rows = (np.frombuffer(x.tobytes(), np.uint8).reshape(-1, size) for x in (a, b))
-    return np.asarray(np.not_equal(*rows).any(1)).reshape(shape)
-
-
-def shares_of_rounding(
-    kept: Mapping[str, np.ndarray],
-    replayed: Mapping[str, np.ndarray],
-    before: Mapping[str, np.ndarray],
-    names: Sequence[str],
-) -> dict[str, float]:
-    """Returns for each named array its difference in parts of the stated rounding; infinite where it is not finite."""
-
-    def norm(a: Any) -> float:
-        return float(np.linalg.norm(np.asarray(a, np.float64)))
-
-    changed: dict[str, list[float]] = {}  # squares of what the interval changed, and how many values, by kind
-    for name in kept if names else ():
-        squares = changed.setdefault(name.partition("/")[0], [0.0, 0.0])
-        squares[0] += norm(np.asarray(kept[name], np.float64) - np.asarray(before[name], np.float64)) ** 2
-        squares[1] += kept[name].size
-    shares = {}
-    for name in names:
-        a, b, c = (np.asarray(x[name], np.float64) for x in (kept, replayed, before))
-        total, count = changed[name.partition("/")[0]]
-        allowed = ARRAYS * max(norm(a - c), (total / count * a.size) ** 0.5) + 1e-5 * norm(a)
-        distance = norm(a - b)
-        shares[name] = distance / allowed if np.isfinite(distance) and allowed > 0 else np.inf
-    return shares
-
-
-def compare_records(kept: Record, replayed: Record) -> list[str]:
-    """Returns in words what a checkpoint says beside its state that its replay does not."""
-    names = ["sums", "skipped_updates", "skipped", "class_names", "multilabel"]
-    if kept["eval_pending"] == replayed["eval_pending"]:  # else one was written before, the other after the evaluation
-        names += ["best", "no_better", "result"]
-    return [
-        f"its record says {name} {to_json(kept[name])}, and the replay {to_json(replayed[name])}"
-        for name in names
-        if to_json(kept[name]) != to_json(replayed[name])
-    ]
-
-
-def kind_of_line(line: Mapping[str, Any]) -> str:
-    """Returns `test`, `validation` or `training`."""
-    splits = {name.removeprefix("ema/").partition("/")[0] for name in line}
-    return next((split for split in ("test", "validation") if split in splits), "training")
-
-
-def compare_lines(
-    job: Job, lines: Iterable[dict[str, Any]], replayed: Iterable[dict[str, Any]], start: int, end: int
-) -> list[Difference]:
-    """Returns what differs between a run's lines of an interval and those of its replay, both in their order."""
-    found: list[Difference] = []
-    ours = {(line["step"], kind_of_line(line)): line for line in replayed if start <= line["step"] <= end}
-    theirs: dict[tuple[int, str], dict[str, Any]] = {}
-    for line in lines:
-        address = (line["step"], kind_of_line(line))
-        step, kind = address
-        if not start <= step <= end or kind == "test":
-            continue
-        if address in theirs:
-            found.append(Difference("metrics.jsonl", step, f"there are several lines of {kind}"))
-        theirs[address] = line
-        if address not in ours and step > start and not ended_by_hook(job, step):
-            found.append(Difference("metrics.jsonl", step, f"there is a line of {kind} that the replay does not write"))
-    for address, line in ours.items():
-        step, kind = address
-        if address not in theirs:
-            found.append(Difference("metrics.jsonl", step, f"the line of {kind} is missing"))
-            continue
-        found += compare_figures(job, theirs[address], line, step, kind, "the replay gives")
-    return found
-
-
-def ended_by_hook(job: Job, step: int) -> bool:
-    """Returns whether a run was ended at a step by a hook, which then has an evaluation that was not planned."""
-    plan = job.run.plan
-    return bool(job.summary and job.summary["steps"] == step < plan.total and step % plan.eval_every)
-
-
-def compare_figures(
-    job: Job, kept: Mapping[str, Any], found: Mapping[str, Any], step: int, kind: str, source: str
-) -> list[Difference]:
-    """Returns the figures of a line that differ from those that were found."""
-    what = []
-    for name in dict.fromkeys([*found, *kept]):
-        if name in (*TIMES, "step"):
-            continue
-        if name not in kept or name not in found:
-            what.append(f"{name} is {'missing' if name not in kept else 'none that it would have'}")
-        elif not same_figure(job, name, kept[name], found[name]):
-            what.append(f"{name} is {kept[name]}, and {source} {found[name]}")
-    return [Difference("metrics.jsonl", step, f"the line of {kind} was edited: {each}") for each in what]
-
-
-def same_figure(job: Job, name: str, kept: Any, found: Any) -> bool:
-    """Returns whether a figure is the one that was found: exactly, or within rounding."""
-    if isinstance(found, float) and not np.isfinite(found):
-        found = None
-    if job.exact or kept is None or found is None or isinstance(kept, str):
-        return kept == found
-    if name in EXACT_FIGURES:
-        return abs(kept - found) <= 1e-5 * abs(found)
-    return abs(kept - found) <= FIGURES * job.scale * max(1.0, abs(found))
+def unplanned_evaluation(job: Job) -> int | None:
+    """Returns the step at which a hook ended a run, with an evaluation that no plan has; None where none did."""
+    plan, last = job.run.plan, (job.summary or {}).get("steps", job.run.plan.total)
+    return last if last < plan.total and last % plan.eval_every else None
 
 
 def verify_selection(job: Job, lines: Sequence[dict[str, Any]], notes: list[str]) -> list[Difference]:
     """Compares best.json and summary.json with the lines, the checkpoints, and an evaluation of the selected one."""
     found: list[Difference] = []
     folder, summary, last = job.run.folder, job.summary, max(job.records)
-    best = best_in(job, lines)
+    best = best_in(lines, job.run.config, job.run.metric)
     try:
         noted = best_of(folder)
         if noted != best:
@@ -679,7 +474,7 @@ def verify_selection(job: Job, lines: Sequence[dict[str, Any]], notes: list[str]
     for kind, values in scalars(result).items():
         for name, value in values.items():
             kept = summary.get(kind, {}).get(name)
-            if not same_figure(job, name, kept, value):
+            if not same_figure(job.how, name, kept, value):
                 what = f"{kind}/{name} is {kept}, and evaluating the checkpoint of step {selected} gives {value}"
                 found.append(Difference("summary.json", None, what))
     flat = {f"{kind}/{name}": value for kind, values in result.items() for name, value in values.items()}
@@ -690,29 +485,8 @@ def verify_selection(job: Job, lines: Sequence[dict[str, Any]], notes: list[str]
         if wanted and not kept_lines:
             found.append(Difference("metrics.jsonl", selected, f"the line of {split} is missing"))
         for line in kept_lines[:1]:
-            found += compare_figures(job, line, wanted, selected, split, "the replay gives")
+            found += compare_figures(job.how, line, wanted, selected, split)
     return found
-
-
-def best_in(job: Job, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Returns what best.json would hold after the lines of a run; None where nothing selects."""
-    best: dict[str, Any] | None = None
-    metric = job.run.metric
-    if metric is None:
-        return None
-    averaged = job.run.config.train.ema_decay is not None
-    name = f"{'ema/' if averaged else ''}validation/{metric}"
-    for line in lines:
-        if name in line and better(
-            goal_of(job.run.config, metric), line[name], None if best is None else best["value"]
-        ):
-            best = {"step": line["step"], "metric": name, "value": line[name]}
-    return best
-
-
-def shown(best: Mapping[str, Any] | None) -> str:
-    """Returns what best.json holds, in words."""
-    return "nothing" if best is None else f"{best['metric']} {best['value']} of step {best['step']}"
 
 
 def evaluate_checkpoint(job: Job, step: int) -> Result | None:

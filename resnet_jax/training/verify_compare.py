@@ -1,0 +1,285 @@
+"""Compares what a run's folder says: recipes and records with each other, arrays and lines with those of a replay."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resnet_jax.config import Config, InputError, differences, from_dict
+from resnet_jax.files import to_json
+from resnet_jax.runs.folder import better
+from resnet_jax.training.checkpoints import Record, leaves_of, read_record
+from resnet_jax.training.evaluation import goal_of
+from resnet_jax.training.manifest import checkpoints_of, damage, steps_in
+
+ARRAYS = 0.05
+"""Rounding of an array: the norm of its difference, in parts of the norm of what the interval changed in it (at least
+of what it changed, on the mean, in arrays of the same kind), and 1e-5 of the array's own."""
+FIGURES = 0.01
+"""Rounding of a figure, such as a loss or an accuracy: the difference, above 1 in parts of the figure."""
+EXACT_FIGURES = ("epoch", "learning_rate")
+"""Figures that are a function of the step; their rounding is 1e-5 of them."""
+BFLOAT16 = 5.0
+"""Times both in a run that computes in 16 bits."""
+
+TIMES = ("images_per_second", "data_wait")
+"""What a line of metrics.jsonl says of speed."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not as it would be if the run were what its folder says.
+
+    Attributes:
+      where: a file of the run's folder, such as `metrics.jsonl` or `checkpoints/20`, or `data` or `parts`.
+      step: of a line or a checkpoint; None where it belongs to none.
+      what: both sides, in words.
+    """
+
+    where: str
+    step: int | None
+    what: str
+
+    def __str__(self) -> str:
+        at = "" if self.step is None or self.where.endswith(f"/{self.step}") else f", step {self.step}"
+        return f"{self.where}{at}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How equal two things have to be.
+
+    Attributes:
+      exact: bit by bit; otherwise within `ARRAYS` and `FIGURES`.
+      times: these two.
+    """
+
+    exact: bool
+    times: float
+
+
+def read_records(folder: Path, found: list[Difference]) -> dict[int, Record]:
+    """Returns the records of the sound checkpoints by step; adds the damaged ones to what was found.
+
+    Raises:
+      InputError: no checkpoint is sound.
+    """
+    checkpoints, records = checkpoints_of(folder), {}
+    for step in sorted(steps_in(checkpoints)):
+        problem = damage(checkpoints / str(step))
+        try:
+            if problem is None:
+                records[step] = read_record(folder, step)
+                from_dict(records[step]["recipe"])
+                if (says := records[step]["step"]) != step:
+                    problem = f"its record says that it is of step {says}"
+        except (InputError, KeyError) as error:
+            problem = f"its record is none of this version's: {error}"
+            records.pop(step, None)
+        if problem is not None:
+            found.append(Difference(f"checkpoints/{step}", step, problem))
+    if not records:
+        listed = "; ".join(map(str, found)) or "it has none"
+        raise InputError(f"{folder} has no sound checkpoint to replay from ({listed})")
+    return records
+
+
+def chosen_recipe(config: Config, records: dict[int, Record], found: list[Difference]) -> Config:
+    """Returns the recipe to replay: that of config.json, or of the checkpoints where none of them has it.
+
+    What can change no result is config.json's. Recipes that are not the chosen one are added to what was found.
+    """
+    recipes = {step: from_dict(record["recipe"]) for step, record in records.items()}
+    chosen = config
+    if all(differences(recipe, config) for recipe in recipes.values()):
+        chosen = with_results_of(config, recipes[max(recipes)])
+        changed = "; ".join(differences(chosen, config))
+        what = f"it is not the recipe that the checkpoints hold (theirs -> config.json): {changed}"
+        found.append(Difference("config.json", None, what))
+    for step, recipe in recipes.items():
+        if changed := "; ".join(differences(chosen, recipe)):
+            what = f"it is another run's: its recipe is not this one (this run's -> the checkpoint's): {changed}"
+            found.append(Difference(f"checkpoints/{step}", step, what))
+    return chosen
+
+
+def with_results_of(config: Config, other: Config) -> Config:
+    """Returns a recipe with all fields of another one that can change a result."""
+    sections = {}
+    for section, values in vars(config).items():
+        decisive = [f.name for f in dataclasses.fields(values) if not f.metadata.get("may_change_on_resume")]
+        sections[section] = replace(values, **{name: getattr(getattr(other, section), name) for name in decisive})
+    return replace(config, **sections)
+
+
+def on_host(state: Any) -> dict[str, np.ndarray]:
+    """Returns copies of a state's arrays by their addresses; the program that goes on from it takes its memory."""
+    return {address: np.array(leaf) for address, leaf in leaves_of(state).items()}
+
+
+FEW = 3
+"""Values, and fields, that are named one by one."""
+
+
+def compare_arrays(
+    how: Rounding,
+    kept: Mapping[str, np.ndarray],
+    replayed: Mapping[str, np.ndarray],
+    before: Mapping[str, np.ndarray],
+    start: int,
+    end: int,
+) -> list[str]:
+    """Returns in words how a checkpoint's arrays differ from those of a replay that began with `before`."""
+    unequal = [name for name in kept if kept[name].tobytes() != replayed[name].tobytes()]
+    beyond = [name for name, share in shares_of_rounding(kept, replayed, before, unequal).items() if share > how.times]
+    if not (unequal if how.exact else beyond):
+        return []
+    of, whole = f"the replay of steps {start} to {end}", f"{len(unequal)} of its {len(kept)} arrays"
+    places = [(name, at) for name in unequal for at in np.argwhere(differing(kept[name], replayed[name]))[: FEW + 1]]
+    if len(places) <= FEW:
+        named = [
+            f"{name}{at.tolist() or ''} is {kept[name][tuple(at)]!s}, and {replayed[name][tuple(at)]!s} in {of}"
+            for name, at in places
+        ]
+        return [f"{len(places)} of its values {'was' if len(places) == 1 else 'were'} changed: {'; '.join(named)}"]
+    if not beyond:
+        return [
+            f"{whole} differ from {of} by rounding alone: so does a run of another kind of processor, or with other "
+            "XLA_FLAGS; --rounding allows it"
+        ]
+    listed = ", ".join(beyond[:FEW]) + (f" and {len(beyond) - FEW} more" if len(beyond) > FEW else "")
+    if len(beyond) > len(kept) / 2:
+        return [
+            f"{whole} differ from {of}, {len(beyond)} by more than rounding: the checkpoint is not the one that this "
+            "recipe and these data lead to from there (swapped, or trained otherwise)"
+        ]
+    return [f"{whole} differ from {of}, by more than rounding: {listed}"]
+
+
+def differing(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns bool of the arrays' shape: where their bytes differ."""
+    size, shape = a.dtype.itemsize, a.shape
+    rows = (np.frombuffer(x.tobytes(), np.uint8).reshape(-1, size) for x in (a, b))
+    return np.asarray(np.not_equal(*rows).any(1)).reshape(shape)
+
+
+def shares_of_rounding(
+    kept: Mapping[str, np.ndarray],
+    replayed: Mapping[str, np.ndarray],
+    before: Mapping[str, np.ndarray],
+    names: Sequence[str],
+) -> dict[str, float]:
+    """Returns for each named array its difference in parts of the stated rounding; infinite where it is not finite."""
+
+    def norm(a: Any) -> float:
+        return float(np.linalg.norm(np.asarray(a, np.float64)))
+
+    changed: dict[str, list[float]] = {}  # squares of what the interval changed, and how many values, by kind
+    for name in kept if names else ():
+        squares = changed.setdefault(name.partition("/")[0], [0.0, 0.0])
+        squares[0] += norm(np.asarray(kept[name], np.float64) - np.asarray(before[name], np.float64)) ** 2
+        squares[1] += kept[name].size
+    shares = {}
+    for name in names:
+        a, b, c = (np.asarray(x[name], np.float64) for x in (kept, replayed, before))
+        total, count = changed[name.partition("/")[0]]
+        allowed = ARRAYS * max(norm(a - c), (total / count * a.size) ** 0.5) + 1e-5 * norm(a)
+        distance = norm(a - b)
+        shares[name] = distance / allowed if np.isfinite(distance) and allowed > 0 else np.inf
+    return shares
+
+
+def compare_records(kept: Record, replayed: Record) -> list[str]:
+    """Returns in words what a checkpoint says beside its state that its replay does not."""
+    names = ["sums", "skipped_updates", "skipped", "class_names", "multilabel"]
+    if kept["eval_pending"] == replayed["eval_pending"]:  # else one was written before, the other after the evaluation
+        names += ["best", "no_better", "result"]
+    return [
+        f"its record says {name} {to_json(kept[name])}, and the replay {to_json(replayed[name])}"
+        for name in names
+        if to_json(kept[name]) != to_json(replayed[name])
+    ]
+
+
+def kind_of_line(line: Mapping[str, Any]) -> str:
+    """Returns `test`, `validation` or `training`."""
+    splits = {name.removeprefix("ema/").partition("/")[0] for name in line}
+    return next((split for split in ("test", "validation") if split in splits), "training")
+
+
+def compare_lines(
+    how: Rounding,
+    lines: Iterable[dict[str, Any]],
+    replayed: Iterable[dict[str, Any]],
+    start: int,
+    end: int,
+    unplanned: int | None = None,
+) -> list[Difference]:
+    """Returns what differs between a run's lines of an interval and those of its replay, both in their order."""
+    found: list[Difference] = []
+    ours = {(line["step"], kind_of_line(line)): line for line in replayed if start <= line["step"] <= end}
+    theirs: dict[tuple[int, str], dict[str, Any]] = {}
+    for line in lines:
+        address = (line["step"], kind_of_line(line))
+        step, kind = address
+        if not start <= step <= end or kind == "test":
+            continue
+        if address in theirs:
+            found.append(Difference("metrics.jsonl", step, f"there are several lines of {kind}"))
+        theirs[address] = line
+        if address not in ours and step > start and step != unplanned:
+            found.append(Difference("metrics.jsonl", step, f"there is a line of {kind} that the replay does not write"))
+    for address, line in ours.items():
+        step, kind = address
+        if address not in theirs:
+            found.append(Difference("metrics.jsonl", step, f"the line of {kind} is missing"))
+            continue
+        found += compare_figures(how, theirs[address], line, step, kind)
+    return found
+
+
+def compare_figures(
+    how: Rounding, kept: Mapping[str, Any], found: Mapping[str, Any], step: int, kind: str
+) -> list[Difference]:
+    """Returns the figures of a line that differ from those that were found."""
+    what = []
+    for name in dict.fromkeys([*found, *kept]):
+        if name in (*TIMES, "step"):
+            continue
+        if name not in kept or name not in found:
+            what.append(f"{name} is {'missing' if name not in kept else 'none that it would have'}")
+        elif not same_figure(how, name, kept[name], found[name]):
+            what.append(f"{name} is {kept[name]}, and the replay gives {found[name]}")
+    return [Difference("metrics.jsonl", step, f"the line of {kind} was edited: {each}") for each in what]
+
+
+def same_figure(how: Rounding, name: str, kept: Any, found: Any) -> bool:
+    """Returns whether a figure is the one that was found: exactly, or within rounding."""
+    if isinstance(found, float) and not np.isfinite(found):
+        found = None
+    if how.exact or kept is None or found is None or isinstance(kept, str):
+        return kept == found
+    if name in EXACT_FIGURES:
+        return abs(kept - found) <= 1e-5 * abs(found)
+    return abs(kept - found) <= FIGURES * how.times * max(1.0, abs(found))
+
+
+def best_in(lines: Sequence[dict[str, Any]], config: Config, metric: str | None) -> dict[str, Any] | None:
+    """Returns what best.json would hold after the lines of a run; None where nothing selects."""
+    best: dict[str, Any] | None = None
+    if metric is None:
+        return None
+    averaged = config.train.ema_decay is not None
+    name = f"{'ema/' if averaged else ''}validation/{metric}"
+    for line in lines:
+        if name in line and better(goal_of(config, metric), line[name], None if best is None else best["value"]):
+            best = {"step": line["step"], "metric": name, "value": line[name]}
+    return best
+
+
+def shown(best: Mapping[str, Any] | None) -> str:
+    """Returns what best.json holds, in words."""
+    return "nothing" if best is None else f"{best['metric']} {best['value']} of step {best['step']}"
