@@ -104,7 +104,7 @@ class Verification:
         how = "bit by bit" if self.exact else "within rounding"
         drawn = "" if self.seed is None else f" (drawn with --seed {self.seed})"
         count = len(self.differences)
-        found = f"{count} thing{'s differ' if count > 1 else ' differs'}" if count else "sound: nothing differs"
+        found = f"{count} thing{'s differ' if count > 1 else ' differs'}" if count else "nothing differs"
         rows = [f"{self.run}: {found}", f"replayed {how}, steps: {spans}{drawn}"]
         rows += [f"DIFFERS  {difference}" for difference in self.differences]
         return "\n".join(rows + [f"note     {note}" for note in self.notes])
@@ -175,9 +175,7 @@ def verify(
     else:
         seed = secrets.randbelow(2**31) if seed is None else seed
         chosen = sorted(random.Random(seed).sample(chosen, intervals))
-        notes.append(
-            f"{intervals} of {len(steps)} intervals between checkpoints were replayed; --all replays the whole run"
-        )
+        notes.append(f"{intervals} of the {len(steps)} intervals were replayed; --all replays the whole run")
     lines, torn = split_lines(folder / "metrics.jsonl")
     if torn:
         found.append(Difference("metrics.jsonl", None, f"{len(torn)} lines cannot be read"))
@@ -281,20 +279,13 @@ NO_CHECKPOINTS: Any = None
 
 def in_a_temporary_folder(config: Config, devices: int, fsdp: int) -> Config:
     """Returns a recipe with the same programs, of one process, that writes the lines and nothing else."""
-    from_device = config.data.on_device or computes_features_once(config)
+    most = steps_per_call(config, config.data.on_device or computes_features_once(config))
+    alone: Any = {"distributed": "off"} | dict.fromkeys(("coordinator", "processes", "process_id"))
     return replace(
         config,
-        train=replace(config.train, steps_per_call=steps_per_call(config, from_device)),
+        train=replace(config.train, steps_per_call=most),
         data=replace(config.data, workers=0),
-        parallel=replace(
-            config.parallel,
-            devices=devices,
-            fsdp=fsdp,
-            distributed="off",
-            coordinator=None,
-            processes=None,
-            process_id=None,
-        ),
+        parallel=replace(config.parallel, devices=devices, fsdp=fsdp, **alone),
         log=replace(config.log, tensorboard=False, report=False, profile=None),
     )
 
@@ -325,13 +316,13 @@ def verify_span(job: Job, span: Sequence[int], lines: Sequence[dict[str, Any]]) 
     what follows from the first is not held against it.
     """
     replay = Replay(job, span)
-    replay.start()
+    replay.run_through()
     found: list[Difference] = []
     for start, end in pairwise(span):
         seen = replay
         if start != span[0] and replay.found.get(start) and replay.found.get(end, ["not reached"]):
             seen = Replay(job, [start, end])
-            seen.start()
+            seen.run_through()
         name, problems = f"checkpoints/{end}", seen.found.get(end, [])
         if seen.failure:
             problems = [*problems, seen.failure]
@@ -373,8 +364,8 @@ class Replay:
     before: Mapping[str, np.ndarray] = field(default_factory=dict)
     steps: set[int] = field(default_factory=set)
 
-    def start(self) -> None:
-        """Replays."""
+    def run_through(self) -> None:
+        """Replays the span."""
         job, (first, *_, last) = self.job, self.span
         say(f"replaying steps {first} to {last}", error=True)
         with self.opened() as (run, state, progress):
