@@ -448,21 +448,18 @@ def verify_selection(job: Job, lines: Sequence[dict[str, Any]], notes: list[str]
         found.append(Difference("best.json", None, str(error)))
     if summary is None:
         return found
-    if summary["steps"] != last:
-        what = f"it says that the run ended at step {summary['steps']}, and the last sound checkpoint is of {last}"
-        found.append(Difference("summary.json", None, what))
-    if summary.get("best") != best:
-        what = f"it says that the best is {shown(summary.get('best'))}, and by metrics.jsonl it is {shown(best)}"
-        found.append(Difference("summary.json", None, what))
-    counted = job.records[last]["skipped_updates"]["total"]
-    if summary.get("skipped_updates") != counted and summary["steps"] == last:
-        what = f"it says that {summary.get('skipped_updates')} updates were skipped, and the last checkpoint {counted}"
-        found.append(Difference("summary.json", None, what))
-    selected = summary.get("selected")
+    selected, counted = summary.get("selected"), job.records[last]["skipped_updates"]["total"]
     expected = best["step"] if best else summary["steps"]
+    wrong = []
+    if summary["steps"] != last:
+        wrong.append(f"it says that the run ended at step {summary['steps']}; the last sound checkpoint is of {last}")
+    elif summary.get("skipped_updates") != counted:
+        wrong.append(f"it says that {summary.get('skipped_updates')} updates were skipped, the checkpoint {counted}")
+    if summary.get("best") != best:
+        wrong.append(f"it says that the best is {shown(summary.get('best'))}; by metrics.jsonl it is {shown(best)}")
     if selected != expected:
-        what = f"it says that step {selected} was selected, and by metrics.jsonl it is step {expected}"
-        found.append(Difference("summary.json", None, what))
+        wrong.append(f"it says that step {selected} was selected; by metrics.jsonl it is step {expected}")
+    found += [Difference("summary.json", None, what) for what in wrong]
     if selected not in job.records:
         notes.append(f"the checkpoint of the selected step {selected} is not there, so its figures were not looked at")
         return found
@@ -479,11 +476,14 @@ def verify_selection(job: Job, lines: Sequence[dict[str, Any]], notes: list[str]
     flat = {name: value for name, value in flat.items() if isinstance(value, float)}
     for split in ("validation", "test"):
         wanted = {name: value for name, value in flat.items() if kind_of_line({name: value}) == split}
-        kept_lines = [line for line in lines if kind_of_line(line) == split and line["step"] == selected]
-        if wanted and not kept_lines:
+        kept_lines = [line for line in lines if kind_of_line(line) == split]
+        its_own = [line for line in kept_lines if line["step"] == selected]
+        if wanted and not its_own:
             found.append(Difference("metrics.jsonl", selected, f"the line of {split} is missing"))
-        for line in kept_lines[:1]:
+        for line in its_own[:1]:
             found += compare_figures(job.how, line, wanted, selected, split)
+        if split == "test" and len(kept_lines) > 1:
+            found.append(Difference("metrics.jsonl", None, "there are several lines of test, and a run writes one"))
     return found
 
 
