@@ -38,7 +38,7 @@ from resnet_jax.runs.signals import Stop
 from resnet_jax.runs.trackers import split_lines
 from resnet_jax.training.build import data_of, make_plan, model_with_parts
 from resnet_jax.training.checkpoints import Record, Template, read_checkpoint
-from resnet_jax.training.evaluation import Result, make_evaluate, scalars, selecting_metric
+from resnet_jax.training.evaluation import Result, make_evaluate, selecting_metric
 from resnet_jax.training.linear_probe import computes_features_once, make_features
 from resnet_jax.training.loop import Run, begin, fit
 from resnet_jax.training.manifest import best_of
@@ -56,13 +56,11 @@ from resnet_jax.training.verify_compare import (
     best_in,
     chosen_recipe,
     compare_arrays,
-    compare_figures,
+    compare_evaluation,
     compare_lines,
     compare_records,
-    kind_of_line,
     on_host,
     read_records,
-    same_figure,
     shown,
 )
 
@@ -466,25 +464,7 @@ def verify_selection(job: Job, lines: Sequence[dict[str, Any]], notes: list[str]
     result = evaluate_checkpoint(job, selected)
     if result is None:
         return found
-    for kind, values in scalars(result).items():
-        for name, value in values.items():
-            kept = summary.get(kind, {}).get(name)
-            if not same_figure(job.how, name, kept, value):
-                what = f"{kind}/{name} is {kept}, and evaluating the checkpoint of step {selected} gives {value}"
-                found.append(Difference("summary.json", None, what))
-    flat = {f"{kind}/{name}": value for kind, values in result.items() for name, value in values.items()}
-    flat = {name: value for name, value in flat.items() if isinstance(value, float)}
-    for split in ("validation", "test"):
-        wanted = {name: value for name, value in flat.items() if kind_of_line({name: value}) == split}
-        kept_lines = [line for line in lines if kind_of_line(line) == split]
-        its_own = [line for line in kept_lines if line["step"] == selected]
-        if wanted and not its_own:
-            found.append(Difference("metrics.jsonl", selected, f"the line of {split} is missing"))
-        for line in its_own[:1]:
-            found += compare_figures(job.how, line, wanted, selected, split)
-        if split == "test" and len(kept_lines) > 1:
-            found.append(Difference("metrics.jsonl", None, "there are several lines of test, and a run writes one"))
-    return found
+    return found + compare_evaluation(job.how, summary, lines, selected, result)
 
 
 def evaluate_checkpoint(job: Job, step: int) -> Result | None:

@@ -12,7 +12,7 @@ from resnet_jax.config import Config, InputError, differences, from_dict
 from resnet_jax.files import to_json
 from resnet_jax.runs.folder import better
 from resnet_jax.training.checkpoints import Record, leaves_of, read_record
-from resnet_jax.training.evaluation import goal_of
+from resnet_jax.training.evaluation import Result, goal_of, scalars
 from resnet_jax.training.manifest import checkpoints_of, damage, steps_in
 
 ARRAYS = 0.05
@@ -265,6 +265,32 @@ def same_figure(how: Rounding, name: str, kept: Any, found: Any) -> bool:
     if name in EXACT_FIGURES:
         return abs(kept - found) <= 1e-5 * abs(found)
     return abs(kept - found) <= FIGURES * how.times * max(1.0, abs(found))
+
+
+def compare_evaluation(
+    how: Rounding, summary: Mapping[str, Any], lines: Sequence[dict[str, Any]], selected: int, result: Result
+) -> list[Difference]:
+    """Returns what differs between summary and lines of a run and an evaluation of its selected checkpoint."""
+    found: list[Difference] = []
+    for kind, values in scalars(result).items():
+        for name, value in values.items():
+            kept = summary.get(kind, {}).get(name)
+            if not same_figure(how, name, kept, value):
+                what = f"{kind}/{name} is {kept}, and evaluating the checkpoint of step {selected} gives {value}"
+                found.append(Difference("summary.json", None, what))
+    flat = {f"{kind}/{name}": value for kind, values in result.items() for name, value in values.items()}
+    flat = {name: value for name, value in flat.items() if isinstance(value, float)}
+    for split in ("validation", "test"):
+        wanted = {name: value for name, value in flat.items() if kind_of_line({name: value}) == split}
+        kept_lines = [line for line in lines if kind_of_line(line) == split]
+        its_own = [line for line in kept_lines if line["step"] == selected]
+        if wanted and not its_own:
+            found.append(Difference("metrics.jsonl", selected, f"the line of {split} is missing"))
+        for line in its_own[:1]:
+            found += compare_figures(how, line, wanted, selected, split)
+        if split == "test" and len(kept_lines) > 1:
+            found.append(Difference("metrics.jsonl", None, "there are several lines of test, and a run writes one"))
+    return found
 
 
 def best_in(lines: Sequence[dict[str, Any]], config: Config, metric: str | None) -> dict[str, Any] | None:
