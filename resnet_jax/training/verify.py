@@ -4,49 +4,39 @@ The replay is the loop of `training.loop` itself, in a temporary folder: from th
 checkpoint at an interval's start (or, from step 0, a new state) to the checkpoint at its end.
 """
 
-import contextlib
-import io
 import random
 import re
 import secrets
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
-import optax
 
 from resnet_jax.config import Config, InputError, from_dict
 from resnet_jax.data.dataset import with_outputs
 from resnet_jax.data.fingerprint import changes, described, fingerprint, other_resizer
 from resnet_jax.data.fingerprint import load as load_fingerprint
-from resnet_jax.data.loader import BadImages
 from resnet_jax.data.transforms import resizer
 from resnet_jax.files import path_of
-from resnet_jax.models.stacking import unstack_blocks
-from resnet_jax.output import say
 from resnet_jax.recipe_files import recorded
 from resnet_jax.runs.folder import device_name, read_summary, versions
 from resnet_jax.runs.hooks import Hooks
 from resnet_jax.runs.lock import live_holder
-from resnet_jax.runs.reporter import Diverged
 from resnet_jax.runs.signals import Stop
 from resnet_jax.runs.trackers import split_lines
 from resnet_jax.training.build import data_of, make_plan, model_with_parts
-from resnet_jax.training.checkpoints import Record, Template, read_checkpoint
-from resnet_jax.training.evaluation import Result, make_evaluate, selecting_metric
-from resnet_jax.training.linear_probe import computes_features_once, make_features
-from resnet_jax.training.loop import Run, begin, fit
+from resnet_jax.training.checkpoints import Record
+from resnet_jax.training.evaluation import selecting_metric
+from resnet_jax.training.linear_probe import computes_features_once
+from resnet_jax.training.loop import Run
 from resnet_jax.training.manifest import best_of
 from resnet_jax.training.optimizers import make_schedule
 from resnet_jax.training.parts import NAMES, Parts, check_recorded, make_parts
 from resnet_jax.training.programs import steps_per_call
 from resnet_jax.training.sharding import cached_where_sound, make_mesh
-from resnet_jax.training.state import TrainState
 from resnet_jax.training.verify_compare import (
     ARRAYS,
     BFLOAT16,
@@ -55,14 +45,11 @@ from resnet_jax.training.verify_compare import (
     Rounding,
     best_in,
     chosen_recipe,
-    compare_arrays,
     compare_evaluation,
-    compare_lines,
-    compare_records,
-    on_host,
     read_records,
     shown,
 )
+from resnet_jax.training.verify_replay import Job, evaluate_checkpoint, spans_of, verify_span, verify_within_rounding
 
 COMPUTES = ("jax", "jaxlib", "flax", "optax", "resnet_jax")
 """Packages another version of which may round otherwise."""
@@ -121,9 +108,10 @@ def verify(
 
     Compared bit by bit are parameters, statistics, optimizer state, averages and the lines of metrics.jsonl (without
     times and speeds); where the run had other versions or devices, or other kinds of programs on its way, within
-    `ARRAYS` and `FIGURES`. Beside it recipe, pictures, parts of the user's own, best.json and summary.json are compared
-    with the checkpoints, the lines, and an evaluation of the selected checkpoint. Events for TensorBoard, times and
-    pages are not looked at. Nothing in the folder is written or touched.
+    `ARRAYS` and `FIGURES`, or `GROWTH` times what a change of the last bit at an interval's start grows to. Beside it
+    recipe, pictures, parts of the user's own, best.json and summary.json are compared with the checkpoints, the lines,
+    and an evaluation of the selected checkpoint. Events for TensorBoard, times and pages are not looked at. Nothing in
+    the folder is written or touched.
 
     Args:
       run: its folder; nothing may train in it.
@@ -179,32 +167,15 @@ def verify(
         found.append(Difference("metrics.jsonl", None, f"{len(torn)} lines cannot be read"))
     with cached_where_sound(job.run.mesh):
         for span in spans_of(chosen, job):
-            found += verify_span(job, span, lines)
+            if job.how.exact:
+                found += verify_span(job, span, lines)
+            else:
+                found += verify_within_rounding(job, span[0], span[-1], lines, notes)
         found += verify_selection(job, lines, notes)
     if beyond := sorted({line["step"] for line in lines if line["step"] > steps[-1]}):
         notes.append(f"lines of {len(beyond)} steps after the last checkpoint, {steps[-1]}, were not looked at")
     unique = tuple(dict.fromkeys(found))
     return Verification(str(folder), tuple(steps), tuple(chosen), job.how.exact, seed, unique, tuple(notes))
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all replays of a run share.
-
-    Attributes:
-      run: with everything but a place for checkpoints.
-      records: step -> what the checkpoint holds beside the state.
-      summary: None where the run has not ended.
-      how: how equal the replay has to be.
-      same_kind: whether the devices are of the run's kind, so that the first state is drawn from the same bits.
-    """
-
-    run: Run
-    records: dict[int, Record]
-    summary: dict[str, Any] | None
-    schedule: optax.Schedule
-    how: Rounding
-    same_kind: bool
 
 
 def make_job(
@@ -288,150 +259,6 @@ def in_a_temporary_folder(config: Config, devices: int, fsdp: int) -> Config:
     )
 
 
-def spans_of(intervals: Sequence[tuple[int, int]], job: Job) -> list[list[int]]:
-    """Returns the steps of intervals that one replay goes through without a stop, [start, end, end, ...] each.
-
-    It goes through a checkpoint where the run as it is planned writes one, and not one of a signal. Within rounding
-    each interval begins at its checkpoint.
-    """
-    spans: list[list[int]] = []
-    for start, end in intervals:
-        if spans and spans[-1][-1] == start and job.how.exact:
-            record, plan = job.records[start], job.run.plan
-            best = start % plan.eval_every == 0 and not record["eval_pending"]
-            same_rate = record["rollbacks"] == job.records[end]["rollbacks"]
-            if same_rate and (best or start % plan.save_every == 0):
-                spans[-1].append(end)
-                continue
-        spans.append([start, end])
-    return spans
-
-
-def verify_span(job: Job, span: Sequence[int], lines: Sequence[dict[str, Any]]) -> list[Difference]:
-    """Replays a span and returns what differs in its checkpoints and lines.
-
-    Where two checkpoints in a row differ from the replay, the second is looked at once more, from the first: so that
-    what follows from the first is not held against it.
-    """
-    replay = Replay(job, span)
-    replay.run_through()
-    found: list[Difference] = []
-    for start, end in pairwise(span):
-        seen = replay
-        if start != span[0] and replay.found.get(start) and replay.found.get(end, ["not reached"]):
-            seen = Replay(job, [start, end])
-            seen.run_through()
-        name, problems = f"checkpoints/{end}", seen.found.get(end, [])
-        if seen.failure:
-            problems = [*problems, seen.failure]
-        elif end not in seen.found:
-            problems = [f"the replay from step {seen.span[0]} ends before it"]
-        found += [Difference(name, end, problem) for problem in problems]
-        if end in seen.found:
-            edited = compare_lines(job.how, lines, seen.lines, start, end, unplanned_evaluation(job))
-            if problems and edited:
-                rows = ", ".join(str(step) for step in dict.fromkeys(each.step for each in edited))
-                edited = [
-                    Difference(
-                        "metrics.jsonl", None, f"the lines of the steps {rows}, on the way to {name}, differ too"
-                    )
-                ]
-            found += edited
-    return found
-
-
-@dataclass
-class Replay:
-    """Replays a span in a temporary folder; takes the place of `Checkpoints` in the run, and writes none.
-
-    Attributes:
-      span: steps of the checkpoint that it begins at, or 0, and of those that it compares.
-      found: step -> what differs in the checkpoint, in words; only for those that were reached.
-      lines: that it wrote to its metrics.jsonl.
-      failure: why it could not be replayed to its end.
-      best: set by the loop.
-    """
-
-    job: Job
-    span: Sequence[int]
-    found: dict[int, list[str]] = field(default_factory=dict)
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    failure: str | None = None
-    best: int | None = None
-    template: Template | None = None
-    before: Mapping[str, np.ndarray] = field(default_factory=dict)
-    steps: set[int] = field(default_factory=set)
-
-    def run_through(self) -> None:
-        """Replays the span."""
-        job, (first, *_, last) = self.job, self.span
-        say(f"replaying steps {first} to {last}", error=True)
-        with self.opened() as (run, state, progress):
-            if state is None:
-                return
-            progress.rollbacks = job.records[last]["rollbacks"]
-            factor = 0.5**progress.rollbacks
-            try:
-                fit(run, state, progress, lambda t: factor * job.schedule(t), until=last)
-            except Diverged as error:
-                self.failure = f"the replay from step {first} diverges: {error.what}"
-            self.lines, _ = split_lines(run.folder / "metrics.jsonl")
-
-    @contextlib.contextmanager
-    def opened(self) -> Any:
-        """Gives the run in a temporary folder, with state and progress of the span's start, or None with a failure."""
-        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory(prefix="resnet-jax-") as place:
-            checkpoints: Any = self
-            run = replace(self.job.run, folder=Path(place), checkpoints=checkpoints)
-            try:
-                state, progress = begin(run)
-                self.before = on_host(unstack_blocks(state))
-            except InputError as error:
-                if self.span[0] == 0:
-                    raise  # such as weights that cannot be found
-                self.failure, state, progress = f"the replay cannot begin at step {self.span[0]}: {error}", None, None
-            yield run, state, progress
-
-    def restore(self, template: Template) -> tuple[TrainState, Record, int] | None:
-        """Returns state, record and step of the checkpoint that the span begins at; None at step 0."""
-        self.template, step = template, self.span[0]
-        if step == 0:
-            return None
-        return *read_checkpoint(self.job.run.folder, template, str(step)), step
-
-    def save(self, step: int, state: TrainState, record: Record) -> None:
-        """Compares a state with the checkpoint that the run kept of it."""
-        self.steps.add(step)
-        if step not in self.span[1:] or step in self.found:
-            return
-        assert self.template is not None
-        try:
-            kept, its_record = read_checkpoint(self.job.run.folder, self.template, str(step))
-        except InputError as error:
-            self.found[step] = [str(error)]
-            return
-        how = self.job.how
-        problems = compare_arrays(how, on_host(kept), on_host(state), self.before, self.span[0], step)
-        self.found[step] = problems or (compare_records(its_record, record) if how.exact else [])
-
-    def has(self, step: int) -> bool:
-        """Returns whether the replay has come by a step that is saved."""
-        return step in self.steps
-
-    def latest(self) -> int | None:
-        """Returns None: there is none to go back to."""
-        return None
-
-    def settle(self) -> None:
-        """Does nothing: nothing is being written."""
-
-
-def unplanned_evaluation(job: Job) -> int | None:
-    """Returns the step at which a hook ended a run, with an evaluation that no plan has; None where none did."""
-    plan, last = job.run.plan, (job.summary or {}).get("steps", job.run.plan.total)
-    return last if last < plan.total and last % plan.eval_every else None
-
-
 def verify_selection(job: Job, lines: Sequence[dict[str, Any]], notes: list[str]) -> list[Difference]:
     """Compares best.json and summary.json with the lines, the checkpoints, and an evaluation of the selected one."""
     found: list[Difference] = []
@@ -465,22 +292,3 @@ def verify_selection(job: Job, lines: Sequence[dict[str, Any]], notes: list[str]
     if result is None:
         return found
     return found + compare_evaluation(job.how, summary, lines, selected, result)
-
-
-def evaluate_checkpoint(job: Job, step: int) -> Result | None:
-    """Returns the evaluations of a kept checkpoint on validation and test, as the run makes them; None where it cannot
-    be read.
-    """
-    say(f"evaluating the checkpoint of step {step}", error=True)
-    with Replay(job, [step, step]).opened() as (run, state, _):
-        if state is None:
-            return None
-        config, mesh = run.config, run.mesh
-        features = make_features(config, run.model, mesh) if computes_features_once(config) else None
-        result: Result = {}
-        for split in run.dataset.splits():
-            if split != "train":
-                bad = BadImages("skip", channels=config.data.channels)
-                given = (config, run.model, run.dataset, split, mesh, bad, None, features)
-                result |= make_evaluate(*given, parts=run.parts)(state) or {}
-        return result

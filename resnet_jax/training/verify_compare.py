@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ EXACT_FIGURES = ("epoch", "learning_rate")
 """Figures that are a function of the step; their rounding is 1e-5 of them."""
 BFLOAT16 = 5.0
 """Times both in a run that computes in 16 bits."""
+
+GROWTH = 5.0
+"""Times what a change of the last bit at an interval's start grows to by its end: rounding that training amplifies."""
 
 TIMES = ("images_per_second", "data_wait")
 """What a line of metrics.jsonl says of speed."""
@@ -55,10 +58,12 @@ class Rounding:
     Attributes:
       exact: bit by bit; otherwise within `ARRAYS` and `FIGURES`.
       times: these two.
+      measured: how far rounding was seen to grow, by an array's address (its norm) or a figure's name.
     """
 
     exact: bool
     times: float
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_records(folder: Path, found: list[Difference]) -> dict[int, Record]:
@@ -134,7 +139,7 @@ def compare_arrays(
 ) -> list[str]:
     """Returns in words how a checkpoint's arrays differ from those of a replay that began with `before`."""
     unequal = [name for name in kept if kept[name].tobytes() != replayed[name].tobytes()]
-    beyond = [name for name, share in shares_of_rounding(kept, replayed, before, unequal).items() if share > how.times]
+    beyond = [name for name, share in shares_of_rounding(how, kept, replayed, before, unequal).items() if share > 1]
     if not (unequal if how.exact else beyond):
         return []
     of, whole = f"the replay of steps {start} to {end}", f"{len(unequal)} of its {len(kept)} arrays"
@@ -167,29 +172,65 @@ def differing(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def shares_of_rounding(
+    how: Rounding,
     kept: Mapping[str, np.ndarray],
     replayed: Mapping[str, np.ndarray],
     before: Mapping[str, np.ndarray],
     names: Sequence[str],
 ) -> dict[str, float]:
     """Returns for each named array its difference in parts of the stated rounding; infinite where it is not finite."""
-
-    def norm(a: Any) -> float:
-        return float(np.linalg.norm(np.asarray(a, np.float64)))
-
-    changed: dict[str, list[float]] = {}  # squares of what the interval changed, and how many values, by kind
-    for name in kept if names else ():
-        squares = changed.setdefault(name.partition("/")[0], [0.0, 0.0])
-        squares[0] += norm(np.asarray(kept[name], np.float64) - np.asarray(before[name], np.float64)) ** 2
-        squares[1] += kept[name].size
+    changed = distances(kept, before) if names else {}
     shares = {}
     for name in names:
-        a, b, c = (np.asarray(x[name], np.float64) for x in (kept, replayed, before))
-        total, count = changed[name.partition("/")[0]]
-        allowed = ARRAYS * max(norm(a - c), (total / count * a.size) ** 0.5) + 1e-5 * norm(a)
-        distance = norm(a - b)
+        allowed = ARRAYS * changed[name] + 1e-5 * norm(kept[name])
+        allowed = how.times * allowed + how.measured.get(name, 0.0)
+        distance = norm(difference(kept[name], replayed[name]))
         shares[name] = distance / allowed if np.isfinite(distance) and allowed > 0 else np.inf
     return shares
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns a - b in float64."""
+    return np.asarray(a, np.float64) - np.asarray(b, np.float64)
+
+
+def norm(array: np.ndarray) -> float:
+    """Returns the Euclidean norm of all values."""
+    return float(np.linalg.norm(np.asarray(array, np.float64)))
+
+
+def distances(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Returns the norm of the difference of each two arrays, at least that of a mean value of arrays of their kind."""
+    found = {name: norm(difference(a[name], b[name])) for name in a}
+    squares: dict[str, list[float]] = {}
+    for name, distance in found.items():
+        kind = squares.setdefault(name.partition("/")[0], [0.0, 0.0])
+        kind[0], kind[1] = kind[0] + distance**2, kind[1] + a[name].size
+    means = {kind: total / count if count else 0.0 for kind, (total, count) in squares.items()}
+    return {name: max(found[name], (means[name.partition("/")[0]] * a[name].size) ** 0.5) for name in found}
+
+
+def grown_to(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]) -> float:
+    """Returns how far two replays are from each other in the parameters, in parts of what the first has changed."""
+    names = [name for name in one if name.startswith("params/")]
+    apart, changed = (sum(norm(difference(one[n], x[n])) ** 2 for n in names) ** 0.5 for x in (other, before))
+    return apart / changed if changed else 0.0
+
+
+def measure_growth(
+    how: Rounding,
+    arrays: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]],
+    lines: tuple[Iterable[dict[str, Any]], Iterable[dict[str, Any]]],
+) -> Rounding:
+    """Returns a rounding that also allows `GROWTH` times the differences of two replays, of which the second began
+    with other last bits: of their arrays at the end, and of their lines, for each figure the largest.
+    """
+    measured = {name: GROWTH * distance for name, distance in distances(*arrays).items()}
+    for one, other in zip(*lines, strict=False):
+        for name in set(one) & set(other) - {*TIMES, *EXACT_FIGURES, "step"}:
+            if one[name] is not None and other[name] is not None:
+                measured[name] = max(measured.get(name, 0.0), GROWTH * abs(one[name] - other[name]))
+    return replace(how, measured=measured)
 
 
 def compare_records(kept: Record, replayed: Record) -> list[str]:
@@ -264,7 +305,7 @@ def same_figure(how: Rounding, name: str, kept: Any, found: Any) -> bool:
         return kept == found
     if name in EXACT_FIGURES:
         return abs(kept - found) <= 1e-5 * abs(found)
-    return abs(kept - found) <= FIGURES * how.times * max(1.0, abs(found))
+    return abs(kept - found) <= FIGURES * how.times * max(1.0, abs(found)) + how.measured.get(name, 0.0)
 
 
 def compare_evaluation(

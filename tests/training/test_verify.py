@@ -18,7 +18,7 @@ from resnet_jax.training.build import build_model, sharded_shapes, state_maker
 from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
 from resnet_jax.training.sharding import make_mesh
 from resnet_jax.training.verify import verify
-from resnet_jax.training.verify_compare import Rounding, compare_arrays
+from resnet_jax.training.verify_compare import Rounding, compare_arrays, grown_to, measure_growth, same_figure
 
 pytestmark = pytest.mark.xdist_group("verify")  # one process makes what they share
 
@@ -180,6 +180,7 @@ def test_other_versions_and_devices_are_named_and_compared_within_rounding(runs,
     report = verify(run, 2, seed=23)
     assert report.replayed == ((0, 4), (6, 8)) and not report.exact
     assert named(report)[0] == ("checkpoints/8", 8) and len(report.differences) <= 2, str(report)
+    assert any("steps 6 to 8: a change of the last bit grows to" in note for note in report.notes)
     assert "swapped, or trained otherwise" in report.differences[0].what
     assert any("flax 0.1.0" in note for note in report.notes)
     assert any("on 3 x cpu, and the replay on 2 x cpu" in note for note in report.notes)
@@ -229,3 +230,15 @@ def test_arrays_that_differ_by_rounding_alone_are_told_from_changed_ones():
     ):
         found = compare_arrays(Rounding(exact, 1.0), after, replayed, before, 0, 4)
         assert found == [] if words is None else words in found[0]
+
+
+def test_rounding_that_training_amplifies_is_measured_and_allowed():
+    before = {"params/a": np.zeros((4, 4), np.float32)}
+    kept, replayed, nudged = ({"params/a": np.full((4, 4), x, np.float32)} for x in (1.2, 1.0, 1.1))
+    lines = [{"step": 3, "train/loss": 2.0, "learning_rate": 0.1}], [{"step": 3, "train/loss": 2.1, "learning_rate": 1}]
+    plain = Rounding(False, 1.0)
+    measured = measure_growth(plain, (replayed, nudged), lines)
+    assert compare_arrays(plain, kept, replayed, before, 0, 4) and not same_figure(plain, "train/loss", 2.3, 2.0)
+    assert not compare_arrays(measured, kept, replayed, before, 0, 4) and same_figure(measured, "train/loss", 2.3, 2.0)
+    assert not same_figure(measured, "train/loss", 2.9, 2.0) and not same_figure(measured, "learning_rate", 0.2, 0.1)
+    assert grown_to(replayed, nudged, before) == pytest.approx(0.1, rel=1e-5)
