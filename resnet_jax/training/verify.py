@@ -150,7 +150,7 @@ def verify(
 
     steps = sorted(records)
     chosen = list(pairwise([0, *(step for step in steps if step > 0)]))
-    if not job.same_kind:
+    if chosen and not job.same_kind:
         notes.append(
             f"steps 0 to {chosen[0][1]} were left out: the first parameters are drawn by a generator whose bits "
             "are those of the run's kind of device"
@@ -285,7 +285,7 @@ def verify_selection(job: Job, lines: Sequence[dict[str, Any]], notes: list[str]
     if selected != expected:
         wrong.append(f"it says that step {selected} was selected; by metrics.jsonl it is step {expected}")
     found += [Difference("summary.json", None, what) for what in wrong]
-    if selected not in job.records:
+    if not isinstance(selected, int) or selected not in job.records:
         notes.append(f"the checkpoint of the selected step {selected} is not there, so its figures were not looked at")
         return found
     result = evaluate_checkpoint(job, selected)

@@ -14,6 +14,7 @@ from resnet_jax.runs.folder import better
 from resnet_jax.training.checkpoints import Record, leaves_of, read_record
 from resnet_jax.training.evaluation import Result, goal_of, scalars
 from resnet_jax.training.manifest import checkpoints_of, damage, steps_in
+from resnet_jax.training.run_progress import RunProgress
 
 ARRAYS = 0.05
 """Rounding of an array: the norm of its difference, in parts of the norm of what the interval changed in it (at least
@@ -78,7 +79,7 @@ def read_records(folder: Path, found: list[Difference]) -> dict[int, Record]:
         try:
             if problem is None:
                 records[step] = read_record(folder, step)
-                from_dict(records[step]["recipe"])
+                from_dict(RunProgress.from_record(records[step]).recipe)
                 if (says := records[step]["step"]) != step:
                     problem = f"its record says that it is of step {says}"
         except (InputError, KeyError) as error:
@@ -301,7 +302,7 @@ def same_figure(how: Rounding, name: str, kept: Any, found: Any) -> bool:
     """Returns whether a figure is the one that was found: exactly, or within rounding."""
     if isinstance(found, float) and not np.isfinite(found):
         found = None
-    if how.exact or kept is None or found is None or isinstance(kept, str):
+    if how.exact or found is None or not isinstance(kept, int | float):
         return kept == found
     if name in EXACT_FIGURES:
         return abs(kept - found) <= 1e-5 * abs(found)
@@ -315,7 +316,7 @@ def compare_evaluation(
     found: list[Difference] = []
     for kind, values in scalars(result).items():
         for name, value in values.items():
-            kept = summary.get(kind, {}).get(name)
+            kept = summary[kind].get(name) if isinstance(summary.get(kind), dict) else None
             if not same_figure(how, name, kept, value):
                 what = f"{kind}/{name} is {kept}, and evaluating the checkpoint of step {selected} gives {value}"
                 found.append(Difference("summary.json", None, what))
@@ -347,6 +348,8 @@ def best_in(lines: Sequence[dict[str, Any]], config: Config, metric: str | None)
     return best
 
 
-def shown(best: Mapping[str, Any] | None) -> str:
+def shown(best: Any) -> str:
     """Returns what best.json holds, in words."""
-    return "nothing" if best is None else f"{best['metric']} {best['value']} of step {best['step']}"
+    if not isinstance(best, Mapping) or set(best) != {"metric", "value", "step"}:
+        return "nothing" if best is None else to_json(best)
+    return f"{best['metric']} {best['value']} of step {best['step']}"
