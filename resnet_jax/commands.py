@@ -20,6 +20,7 @@ import tyro
 from resnet_jax.files import in_bucket, local_path, path_of, to_json
 from resnet_jax.lab.captions import TITLES
 from resnet_jax.output import fail, say
+from resnet_jax.recipe_files import load_config
 from resnet_jax.recipe_flags import Recipe, checked, recipe_to_change, spelt_out, unchecked
 from resnet_jax.typed import InputError
 
@@ -40,6 +41,9 @@ Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json", 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Name = Annotated[str | None, tyro.conf.arg(help="The model, where the source does not say.")]
 WhereData = Annotated[str | None, tyro.conf.arg(name="data.dataset", help="Where the run's data lies now.")]
+OwnModels = Annotated[
+    str | None, tyro.conf.arg(metavar="FILE", help="A recipe's file, of which the models are taken that it registers.")
+]
 Source = Annotated[
     tyro.conf.Positional[str],
     tyro.conf.arg(metavar="SOURCE", help="The folder of a run, a tag, a file: all that --model.pretrained takes."),
@@ -347,12 +351,12 @@ def models_command(
 
 def describe_model(name: str) -> dict[str, Any]:
     """Returns a model's parameters, its GMACs at the size of its default weights, and its tags with their licences."""
-    from resnet_jax.models.registry import cost, create_model
+    from resnet_jax.models.registry import cost, create_model, default_classes
     from resnet_jax.weights.tags import tags_of
 
     tags = tags_of(name)
     size = tags[0].preprocessing.image_size if tags else 32 if name.startswith("cifar_") else 224
-    parameters, macs = cost(create_model(name), size)
+    parameters, macs = cost(create_model(name, num_classes=default_classes(name)), size)
     listed = [{"tag": t.tag, "license": t.license, "num_classes": t.num_classes, "default": t.default} for t in tags]
     return {"name": name, "parameters": parameters, "gmacs": round(macs / 1e9, 3), "size": size, "tags": listed}
 
@@ -384,6 +388,7 @@ def lab_command(
     depths: Numbers = None,
     seeds: Numbers = None,
     quick: Switch = False,
+    config: OwnModels = None,
 ) -> int:
     """Runs an experiment that shows why residual learning works; stopped, it goes on with the same command.
 
@@ -395,6 +400,8 @@ def lab_command(
       quick: The smallest version that still shows the effect.
     """
     folder = local_path(out, "--out")
+    if config is not None:
+        load_config(config)
     prepare_jax()
     from resnet_jax.lab.record import Options
     from resnet_jax.lab.run import EXPERIMENTS, run, write_page

@@ -16,6 +16,7 @@ import numpy as np
 
 from resnet_jax.config import InputError, sides
 from resnet_jax.data.on_device import normalize
+from resnet_jax.models.registry import channels_of, dtype_of
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.ops import use_custom_kernels
 from resnet_jax.predict.fold_batch_norm import fold_batch_norm
@@ -51,7 +52,7 @@ def export_program(
       InputError: the source cannot be read, jax2onnx is missing, the program disagrees, or cannot be written.
     """
     predictor = Predictor.from_source(source, name, checkpoint=checkpoint)
-    look, channels = predictor.preprocessing, predictor.model.in_channels
+    look, channels = predictor.preprocessing, channels_of(predictor.model)
     shape = (*sides(look.eval_image_size), channels)
     dtype = np.uint8 if channels == 3 else np.float32
     metadata = {
@@ -79,7 +80,7 @@ def serve(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
     multilabel, temperature = predictor.multilabel, predictor.calibration.temperature
 
     def served(pixels: jax.Array) -> jax.Array:
-        logits = model.apply(variables, normalize(pixels, look.mean, look.std, model.dtype), train=False)
+        logits = model.apply(variables, normalize(pixels, look.mean, look.std, dtype_of(model)), train=False)
         return to_probabilities(logits, multilabel, temperature)
 
     return served
@@ -135,7 +136,7 @@ def agree(call: Call, predictor: Predictor, shape: tuple[int, ...], dtype: Any) 
     pictures = (noise * 255).astype(dtype) if dtype == np.uint8 else noise
     for part in np.split(pictures, [1, 34]):
         look = predictor.preprocessing
-        images = normalize(jnp.asarray(part), look.mean, look.std, predictor.model.dtype)
+        images = normalize(jnp.asarray(part), look.mean, look.std, dtype_of(predictor.model))
         logits = predictor.model.apply(predictor.variables, images, train=False)
         wanted = to_probabilities(logits, predictor.multilabel, predictor.calibration.temperature)
         off, largest = float(np.abs(call(part) - np.asarray(wanted)).max()), float(wanted.max())

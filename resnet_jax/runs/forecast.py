@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from resnet_jax.config import Config, InputError, sides
-from resnet_jax.models.registry import create_model
+from resnet_jax.models.registry import default_classes
 from resnet_jax.training.build import build_model, complete, images_per_statistic, in_form, state_maker
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import recipe_step
@@ -46,7 +46,7 @@ def forecast(config: Config, devices: int | None = None) -> dict[str, Any]:
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     schedule = optax.constant_schedule(0.1)
     images_per_statistic(config, mesh.size)
-    model = build_model(config, config.model.num_classes or create_model(config.model.name).num_classes)
+    model = build_model(config, config.model.num_classes or default_classes(config.model.name))
     new_state = state_maker(config, model, schedule)
     shapes = jax.eval_shape(lambda: in_form(new_state(), config))
     places = state_sharding(shapes, mesh)
