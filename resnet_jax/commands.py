@@ -290,6 +290,44 @@ def file_to_write(given: str) -> Path:
     return path
 
 
+def knn_command(
+    source: Source,
+    dataset: Annotated[str | None, tyro.conf.arg(name="data.dataset", help="As in a recipe; of a run its own.")] = None,
+    data_dir: Annotated[str | None, tyro.conf.arg(name="data.data_dir", help="As in a recipe.")] = None,
+    k: int = 20,
+    split: Literal["validation", "test"] | None = None,
+    batch: int = 64,
+    name: Name = None,
+    checkpoint: Checkpoint = None,
+    config: OwnModels = None,
+    as_json: Json = False,
+) -> int:
+    """Measures a backbone by the nearest neighbours of its features.
+
+    Args:
+      k: How many of the nearest training images vote, with one over their cosine distance.
+      split: By default test, where the data has it.
+      batch: Pictures that go through the network at once.
+    """
+    if k < 1 or not 1 <= batch <= MOST_AT_ONCE:
+        raise InputError(f"--k and --batch must be at least 1, and --batch at most {MOST_AT_ONCE}")
+    path_of(source, "SOURCE")
+    if config is not None:
+        load_config(config)
+    prepare_jax()
+    from resnet_jax.predict.knn import knn
+
+    found = knn(source, dataset, k, split, name=name, checkpoint=checkpoint, batch_size=batch, data_dir=data_dir)
+    if as_json:
+        print(to_json(found, indent=2))
+        return 0
+    print(f"{found['split']} accuracy {found['accuracy']:.2%} ({found['correct']:,} of {found['count']:,} images)")
+    print(f"by the {k} nearest of {found['train_count']:,} training images, {found['channels']:,} features each")
+    if found["skipped_images"]:
+        print(f"not counted, since they cannot be decoded: {', '.join(found['skipped_images'])}")
+    return 0
+
+
 FORMS = ("safetensors", "pth", "stablehlo", "onnx", "orbax")
 
 
@@ -445,6 +483,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report_command,
     "runs": runs_command,
     "predict": predict_command,
+    "knn": knn_command,
     "export": export_command,
     "models": models_command,
     "lab": lab_command,
