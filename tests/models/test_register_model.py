@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import resnet_jax as rj
 from resnet_jax.cli import main
+from resnet_jax.data.sources import load_dataset
 from resnet_jax.lab import relatives
 from resnet_jax.lab.fit import load
 from resnet_jax.models import registry
@@ -33,12 +34,13 @@ class Net(nn.Module):
     dtype: object = jnp.float32
 
     @nn.compact
-    def __call__(self, images, train):
+    def __call__(self, images, train, endpoints=False):
         x = nn.Conv(self.width, (3, 3), 2, dtype=self.dtype, name="stem")(images)
-        x = nn.relu(nn.BatchNorm(not train, name="norm")(x)).mean((1, 2))
-        return nn.Dense(self.num_classes, name="head")(x.astype(jnp.float32))
+        x = nn.relu(nn.BatchNorm(not train, name="norm")(x)).mean((1, 2)).astype(jnp.float32)
+        logits = nn.Dense(self.num_classes, name="head")(x)
+        return (logits, {"features": x}) if endpoints else logits
 
-config = Config(model=ModelConfig(name="net-of-the-file"), train=TrainConfig(steps=4, batch_size=96),
+config = Config(model=ModelConfig(name="net-of-the-file"), train=TrainConfig(steps=4, batch_size=96, seed=3),
                 schedule=ScheduleConfig(warmup_epochs=0.1))
 """
 
@@ -182,6 +184,10 @@ def test_a_recipe_registers_what_it_names(run, capsys):
     del registry.MODELS["net-of-the-file"]
     assert main(["export", str(run / "run"), str(out)]) == 2
     assert "one of your own is there after `register_model`" in capsys.readouterr().err
+    assert main(["knn", str(run / "run"), "--config", str(run / "recipe.py"), "--split", "validation", "--json"]) == 0
+    found, data = json.loads(capsys.readouterr().out), load_dataset(rj.Config().data, seed=3)
+    assert (found["count"], found["train_count"]) == (len(data.validation), len(data.train)) != (282, 1155)
+    assert found["channels"] == 8 and found["accuracy"] > 0.3
 
 
 def test_its_plan_is_made(tmp_path):

@@ -73,14 +73,3 @@ def test_pictures_that_cannot_be_decoded_are_left_out(network, tmp_path, capsys)
     assert "cannot be decoded" in out and "0.png" in out
     assert main(["knn", network, *flags, "--k", "10"]) == 2
     assert "1 images cannot be decoded, such as " in capsys.readouterr().err
-
-
-def test_a_run_names_its_own_data(tmp_path, capsys):
-    flags = ["--model.name", "cifar_resnet8", "--train.steps", "4", "--schedule.warmup_epochs", "0"]
-    flags += ["--parallel.devices", "1"]
-    assert main(["train", *flags, "--train.seed", "3", "--workdir", str(tmp_path)]) == 0
-    capsys.readouterr()
-    assert main(["knn", str(tmp_path), "--split", "validation", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    data = load_dataset(rj.Config().data, 3)
-    assert (found["count"], found["train_count"]) == (len(data.validation), len(data.train)) != (282, 1155)
