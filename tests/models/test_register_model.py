@@ -177,6 +177,11 @@ def test_a_recipe_registers_what_it_names(run, capsys):
     assert json.loads(capsys.readouterr().out.partition("{")[2].join(("{", "")))["test"]["count"] == 360
     assert main(["export", str(run / "run"), str(out)]) == 0
     assert load_file(out)["stem.weight"].shape == (8, 3, 3, 3)
+    probe = ["--model.pretrained", str(out), "--finetune.mode", "linear_probe", "--train.ema_decay", "None"]
+    assert main(["train", "--config", str(run / "recipe.py"), *probe, "--workdir", str(run / "probe")]) == 0
+    before, after = (rj.load_pretrained(str(source))[1] for source in (out, run / "probe"))
+    np.testing.assert_array_equal(before["params"]["stem"]["kernel"], after["params"]["stem"]["kernel"])
+    assert (before["params"]["head"]["kernel"] != after["params"]["head"]["kernel"]).any()
     predictor = rj.Predictor.from_source(str(out))
     pixels = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), dtype=np.uint8)
     assert predictor.class_names == tuple("0123456789")

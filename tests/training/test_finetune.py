@@ -13,6 +13,7 @@ from resnet_jax.config import (
     AugmentConfig,
     Config,
     FinetuneConfig,
+    InputError,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
@@ -83,6 +84,10 @@ def test_stages_thaw_from_the_head_down_with_their_statistics():
     model, schedule = build_model(config, 10), optax.constant_schedule(0.1)
     state, parts = state_maker(config, model, schedule)(), set()
     per_epoch = len(dataset.train) / 16
+    with pytest.raises(
+        InputError, match=r"finetune.mode gradual begins with .*head.*, and the model has stem, Dense_0"
+    ):
+        make_phases(config, ["stem", "Dense_0"], per_epoch)
     phases = make_phases(config, state.params, per_epoch)
     assert [phase.start for phase in phases] == [round(0.1 * per_epoch * i) for i in range(5)]
     programs = compile_phases(config, model, schedule, phases, mesh, replicated(mesh), from_device=True, most=1)
