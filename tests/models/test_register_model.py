@@ -13,13 +13,15 @@ from safetensors.numpy import load_file, save_file
 
 import resnet_jax as rj
 from resnet_jax.cli import main
+from resnet_jax.config import Config, DataConfig, ModelConfig
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.lab import relatives
 from resnet_jax.lab.fit import load
 from resnet_jax.models import registry
-from resnet_jax.models.registry import cost
+from resnet_jax.models.registry import cost, count_parameters
 from resnet_jax.recipe_files import load_config
 from resnet_jax.runs.forecast import forecast
+from resnet_jax.training.build import build_model
 
 RECIPE = """
 import flax.linen as nn
@@ -201,6 +203,20 @@ def test_its_plan_is_made(tmp_path):
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=7))
     for chosen, classes in ((small, 7), (config, 1000)):  # which is what the plan of a named model takes
         assert forecast(chosen, 1)["parameters"] == 28 * 8 + 2 * 8 + 9 * classes
+
+
+def test_parameters_may_depend_on_the_size_of_the_images():
+    @rj.register_model("flat")
+    class Flat(nn.Module):
+        num_classes: int
+        image_size: int = 8
+
+        @nn.compact
+        def __call__(self, images, train):
+            return nn.Dense(self.num_classes, name="head")(images.reshape(len(images), -1))
+
+    model = build_model(Config(ModelConfig("flat"), DataConfig(image_size=16)), 10)
+    assert model.image_size == 16 and count_parameters(model) == (3 * 16**2 + 1) * 10
 
 
 def test_it_stands_among_the_relatives(monkeypatch, tmp_path):
