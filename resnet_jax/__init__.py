@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from resnet_jax.config import Config, InputError
+    from resnet_jax.data.dataset import Dataset
     from resnet_jax.models.registry import create_model, feature_info, list_models, register_model
     from resnet_jax.predict.fold_batch_norm import fold_batch_norm
     from resnet_jax.predict.gradcam import grad_cam
     from resnet_jax.predict.predictor import Predictor, make_forward
+    from resnet_jax.runs.wandb_mlflow import MlflowHook, WandbHook
     from resnet_jax.training.build import restore
     from resnet_jax.training.loop import train
+    from resnet_jax.training.metrics import means
+    from resnet_jax.training.sharding import make_mesh, shard_batch
     from resnet_jax.training.state import create_state
     from resnet_jax.training.step import make_eval_step, make_train_step
     from resnet_jax.weights.convert import from_torch, to_torch
@@ -22,8 +26,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "Dataset",
     "InputError",
+    "MlflowHook",
     "Predictor",
+    "WandbHook",
     "__version__",
     "create_model",
     "create_state",
@@ -36,9 +43,12 @@ __all__ = [
     "load_pretrained",
     "make_eval_step",
     "make_forward",
+    "make_mesh",
     "make_train_step",
+    "means",
     "register_model",
     "restore",
+    "shard_batch",
     "to_torch",
     "train",
 ]
@@ -49,7 +59,11 @@ _HOMES = {
     "predict.fold_batch_norm": ("fold_batch_norm",),
     "predict.gradcam": ("grad_cam",),
     "predict.predictor": ("Predictor", "make_forward"),
+    "data.dataset": ("Dataset",),
+    "runs.wandb_mlflow": ("MlflowHook", "WandbHook"),
     "training.loop": ("train",),
+    "training.metrics": ("means",),
+    "training.sharding": ("make_mesh", "shard_batch"),
     "training.build": ("restore",),
     "training.state": ("create_state",),
     "training.step": ("make_eval_step", "make_train_step"),

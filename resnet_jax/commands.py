@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +20,8 @@ import tyro
 from resnet_jax.files import in_bucket, local_path, path_of, to_json
 from resnet_jax.lab.captions import TITLES
 from resnet_jax.output import fail, say
-from resnet_jax.recipe_files import load_config
-from resnet_jax.recipe_flags import Recipe, checked, recipe_to_change, spelt_out, unchecked
+from resnet_jax.recipe_files import load_config, load_recipe
+from resnet_jax.recipe_flags import Recipe, ShortRecipe, check_names, checked, recipe_to_change, spelt_out, unchecked
 from resnet_jax.typed import InputError
 
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name="")]  # type: ignore[valid-type]
@@ -30,6 +30,10 @@ ConfigFlag = Annotated[
 ]
 WorkdirFlag = Annotated[
     str | None, tyro.conf.arg(metavar="DIR", help="The run's folder. Without --config the flags change its recipe.")
+]
+PartsFlag = Annotated[
+    str | None,
+    tyro.conf.arg(metavar="FILE", help="The recipe file with the model, data, ... of your own, where the run has any."),
 ]
 Checkpoint = Annotated[
     str | None,
@@ -51,6 +55,24 @@ Source = Annotated[
 RunFolder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR", help="The folder of a run.")]
 
 
+def given_parts(config: str | None) -> dict[str, Any]:
+    """Returns the parts of the user's own that a recipe file defines beside `config`, by name."""
+    if config is None:
+        return {}
+    from resnet_jax.training.parts import NAMES, make_parts
+
+    defined = load_recipe(config)
+    make_parts(defined)
+    return {name: defined[name] for name in NAMES if name in defined}
+
+
+def own_parts(config: str | None) -> Any:
+    """Returns these parts as `training.parts.Parts`."""
+    from resnet_jax.training.parts import make_parts
+
+    return make_parts(given_parts(config))
+
+
 def train_command(recipe: RecipeFlags, config: ConfigFlag = None, workdir: WorkdirFlag = None) -> int:
     """Trains as a recipe says; a folder that holds a run goes on with it."""
     chosen = checked(recipe)
@@ -61,7 +83,7 @@ def train_command(recipe: RecipeFlags, config: ConfigFlag = None, workdir: Workd
     from resnet_jax.training.loop import NotSaved, train
 
     try:
-        train(chosen, workdir)
+        train(chosen, workdir, **given_parts(config))
     except (Diverged, FolderLost) as error:
         return fail(str(error), status=1)
     except NotSaved as error:
@@ -107,7 +129,7 @@ def plan_command(
 
     jax.config.update("jax_platforms", "cpu")  # the recipe may have imported JAX before
     limit = None if memory is None else parse_memory(memory)
-    needs = forecast(chosen, devices)
+    needs = forecast(chosen, devices, own_parts(config))
     if limit is not None:
         needs |= {"memory": limit, "fits": needs["total"] <= limit}
     print(to_json(needs, indent=2) if as_json else format_plan(needs))
@@ -131,7 +153,7 @@ def show_batch_command(
     chosen = checked(recipe)
     from resnet_jax.runs.show_batch import show_batch
 
-    print(show_batch(chosen, path))
+    print(show_batch(chosen, path, own_parts(config)))
     return 0
 
 
@@ -140,6 +162,7 @@ def evaluate_command(
     split: Literal["validation", "test"] | None = None,
     checkpoint: Checkpoint = None,
     dataset: WhereData = None,
+    config: PartsFlag = None,
     accept_changes: Annotated[Switch, tyro.conf.arg(name="data.accept_changes")] = False,
     per_class: Switch = False,
     as_json: Json = False,
@@ -154,9 +177,16 @@ def evaluate_command(
     prepare_jax()
     from resnet_jax.training.evaluation import evaluate_run
 
-    result = evaluate_run(path_of(workdir, "WORKDIR"), checkpoint, split, per_class, dataset, accept_changes)
+    folder, parts = path_of(workdir, "WORKDIR"), own_parts(config)
+    result = evaluate_run(folder, checkpoint, split, per_class, dataset, accept_changes, parts)
     print(to_json(result, indent=2) if as_json else format_result(result))
     return 0
+
+
+SHOWN = {"accuracy": "top-1", "top5": "top-5"}
+"""How measures of an evaluation are called in its table, where metrics of the user's own stand too."""
+SHARES = ("accuracy", "macro_recall", "macro_f1", "map")
+NOT_SHOWN = ("loss", "count", "classes", *SHARES)
 
 
 def format_result(result: dict[str, Any]) -> str:
@@ -166,8 +196,10 @@ def format_result(result: dict[str, Any]) -> str:
     for kind, label in ((split, "parameters"), (f"ema/{split}", "their moving average")):
         if kind in result:
             values = result[kind]
-            top5 = f"   top-5 {values['top5']:.2%}" if "top5" in values else ""
-            rows.append(f"{label:<21} loss {values['loss']:.4f}   top-1 {values['accuracy']:.2%}{top5}")
+            shown = [f"loss {values['loss']:.4f}"]
+            shown += [f"{word} {values[name]:.2%}" for name, word in SHOWN.items() if name in values]
+            shown += [f"{name} {value:.4f}" for name, value in values.items() if name not in (*SHOWN, *NOT_SHOWN)]
+            rows.append(f"{label:<21} {'   '.join(shown)}")
     if result["skipped_images"]:
         rows.append(f"not counted, since they cannot be decoded: {', '.join(result['skipped_images'])}")
     for name, values in result[split].get("classes", {}).items():
@@ -176,13 +208,15 @@ def format_result(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def report_command(workdir: RunFolder, checkpoint: Checkpoint = None, dataset: WhereData = None) -> int:
+def report_command(
+    workdir: RunFolder, checkpoint: Checkpoint = None, dataset: WhereData = None, config: PartsFlag = None
+) -> int:
     """Writes report.html into a run's folder."""
     folder = path_of(workdir, "WORKDIR")
     prepare_jax()
     from resnet_jax.runs.report_page import make_report
 
-    print(make_report(folder, checkpoint, dataset))
+    print(make_report(folder, checkpoint, dataset, own_parts(config)))
     return 0
 
 
@@ -205,7 +239,7 @@ def runs_command(
     elif not rows:
         print(f"there are no runs under {path}")
     for row in [] if as_json else rows:
-        form = ".4f" if str(row["metric"]).endswith("loss") else ".2%"
+        form = ".2%" if str(row["metric"]).rpartition("/")[2] in SHARES else ".4f"
         best = "" if row["best"] is None else format(row["best"], form)
         known = f"{row['model'] or '?':<20} {row['data'] or '?':<20} step {row['step'] or 0:<8} best {best:<8}"
         print(f"{row['folder']:<36} {row['state']:<9} {known}")
@@ -228,6 +262,7 @@ def predict_command(
     batch: int = 32,
     name: Name = None,
     checkpoint: Checkpoint = None,
+    config: PartsFlag = None,
 ) -> int:
     """Says which class pictures belong to.
 
@@ -254,10 +289,15 @@ def predict_command(
     from resnet_jax.predict.predictor import NOT_FINITE, Predictor, find_files, predict_files
     from resnet_jax.predict.write_predictions import WRITERS, draw_cam
 
+    if named_by_path(source) and not path_of(source, "SOURCE").exists():
+        raise InputError(f"{source}: there is no such run, folder or file")
     pictures = list(find_files(paths))
-    predictor = Predictor.from_source(source, name, flip, checkpoint)
+    parts = given_parts(config)
+    predictor = Predictor.from_source(source, name, flip, checkpoint, **parts)
     if folder and isinstance(predictor.model, ViT):
         raise InputError("--cam needs a network with maps, and a transformer has none")
+    if folder and "model" in parts:
+        raise InputError("--cam needs a network of ours, whose maps it knows: leave it out with a model of your own")
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     write, bad = WRITERS[format](), []
@@ -276,6 +316,13 @@ def predict_command(
         what = reason if reason == NOT_FINITE else f"cannot be decoded ({reason})"
         print(f"error: {path} {what}", file=sys.stderr)
     return 1 if bad else 0
+
+
+def named_by_path(source: str) -> bool:
+    """Returns whether a source is a path, and no tag or name on the Hugging Face hub."""
+    return not source.startswith("hf-hub:") and (
+        "/" in source or Path(source).suffix in (".safetensors", ".pth", ".pt")
+    )
 
 
 def file_to_write(given: str) -> Path:
@@ -337,6 +384,7 @@ def export_command(
     format: Literal["safetensors", "pth", "stablehlo", "onnx", "orbax"] | None = None,
     name: Name = None,
     checkpoint: Checkpoint = None,
+    config: PartsFlag = None,
 ) -> int:
     """Writes weights under PyTorch's names or for Orbax, or a program for serving.
 
@@ -353,13 +401,13 @@ def export_command(
     if form in ("stablehlo", "onnx"):
         from resnet_jax.predict.serving import export_program
 
-        metadata = export_program(source, path, form, name, checkpoint)
+        metadata = export_program(source, path, form, name, checkpoint, **given_parts(config))
         taken = f"{metadata['dtype']} pixels {metadata['input']}"
         print(f"{path}: takes {taken}, gives {len(metadata['class_names'])} probabilities; checked on 100 pictures")
         return 0
     from resnet_jax.weights.export import export
 
-    model, count = export(source, path, form, name, checkpoint)
+    model, count = export(source, path, form, name, checkpoint, **given_parts(config))
     print(f"{path}: {model}, {count} tensors under the names of {'the module' if form == 'orbax' else 'PyTorch'}")
     return 0
 
@@ -489,6 +537,41 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "lab": lab_command,
 }
 
+
+def without_colours(command: Callable[..., int]) -> Callable[..., int]:
+    """Returns a command whose help and errors tyro prints without colours, as for a terminal that has none."""
+    before = os.environ.get("TERM", "")
+    os.environ["TERM"] = "dumb"
+
+    @wraps(command)
+    def called(*args: Any, **kwargs: Any) -> int:
+        os.environ["TERM"] = before
+        return command(*args, **kwargs)
+
+    called.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]
+    del called.__wrapped__
+    return called
+
+
+def with_flags_of(command: Callable[..., int], kind: type) -> Callable[..., int]:
+    """Returns a command whose recipe has the flags of `Recipe`, or of `ShortRecipe`, which says that there are more."""
+
+    @wraps(command)
+    def called(*args: Any, **kwargs: Any) -> int:
+        return command(*args, **kwargs)
+
+    signature = inspect.signature(command)
+    recipe = signature.parameters["recipe"].replace(annotation=Annotated[kind, tyro.conf.arg(name="")])
+    others = [parameter for name, parameter in signature.parameters.items() if name != "recipe"]
+    called.__signature__ = signature.replace(parameters=[recipe, *others])  # type: ignore[attr-defined]
+    called.__annotations__ = command.__annotations__ | {"recipe": recipe.annotation}
+    del called.__wrapped__
+    if kind is ShortRecipe:
+        first, _, rest = inspect.cleandoc(command.__doc__ or "").partition("\n")
+        called.__doc__ = f"{first}\n\nThese are the common flags; --help-all shows all.\n{rest}"
+    return called
+
+
 DESCRIPTION = """Residual networks in JAX: training, prediction, weights.
 
 resnet-jax COMMAND --help tells more, resnet-jax --version which version this is."""
@@ -508,9 +591,18 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
     """
     commands = dict(COMMANDS if commands is None else commands)
     name = arguments[0]
-    if name in commands and "recipe" in inspect.signature(commands[name]).parameters:
+    if name == "show-batch":  # else a flag with several values before FILE would take it, too
+        arguments = [name, *sorted(arguments[1:], key=lambda word: not word.endswith(".png"))]
+    own = list(inspect.signature(commands[name]).parameters) if name in commands else []
+    if os.environ.get("NO_COLOR") and name in commands:
+        commands[name] = without_colours(commands[name])
+    if "recipe" in own:
         arguments = spelt_out(arguments)
-        commands[name] = partial(commands[name], recipe=unchecked(recipe_to_change(arguments)))
+        kind = ShortRecipe if {"--help", "-h"} & set(arguments) else Recipe
+        check_names(arguments[1:], [*own, "json", "help_all"])
+        changed = unchecked(recipe_to_change(arguments), kind)
+        commands[name] = partial(with_flags_of(commands[name], kind), recipe=changed)
+    arguments = ["--help" if word == "--help-all" else word for word in arguments]
     return tyro.extras.subcommand_cli_from_dict(
         dict(commands),
         prog="resnet-jax",

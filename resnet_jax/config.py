@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from resnet_jax.files import local_path, path_of
+from resnet_jax.files import local_path, parse_path
 from resnet_jax.typed import InputError, check_limits, require, shown, typed
 
 Size: TypeAlias = int | tuple[int, int]
@@ -82,7 +82,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.pretrained is not None:
-            path_of(self.pretrained, "model.pretrained")
+            parse_path(self.pretrained, "model.pretrained")
         require(
             not (self.scan and self.drop_path_rate),
             "model.scan needs equal blocks, and model.drop_path_rate gives each its own rate: leave one of them out",
@@ -94,10 +94,15 @@ class DataConfig:
     """The images and how they are read."""
 
     dataset: str = option("digits", may_change_on_resume=True)
-    """digits, folder:PATH, csv:FILE (columns path, label and perhaps split; several labels as a;b;c), tfds:NAME[:SPLIT]
-    or synthetic. A resumed run may find the same pictures elsewhere."""
+    """digits, folder:PATH, csv:FILE (columns path, label and perhaps split; several labels as a;b;c),
+    tfds:NAME[:SPLIT], hf:NAME_OR_PATH[:SPLIT], parquet:PATH (a file, a folder or a pattern) or synthetic. A resumed run
+    may find the same pictures elsewhere."""
     data_dir: str | None = option(None, may_change_on_resume=True)
-    """Where tensorflow-datasets keeps its data; None for its own default."""
+    """Where tensorflow-datasets or Hugging Face keep their data; None for their own default."""
+    image_column: str | None = option(None, may_change_on_resume=True)
+    """Column of the images in hf: and parquet:; None finds it by its type."""
+    label_column: str | None = option(None, may_change_on_resume=True)
+    """Column of the labels in hf: and parquet:; None finds it by its type."""
     image_size: Size = option(8, "[1, 16384]")
     """Side of training images in pixels, or height and width."""
     eval_image_size: Size | None = option(None, "[1, 16384]")
@@ -133,9 +138,14 @@ class DataConfig:
         check_fields(self)
         kind, _, path = self.dataset.partition(":")
         if path and kind in ("folder", "csv"):
-            path_of(path, "data.dataset")
-        elif path and kind == "tfds":
+            parse_path(path, "data.dataset")
+        elif path and kind in ("tfds", "hf", "parquet"):
             local_path(path, "data.dataset")
+        for name in ("image_column", "label_column"):
+            require(
+                getattr(self, name) is None or kind in ("hf", "parquet"),
+                f"data.{name} is for hf: and parquet:, and data.dataset is {self.dataset!r}: leave it out",
+            )
         if self.data_dir is not None:
             local_path(self.data_dir, "data.data_dir")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -195,8 +205,9 @@ class AugmentConfig:
 class OptimizerConfig:
     """How parameters are updated."""
 
-    name: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
-    """sgd has momentum; lamb and lars are for very large batches."""
+    name: Literal["sgd", "adam", "adamw", "lamb", "lars"] = "sgd"
+    """sgd has momentum; adam adds the decay to the gradient, adamw to the update; lamb and lars are for very large
+    batches."""
     learning_rate: float = option(0.1, "[0, 1e+30]")
     """Peak learning rate."""
     base_batch_size: int | None = option(None, "[1, MOST]")
@@ -307,12 +318,17 @@ class TrainConfig:
     its own, which may round otherwise: a resumed run keeps it."""
     eval_every_epochs: float = option(5.0, "(0, MOST]")
     """Evaluate on the validation split this often, and at the end."""
-    metric: Literal["auto", "none", "accuracy", "loss", "macro_recall", "macro_f1", "map"] = "auto"
-    """What makes a checkpoint the best on the validation split, of the moving average where there is one. auto:
-    accuracy, or where images have several labels map, the mean over the classes of average precision. none: nothing is
+    metric: str = "auto"
+    """What makes a checkpoint the best on the validation split, of the moving average where there is one: accuracy,
+    loss, macro_recall, macro_f1, map (the mean over the classes of average precision), or the name of a metric of your
+    own. auto: accuracy; where images have several labels map; where there are no classes loss. none: nothing is
     selected, and the last step is what counts."""
+    metric_goal: Literal["auto", "max", "min"] = "auto"
+    """Whether more or less of the metric is better; auto knows it of ours, and a metric of your own needs the word."""
     patience: int | None = option(None, "[1, MOST]")
     """End after this number of evaluations on the validation split without a better one."""
+    accept_parts: bool = option(False, may_change_on_resume=True)
+    """Resume although a model, loss, optimizer, ... of your own is another one than the run was started with."""
 
     def __post_init__(self) -> None:
         check_fields(self)

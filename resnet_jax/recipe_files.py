@@ -15,13 +15,23 @@ from resnet_jax.files import local_path, path_of, read_json
 from resnet_jax.typed import InputError
 
 
+class WrongRecipe(InputError):
+    """A `config.json` holds JSON, but no recipe, or an impossible one."""
+
+
 def recipe_names() -> list[str]:
     """Returns the names of the recipes that are shipped, which `--config` takes."""
     return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 
 def load_config(given: str | Path) -> Config:
-    """Returns what a recipe calls `config`. The recipe can import what lies beside it, as a script can.
+    """Returns what a recipe calls `config`; arguments and errors: `load_recipe`."""
+    return load_recipe(given)["config"]
+
+
+def load_recipe(given: str | Path) -> dict[str, Any]:
+    """Returns what a recipe defines: `config`, and perhaps `model`, `dataset`, `loss`, `optimizer`, `metrics`, `hooks`
+    beside it. The recipe can import what lies beside it, as a script can; it is run once in a process.
 
     Args:
       given: the path of a Python file, or the name of a recipe that is shipped.
@@ -30,17 +40,25 @@ def load_config(given: str | Path) -> Config:
       InputError: there is no such recipe, it cannot be run, or it defines no `config` of type Config.
     """
     path = find_recipe(given)
+    content = path.read_bytes()
+    if (path, content) in RUN_ALREADY:
+        return RUN_ALREADY[path, content]
     sys.path.insert(0, str(path.parent))
     try:
-        config = runpy.run_path(str(path)).get("config")
+        defined = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:
         raise InputError(f"--config {place_of(error, path)}: {type(error).__name__}: {error}") from error
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(str(path.parent))
-    if not isinstance(config, Config):
+    if not isinstance(defined.get("config"), Config):
         raise InputError(f"--config {path}: the file must define `config = Config(...)`")
-    return config
+    RUN_ALREADY[path, content] = defined
+    return defined
+
+
+RUN_ALREADY: dict[tuple[Path, bytes], dict[str, Any]] = {}
+"""Recipes that this process has run, by path and content: a command asks for the config and for the parts beside it."""
 
 
 def find_recipe(given: str | Path) -> Path:
@@ -93,16 +111,19 @@ def read_recipe(file: Path) -> Config:
 
     Raises:
       FileNotFoundError, NotADirectoryError: there is no such file.
-      InputError: it is not as runs write it.
+      InputError: it is not as runs write it; WrongRecipe where it is JSON all the same.
     """
     try:
         values = read_json(file, dict[str, Any], "the recipe")
-        if missing := [section for section in ("model", "data", "train") if section not in values]:
-            raise InputError(f"it has no {', '.join(missing)}")
-        return from_dict(values)
     except InputError as error:
         reason = str(error).removeprefix(f"{file} is damaged: ").removeprefix(f"{file} ")
         raise InputError(f"{file} is no recipe of a run: {reason}") from error
+    if missing := [section for section in ("model", "data", "train") if section not in values]:
+        raise WrongRecipe(f"{file} is no recipe of a run: it has no {', '.join(missing)}")
+    try:
+        return from_dict(values)
+    except InputError as error:
+        raise WrongRecipe(f"{file} is no possible recipe: {error}") from error
 
 
 def starting_recipe(recipe: str | None, workdir: str | None) -> Config:

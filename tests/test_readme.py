@@ -55,6 +55,25 @@ def test_the_step_in_a_loop_of_ones_own_trains():
     assert names["state"].step == 8 and names["sums"]["count"] == 16 and names["sums"]["loss"] / 16 < 1.0
 
 
+def test_parts_of_ones_own_train_in_our_loop(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    net, own = (next(code for code in blocks if word in code) for word in ("class MyNet", "hooks=[MyHook()]"))
+    labels = np.arange(96) % 10
+    images = np.random.default_rng(0).integers(0, 256, (96, 8, 8, 3), dtype=np.uint8)
+    ended = []
+
+    class MyHook:
+        def on_end(self, summary):
+            ended.append(summary["test"]["margin"])
+
+    names = {"nn": nn, "rj": resnet_jax, "images": images, "labels": labels, "MyHook": MyHook}
+    names |= {"more_images": images[:40], "more_labels": labels[:40], "margin": lambda logits, batch: logits.max(-1)}
+    monkeypatch.chdir(tmp_path)
+    for source in (net, own):
+        exec(compile(ast.parse(source), "README.md", "exec"), names)
+    assert len(ended) == 1
+
+
 def test_every_file_it_names_is_there():
     for name in re.findall(r"\]\(([^):#]+)\)", README) + re.findall(r"`(\w+\.py)`", README):
         assert (ROOT / name).exists() or (ROOT / "configs" / name).exists(), name

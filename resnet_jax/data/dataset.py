@@ -107,20 +107,25 @@ class Part:
 class Dataset:
     """Three splits, and the names of the classes.
 
+    A split of your own is a pair of arrays (images, labels), or anything with a length whose examples by index are
+    `{"image", "label"}`: a list, a grain `MapDataset`, a Hugging Face dataset. Images are paths, bytes of a file,
+    arrays [height, width, channel] (uint8, or floating-point numbers in [0, 1]), or Pillow's.
+
     Attributes:
       train: the examples to train on.
       validation: the examples that select (the best checkpoint, the last step, the calibration); None where there are
         none.
       test: the examples that are measured once, at the end of a run; None where there are none.
-      class_names: in the order of the labels.
+      class_names: in the order of the labels; None takes those of the data, or numbers, where labels are integers; ()
+        where labels are no classes, but numbers or arrays for a loss of your own.
       multilabel: an image may have several labels, or none.
       notes: lines that say what was found, held out and left out.
     """
 
-    train: Source
-    validation: Source | None
-    test: Source | None
-    class_names: tuple[str, ...]
+    train: Any
+    validation: Any = None
+    test: Any = None
+    class_names: Any = None
     multilabel: bool = False
     notes: tuple[str, ...] = ()
 
@@ -129,9 +134,11 @@ class Dataset:
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: source for name, source in named.items() if source is not None}
 
-    def label_classes(self) -> int:
-        """Returns how many classes a label counts, or how many 0 and 1 it holds."""
-        return len(self.train[0][1]) if self.multilabel else len(self.class_names)  # type: ignore[arg-type]
+    def label_classes(self) -> int | None:
+        """Returns how many classes a label counts, or how many 0 and 1 it holds; None where labels are no classes."""
+        if not self.class_names:
+            return None
+        return len(self.train[0][1]) if self.multilabel else len(self.class_names)
 
     def split(self, name: str) -> Source:
         """Returns a split by its name.
@@ -170,6 +177,19 @@ def labels_of(source: Source) -> np.ndarray:
     """Returns all labels of a split, int32 [size], or [size, classes] for multilabel data; no image is decoded."""
     known = known_labels(source)
     return np.asarray([source[i][1] for i in range(len(source))], np.int32) if known is None else known
+
+
+def row_of(places: Sequence[tuple[str, int, int]], index: int) -> tuple[str, int]:
+    """Returns the split and the row there of the example of this index, of runs of rows (split, first, after the last).
+
+    Raises:
+      IndexError: there are fewer rows.
+    """
+    for split, first, end in places:
+        if index < end - first:
+            return split, first + index
+        index -= end - first
+    raise IndexError(index)
 
 
 def split_of(name: str) -> str | None:

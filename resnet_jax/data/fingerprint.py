@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet_jax.config import InputError, path_of
-from resnet_jax.data.dataset import Dataset, FileSource, Source, known_labels
+from resnet_jax.config import InputError
+from resnet_jax.data.dataset import Dataset, FileSource, Part, Source, known_labels
+from resnet_jax.data.hugging_face import HuggingFaceSource
 from resnet_jax.data.transforms import resizer
-from resnet_jax.files import read_file, size_of, write_whole
+from resnet_jax.files import parse_path, read_file, size_of, write_whole
 
 FILE = "pictures.npz"
 """Name of the file in a run's folder."""
@@ -19,10 +20,11 @@ RESIZER = "resizer"
 """Name of the library that resizes, beside the splits."""
 
 SIZED = 64
-"""Of how many files of a split the size is noted, by which other images under the same names are found."""
+"""Of how many pictures of a split size or hash are noted, by which other ones under the same names are found."""
 
 Fingerprint = dict[str, np.ndarray]
-"""Split -> int64 [examples, 3], ordered by key: hash of the key, of its classes' names, bytes of the file or -1."""
+"""Split -> int64 [examples, 3], ordered by key: hash of the key, of its classes' names, bytes of the file or -1; of a
+picture in a table, which is no file, the last is a hash of it."""
 
 
 def fingerprint(dataset: Dataset) -> Fingerprint:
@@ -38,14 +40,26 @@ def _rows(source: Source, names: np.ndarray) -> np.ndarray:
     if labels is not None:
         rows[:, 1] = names[labels] if labels.ndim == 1 else labels @ names
     order = np.argsort(keys, kind="stable")
-    if isinstance(source, FileSource):
-        for i in order[:SIZED].tolist():
-            rows[i, 2] = size_of(path_of(source.paths[i], "a picture"))
+    for i in order[:SIZED].tolist():
+        rows[i, 2] = _size_or_hash(source, i)
     return rows[order]
 
 
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
+def _size_or_hash(source: Source, index: int) -> int:
+    """The size of a picture's file, the hash of one that lies in a table, or -1 where a source does not say."""
+    if isinstance(source, Part):
+        return _size_or_hash(source.source, int(source.indices[index]))
+    if isinstance(source, FileSource):
+        return size_of(parse_path(source.paths[index], "a picture"))
+    if isinstance(source, HuggingFaceSource):
+        raw = source[index][0]
+        return size_of(Path(raw)) if isinstance(raw, str) else abs(_hash(raw))
+    return -1
+
+
+def _hash(text: str | bytes) -> int:
+    data = text if isinstance(text, bytes) else text.encode(errors="surrogateescape")
+    digest = hashlib.blake2b(data, digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
 
@@ -107,7 +121,7 @@ class Change:
       added, lost: were in no split before, or are in none now.
       moved_in, moved_out: came from another split, or went to one.
       relabelled: have another label.
-      resized: have another size in bytes, among those whose size was noted.
+      resized: have another size in bytes, or another hash, among those for which it was noted.
       kept: were in this split before and still are.
     """
 
@@ -129,7 +143,7 @@ class Change:
             "moved in from another split": self.moved_in,
             "moved to another split": self.moved_out,
             "relabelled": self.relabelled,
-            "of those looked at have another size": self.resized,
+            "of those looked at have another size or content": self.resized,
         }
         return ", ".join(f"{count:,} {what}" for what, count in named.items() if count)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,7 +19,7 @@ from resnet_jax.data.decode import BadImage, decode
 from resnet_jax.data.order import balanced_table, example_index, is_mirrored
 from resnet_jax.data.transforms import augment, fit
 from resnet_jax.data.watch import Stalled, awaited, check_guard, end_with_parent, name_what_hangs
-from resnet_jax.training.sharding import put_batch
+from resnet_jax.training.sharding import shard_batch
 
 Batch = dict[str, np.ndarray]
 
@@ -174,18 +175,23 @@ class EvalExample:
         return (index, True) if index < len(self.source) else (0, False)
 
 
-def checked_label(label: Any, classes: int | None, source: Source, index: int) -> np.ndarray:
+def checked_label(label: Any, classes: int | None, source: Source, index: int) -> Any:
     """Returns a label as int32: the number of a class, or [classes] with 0 or 1 for each class.
 
     Args:
       label: as the source holds it.
-      classes: how many there are; None checks nothing.
+      classes: how many there are; None checks nothing, and then a label may be any array, or a dict of arrays, whose
+        floating-point numbers become float32.
       source, index: of the example, for the message.
 
     Raises:
       InputError: the label is none of these classes.
     """
+    if isinstance(label, dict):
+        return {name: checked_label(value, None, source, index) for name, value in label.items()}
     found = np.asarray(label)
+    if found.dtype.kind not in "iubf":
+        raise InputError(f"{source.describe(index)} has the label {label!r}, expected numbers or a dict of numbers")
     if classes is not None:
         least, most = (0, classes - 1) if found.ndim == 0 else (0, 1)
         whole = found.dtype.kind in "iub" and found.shape in ((), (classes,))
@@ -194,7 +200,7 @@ def checked_label(label: Any, classes: int | None, source: Source, index: int) -
             raise InputError(
                 f"{source.describe(index)} has the label {label}, expected {expected}: correct it, or leave it out"
             )
-    return found.astype(np.int32)
+    return found.astype(np.float32 if found.dtype.kind == "f" else np.int32)
 
 
 def _batches(
@@ -236,8 +242,8 @@ def _batches(
             given += 1
             bad.note(source, batch.pop("bad"))
             if workers:  # JAX would keep shared memory in use, on a CPU to the very end of the process
-                batch = {name: np.array(values) for name, values in batch.items()}
-            yield put_batch(batch, mesh)
+                batch = jax.tree.map(np.array, batch)
+            yield shard_batch(batch, mesh)
     except Stalled:
         stalled = True
         raise
@@ -375,7 +381,7 @@ def whole_split(
             bad.note(source, np.asarray([index]))
     if not images:
         raise InputError("none of the training images can be decoded")
-    split = {"image": np.stack(images), "label": np.stack(labels)}
+    split = {"image": np.stack(images), "label": jax.tree.map(lambda *rows: np.stack(rows), *labels)}
     return split if table is None else split | {"table": renumbered(table, kept, len(source))}
 
 

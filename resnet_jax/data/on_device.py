@@ -24,13 +24,13 @@ def draw_batch(data: dict[str, Array], step: Array, batch_size: int, seed: int, 
       mirrored where flips alternate.
     """
     table = data.get("table")
-    size = (data["label"] if table is None else table).shape[0]
+    size = (jax.tree.leaves(data["label"])[0] if table is None else table).shape[0]
     positions = (step.astype(jnp.uint32) * batch_size + jnp.arange(batch_size, dtype=jnp.uint32)) // repeats
     place = example_index(positions, size, seed, jnp)
     mirrored = is_mirrored(positions, place, size, seed, jnp)
     index = place if table is None else table[place]
-    batch = {name: jnp.take(values, index, axis=0) for name, values in data.items() if name != "table"}
-    return batch | {"mirrored": mirrored}
+    examples = {name: values for name, values in data.items() if name != "table"}
+    return jax.tree.map(lambda values: jnp.take(values, index, axis=0), examples) | {"mirrored": mirrored}
 
 
 def pad_crop(key: Array, images: Array, pad: int) -> Array:

@@ -1,4 +1,4 @@
-"""Loads datasets: the digits, folders, tables, tensorflow-datasets, and synthetic data."""
+"""Loads datasets: the digits, folders, tables, tensorflow-datasets, Hugging Face, and synthetic data."""
 
 import dataclasses
 import re
@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.config import DataConfig, InputError, Size, path_of, sides
+from resnet_jax.config import DataConfig, InputError, Size, sides
 from resnet_jax.data.dataset import (
     SPLIT_NAMES,
     ArraySource,
     Dataset,
     known_labels,
     labels_of,
+    row_of,
     with_validation,
 )
 from resnet_jax.data.folders import folder_dataset, table_dataset
+from resnet_jax.data.hugging_face import hugging_face_dataset
+from resnet_jax.files import path_of
 
 CHECKED_LABELS = 1000
 """How many labels of a split that lies on the disk are looked at before the first step; the loader checks the rest."""
@@ -35,7 +38,7 @@ def load_dataset(config: DataConfig, seed: int, hold_out: bool = True, prepare: 
       config: the part `data` of a recipe.
       seed: of what is held out, and of synthetic data.
       hold_out: something is selected on the validation split.
-      prepare: tensorflow-datasets may download and prepare the data.
+      prepare: tensorflow-datasets and Hugging Face may download and prepare the data.
 
     Raises:
       InputError: the kind is unknown, the data is not as its kind needs it, or a label is not that of a class.
@@ -51,18 +54,28 @@ def load_dataset(config: DataConfig, seed: int, hold_out: bool = True, prepare: 
         found = table_dataset(path_of(rest, "data.dataset"))
     elif kind == "tfds" and rest:
         found = _tfds(rest, config, prepare)
+    elif kind in ("hf", "parquet") and rest:
+        found = hugging_face_dataset(config.dataset, config, prepare)
     else:
         raise InputError(
             f"data.dataset {config.dataset!r} is unknown; "
-            "give digits, folder:PATH, csv:FILE, tfds:NAME[:SPLIT] or synthetic"
+            "give digits, folder:PATH, csv:FILE, tfds:NAME[:SPLIT], hf:NAME_OR_PATH[:SPLIT], parquet:PATH or synthetic"
         )
+    return in_three_splits(found, config, seed, hold_out)
+
+
+def in_three_splits(found: Dataset, config: DataConfig, seed: int, hold_out: bool = True) -> Dataset:
+    """Returns a dataset with what is held out for validation, checked, and with a note on what it holds; arguments and
+    errors: `load_dataset`.
+    """
     held_out = found.validation is None and config.validation_fraction > 0 and (hold_out or found.test is None)
     if held_out:
         found = with_validation(found, config.validation_fraction, seed)
     _check_labels(found)
     counts = ", ".join(f"{len(source):,} {name}" for name, source in found.splits().items())
     how = f" (about {config.validation_fraction:.0%} held out of train, by name)" if held_out else ""
-    note = f"data: {config.dataset}: {len(found.class_names)} classes; {counts}{how}"
+    classes = f"{len(found.class_names)} classes" if found.class_names else "no classes"
+    note = f"data: {config.dataset}: {classes}; {counts}{how}"
     return dataclasses.replace(found, notes=(note, *found.notes))
 
 
@@ -72,7 +85,7 @@ def _check_labels(dataset: Dataset) -> None:
     for name, source in dataset.splits().items():
         if not len(source):
             raise InputError(f"the {name} split has no examples")
-        if dataset.multilabel:
+        if dataset.multilabel or not classes:
             continue
         labels, places = known_labels(source), np.arange(len(source))
         if labels is None:
@@ -146,11 +159,8 @@ class TfdsSource:
         return f"example {self.key(index)}"
 
     def key(self, index: int) -> str:
-        for split, first, end in self.places:
-            if index < end - first:
-                return f"{first + index} of tfds:{self.name}:{split}"
-            index -= end - first
-        raise IndexError(index)
+        split, row = row_of(self.places, index)
+        return f"{row} of tfds:{self.name}:{split}"
 
 
 def _tfds(spec: str, config: DataConfig, prepare: bool) -> Dataset:

@@ -149,7 +149,7 @@ def channels_of(model: Any) -> int:
 
 def dtype_of(model: Any) -> Any:
     """Returns the type in which a model computes, and takes its images."""
-    return getattr(model, "dtype", jnp.float32)
+    return getattr(model, "dtype", None) or jnp.float32
 
 
 def own_models() -> list[str]:

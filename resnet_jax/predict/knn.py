@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_jax.config import AugmentConfig, Config, InputError, TrainConfig, path_of
+from resnet_jax.config import AugmentConfig, Config, InputError, TrainConfig
 from resnet_jax.data.dataset import Source, default_split
 from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.on_device import normalize
 from resnet_jax.data.sources import load_dataset
+from resnet_jax.files import path_of
 from resnet_jax.models.registry import channels_of, check_endpoints, create_model, dtype_of
 from resnet_jax.ops import sharded_batch
 from resnet_jax.recipe_files import recorded

@@ -16,15 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.config import InputError, path_of
+from resnet_jax.config import InputError
 from resnet_jax.data.on_device import normalize
-from resnet_jax.files import in_bucket
+from resnet_jax.files import in_bucket, path_of
 from resnet_jax.models.registry import channels_of, create_model, dtype_of
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.predict.fold_batch_norm import fold_batch_norm
+from resnet_jax.training.parts import Parts, make_parts
 from resnet_jax.training.sharding import compiler_options
 from resnet_jax.weights.load import fit_weights, model_of, names_of_outputs, preprocessing_of
-from resnet_jax.weights.sources import find_weights
+from resnet_jax.weights.sources import find_weights, preprocessing_in, read_calibration
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing
 
 LARGE_PART, SMALL_PART = 8, 64
@@ -90,6 +91,7 @@ class Predictor:
       multilabel: each class has a probability of its own, since a picture may show several.
       calibration: temperature and thresholds that the run's report fitted.
       flip: pictures are seen as they are and mirrored, and the logits are averaged.
+      channels: of the pictures.
     """
 
     model: Any
@@ -100,19 +102,29 @@ class Predictor:
     multilabel: bool = False
     calibration: Calibration = UNCALIBRATED
     flip: bool = False
+    channels: int = 3
 
     @classmethod
     def from_source(
-        cls, source: str | Path, name: str | None = None, flip: bool = False, checkpoint: str | None = None
+        cls,
+        source: str | Path,
+        name: str | None = None,
+        flip: bool = False,
+        checkpoint: str | None = None,
+        **parts: Any,
     ) -> Self:
         """Makes one from anything that `load_pretrained` takes; `name` is the model's, where the source does not say.
 
         Args:
           checkpoint: of a run, as for `find_weights`.
+          **parts: `model` and `optimizer` of the user's own, with which the run was trained.
 
         Raises:
           InputError: the source cannot be read, or nothing says how pictures are prepared for it.
         """
+        own = make_parts(parts)
+        if own.model is not None:
+            return cls.from_own_model(path_of(str(source), "SOURCE"), own, flip, checkpoint)
         weights = find_weights(str(source), name, checkpoint)
         name, fields = model_of(weights, str(source))
         model = create_model(name, **fields)
@@ -128,12 +140,43 @@ class Predictor:
             raise InputError(f"{source} has {len(thresholds)} thresholds for {outputs} outputs")
         names = names_of_outputs(outputs, weights.class_names, str(source))
         forward = make_forward(model, variables)
-        return cls(model, variables, preprocessing, names, forward, weights.multilabel, weights.calibration, flip)
+        calibration = weights.calibration
+        many, channels = weights.multilabel, channels_of(model)
+        return cls(model, variables, preprocessing, names, forward, many, calibration, flip, channels)
 
     @classmethod
-    def from_run(cls, folder: str | Path) -> Self:
-        """Makes one from the folder of a run: its averages if it kept any, of the best checkpoint or the latest."""
-        return cls.from_source(folder)
+    def from_own_model(cls, folder: Path, parts: Parts, flip: bool = False, checkpoint: str | None = None) -> Self:
+        """Makes one from a run whose model is its user's own; errors as for `from_source`."""
+        from resnet_jax.training.build import read_run
+
+        config, state, record = read_run(folder, checkpoint, parts)
+        names = tuple(record["class_names"])
+        if not names:
+            raise InputError(
+                f"the outputs of {folder} are no classes, so there is nothing to predict in words: take "
+                "resnet_jax.restore and model.apply"
+            )
+        variables, model = state.averages or state.variables, parts.model
+        assert model is not None
+        calibration = read_calibration(folder, int(state.step), len(names))
+        compiled = jax.jit(partial(model.apply, train=False), compiler_options=compiler_options())
+        forward = partial(compiled, variables)
+        preprocessing, many = preprocessing_in(config), record["multilabel"]
+        return cls(model, variables, preprocessing, names, forward, many, calibration, flip, config.data.channels)
+
+    @classmethod
+    def from_run(cls, folder: str | Path, **parts: Any) -> Self:
+        """Makes one from the folder of a run: its averages if it kept any, of the best checkpoint or the latest.
+
+        Args:
+          **parts: as for `from_source`.
+        """
+        return cls.from_source(folder, **parts)
+
+    @property
+    def dtype(self) -> Any:
+        """The type of images that the model takes."""
+        return dtype_of(self.model)
 
     def prepare(self, raw: Any) -> np.ndarray:
         """Returns a picture (path, a file's bytes, array or Pillow image) as the network sees it: RGB uint8, or
@@ -148,12 +191,12 @@ class Predictor:
         if isinstance(raw, str | Path) and os.path.exists(raw) and not os.path.isfile(raw):
             raise BadImage("it is no regular file")
         look = self.preprocessing
-        return fit(raw, look.eval_image_size, look.eval_crop, look.interpolation, channels_of(self.model))
+        return fit(raw, look.eval_image_size, look.eval_crop, look.interpolation, self.channels)
 
     def normalized(self, prepared: Sequence[np.ndarray]) -> jax.Array:
         """Returns prepared pictures as the network takes them, [batch, height, width, channel]."""
         look = self.preprocessing
-        return normalize(jnp.asarray(np.stack(prepared)), look.mean, look.std, dtype_of(self.model))
+        return normalize(jnp.asarray(np.stack(prepared)), look.mean, look.std, self.dtype)
 
     def probabilities(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         """Returns float32 [batch, classes] of prepared pictures."""

@@ -16,9 +16,9 @@ import numpy as np
 
 from resnet_jax.config import InputError, sides
 from resnet_jax.data.on_device import normalize
-from resnet_jax.models.registry import channels_of, dtype_of
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.ops import use_custom_kernels
+from resnet_jax.output import first_line
 from resnet_jax.predict.fold_batch_norm import fold_batch_norm
 from resnet_jax.predict.predictor import Predictor, to_probabilities
 from resnet_jax.weights.export import written_beside
@@ -30,7 +30,7 @@ of the largest."""
 
 
 def export_program(
-    source: str, path: Path, form: str, name: str | None = None, checkpoint: str | None = None
+    source: str, path: Path, form: str, name: str | None = None, checkpoint: str | None = None, **parts: Any
 ) -> dict[str, Any]:
     """Writes a network with its preprocessing (but for resizing) and `to_probabilities` as a program for any batch.
 
@@ -43,6 +43,7 @@ def export_program(
       form: `stablehlo` or `onnx`.
       name: of the model, where the source does not say.
       checkpoint: of a run, as for `find_weights`.
+      **parts: of the user's own, with which a run was trained.
 
     Returns:
       What its metadata say: `source`, `class_names`, `input`, `dtype`, `multilabel`, `thresholds`, `eval_crop`,
@@ -51,8 +52,8 @@ def export_program(
     Raises:
       InputError: the source cannot be read, jax2onnx is missing, the program disagrees, or cannot be written.
     """
-    predictor = Predictor.from_source(source, name, checkpoint=checkpoint)
-    look, channels = predictor.preprocessing, channels_of(predictor.model)
+    predictor = Predictor.from_source(source, name, checkpoint=checkpoint, **parts)
+    look, channels = predictor.preprocessing, predictor.channels
     shape = (*sides(look.eval_image_size), channels)
     dtype = np.uint8 if channels == 3 else np.float32
     metadata = {
@@ -80,7 +81,7 @@ def serve(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
     multilabel, temperature = predictor.multilabel, predictor.calibration.temperature
 
     def served(pixels: jax.Array) -> jax.Array:
-        logits = model.apply(variables, normalize(pixels, look.mean, look.std, dtype_of(model)), train=False)
+        logits = model.apply(variables, normalize(pixels, look.mean, look.std, predictor.dtype), train=False)
         return to_probabilities(logits, multilabel, temperature)
 
     return served
@@ -119,8 +120,9 @@ def write_onnx(served: Any, shape: tuple[int, ...], dtype: Any, metadata: dict[s
         with use_custom_kernels(False):
             graph = to_onnx(served, [jax.ShapeDtypeStruct(("batch", *shape), dtype)], model_name="resnet_jax")
     except Exception as error:  # whatever it raises where it does not know an operation
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"jax2onnx cannot translate this network ({reason[:200]}); take .stablehlo") from error
+        raise InputError(
+            f"jax2onnx cannot translate this network ({first_line(error, 200)}); take .stablehlo"
+        ) from error
     for key, value in metadata.items():
         graph.metadata_props.add(key=key, value=json.dumps(value))
     onnx.save(graph, path)
@@ -136,7 +138,7 @@ def agree(call: Call, predictor: Predictor, shape: tuple[int, ...], dtype: Any) 
     pictures = (noise * 255).astype(dtype) if dtype == np.uint8 else noise
     for part in np.split(pictures, [1, 34]):
         look = predictor.preprocessing
-        images = normalize(jnp.asarray(part), look.mean, look.std, dtype_of(predictor.model))
+        images = normalize(jnp.asarray(part), look.mean, look.std, predictor.dtype)
         logits = predictor.model.apply(predictor.variables, images, train=False)
         wanted = to_probabilities(logits, predictor.multilabel, predictor.calibration.temperature)
         off, largest = float(np.abs(call(part) - np.asarray(wanted)).max()), float(wanted.max())

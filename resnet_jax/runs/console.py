@@ -72,10 +72,10 @@ class Console:
           step: the number of steps done.
           numbers: by their names in metrics.jsonl; names that are not shown are ignored.
         """
-        if "test/accuracy" in numbers:
+        if "test/loss" in numbers:
             return
         self._numbers |= numbers
-        ended = step == self._total and (not self._evaluates or "validation/accuracy" in numbers)
+        ended = step == self._total and (not self._evaluates or "validation/loss" in numbers)
         if not self._began:  # the first numbers come after compilation
             self._start, self._began = step, time.perf_counter()
         if self._live is not None:
@@ -100,6 +100,10 @@ class Console:
                 continue
             if name in self._numbers:
                 shown.append(form.format(self._numbers[name]))
+        if "validation/loss" in self._numbers and "validation/accuracy" not in self._numbers:
+            kind = "ema/validation/loss" if "ema/validation/loss" in self._numbers else "validation/loss"
+            average = " (moving average)" if kind.startswith("ema/") else ""
+            shown.append(f"validation loss {self._numbers[kind]:.4f}{average}")
         return "  ".join(shown)
 
     def close(self) -> None:

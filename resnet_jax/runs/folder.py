@@ -14,10 +14,10 @@ import jax
 from jax.sharding import Mesh
 
 from resnet_jax import __version__
-from resnet_jax.config import Config, InputError, differences, path_of, to_dict
-from resnet_jax.files import in_bucket, read_json, to_json, write_whole
+from resnet_jax.config import Config, InputError, differences, to_dict
+from resnet_jax.files import in_bucket, path_of, read_json, to_json, write_whole
 from resnet_jax.output import say
-from resnet_jax.recipe_files import read_recipe, recorded
+from resnet_jax.recipe_files import WrongRecipe, read_recipe, recorded
 from resnet_jax.runs.lock import BucketLock, Lock, hold, live_holder
 from resnet_jax.runs.trackers import split_lines
 from resnet_jax.training.manifest import best_of, checkpoints_of, damage, steps_in
@@ -71,6 +71,10 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
         yield lock
 
 
+CLASS_MEANS = ("accuracy", "top5", "macro_recall", "macro_f1", "map")
+"""What an evaluation of classes gives beside the loss and metrics of the user's own."""
+
+
 class Summary(TypedDict):
     """What every `summary.json` holds, beside what an evaluation found."""
 
@@ -115,13 +119,15 @@ def ended(folder: Path) -> dict[str, Any] | None:
     return summary if summary and damage(folder / "checkpoints" / str(last)) is None else None
 
 
-def finish(folder: Path, progress: RunProgress, speed: dict[str, float], device: str) -> dict[str, Any]:
+def finish(
+    folder: Path, progress: RunProgress, speed: dict[str, float], device: str, hook_errors: int = 0
+) -> dict[str, Any]:
     """Writes `summary.json` and says what came out."""
     skipped = {"count": len(progress.skipped), "names": progress.skipped[:1000]}
     summary = (progress.result or {}) | {"best": progress.best, "selected": progress.selected}
     summary |= {"steps": progress.step} | speed
     summary |= {"skipped_images": skipped, "skipped_updates": progress.skipped_updates["total"]}
-    summary |= {"device": device, "versions": versions()}
+    summary |= {"device": device, "versions": versions()} | ({"hook_errors": hook_errors} if hook_errors else {})
     if jax.process_index() == 0:
         write_whole(folder / "summary.json", to_json(summary, indent=2) + "\n")
         for line in outcome(summary):
@@ -140,10 +146,13 @@ def outcome(summary: dict[str, Any]) -> list[str]:
         values = summary[kind]
         of = f"the moving average of step {step}" if kind.startswith("ema/") else f"step {step}"
         chosen = f", which this split chose by {best['metric'].rpartition('/')[2]}" if best and split != "test" else ""
-        lines.append(
-            f"{split} accuracy {values['accuracy']:.2%} on {values['count']} images, loss {values['loss']:.4f} "
-            f"({of}{chosen})"
-        )
+        others = ["loss", *(name for name in values if name not in ("loss", "count", *CLASS_MEANS))]
+        if "accuracy" in values:
+            first = f"{split} accuracy {values['accuracy']:.2%} on {values['count']} images"
+        else:
+            first = f"{split} on {values['count']} images"
+        named = ", ".join([first, *(f"{name} {values[name]:.4f}" for name in others)])
+        lines.append(f"{named} ({of}{chosen})")
     return lines or [f"step {step}: there is no validation or test split to measure on"]
 
 
@@ -163,8 +172,8 @@ def runs_under(folder: Path) -> list[dict[str, Any]]:
     """Returns the runs under a folder, at any depth, in a bucket in it and right below it: `folder`, `model`, `data`,
     `step`, `steps`, `best`, `state`, `problem`, by name.
 
-    `state` is `running`, `finished`, `stopped` (the same command goes on), or `damaged` (a file cannot be read, or no
-    checkpoint is sound); `problem` then says which.
+    `state` is `running`, `finished`, `stopped` (the same command goes on), `invalid` (the recipe is JSON, but
+    impossible), or `damaged` (a file cannot be read, or no checkpoint is sound); `problem` then says what is wrong.
     """
     patterns = ("config.json", "*/config.json") if in_bucket(folder) else ("**/config.json",)
     found = sorted(path.parent for pattern in patterns for path in folder.glob(pattern))
@@ -194,7 +203,8 @@ def describe_run(folder: Path) -> dict[str, Any]:
             row["problem"] = f"{folder / 'metrics.jsonl'} has {len(torn)} lines that cannot be read"
         summary = finished(folder, row["step"])
     except (OSError, InputError) as error:
-        return row | {"state": "running" if running else "damaged", "problem": str(error)}
+        state = "running" if running else "invalid" if isinstance(error, WrongRecipe) else "damaged"
+        return row | {"state": state, "problem": str(error)}
     if steps != there:
         bad = next(step for step in there if problems[step])
         row["problem"] = f"{folder / 'checkpoints' / str(bad)}: {problems[bad]}"
@@ -205,8 +215,8 @@ def describe_run(folder: Path) -> dict[str, Any]:
     return row | {"state": "finished" if summary else "stopped"}
 
 
-def better(metric: str, new: float | None, old: float | None) -> bool:
-    """Returns whether a value is better than another one: a loss the lower, everything else the higher.
+def better(goal: str, new: float | None, old: float | None) -> bool:
+    """Returns whether a value is better than another one: with the goal `min` the lower, with `max` the higher.
 
     What is None or not a number is worse than any number, and never better than anything.
     """
@@ -214,4 +224,4 @@ def better(metric: str, new: float | None, old: float | None) -> bool:
         return False
     if old is None or math.isnan(old):
         return True
-    return new < old if metric == "loss" else new > old
+    return new < old if goal == "min" else new > old

@@ -18,7 +18,9 @@ from resnet_jax.data.on_device import normalize
 from resnet_jax.data.show import as_shown, overlay
 from resnet_jax.data.transforms import fit
 from resnet_jax.files import to_json, write_whole
-from resnet_jax.models.vit import ViT
+from resnet_jax.models.densenet import DenseNet
+from resnet_jax.models.googlenet import GoogLeNet
+from resnet_jax.models.resnet import ResNet
 from resnet_jax.output import say
 from resnet_jax.predict.gradcam import grad_cam
 from resnet_jax.runs.charts import line_chart, reliability_chart
@@ -27,6 +29,7 @@ from resnet_jax.runs.trackers import points, read_lines
 from resnet_jax.training.evaluation import FinishedRun, Predictions, open_run, served
 from resnet_jax.training.manifest import best_of
 from resnet_jax.training.metrics import fit_calibration, measure, probabilities
+from resnet_jax.training.parts import NO_PARTS, Parts
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration
 
 MISTAKES, THUMBNAIL = 12, 112
@@ -48,7 +51,9 @@ CALIBRATED = {
 """What the page says of the calibration, by the splits that it was fitted and measured on."""
 
 
-def make_report(folder: Path, checkpoint: str | None = None, dataset: str | None = None) -> Path:
+def make_report(
+    folder: Path, checkpoint: str | None = None, dataset: str | None = None, parts: Parts = NO_PARTS
+) -> Path:
     """Writes `report.html`, `measures.json` and `calibration.json` into a run's folder; returns the page's path.
 
     The network is measured on the test split, or on the validation split if there is no test split. Temperature and
@@ -59,14 +64,44 @@ def make_report(folder: Path, checkpoint: str | None = None, dataset: str | None
       checkpoint: `best`, `latest` or a step, as `evaluate_run` takes it. A moving average of the parameters is used in
         place of the parameters if the run has one.
       dataset: where the run's data lies now, if it has moved; as `data.dataset` of a recipe.
+      parts: those of the user's own that the run was trained with.
 
     Raises:
       InputError: the folder holds no run or no such checkpoint, or there is no split to measure on.
     """
-    run = open_run(folder, checkpoint, keep=True, dataset=dataset)
+    run = open_run(folder, checkpoint, keep=True, dataset=dataset, parts=parts)
     split = default_split(run.dataset)
     run.check_unseen(split)
     means = served(run.evaluate(split) or {}, split)[1]
+    step, best, lines = int(run.state.step), best_of(folder), read_lines(folder / "metrics.jsonl")
+    measured = of_classes(run, split, means) if run.class_names else {"plain": {"count": means["count"]}}
+    plain = measured["plain"] | {name: means[name] for name in run.parts.metrics}
+    kept = {"step": step, "split": split, "loss": means["loss"]} | plain | measured.get("kept", {})
+    if run.class_names:
+        write_whole(folder / "calibration.json", to_json({"step": step} | measured["calibration"]) + "\n")
+    write_whole(folder / "measures.json", to_json(kept, indent=1) + "\n")
+    page = template().render(
+        title=f"{run.config.model.name} on {run.config.data.dataset}",
+        folder=folder.name,
+        step=step,
+        averaged=run.state.ema is not None,
+        images={name: len(source) for name, source in run.dataset.splits().items()},
+        number_of_classes=len(run.class_names),
+        split=split,
+        chosen_by=best["metric"] if best is not None and best["step"] == step else None,
+        tiles=_tiles(plain, measured.get("kept", {}), means["loss"], list(run.parts.metrics)),
+        curves=_curves(lines, list(run.parts.metrics)),
+        run=_run(lines, folder),
+        undecodable=sorted(run.bad.names)[:50],
+        recipe=json.dumps(to_dict(run.config), indent=2),
+        **measured.get("page", {}),
+    )
+    write_whole(folder / "report.html", printable(page))
+    return folder / "report.html"
+
+
+def of_classes(run: FinishedRun, split: str, means: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a report says of classes: `plain` measures, `calibration`, what is `kept`, what the `page` shows."""
     predictions: Predictions = means["predictions"]
     calibration, fitted_on = UNCALIBRATED, None
     if run.dataset.validation is not None:
@@ -78,36 +113,17 @@ def make_report(folder: Path, checkpoint: str | None = None, dataset: str | None
     names = run.class_names
     plain = measure(predictions.logits, predictions.labels, names)
     calibrated = measure(predictions.logits, predictions.labels, names, calibration)
-    step, loss = int(run.state.step), means["loss"]
-    write_whole(folder / "calibration.json", to_json({"step": step} | dataclasses.asdict(calibration)) + "\n")
-    kept = {"step": step, "split": split, "loss": loss} | plain
-    kept |= {"calibrated": calibrated, "temperature": calibration.temperature, "calibrated_on": fitted_on}
-    write_whole(folder / "measures.json", to_json(kept, indent=1) + "\n")
-    lines, best = read_lines(folder / "metrics.jsonl"), best_of(folder)
-    page = template().render(
-        title=f"{run.config.model.name} on {run.config.data.dataset}",
-        folder=folder.name,
-        step=step,
-        averaged=run.state.ema is not None,
-        images={name: len(source) for name, source in run.dataset.splits().items()},
-        number_of_classes=len(names),
-        split=split,
-        chosen_by=best["metric"] if best is not None and best["step"] == step else None,
-        tiles=_tiles(plain, calibrated, loss, calibration),
-        curves=_curves(lines),
-        classes=calibrated["classes"],
-        class_names=names,
+    page = {
+        "classes": calibrated["classes"],
+        "class_names": names,
         **confusion_of(calibrated, names),
-        calibrated=CALIBRATED[fitted_on, split],
-        reliability_chart=reliability_chart(plain["reliability"]),
-        reliability=plain["reliability"],
-        mistakes=_mistakes(run, split, predictions, calibration),
-        run=_run(lines, folder),
-        undecodable=sorted(run.bad.names)[:50],
-        recipe=json.dumps(to_dict(run.config), indent=2),
-    )
-    write_whole(folder / "report.html", printable(page))
-    return folder / "report.html"
+        "calibrated": CALIBRATED[fitted_on, split],
+        "reliability_chart": reliability_chart(plain["reliability"]),
+        "reliability": plain["reliability"],
+        "mistakes": _mistakes(run, split, predictions, calibration),
+    }
+    kept = {"calibrated": calibrated, "temperature": calibration.temperature, "calibrated_on": fitted_on}
+    return {"plain": plain, "calibration": dataclasses.asdict(calibration), "kept": kept, "page": page}
 
 
 def template() -> Any:
@@ -121,9 +137,18 @@ def template() -> Any:
     return environment.from_string(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
 
 
-def _tiles(plain: dict[str, Any], calibrated: dict[str, Any], loss: float, calibration: Calibration) -> dict[str, str]:
-    """Returns the figures on top of the page: name -> text, "" where there is none."""
-    errors = [_percent(measures["ece"]) for measures in (plain, calibrated)]
+def _tiles(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: list[str]) -> dict[str, str]:
+    """Returns the figures on top of the page: name -> text, "" where there is none.
+
+    Args:
+      plain: measures of the probabilities as the network gives them.
+      kept: `calibrated` measures and the `temperature`, where there are classes.
+      own: names of metrics of the user's own.
+    """
+    rest = {"loss": _number(loss)} | {name: _number(plain[name]) for name in own}
+    if not kept:
+        return rest
+    errors = [_percent(measures["ece"]) for measures in (plain, kept["calibrated"])]
     return {
         "accuracy": _percent(plain["accuracy"]),
         "top 5": _percent(plain.get("top5")),
@@ -131,22 +156,25 @@ def _tiles(plain: dict[str, Any], calibrated: dict[str, Any], loss: float, calib
         "macro recall": _percent(plain["macro_recall"]),
         "macro F1": _percent(plain["macro_f1"]),
         "AUC, one class against the rest": _number(plain["auc"]),
-        "loss": _number(loss),
+        **rest,
         "calibration error, before and after fitting the temperature": " → ".join(errors),
-        "temperature": _number(calibration.temperature),
+        "temperature": _number(kept["temperature"]),
     }
 
 
-def _curves(lines: list[dict[str, Any]]) -> dict[str, str]:
-    """Returns charts of the lines of metrics.jsonl: title -> SVG, "" where there is nothing to draw."""
+def _curves(lines: list[dict[str, Any]], own: list[str]) -> dict[str, str]:
+    """Returns charts of the lines of metrics.jsonl: title -> SVG, "" where there is nothing to draw; `own` are the
+    names of the user's own metrics.
+    """
     kinds = {"train": "train", "validation": "validation", "validation, moving average": "ema/validation"}
-    loss, accuracy = (
-        {label: points(lines, f"{kind}/{quantity}") for label, kind in kinds.items()}
-        for quantity in ("loss", "accuracy")
-    )
+
+    def curves(quantity: str) -> dict[str, Any]:
+        return {label: points(lines, f"{kind}/{quantity}") for label, kind in kinds.items()}
+
     return {
-        "Loss": line_chart("Loss", loss, "step", log=True),
-        "Accuracy": line_chart("Accuracy", accuracy, "step"),
+        "Loss": line_chart("Loss", curves("loss"), "step", log=True),
+        "Accuracy": line_chart("Accuracy", curves("accuracy"), "step"),
+        **{name: line_chart(name, curves(name), "step") for name in own},
         "Learning rate": line_chart("Learning rate", {"learning rate": points(lines, "learning_rate")}, "step"),
     }
 
@@ -197,10 +225,10 @@ def _mistakes(run: FinishedRun, split: str, predictions: Predictions, calibratio
     indices = [int(predictions.index[i]) for i, _, _ in chosen]
     seen = [fit(source[i][0], size, augment.eval_crop, augment.interpolation, config.data.channels) for i in indices]
     model: Any = run.model
-    images = normalize(jnp.asarray(np.stack(seen)), config.data.mean, config.data.std, model.dtype)
-    variables = run.state.ema or {"params": run.state.params, "batch_stats": run.state.batch_stats}
     heats = [None] * len(chosen)
-    if not isinstance(model, ViT):
+    if isinstance(model, ResNet | DenseNet | GoogLeNet):
+        images = normalize(jnp.asarray(np.stack(seen)), config.data.mean, config.data.std, model.dtype)
+        variables = run.state.averages or run.state.variables
         heats = list(np.asarray(grad_cam(model, variables, images, jnp.asarray([label for _, label, _ in chosen]))))
     cards = []
     for (i, label, confidence), index, pixels, heat in zip(chosen, indices, seen, heats, strict=True):

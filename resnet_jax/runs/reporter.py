@@ -18,6 +18,7 @@ import numpy as np
 from resnet_jax import output as outputs
 from resnet_jax.config import Config
 from resnet_jax.runs.console import Console
+from resnet_jax.runs.hooks import Hooks
 from resnet_jax.runs.trackers import Tracker
 from resnet_jax.training.build import Plan
 from resnet_jax.training.metrics import Sums, add, means
@@ -66,10 +67,11 @@ class Reporter:
       folder: the run's folder.
       config: the recipe.
       plan: the run's length in steps and epochs.
-      schedule: step -> learning rate.
+      schedule: step -> learning rate; None where the optimizer has its own.
       step: the step at which the run begins.
-      record: of the checkpoint that the run resumes from: `eval_pending`, `skipped_updates`, `sums`.
+      progress: of the checkpoint that the run resumes from: `eval_pending`, `skipped_updates`, `sums`.
       last_checkpoint: returns the step of the newest checkpoint, or None.
+      hooks: are told each line.
 
     Attributes:
       skipped: updates that were left out because they were not finite: `total`, and `in_row` up to now.
@@ -80,16 +82,17 @@ class Reporter:
         folder: Path,
         config: Config,
         plan: Plan,
-        schedule: Callable[[int], Any],
+        schedule: Callable[[int], Any] | None,
         step: int,
         progress: RunProgress,
         last_checkpoint: Callable[[], int | None],
+        hooks: Hooks | None = None,
     ) -> None:
         first = jax.process_index() == 0
         self._tracker = Tracker(folder, step, config.log.tensorboard, progress.eval_pending) if first else None
         self._console = Console(step, plan.total, plan.per_epoch, plan.evaluates) if first else None
         self._batch_size, self._per_epoch, self._schedule = config.train.batch_size, plan.per_epoch, schedule
-        self._last_checkpoint = last_checkpoint
+        self._last_checkpoint, self._hooks = last_checkpoint, hooks or Hooks(())
         self._thread = ThreadPoolExecutor(1)
         self._limit = config.train.nonfinite_limit
         self.skipped = dict(progress.skipped_updates)
@@ -141,9 +144,10 @@ class Reporter:
             f"{kind}/{name}": value
             for kind, values in result.items()
             for name, value in values.items()
-            if name in ("loss", "accuracy", "top5", "macro_recall", "macro_f1", "map")
+            if isinstance(value, float)
         }
         self._show(step, line)
+        self._hooks.call("on_evaluation", step, line)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -174,14 +178,15 @@ class Reporter:
         step, skipped = interval.parts[-1][0], sums.pop("skipped", None)
         line: dict[str, float] = {"epoch": step / self._per_epoch}
         if sums["count"]:
-            mean = means(sums)
-            line |= {"train/loss": mean["loss"], "train/accuracy": mean["accuracy"]}
+            line |= {f"train/{name}": value for name, value in means(sums).items() if name != "count"}
         if skipped is not None:
             line["skipped_updates"] = int(skipped)
-        line["learning_rate"] = float(self._schedule(step - 1))
+        if self._schedule is not None:
+            line["learning_rate"] = float(self._schedule(step - 1))
         if interval.images:
             line |= {"images_per_second": interval.images / seconds, "data_wait": interval.waited / seconds}
         self._show(step, line)
+        self._hooks.call("on_metrics", step, line)
 
     def _sum(self, interval: Interval, future: Future[Any]) -> tuple[Sums, float]:
         """Returns the sums of an interval, on the host, and its length in seconds.
@@ -217,11 +222,12 @@ class Reporter:
             self.skipped["in_row"] = 0
 
     def _diverged(self, step: int) -> None:
-        rate, saved = float(self._schedule(step - 1)), self._last_checkpoint()
+        saved = self._last_checkpoint()
+        rate = f", with learning rate {float(self._schedule(step - 1)):g}" if self._schedule is not None else ""
         good = "there is no checkpoint" if saved is None else f"the last good checkpoint is that of step {saved}"
         row = f" for {self.skipped['in_row']} updates in a row" if self.skipped["in_row"] else ""
         raise Diverged(
-            f"the loss or a parameter is not finite at step {step}{row}, with learning rate {rate:g}",
+            f"the loss or a parameter is not finite at step {step}{row}{rate}",
             f"{good}, and nothing was written over it. Lower optimizer.learning_rate, lengthen schedule.warmup_epochs, "
             "or set optimizer.clip_norm",
         )

@@ -1,7 +1,6 @@
 """Draws the first training batch as the network sees it."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,8 @@ from resnet_jax.data.dataset import with_outputs
 from resnet_jax.data.loader import BadImages, sampling_table, train_batches, whole_split
 from resnet_jax.data.on_device import per_channel
 from resnet_jax.data.show import as_shown
-from resnet_jax.data.sources import load_dataset
-from resnet_jax.training.build import build_model, complete
+from resnet_jax.training.build import complete, data_of, model_with_parts
+from resnet_jax.training.parts import NO_PARTS, Parts, named_after
 from resnet_jax.training.programs import draw_from, make_prepare
 from resnet_jax.training.sharding import make_mesh, put_everywhere
 from resnet_jax.training.step import step_key
@@ -23,21 +22,22 @@ MOST, COLUMNS, HIGH = 64, 8, 128
 """How many images are drawn at most, how many in a row, and how high each is at least, in pixels."""
 
 
-def show_batch(config: Config, file: Path) -> Path:
+def show_batch(config: Config, file: Path, parts: Parts = NO_PARTS) -> Path:
     """Draws images of the recipe's first batch, after all augmentation and mixing, with their targets; returns `file`.
 
     Args:
       config: the recipe.
       file: where the picture is written; its suffix is the format, such as .png.
+      parts: of the user's own.
 
     Raises:
       InputError: the recipe or the data is not valid, or the file cannot be written.
     """
-    config = complete(config, None)
-    dataset, mesh = load_dataset(config.data, config.train.seed, hold_out=config.train.metric != "none"), make_mesh(1)
-    model: Any = build_model(config, len(dataset.class_names))
-    dataset = with_outputs(dataset, model.num_classes)
-    names = names_of_outputs(model.num_classes, dataset.class_names, config.data.dataset)
+    config = complete(named_after(config, parts), None)
+    dataset, mesh = data_of(config, parts), make_mesh(1)
+    model, parts = model_with_parts(config, parts, len(dataset.class_names))
+    dataset = with_outputs(dataset, parts.outputs_of(model))
+    names = names_of_outputs(parts.outputs_of(model), dataset.class_names, config.data.dataset)
     bad = BadImages(config.data.on_bad_image, channels=config.data.channels)
     table, step, classes = sampling_table(dataset, config.data.sampling), jnp.int32(0), dataset.label_classes()
     if config.data.on_device:
@@ -45,11 +45,16 @@ def show_batch(config: Config, file: Path) -> Path:
         batch = jax.jit(lambda data: draw_from(config, mesh)(data, step))(data)
     else:
         batch = next(train_batches(dataset.train, config, mesh, bad, range(1), table=table, classes=classes))
-    prepared = make_prepare(config, model)(batch, step_key(config.train.seed, step))
-    images, targets = (np.asarray(prepared[name], np.float32) for name in ("image", "target"))
+    prepared = make_prepare(config, model, parts)(batch, step_key(config.train.seed, step))
+    images = np.asarray(prepared["image"], np.float32)
+    if "target" in prepared:
+        captions = [caption(row, names) for row in np.asarray(prepared["target"], np.float32)]
+    else:
+        labels = jax.device_get(prepared["label"])
+        captions = [str(jax.tree.map(lambda values, i=i: values[i], labels)) for i in range(len(images))]
     mean, std = (np.asarray(per_channel(v, images.shape[-1])) for v in (config.data.mean, config.data.std))
     pixels = (images * std + mean).clip(0, 1)
-    return draw_grid(pixels[:MOST], [caption(row, names) for row in targets], file)
+    return draw_grid(pixels[:MOST], captions, file)
 
 
 def caption(target: np.ndarray, names: tuple[str, ...]) -> str:

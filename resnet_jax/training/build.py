@@ -13,13 +13,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, ModelConfig, path_of, sides
+from resnet_jax.config import Config, InputError, ModelConfig, sides
+from resnet_jax.data.dataset import Dataset
+from resnet_jax.data.own_data import own_dataset
+from resnet_jax.data.sources import in_three_splits, load_dataset
+from resnet_jax.files import path_of
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model, model_fields, stride_of, variable_shapes
 from resnet_jax.models.stacking import block_by_block, stack_blocks
 from resnet_jax.recipe_files import recorded
 from resnet_jax.training.checkpoints import Record, read_checkpoint
-from resnet_jax.training.optimizers import make_optimizer, rate_of
+from resnet_jax.training.optimizers import OwnOptimizer, make_optimizer, rate_of
+from resnet_jax.training.parts import NO_PARTS, Parts, check_recorded, kind_of, make_parts, own_outputs
 from resnet_jax.training.sharding import state_sharding
 from resnet_jax.training.state import TrainState, create_state
 from resnet_jax.weights.load import fit_weights, preprocessing_of
@@ -36,6 +41,17 @@ class Plan:
     save_every: int
     log_every: int
     evaluates: bool = True
+
+
+def data_of(config: Config, parts: Parts = NO_PARTS, prepare: bool = True) -> Dataset:
+    """Returns the user's own data or the recipe's, in three splits; `prepare` and errors: `load_dataset`."""
+    hold_out, own = config.train.metric != "none", parts.dataset
+    if own is None:
+        return load_dataset(config.data, config.train.seed, hold_out, prepare)
+    found = own if isinstance(own, Dataset) else own()
+    if not isinstance(found, Dataset):
+        raise InputError(f"dataset() returned {kind_of(found)}: expected resnet_jax.Dataset(train=...)")
+    return in_three_splits(own_dataset(found), config.data, config.train.seed, hold_out)
 
 
 def make_plan(config: Config, examples: int, evaluates: bool = True) -> Plan:
@@ -205,7 +221,9 @@ def norms_of_one_value(config: Config, model: nn.Module, devices: int) -> list[s
     return list(dict.fromkeys(found))
 
 
-def state_maker(config: Config, model: nn.Module, schedule: Any) -> Callable[[], TrainState]:
+def state_maker(
+    config: Config, model: nn.Module, schedule: Any, own: OwnOptimizer | None = None
+) -> Callable[[], TrainState]:
     """Returns a function without arguments that returns the recipe's first state, block by block, as checkpoints hold
     it.
 
@@ -213,7 +231,7 @@ def state_maker(config: Config, model: nn.Module, schedule: Any) -> Callable[[],
     the same on any number of devices, but may differ between kinds of devices.
     """
     shape = (*sides(config.data.image_size), config.data.channels)
-    optimizer, model = make_optimizer(config.optimizer, schedule), block_by_block(model)
+    optimizer, model = make_optimizer(config.optimizer, schedule, own=own), block_by_block(model)
     key = partial(jax.random.key, config.train.seed, impl="rbg")
     ema = config.train.ema_decay is not None
     return lambda: create_state(model, optimizer, key(), shape, ema)
@@ -231,12 +249,38 @@ def sharded_shapes(new_state: Callable[[], TrainState], mesh: Mesh) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, place)
 
 
-def restore(run: str | Path, step: int | None = None) -> tuple[TrainState, int]:
+def model_with_parts(config: Config, parts: Parts, classes: int) -> tuple[Any, Parts]:
+    """Returns the user's own model or the recipe's, and the parts with the number of outputs of that model.
+
+    Args:
+      classes: of the data; 0 where its labels are no classes.
+
+    Raises:
+      InputError: the model cannot be called or made, or there are no classes and no loss of the user's own.
+    """
+    if not classes and parts.loss is None:
+        raise InputError(
+            "the labels of the data are no classes, for which there is no loss: give one of your own, a function "
+            "(logits, batch) -> float32 [batch]; or give the classes' numbers as labels"
+        )
+    if parts.model is not None:
+        return parts.model, dataclasses.replace(parts, outputs=own_outputs(parts.model, config, classes))
+    if not classes and config.model.num_classes is None:
+        raise InputError(
+            "the labels of the data are no classes, so nothing says how many outputs the model has: give "
+            "model.num_classes, or a model of your own"
+        )
+    model: Any = build_model(config, classes)
+    return model, dataclasses.replace(parts, outputs=model.num_classes if classes else 0)
+
+
+def restore(run: str | Path, step: int | None = None, **parts: Any) -> tuple[TrainState, int]:
     """Reads the state of a run, as its recipe's model and optimizer have it, on the first device of this process.
 
     Args:
       run: its folder; nothing in it is touched, and the run may be under way.
       step: of a checkpoint that is kept; None takes the newest sound one.
+      **parts: `model` and `optimizer` that the run's user brought, as for `train`.
 
     Returns:
       The state (blocks one by one, also of a run with `model.scan`) and its step.
@@ -244,15 +288,22 @@ def restore(run: str | Path, step: int | None = None) -> tuple[TrainState, int]:
     Raises:
       InputError: the folder holds no run or no such checkpoint, it is damaged, or of another model than the recipe's.
     """
-    folder = path_of(run, "run")
+    _, state, _ = read_run(path_of(run, "run"), "latest" if step is None else str(step), make_parts(parts))
+    return state, int(state.step)
+
+
+def read_run(folder: Path, checkpoint: str | None, parts: Parts) -> tuple[Config, TrainState, Record]:
+    """Returns recipe, state and record of a checkpoint; arguments and errors as for `restore` and `read_checkpoint`."""
     config = recorded(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
+    check_recorded(folder, parts, accept=True, needed=("model", "optimizer"))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def shapes(record: Record) -> Any:
-        new = state_maker(config, build_model(config, len(record["class_names"])), lambda step: 0.0)
+        model = parts.model or build_model(config, len(record["class_names"]))
+        new = state_maker(config, model, lambda step: 0.0, parts.optimizer)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(new))
 
-    state, _ = read_checkpoint(folder, shapes, "latest" if step is None else str(step))
-    return state, int(state.step)
+    state, record = read_checkpoint(folder, shapes, checkpoint)
+    return config, state, record

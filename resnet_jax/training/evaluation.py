@@ -11,21 +11,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, path_of
+from resnet_jax.config import Config, InputError
 from resnet_jax.data.dataset import Dataset, default_split, listed, with_outputs
 from resnet_jax.data.fingerprint import changes, described, fingerprint
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import trained_on as count_trained_on
 from resnet_jax.data.loader import BadImages, eval_batches
-from resnet_jax.data.sources import load_dataset
+from resnet_jax.files import path_of
 from resnet_jax.models.stacking import block_by_block
 from resnet_jax.ops import sharded_batch
 from resnet_jax.output import say
 from resnet_jax.recipe_files import recorded
-from resnet_jax.training.build import build_model, sharded_shapes, state_maker
+from resnet_jax.training.build import data_of, model_with_parts, sharded_shapes, state_maker
 from resnet_jax.training.checkpoints import read_checkpoint
 from resnet_jax.training.linear_probe import Features, head_of
-from resnet_jax.training.metrics import Sums, add, mean_average_precision, means
+from resnet_jax.training.metrics import Sums, mean_average_precision, means
+from resnet_jax.training.parts import NAMES, NO_PARTS, Parts, check_recorded
 from resnet_jax.training.programs import recipe_eval_step
 from resnet_jax.training.sharding import check_batch, compiler_options, make_mesh, replicated
 from resnet_jax.training.state import TrainState
@@ -62,6 +63,7 @@ def make_evaluate(
     stopped: Callable[[], bool] | None = None,
     features: Features | None = None,
     keep: bool = False,
+    parts: Parts = NO_PARTS,
 ) -> Callable[[TrainState], Result | None]:
     """Returns `evaluate(state) -> {split: means, "ema/" + split: means}` over every example of the split once.
 
@@ -72,18 +74,20 @@ def make_evaluate(
     Args:
       split: `validation` or `test`.
       features: of `make_features`, for a probe.
-      keep: the means also hold `predictions`.
+      keep: the means also hold `predictions`, where there are classes.
+      parts: loss and metrics of the user's own.
 
     Raises:
       InputError: the data has no such split.
     """
     source = dataset.split(split)
     step_function = jax.jit(
-        sharded_batch(mesh.size > 1)(recipe_eval_step(config, head_of(model) if features else model)),
+        sharded_batch(mesh.size > 1)(recipe_eval_step(config, head_of(model) if features else model, parts)),
         out_shardings=replicated(mesh),
         compiler_options=compiler_options(),
     )
     kept_batches: list[Any] = []
+    keep = keep and bool(dataset.class_names)
     keep_logits = keep or dataset.multilabel
 
     def batches(variables: Any) -> Iterator[Any]:
@@ -92,11 +96,11 @@ def make_evaluate(
         return map(partial(features, variables), read) if features else read
 
     def evaluate(state: TrainState) -> Result | None:
-        variables = {split: {"params": state.params, "batch_stats": state.batch_stats}}
+        variables = {split: state.variables}
         if (config.data.on_device or features) and not kept_batches:
             kept_batches.extend(batches(variables[split]))
-        if state.ema is not None:
-            variables[f"ema/{split}"] = state.ema
+        if state.averages is not None:
+            variables[f"ema/{split}"] = state.averages
         sums: dict[str, list[Sums]] = {name: [] for name in variables}
         outputs: dict[str, list[Any]] = {name: [] for name in variables}
         for batch in kept_batches or batches(variables[split]):
@@ -107,9 +111,9 @@ def make_evaluate(
                 sums[name].append(part)
                 if keep_logits:
                     outputs[name].append((logits, *everywhere((batch["label"], batch["mask"]), mesh)))
-        result = {name: means(add(parts)) for name, parts in sums.items()}
-        for name, parts in outputs.items() if keep_logits else ():
-            predictions = gathered(parts)
+        result = {name: means(values) for name, values in sums.items()}
+        for name, batches_of in outputs.items() if keep_logits else ():
+            predictions = gathered(batches_of)
             if dataset.multilabel:
                 result[name]["map"] = mean_average_precision(predictions.logits, predictions.labels)
             if keep:
@@ -131,23 +135,44 @@ def gathered(parts: list[Any]) -> Predictions:
     return Predictions(index, logits[index], labels[index])
 
 
-def selecting_metric(config: Config, dataset: Dataset) -> str | None:
+def selecting_metric(config: Config, dataset: Dataset, parts: Parts = NO_PARTS) -> str | None:
     """Returns the metric that decides on the validation split which checkpoint is the best; None where nothing does.
 
     Raises:
-      InputError: the recipe waits for a metric, and the data has no validation split.
+      InputError: the recipe waits for a metric, and the data has no validation split; or there is no such metric.
     """
-    if config.train.metric == "none":
+    metric = config.train.metric
+    if metric == "none":
         return None
+    known = ["loss", *(("accuracy", "macro_recall", "macro_f1") if dataset.class_names else ()), *parts.metrics]
+    known += ["map"] if dataset.multilabel else []
+    if metric not in ("auto", *known):
+        why = ""
+        if metric == "map":
+            why = ", since map needs images with several labels"
+        elif not dataset.class_names:
+            why = ", since the labels are no classes"
+        raise InputError(f"train.metric {metric} is none of auto, none, {', '.join(known)}{why}")
+    if metric in parts.metrics and config.train.metric_goal == "auto":
+        raise InputError(f"train.metric {metric} is of your own: say --train.metric_goal max or min")
     if dataset.validation is None:
-        if config.train.patience is not None or config.train.metric != "auto":
-            what = "train.patience" if config.train.patience is not None else f"train.metric {config.train.metric}"
+        if config.train.patience is not None or metric != "auto":
+            what = "train.patience" if config.train.patience is not None else f"train.metric {metric}"
             raise InputError(
                 f"{what} selects on a validation split, and there is none: set data.validation_fraction above 0, or "
                 "give the data one"
             )
         return None
-    return ("map" if dataset.multilabel else "accuracy") if config.train.metric == "auto" else config.train.metric
+    if metric != "auto":
+        return metric
+    return ("map" if dataset.multilabel else "accuracy") if dataset.class_names else "loss"
+
+
+def goal_of(config: Config, metric: str) -> str:
+    """Returns whether less (`min`) or more (`max`) of a metric is better."""
+    if config.train.metric_goal != "auto":
+        return config.train.metric_goal
+    return "min" if metric == "loss" else "max"
 
 
 def served(result: Result, split: str) -> tuple[str, dict[str, Any]]:
@@ -170,6 +195,7 @@ def evaluate_run(
     per_class: bool = False,
     dataset: str | None = None,
     accept_changes: bool = False,
+    parts: Parts = NO_PARTS,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run's folder on a split of its recipe's data.
 
@@ -179,20 +205,22 @@ def evaluate_run(
       per_class: add `classes`: name -> accuracy (None without images) and count.
       dataset: where the data lies now, in place of the recipe's `data.dataset`.
       accept_changes: evaluate although the data elsewhere is not that of the run.
+      parts: those of the user's own that the run was trained with.
 
     Returns:
-      `step`, `split`, and under the split's name, and `ema/` with it where the run kept averages, loss, accuracy,
-      count, macro_recall, macro_f1 and, with more than five classes, top5; and `skipped_images`.
+      `step`, `split`, and under the split's name, and `ema/` with it where the run kept averages, loss, count, metrics
+      of the user's own, and where there are classes accuracy, macro_recall, macro_f1 and, with more than five classes,
+      top5; and `skipped_images`.
 
     Raises:
       InputError: the folder holds no run or no such checkpoint, the data has no such split, or it was trained on.
     """
-    run = open_run(folder, checkpoint, dataset=dataset, accept_changes=accept_changes)
+    run = open_run(folder, checkpoint, dataset=dataset, accept_changes=accept_changes, parts=parts)
     split = split or default_split(run.dataset)
     run.check_unseen(split)
     result: dict[str, Any] = dict(run.evaluate(split) or {})
     for values in result.values():
-        accuracy, counts = values.pop("class_accuracy"), values.pop("class_count")
+        accuracy, counts = values.pop("class_accuracy", []), values.pop("class_count", [])
         if per_class:
             values["classes"] = {
                 name: {"accuracy": None if n == 0 else a, "count": n}
@@ -208,6 +236,7 @@ class FinishedRun:
     Attributes:
       trained_on: how many examples of each other split are among those that the run was trained on.
       keep: evaluations hold the predictions.
+      parts: the user's own.
     """
 
     config: Config
@@ -219,11 +248,12 @@ class FinishedRun:
     bad: BadImages
     trained_on: dict[str, int]
     keep: bool
+    parts: Parts
 
     def evaluate(self, split: str) -> Result | None:
         """Returns what `make_evaluate` does, of a split."""
-        parts = (self.config, self.model, self.dataset, split, self.mesh, self.bad)
-        return make_evaluate(*parts, keep=self.keep)(self.state)
+        given = (self.config, self.model, self.dataset, split, self.mesh, self.bad)
+        return make_evaluate(*given, keep=self.keep, parts=self.parts)(self.state)
 
     def check_unseen(self, split: str) -> None:
         """Raises InputError where a split holds pictures that the run was trained on."""
@@ -248,6 +278,7 @@ def open_run(
     keep: bool = False,
     dataset: str | None = None,
     accept_changes: bool = False,
+    parts: Parts = NO_PARTS,
 ) -> FinishedRun:
     """Opens what a run's folder holds, to be looked at; arguments as for `evaluate_run`.
 
@@ -258,25 +289,29 @@ def open_run(
     config = recorded(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
+    needed = [name for name in NAMES if name != "dataset"] if dataset is not None else None
+    for note in check_recorded(folder, parts, accept=True, needed=needed):
+        say(f"WARNING: {note}", error=True)
     if dataset is not None:
-        config = replace(config, data=replace(config.data, dataset=dataset))
+        config, parts = replace(config, data=replace(config.data, dataset=dataset)), replace(parts, dataset=None)
     mesh = mesh_for(config.train.batch_size)
-    selects = config.train.metric != "none"
-    found = load_dataset(config.data, config.train.seed, hold_out=selects, prepare=False)
+    found = data_of(config, parts, prepare=False)
     seen, now = load_fingerprint(folder), fingerprint(found)
     if seen is not None and (changed := changes(seen, now)):
         note = f"{config.data.dataset} is not as the run in {folder} was given it ({described(changed)})"
         if dataset is not None and not accept_changes:
             raise InputError(f"{note}; give the same data, or take this with --data.accept_changes")
         say(f"WARNING: {note}", error=True)
-    model: Any = block_by_block(build_model(config, len(found.class_names)))
-    found = with_outputs(found, model.num_classes)
+    module, parts = model_with_parts(config, parts, len(found.class_names))
+    model: Any = block_by_block(module)
+    found = with_outputs(found, parts.outputs_of(model))
     without_rules = replace(config.optimizer, decay_rules=((".*", 0.0),), rate_rules=())  # a stranger's are not run
-    template = sharded_shapes(state_maker(replace(config, optimizer=without_rules), model, lambda step: 0.0), mesh)
+    plain = replace(config, optimizer=without_rules)
+    template = sharded_shapes(state_maker(plain, model, lambda step: 0.0, parts.optimizer), mesh)
     state, record = read_checkpoint(folder, lambda _: template, checkpoint)
-    names = names_of_outputs(model.num_classes, found.class_names, config.data.dataset)
+    names = names_of_outputs(parts.outputs_of(model), found.class_names, config.data.dataset)
     if record["class_names"] != list(names):
         raise InputError(f"{config.data.dataset} has other classes than the run: {listed(found.class_names)}")
     bad = BadImages("skip", channels=config.data.channels)
     trained = {} if seen is None else {name: count_trained_on(seen, now, name) for name in now if name != "train"}
-    return FinishedRun(config, found, model, mesh, names, state, bad, trained, keep)
+    return FinishedRun(config, found, model, mesh, names, state, bad, trained, keep, parts)

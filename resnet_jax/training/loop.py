@@ -6,31 +6,32 @@ import math
 import shlex
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, path_of, to_dict
+from resnet_jax.config import Config, InputError, to_dict
 from resnet_jax.data.dataset import Dataset, with_outputs
 from resnet_jax.data.fingerprint import changes, described, digest, fingerprint, other_resizer
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import save as save_fingerprint
 from resnet_jax.data.loader import BadImages, check_readable, sampling_table, train_batches, whole_split
-from resnet_jax.data.sources import load_dataset
 from resnet_jax.data.transforms import resizer
 from resnet_jax.data.watch import check_guard, keep_tracker
-from resnet_jax.files import in_bucket, modified, to_json, write_whole
+from resnet_jax.files import in_bucket, modified, path_of, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.recipe_files import recorded
 from resnet_jax.runs.charts import draw_curves
 from resnet_jax.runs.folder import better, device_name, ended, finish, locked, open_workdir
+from resnet_jax.runs.hooks import Hooks, RunStart
 from resnet_jax.runs.lock import BucketLock, Lock
 from resnet_jax.runs.processes import agree, check_one_folder, ending_together, facts_of, start_processes
 from resnet_jax.runs.report_page import make_report
@@ -39,26 +40,30 @@ from resnet_jax.runs.signals import FolderLost, Stop, Stopped, stop_signals
 from resnet_jax.runs.trace import Trace
 from resnet_jax.training.build import (
     Plan,
-    build_model,
     complete,
+    data_of,
     images_per_statistic,
     in_form,
     make_plan,
+    model_with_parts,
     norms_of_one_value,
     sharded_shapes,
     state_maker,
     with_weights,
 )
-from resnet_jax.training.checkpoints import Checkpoints
-from resnet_jax.training.evaluation import Result, make_evaluate, scalars, selecting_metric, served
+from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
+from resnet_jax.training.evaluation import Result, goal_of, make_evaluate, scalars, selecting_metric, served
 from resnet_jax.training.finetune import make_phases
 from resnet_jax.training.linear_probe import computes_features_once, head_of, make_features, whole_features
-from resnet_jax.training.manifest import BEST
-from resnet_jax.training.metrics import Sums
-from resnet_jax.training.optimizers import make_schedule
+from resnet_jax.training.losses import Loss
+from resnet_jax.training.manifest import BEST, Best
+from resnet_jax.training.metrics import Metric, Sums
+from resnet_jax.training.optimizers import OwnOptimizer, make_schedule
+from resnet_jax.training.parts import Parts, check_recorded, make_parts, named_after, names_and_hashes, record
 from resnet_jax.training.programs import compile_phases, steps_in_call, steps_per_call, weights_of_classes
-from resnet_jax.training.run_progress import Best, RunProgress
+from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import (
+    broadcast_from_first,
     cached_where_sound,
     check_batch,
     make_mesh,
@@ -72,14 +77,33 @@ from resnet_jax.weights.load import names_of_outputs
 
 
 @ending_together(Stopped, FolderLost)
-def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
+def train(
+    config: Config,
+    workdir: str | Path | None = None,
+    *,
+    model: nn.Module | None = None,
+    dataset: Dataset | Callable[[], Dataset] | None = None,
+    loss: Loss | None = None,
+    optimizer: OwnOptimizer | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    hooks: Sequence[Any] = (),
+) -> dict[str, Any]:
     """Trains as the recipe says and leaves everything in `workdir`; a folder that holds a run resumes it.
 
-    SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end it after the steps that the device was given, with a checkpoint.
+    SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end it after the steps that the device was given, with a checkpoint. Parts of
+    your own take the place of what the recipe names; a run that resumes is given them again.
 
     Args:
       config: the recipe.
       workdir: the run's folder; None makes a new one under `runs/`.
+      model: called as `model(images, train=...)` with float images [batch, height, width, channel]; with or without
+        batch statistics, dropout and other collections.
+      dataset: `Dataset(train=..., validation=None, test=None, class_names=None)`, or a function that returns one.
+      loss: `loss(logits, batch) -> float32 [batch]`, of a batch with `image`, `label` and, where labels are classes,
+        soft `target`s after smoothing and mixing. Labels that are no classes need one.
+      optimizer: an optax transformation, or a function that makes one of the recipe's learning rate by step.
+      metrics: name -> `metric(logits, batch) -> [batch]`, whose mean is logged; `train.metric` may name one.
+      hooks: objects with methods of `runs.hooks.Hook`.
 
     Returns:
       What `summary.json` holds: `validation` and `test` (loss, accuracy, count, ...), the same of the moving average
@@ -98,25 +122,34 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     keep_tracker(config.data.workers)
     start_processes(config.parallel)
     workdir = None if workdir is None else path_of(workdir, "--workdir")
-    config = complete(config, recorded(workdir))
-    agree(facts_of(config))
+    named = {"model": model, "dataset": dataset, "loss": loss, "optimizer": optimizer, "metrics": metrics}
+    parts = make_parts(named | {"hooks": hooks})
+    config = complete(named_after(config, parts), recorded(workdir))
+    if workdir is not None:
+        for note in check_recorded(workdir, parts, config.train.accept_parts):
+            say(f"WARNING: {note}", error=True)
+    agree(facts_of(config) | {"parts of your own": json.dumps(names_and_hashes(parts))})
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     images_per_statistic(config, mesh.size)
-    dataset = load_dataset(config.data, config.train.seed, hold_out=config.train.metric != "none")
+    dataset = data_of(config, parts)
     for note in dataset.notes:
         say(note)
-    if dataset.multilabel and config.train.loss != "binary":
+    if parts.loss is None and dataset.multilabel and config.train.loss != "binary":
         raise InputError(f"{config.data.dataset} gives images several labels: add --train.loss binary")
-    if config.train.metric == "map" and not dataset.multilabel:
-        raise InputError("train.metric map needs images with several labels; take accuracy, loss or macro_recall")
+    if not dataset.class_names and (config.augment.mixup or config.augment.cutmix):
+        raise InputError("augment.mixup and augment.cutmix mix the targets of classes, and the labels are none")
     pictures = {f"{name} pictures": digest({name: rows[:, :2]}) for name, rows in fingerprint(dataset).items()}
     agree(pictures | {"class names": json.dumps(dataset.class_names)})
-    metric = selecting_metric(config, dataset)
+    metric = selecting_metric(config, dataset, parts)
+    if config.train.on_nonfinite == "rollback" and isinstance(parts.optimizer, optax.GradientTransformation):
+        raise InputError(
+            "train.on_nonfinite rollback halves the learning rate: give the optimizer as a function of its schedule"
+        )
     plan = make_plan(config, len(dataset.train), dataset.validation is not None)
-    model: Any = build_model(config, len(dataset.class_names))
-    dataset = with_outputs(dataset, model.num_classes)
-    if single := norms_of_one_value(config, model, mesh.size):
+    module, parts = model_with_parts(config, parts, len(dataset.class_names))
+    dataset = with_outputs(dataset, parts.outputs_of(module))
+    if single := norms_of_one_value(config, module, mesh.size):
         say(
             f"WARNING: {len(single)} batch norms, {single[0]} the first, see one value a channel in training and put "
             "out their bias alone: take more images at a time (train.batch_size, train.accumulate_steps, "
@@ -132,22 +165,25 @@ def train(config: Config, workdir: str | Path | None = None) -> dict[str, Any]:
     with locked(folder, config) as lock, cached_where_sound(mesh), stop_signals() as stop:
         if summary := ended(folder):
             say(f"the run is finished; see it with: resnet-jax evaluate {shlex.quote(str(folder))}")
-            show(folder, config)
+            show(folder, config, parts)
             return summary
         if jax.process_index() == 0:  # all processes have the same pictures, which `agree` saw to
             check_pictures(folder, config, dataset)
+            record(folder, parts)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
-            run = Run(folder, config, plan, model, dataset, metric, mesh, checkpoints, stop, lock)
+            told = Hooks(parts.hooks)
+            run = Run(folder, config, plan, module, dataset, metric, mesh, checkpoints, stop, lock, parts, told)
             progress, images_per_second = fit_with_rollbacks(run, schedule)
             saved = checkpoints.has(progress.step)
         speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
         try:
-            summary = finish(folder, progress, speed, device_name(mesh))
+            summary = finish(folder, progress, speed, device_name(mesh), told.errors)
         except OSError as error:
             raise NotSaved(f"{folder / 'summary.json'} could not be written: {error}", folder) from error
         if not saved:
             raise NotSaved(f"the checkpoint of the last step, {progress.step}, could not be written", folder)
-        show(folder, config)
+        show(folder, config, parts)
+        told.call("on_end", summary)
         return summary
 
 
@@ -186,7 +222,7 @@ class NotSaved(RuntimeError):
         )
 
 
-def show(folder: Path, config: Config) -> None:
+def show(folder: Path, config: Config, parts: Parts) -> None:
     """Draws the curves of a run that has ended and makes the page on it, where a start before this one did not. What
     goes wrong with them is said, since the run itself is safe.
     """
@@ -194,7 +230,7 @@ def show(folder: Path, config: Config) -> None:
         return
     makers: dict[str, Callable[[Path], Path]] = {"curves.png": draw_curves}
     if config.log.report and jax.process_count() == 1:
-        makers["report.html"] = make_report
+        makers["report.html"] = partial(make_report, parts=parts)
     for name, make in makers.items():
         try:
             if not newer(folder / name, folder / "summary.json"):
@@ -218,6 +254,7 @@ class Run:
     Attributes:
       metric: selects on the validation split; None where nothing does.
       lock: the first process's alone.
+      parts: the user's own.
     """
 
     folder: Path
@@ -230,6 +267,8 @@ class Run:
     checkpoints: Checkpoints
     stop: Stop
     lock: Lock | BucketLock | None
+    parts: Parts
+    hooks: Hooks
 
 
 Evaluate: TypeAlias = Callable[[TrainState], Result | None]
@@ -259,11 +298,11 @@ def fit_with_rollbacks(run: Run, schedule: optax.Schedule) -> tuple[RunProgress,
 def begin(run: Run) -> tuple[TrainState, RunProgress]:
     """Returns a new state and progress, or those of the newest sound checkpoint."""
     config, mesh = run.config, run.mesh
-    new_state = state_maker(config, run.model, lambda step: 0.0)
+    new_state = state_maker(config, run.model, lambda step: 0.0, run.parts.optimizer)
     found = run.checkpoints.restore(lambda _: sharded_shapes(new_state, mesh))
     if found is None:
         state = put_state(in_form(with_weights(new_state(), config, run.model), config), mesh)
-        names = names_of_outputs(run.model.num_classes, run.dataset.class_names, config.data.dataset)
+        names = names_of_outputs(run.parts.outputs, run.dataset.class_names, config.data.dataset)
         return state, RunProgress(to_dict(config), list(names), run.dataset.multilabel)
     state, record, step = found
     progress = RunProgress.from_record(record)
@@ -331,13 +370,16 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
         (state_sharding(state, mesh), replicated(mesh)),
         from_device=from_device,
         most=most,
-        weights=weights_of_classes(config, run.dataset, run.model.num_classes),
+        weights=weights_of_classes(config, run.dataset, run.parts.outputs_of(run.model)),
+        parts=run.parts,
     )
     counts = put_everywhere({n: np.int32(n) for n in range(1, most + 1)}, mesh)
     starts = [phase.start for phase in phases]
 
     evaluates: dict[str, Evaluate] = {
-        split: make_evaluate(config, run.model, run.dataset, split, mesh, bad, run.stop.asked, features)
+        split: make_evaluate(
+            config, run.model, run.dataset, split, mesh, bad, run.stop.asked, features, parts=run.parts
+        )
         for split in run.dataset.splits()
         if split != "train"
     }
@@ -346,10 +388,13 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
     previous: Sums = {}
     trace = Trace(config.log.profile, run.folder)
 
-    with Reporter(run.folder, config, plan, schedule, step, progress, run.checkpoints.latest) as reporter:
+    hooks, latest, ending = run.hooks, run.checkpoints.latest, False
+    hooks.call("on_start", RunStart(run.folder, config, plan.total, step))
+    known = None if isinstance(run.parts.optimizer, optax.GradientTransformation) else schedule
+    with Reporter(run.folder, config, plan, known, step, progress, latest, hooks) as reporter:
         if progress.eval_pending and validate is not None:
             evaluate_step(run, state, step, progress, validate, reporter, bad)
-        while step < plan.total and progress.no_better < patience:
+        while step < plan.total and progress.no_better < patience and not ending:
             phase = bisect_right(starts, step) - 1
             n = steps_in_call(step, most, (*starts, plan.total), (plan.log_every, plan.eval_every, plan.save_every))
             asked = time.perf_counter()
@@ -365,10 +410,12 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
             previous = sums
             reporter.steps(step, n, sums, waited)
 
-            log, save = (step % every == 0 or step == plan.total for every in (plan.log_every, plan.save_every))
-            evaluate = validate is not None and (step % plan.eval_every == 0 or step == plan.total)
+            log = step % plan.log_every == 0 or step == plan.total
             if log:
                 reporter.flush()
+            ending = step == plan.total or asked_to_end(hooks)
+            save = ending or step % plan.save_every == 0
+            evaluate = validate is not None and (ending or step % plan.eval_every == 0)
             if run.lock is not None and run.lock.lost(now=save):
                 run.stop.ask()
             stopping = run.stop.due()
@@ -382,11 +429,14 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
                     end_early(run, state, step, progress)
                 if save:
                     run.checkpoints.save(step, unstack_blocks(state), progress.to_record())
+                    hooks.call("on_checkpoint", step, run.folder / "checkpoints" / str(step))
                 if evaluate and validate is not None:
                     evaluate_step(run, state, step, progress, validate, reporter, bad)
+                    ending = ending or asked_to_end(hooks)
         progress.step = step
         if step < plan.total:
-            say(f"no better for {progress.no_better} evaluations: the run ends")
+            reason = "a hook asked for it" if ending else f"no better for {progress.no_better} evaluations"
+            say(f"{reason}: the run ends at step {step} of {plan.total}")
         if not run.checkpoints.has(step) and not lost(run):
             run.checkpoints.save(step, unstack_blocks(state), progress.to_record())
         run.checkpoints.settle()
@@ -397,6 +447,11 @@ def fit(run: Run, state: TrainState, progress: RunProgress, schedule: optax.Sche
             evaluate_test(run, state, progress, evaluates["test"], reporter)
         progress.skipped = sorted(bad.names)
     return progress, reporter.speed()
+
+
+def asked_to_end(hooks: Hooks) -> bool:
+    """Returns whether a hook, which the first process alone calls, has asked to end the run."""
+    return bool(hooks.hooks) and bool(broadcast_from_first(hooks.ending))
 
 
 def evaluate_step(
@@ -426,7 +481,7 @@ def evaluate_step(
     progress.no_better += before is not None
     if before is None:
         progress.result = scalars(result)
-    if better(run.metric, value, before and before["value"]):
+    if better(goal_of(run.config, run.metric), value, before and before["value"]):
         best: Best = {"step": step, "metric": f"{name}/{run.metric}", "value": value}
         progress.result, progress.no_better = scalars(result), 0
         if not run.checkpoints.has(step):
@@ -445,9 +500,10 @@ def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: 
     """
     chosen, selected = state, progress.selected or progress.step
     if selected != progress.step:
-        shapes = sharded_shapes(state_maker(run.config, run.model, lambda step: 0.0), run.mesh)
+        new_state = state_maker(run.config, run.model, lambda step: 0.0, run.parts.optimizer)
+        shapes = sharded_shapes(new_state, run.mesh)
         try:
-            chosen = stacked(run.checkpoints.read(selected, lambda _: shapes), run)
+            chosen = stacked(read_checkpoint(run.folder, lambda _: shapes, str(selected))[0], run)
         except InputError as error:
             say(f"WARNING: {error}; the last step counts in its place", error=True)
             progress.selected = selected = progress.step
@@ -490,15 +546,6 @@ def end_early(run: Run, state: TrainState, step: int, progress: RunProgress) -> 
 def lost(run: Run) -> bool:
     """Returns whether the run has lost its folder, as the first process sees it; all processes ask together."""
     return bool(broadcast_from_first(run.lock is not None and run.lock.lost(now=True)))
-
-
-def broadcast_from_first(number: int) -> int:
-    """Returns the number that the first process gives, in all of them."""
-    if jax.process_count() == 1:
-        return number
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def note_best(folder: Path, best: Best | None) -> None:

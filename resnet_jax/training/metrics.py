@@ -2,17 +2,20 @@
 host, from predictions, scikit-learn's measures of a classifier and what calibrates it.
 """
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax.config import InputError
 from resnet_jax.weights.tags import Calibration
 
 Array = jax.Array
 Sums = dict[str, Any]
-TRAIN_SUMS = ("loss", "accuracy", "count")
+Metric: TypeAlias = Callable[[Any, dict[str, Any]], Array]
+"""`metric(logits, batch) -> [batch]`, one number for each example."""
 
 BINS = 15
 """Of the calibration error, as in Guo et al. 2017."""
@@ -29,11 +32,49 @@ def predicted_classes(logits: Array, multilabel: bool) -> Array:
     )
 
 
-def train_sums(losses: Array, logits: Array, labels: Array) -> Sums:
-    """Returns sums over a batch by `TRAIN_SUMS`; `accuracy` counts examples that are right, in all of their labels."""
+def are_classes(logits: Any, batch: dict[str, Any]) -> bool:
+    """Returns whether a batch's `label` says the class of each example, by shapes and types: an integer each, or
+    integers of the shape of the logits [batch, classes].
+    """
+    label = batch.get("label")
+    if not (isinstance(logits, Array) and isinstance(label, Array | np.ndarray) and logits.ndim == 2):
+        return False
+    return jnp.issubdtype(label.dtype, jnp.integer) and (label.ndim == 1 or label.shape == logits.shape)
+
+
+def one_each(values: Any, count: int, name: str) -> Array:
+    """Returns what a loss or a metric gave, as float32 [count].
+
+    Raises:
+      InputError: it is not one number for each example.
+    """
+    if not hasattr(values, "shape") or values.shape != (count,):
+        found = f"{values.dtype} {list(values.shape)}" if hasattr(values, "shape") else type(values).__name__
+        mean = ": leave out the mean over the batch" if getattr(values, "shape", None) == () else ""
+        raise InputError(f"{name} gave {found}; expected one number for each of the {count} images, [{count}]{mean}")
+    return values.astype(jnp.float32)
+
+
+def sums_of(metrics: Mapping[str, Metric], logits: Any, batch: dict[str, Any], mask: Array | None = None) -> Sums:
+    """Returns the sum of each metric over a batch, or over its examples where `mask` bool [batch] is true."""
+    count, sums = len(batch["image"]), {}
+    for name, metric in metrics.items():
+        values = one_each(metric(logits, batch), count, f"metrics[{name!r}]")
+        sums[name] = (values if mask is None else jnp.where(mask, values, 0.0)).sum()
+    return sums
+
+
+def train_sums(losses: Array, logits: Any, batch: dict[str, Any], classes: bool) -> Sums:
+    """Returns sums over a batch: `loss`, `count`, and with `classes` `accuracy`, which counts examples that are right,
+    in all of their labels.
+    """
+    sums = {"loss": losses.sum(), "count": jnp.float32(len(losses))}
+    if not classes:
+        return sums
+    labels = batch["label"]
     multilabel = labels.ndim == 2
     right = (predicted_classes(logits, True) == (labels > 0)).all(-1) if multilabel else logits.argmax(-1) == labels
-    return {"loss": losses.sum(), "accuracy": right.sum(dtype=jnp.float32), "count": jnp.float32(labels.shape[0])}
+    return sums | {"accuracy": right.sum(dtype=jnp.float32)}
 
 
 def eval_sums(losses: Array, logits: Array, labels: Array, mask: Array) -> Sums:
@@ -67,6 +108,11 @@ def eval_sums(losses: Array, logits: Array, labels: Array, mask: Array) -> Sums:
     return sums
 
 
+def loss_sums(losses: Array, mask: Array) -> Sums:
+    """Returns `loss` and `count`, as `eval_sums` does, where there are no classes."""
+    return {"loss": jnp.where(mask, losses, 0.0).sum(), "count": mask.sum(dtype=jnp.float32)}
+
+
 def add(sums: list[Sums]) -> Sums:
     """Adds sums of several batches on the host, in float64 and in their order."""
     total: Sums = {}
@@ -76,8 +122,8 @@ def add(sums: list[Sums]) -> Sums:
     return total
 
 
-def means(total: Sums) -> dict[str, Any]:
-    """Returns means from sums: `loss` and fractions as floats, `count` as int.
+def means(sums: Sums | list[Sums]) -> dict[str, Any]:
+    """Returns means from the sums of a step, or of several: `loss` and fractions as floats, `count` as int.
 
     From those of `eval_sums` also lists over the classes, nan without examples: `class_accuracy` (recall) and
     `class_count`; and `macro_recall` and `macro_f1`, their means over the classes that have examples.
@@ -85,6 +131,7 @@ def means(total: Sums) -> dict[str, Any]:
     Raises:
       ValueError: there is no example.
     """
+    total = add(sums if isinstance(sums, list) else [sums])
     count = float(total["count"])
     if count == 0:
         raise ValueError("there is no example to average over")

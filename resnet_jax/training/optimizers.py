@@ -12,6 +12,8 @@ from resnet_jax.training.state import path_map
 
 Rules: TypeAlias = tuple[tuple[str, float], ...]
 Rates: TypeAlias = Callable[[str], float]
+OwnOptimizer: TypeAlias = optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
+"""An optimizer, or a function that makes one of a learning rate by step."""
 
 
 def make_schedule(config: Config, steps: int, steps_per_epoch: float) -> optax.Schedule:
@@ -47,20 +49,24 @@ def make_schedule(config: Config, steps: int, steps_per_epoch: float) -> optax.S
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, rates: Rates | None = None
+    config: OptimizerConfig, schedule: optax.Schedule, rates: Rates | None = None, own: OwnOptimizer | None = None
 ) -> optax.GradientTransformation:
-    """Returns SGD with (Nesterov) momentum, AdamW, LAMB (You et al. 2019) or LARS (You et al. 2017), with rules for
-    decay.
+    """Returns SGD with (Nesterov) momentum, Adam, AdamW, LAMB (You et al. 2019) or LARS (You et al. 2017), with
+    rules for decay.
 
-    Weight decay is added to the gradient (sgd, lars) or to Adam's update (adamw, lamb).
+    Weight decay is added to the gradient (sgd, adam, lars) or to Adam's update (adamw, lamb).
 
     Args:
       rates: path of a parameter -> factor of its learning rate, as of `finetune.make_rates`; None takes
         `rate_rules` alone.
+      own: an optimizer of the user's own in place of the recipe's; rules for rates count for it too.
 
     Raises:
       InputError: in `init`, a parameter that no decay rule covers, or a rate rule that matches none.
     """
+    if own is not None:
+        whole = own if isinstance(own, optax.GradientTransformation) else own(schedule)
+        return at_rates(whole, rates or rate_of(config.rate_rules), config.rate_rules)
     decay = decay_by_rule(config.weight_decay, config.decay_rules)
     rate = optax.scale_by_learning_rate(schedule)
     momentum = optax.trace(config.momentum, nesterov=config.nesterov)
@@ -70,6 +76,7 @@ def make_optimizer(
 
     parts = {
         "sgd": lambda: [decay, momentum, rate],
+        "adam": lambda: [decay, optax.scale_by_adam(), rate],
         "adamw": lambda: [optax.scale_by_adam(), decay, rate],
         "lamb": lambda: [optax.scale_by_adam(eps=1e-6), decay, optax.scale_by_trust_ratio(), rate],
         "lars": lambda: [

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -14,8 +15,9 @@ from resnet_jax.data.dataset import Dataset, labels_of
 from resnet_jax.ops import sharded_batch
 from resnet_jax.training.finetune import Phase
 from resnet_jax.training.losses import class_weights, make_loss, soft_targets
-from resnet_jax.training.metrics import TRAIN_SUMS, Sums
+from resnet_jax.training.metrics import Sums
 from resnet_jax.training.optimizers import make_optimizer
+from resnet_jax.training.parts import NO_PARTS, Parts
 from resnet_jax.training.pmap import pmap_step
 from resnet_jax.training.several_steps import steps_on_batches, steps_on_device
 from resnet_jax.training.sharding import batch_sharding, compiler_options
@@ -26,7 +28,6 @@ from resnet_jax.training.step import (
     TrainStep,
     make_eval_step,
     make_train_step,
-    make_update,
     step_key,
 )
 
@@ -48,6 +49,7 @@ def recipe_step(
     mesh: Mesh | None = None,
     frozen: Callable[[str], bool] | None = None,
     weights: np.ndarray | None = None,
+    parts: Parts = NO_PARTS,
 ) -> TrainStep:
     """Returns the training step of a recipe, with its loss, augmentation and strategy (`jit` or `shard_map`).
 
@@ -55,19 +57,28 @@ def recipe_step(
       mesh: needed for `shard_map`, and where batch statistics are those of a device.
       frozen: as for `make_train_step`.
       weights: [classes], what a class counts in the loss; None for 1.
+      parts: loss and metrics of the user's own.
     """
     model = with_scope(model, config, 1 if mesh is None else mesh.size)
     each = mesh if config.parallel.strategy == "shard_map" else None
-    options = update_options(config, frozen, weights)
-    step = make_train_step(model, optimizer, prepare=make_prepare(config, model), mesh=each, **options)
+    options = step_options(config, model, frozen, weights, parts)
+    step = make_train_step(model, optimizer, prepare=make_prepare(config, model, parts), mesh=each, **options)
     return sharded_batch(mesh is not None and mesh.size > 1)(step)
 
 
-def update_options(config: Config, frozen: Callable[[str], bool] | None, weights: np.ndarray | None) -> dict[str, Any]:
-    """Returns the arguments of `make_update` that a recipe gives."""
+def step_options(
+    config: Config,
+    model: Any,
+    frozen: Callable[[str], bool] | None,
+    weights: np.ndarray | None,
+    parts: Parts,
+) -> dict[str, Any]:
+    """Returns the arguments of `make_train_step` that a recipe and its user's own parts give."""
     recipe = config.train
     return {
-        "loss": make_loss(recipe.loss, recipe.focal_gamma, weights),
+        "loss": parts.loss or make_loss(recipe.loss, recipe.focal_gamma, weights),
+        "metrics": parts.metrics,
+        "classes": parts.outputs_of(model) > 0,
         "seed": recipe.seed,
         "accumulate_steps": recipe.accumulate_steps,
         "sam_rho": config.optimizer.sam_rho,
@@ -77,12 +88,20 @@ def update_options(config: Config, frozen: Callable[[str], bool] | None, weights
     }
 
 
+def names_of_sums(config: Config, model: Any, parts: Parts = NO_PARTS) -> tuple[str, ...]:
+    """Returns the names of the sums that the step of a recipe gives."""
+    classes = ("accuracy",) if parts.outputs_of(model) > 0 else ()
+    skipped = ("skipped",) if config.train.on_nonfinite == "skip" else ()
+    return ("loss", *classes, "count", *parts.metrics, *skipped)
+
+
 def with_scope(model: Any, config: Config, devices: int) -> Any:
     """Returns the model with batch statistics of the recipe's scope, for what its strategy sees of the batch."""
-    if not hasattr(model, "ghost"):
-        return model
     scope, per_device = config.parallel.batch_norm, config.parallel.strategy != "jit"
     parts = config.train.accumulate_steps
+    if not hasattr(model, "ghost"):
+        shares = per_device and scope == "global" and hasattr(model, "axis_name")
+        return model.clone(axis_name="data") if shares else model
     if scope.startswith("ghost:"):
         return model.clone(ghost=int(scope.removeprefix("ghost:")))
     if scope == "local":
@@ -90,17 +109,19 @@ def with_scope(model: Any, config: Config, devices: int) -> Any:
     return model.clone(axis_name="data") if per_device else model
 
 
-def make_prepare(config: Config, model: Any) -> Prepare:
+def make_prepare(config: Config, model: Any, parts: Parts = NO_PARTS) -> Prepare:
     """Returns what makes images as the network takes them and soft `target`s from a batch of pixels and labels.
 
     Crops and flips are drawn here when the data lies on the device, otherwise they were made on the host. A batch of
-    features (`feature`) is taken as it is.
+    features (`feature`) is taken as it is. Where the labels are no classes there are no targets.
     """
-    augment, mean, std = config.augment, config.data.mean, config.data.std
+    augment, mean, std, outputs = config.augment, config.data.mean, config.data.std, parts.outputs_of(model)
+    dtype = getattr(model, "dtype", None) or jnp.float32
 
     def prepare(batch: Batch, key: jax.Array) -> Batch:
-        label = batch["label"]
-        targets = soft_targets(label, model.num_classes, config.train.label_smoothing)
+        label, targets = batch["label"], None
+        if outputs:
+            targets = soft_targets(label, outputs, config.train.label_smoothing)
         if "feature" in batch:
             return {"image": batch["feature"], "label": label, "target": targets}
         crop_key, flip_key, mix_key, _ = jax.random.split(key, 4)
@@ -110,7 +131,9 @@ def make_prepare(config: Config, model: Any) -> Prepare:
         if config.data.on_device and augment.flip != "none":
             by_chance = jax.random.bernoulli(flip_key, shape=images.shape[:1])
             images = on_device.flip(by_chance if augment.flip == "random" else batch["mirrored"], images)
-        images = on_device.normalize(images, mean, std, model.dtype)
+        images = on_device.normalize(images, mean, std, dtype)
+        if targets is None:
+            return {"image": images, "label": label}
         if augment.mixup or augment.cutmix:
             images, targets = on_device.mix(mix_key, images, targets, augment.mixup, augment.cutmix)
         return {"image": images, "label": label, "target": targets}
@@ -118,17 +141,23 @@ def make_prepare(config: Config, model: Any) -> Prepare:
     return prepare
 
 
-def recipe_eval_step(config: Config, model: Any) -> Callable[[PyTree, Batch], tuple[Sums, jax.Array]]:
-    """Returns the evaluation step of a recipe; its loss is that of training without smoothing and weights."""
+def recipe_eval_step(
+    config: Config, model: Any, parts: Parts = NO_PARTS
+) -> Callable[[PyTree, Batch], tuple[Sums, PyTree]]:
+    """Returns the evaluation step of a recipe; its loss is that of training without smoothing and weights, or the
+    user's own.
+    """
+    dtype = getattr(model, "dtype", None) or jnp.float32
 
     def prepare(batch: Batch) -> Batch:
         if "feature" in batch:
             return batch | {"image": batch["feature"]}
-        images = on_device.normalize(batch["image"], config.data.mean, config.data.std, model.dtype)
-        return batch | {"image": images}
+        return batch | {"image": on_device.normalize(batch["image"], config.data.mean, config.data.std, dtype)}
 
-    loss = make_loss(config.train.loss, config.train.focal_gamma)
-    return make_eval_step(model, loss=loss, prepare=prepare, flip=config.augment.eval_flip)
+    loss = parts.loss or make_loss(config.train.loss, config.train.focal_gamma)
+    classes = parts.outputs_of(model) > 0
+    how: dict[str, Any] = {"metrics": parts.metrics, "classes": classes, "flip": config.augment.eval_flip}
+    return make_eval_step(model, loss=loss, prepare=prepare, **how)
 
 
 def draw_from(config: Config, mesh: Mesh) -> Callable[[Batch, jax.Array], Batch]:
@@ -167,27 +196,30 @@ def compile_steps(
     most: int,
     frozen: Callable[[str], bool] | None = None,
     weights: np.ndarray | None = None,
+    parts: Parts = NO_PARTS,
 ) -> Program:
     """Returns `steps(state, data, n) -> (state, sums)`, at most `most` steps of a recipe in a call, jitted.
 
     Args:
       out_shardings: of state and sums.
       from_device: data is a whole split on the device; otherwise `most` batches.
-      frozen, weights: as for `recipe_step`.
+      frozen, weights, parts: as for `recipe_step`.
     """
     if config.parallel.strategy == "pmap":
         model = with_scope(model, config, mesh.size)
-        update = make_update(model, optimizer, axis_name="data", **update_options(config, frozen, weights))
-        update = sharded_batch(mesh.size > 1)(update)
-        prepare, draw = make_prepare(config, model), draw_from(config, mesh)
+        options = step_options(config, model, frozen, weights, parts)
+        update = sharded_batch(mesh.size > 1)(make_train_step(model, optimizer, axis_name="data", **options))
+        prepare, draw = make_prepare(config, model, parts), draw_from(config, mesh)
 
         def batch_of(data: Batch, step: jax.Array) -> Batch:
             return prepare(draw(data, step) if from_device else data, step_key(config.train.seed, step))
 
         one_step = pmap_step(update, mesh, batch_of)
         return lambda state, data, n: one_step(state, data if from_device else data[0])
-    step = recipe_step(config, model, optimizer, mesh, frozen, weights)
-    names = (*TRAIN_SUMS, "skipped") if config.train.on_nonfinite == "skip" else TRAIN_SUMS
+    step, names = (
+        recipe_step(config, model, optimizer, mesh, frozen, weights, parts),
+        names_of_sums(config, model, parts),
+    )
     if from_device:
         steps: Program = steps_on_device(step, draw_from(config, mesh), most, names)
     else:
@@ -206,14 +238,16 @@ def compile_phases(
     from_device: bool,
     most: int,
     weights: np.ndarray | None = None,
+    parts: Parts = NO_PARTS,
 ) -> list[Program]:
     """Returns what `compile_steps` does, for each phase of a fine-tuning; the arguments are its own."""
     freezes = config.finetune.mode != "none" or any(factor == 0 for _, factor in config.optimizer.rate_rules)
     programs = []
     for rates in (phase.rates for phase in phases):
-        optimizer = make_optimizer(config.optimizer, schedule, rates)
+        optimizer = make_optimizer(config.optimizer, schedule, rates, parts.optimizer)
         frozen = (lambda path, rates=rates: rates(path) == 0.0) if freezes else None
         how: dict[str, Any] = {"from_device": from_device, "most": most, "frozen": frozen, "weights": weights}
+        how["parts"] = parts
         programs.append(compile_steps(config, model, optimizer, mesh, out_shardings, **how))
     return programs
 

@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from resnet_jax.training.metrics import TRAIN_SUMS, Sums
+from resnet_jax.training.metrics import Sums
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.step import Batch, TrainStep
+
+CLASS_SUMS = ("loss", "accuracy", "count")
+"""The sums of a step on classes."""
 
 Draw: TypeAlias = Callable[[Batch, jax.Array], Batch]
 """`draw(data, step) -> batch`: the batch of a step from a whole split."""
 
 
 def steps_on_device(
-    train_step: TrainStep, draw: Draw, most: int, sums: Sequence[str] = TRAIN_SUMS
+    train_step: TrainStep, draw: Draw, most: int, sums: Sequence[str] = CLASS_SUMS
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Sums]]:
     """Returns `steps(state, data, n) -> (state, sums)`: n steps on batches drawn from data that lies on the device.
 
@@ -31,7 +34,7 @@ def steps_on_device(
 
 
 def steps_on_batches(
-    train_step: TrainStep, batch_sharding: Sharding, most: int, sums: Sequence[str] = TRAIN_SUMS
+    train_step: TrainStep, batch_sharding: Sharding, most: int, sums: Sequence[str] = CLASS_SUMS
 ) -> Callable[[TrainState, Sequence[Batch], jax.Array], tuple[TrainState, Sums]]:
     """Returns `steps(state, batches, n) -> (state, sums)`: steps on the first n of `most` batches.
 
@@ -39,12 +42,12 @@ def steps_on_batches(
     """
 
     def one_of(stacked: Batch, i: jax.Array | int, step: jax.Array) -> Batch:
-        return jax.lax.with_sharding_constraint({name: x[i] for name, x in stacked.items()}, batch_sharding)
+        return jax.lax.with_sharding_constraint(jax.tree.map(lambda x: x[i], stacked), batch_sharding)
 
     repeated = _repeated(train_step, one_of, most, sums)
 
     def several_steps(state: TrainState, batches: Sequence[Batch], n: jax.Array) -> tuple[TrainState, Sums]:
-        return repeated(state, {name: jnp.stack([batch[name] for batch in batches]) for name in batches[0]}, n)
+        return repeated(state, jax.tree.map(lambda *parts: jnp.stack(parts), *batches), n)
 
     return several_steps
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from resnet_jax.config import InputError
 from resnet_jax.models.stacking import EQUAL
+from resnet_jax.training.state import PyTree
 
 
 def run_in_caller() -> None:
@@ -135,10 +136,15 @@ def known_on_cpu(*options: tuple[str, str | bool]) -> dict[str, str | bool]:
     return dict(options)
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """Returns this process's share of a batch, as global arrays split over the mesh."""
+def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """Returns a batch, or this process's share of it, as global arrays [batch, ...] split over a mesh.
+
+    Args:
+      batch: arrays of NumPy, such as `{"image", "label"}`, with the same first axis.
+      mesh: of `make_mesh`.
+    """
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in batch.items()}
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:
@@ -163,3 +169,12 @@ def put(tree: Any, shardings: Any) -> Any:
     if isinstance(shardings, Sharding):
         return jax.tree.map(lambda x: give_each_device_its_part(x, shardings), tree)
     return jax.tree.map(give_each_device_its_part, tree, shardings)
+
+
+def broadcast_from_first(number: int) -> int:
+    """Returns the number that the first process gives, in all of them."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

@@ -11,6 +11,9 @@ import optax
 
 PyTree = Any
 
+SOWN = ("auxiliary_logits", "losses", "intermediates")
+"""Collections that a model fills anew at each call, and that no state carries."""
+
 
 class TrainState(flax.struct.PyTreeNode):
     """A run at the end of `step` steps. There is no random key: keys are folded from the seed and the step.
@@ -21,6 +24,7 @@ class TrainState(flax.struct.PyTreeNode):
       batch_stats: running statistics of its norms; empty for a model without.
       opt_state: of the optax optimizer.
       ema: moving averages `{"params", "batch_stats"}`, or None.
+      collections: other variables that the model changes in training, by collection; empty for most.
     """
 
     step: jax.Array
@@ -28,6 +32,17 @@ class TrainState(flax.struct.PyTreeNode):
     batch_stats: PyTree
     opt_state: PyTree
     ema: PyTree | None
+    collections: PyTree = flax.struct.field(default_factory=dict)
+
+    @property
+    def variables(self) -> PyTree:
+        """The model's variables, as `model.apply` takes them."""
+        return {"params": self.params, "batch_stats": self.batch_stats} | self.collections
+
+    @property
+    def averages(self) -> PyTree | None:
+        """The model's variables with the moving averages in place of what they are of; None where there are none."""
+        return None if self.ema is None else self.ema | self.collections
 
 
 def create_state(
@@ -47,10 +62,12 @@ def create_state(
     """
 
     def new_state(key: jax.Array) -> TrainState:
-        variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+        keys = {"params": key, "dropout": jax.random.fold_in(key, 1)}
+        variables = model.init(keys, jnp.zeros((1, *image_shape)), train=False)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        others = {name: values for name, values in variables.items() if name not in ("params", "batch_stats", *SOWN)}
         averages = {"params": params, "batch_stats": batch_stats} if ema else None
-        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averages)
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averages, others)
 
     return jax.jit(new_state)(key)
 

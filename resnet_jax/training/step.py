@@ -5,10 +5,11 @@ devices (`averaged`), taken at a worse point nearby (`sharpness_aware`), then th
 `unless_nonfinite`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -17,24 +18,37 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from resnet_jax.data.on_device import normalize
 from resnet_jax.training.finetune import frozen_statistics, without_gradient
 from resnet_jax.training.losses import Loss, cross_entropy
-from resnet_jax.training.metrics import Sums, eval_sums, train_sums
+from resnet_jax.training.metrics import (
+    Metric,
+    Sums,
+    are_classes,
+    eval_sums,
+    loss_sums,
+    one_each,
+    sums_of,
+    train_sums,
+)
 from resnet_jax.training.state import PyTree, TrainState
 
-Batch: TypeAlias = dict[str, jax.Array]
-"""`image` [batch, height, width, channel] and `label`, int32 [batch] or 0 and 1 [batch, classes]; a prepared one may
-also hold `target`, float32 [batch, classes]."""
+Batch: TypeAlias = dict[str, Any]
+"""`image` [batch, height, width, channel] and what loss and metrics look at, most often `label`: int32 [batch], 0 and 1
+[batch, classes], or any arrays [batch, ...]. A prepared one may also hold `target`, float32 [batch, classes]."""
 
 Prepare: TypeAlias = Callable[[Batch, jax.Array], Batch]
 """`prepare(batch, key) -> batch` makes what the model and the loss are given, in the compiled step."""
 
 TrainStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
 Gradient: TypeAlias = Callable[[PyTree, PyTree, jax.Array, Batch], tuple[PyTree, PyTree, Sums]]
-"""`gradient(params, batch_stats, key, batch) -> (gradient, batch_stats, sums)`."""
+"""`gradient(params, collections, key, batch) -> (gradient, collections, sums)`; `collections` are all other variables,
+`batch_stats` among them."""
 
 AUXILIARY = 0.3
 """Weight of an auxiliary head in the loss (Szegedy et al. 2014)."""
+
+NO_METRICS: Mapping[str, Metric] = MappingProxyType({})
 
 
 def make_train_step(
@@ -42,7 +56,11 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     loss: Loss = cross_entropy,
+    metrics: Mapping[str, Metric] = NO_METRICS,
+    classes: bool | None = None,
     prepare: Prepare | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     seed: int = 0,
     accumulate_steps: int = 1,
     sam_rho: float = 0.0,
@@ -50,19 +68,26 @@ def make_train_step(
     skip_nonfinite: bool = False,
     frozen: Callable[[str], bool] | None = None,
     mesh: Mesh | None = None,
+    axis_name: str | None = None,
 ) -> TrainStep:
-    """Returns `train_step(state, batch) -> (state, sums)`: one update from one batch, to be jitted.
+    """Returns `train_step(state, batch) -> (state, sums)`: one update from one batch, a pure function to be jitted.
 
-    Under `jit` a batch that is split over devices gives loss, gradient and batch statistics of the whole batch; on
-    several CPU devices put `ops.sharded_batch()` around the function, or images travel between them. With `mesh` the
-    same update runs on each device's share of the batch (`shard_map`) and averages over the devices.
+    Under `jit` a batch that is split over devices (`shard_batch`) gives loss, gradient and batch statistics of the
+    whole batch; on several CPU devices put `ops.sharded_batch()` around the function, or images travel between them.
+    With `mesh` the same update runs on each device's share of the batch (`shard_map`) and averages over the devices;
+    with `axis_name` it is a function for one device of a `shard_map` or `pmap` of your own.
 
     Args:
-      model: called as `model(images, train=True)`; may keep `batch_stats`, draw from `dropout`, and sow
-        `auxiliary_logits`.
+      model: called as `model(images, train=True)`; may keep `batch_stats` and other collections, draw from `dropout`,
+        and sow `auxiliary_logits` (whose loss counts 0.3) and `losses` (which are added to each example's).
       optimizer: whose state `state.opt_state` is.
       loss: `loss(logits, batch) -> float32 [batch]`, one number for each example; the step minimises their mean.
-      prepare: augments and normalises a batch, from a key of the step; None takes batches as they are.
+      metrics: name -> `metric(logits, batch) -> [batch]`, of the step's own pass, in training.
+      classes: whether `batch["label"]` says the class, of which `accuracy` counts those that are right; None tells by
+        shapes and types.
+      prepare: augments a batch, from a key of the step; None takes batches as they are.
+      mean, std: of the pixels, for each channel, in [0, 1]: images become (pixel - mean) / std, of uint8 pixels divided
+        by 255. None leaves floats as they are.
       seed: of the random keys, which are `fold_in(key(seed), step)`.
       accumulate_steps: parts of a batch whose gradients are added up one after the other, which saves memory; batch
         normalisation takes the statistics of each part.
@@ -71,29 +96,42 @@ def make_train_step(
       skip_nonfinite: an update whose loss or values are not finite leaves the state as it was.
       frozen: whether a parameter, by its path, is a constant; the batch statistics of its norm stay too.
       mesh: with an axis `data`.
+      axis_name: of the mapped axis that this function runs under.
 
     Returns:
-      A function whose sums are `loss`, `accuracy` and `count` over the batch, and `skipped` with `skip_nonfinite`.
+      A function whose sums are `loss`, `count`, `accuracy` where there are classes, and each metric, over the batch;
+      and `skipped` with `skip_nonfinite`. `means(sums)` divides them.
     """
-    axis_name = None if mesh is None else "data"
-    update = make_update(
-        model,
-        optimizer,
-        loss=loss,
-        seed=seed,
-        accumulate_steps=accumulate_steps,
-        sam_rho=sam_rho,
-        ema_decay=ema_decay,
-        skip_nonfinite=skip_nonfinite,
-        frozen=frozen,
-        axis_name=axis_name,
-    )
+    axis = axis_name if mesh is None else "data"
+    gradient = make_gradient(model, loss, frozen, metrics, classes)
+    if accumulate_steps > 1:
+        gradient = accumulated(gradient, accumulate_steps)
+    if axis is not None:
+        gradient = averaged(gradient, axis)
+    if sam_rho:
+        gradient = sharpness_aware(gradient, sam_rho)
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        key = of_device(jax.random.split(step_key(seed, state.step), 4)[3], axis)
+        before = {"batch_stats": state.batch_stats} | state.collections
+        grads, after, sums = gradient(state.params, before, key, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        others, ema = {name: values for name, values in after.items() if name != "batch_stats"}, state.ema
+        if ema_decay is not None:
+            new = {"params": params, "batch_stats": after["batch_stats"]}
+            ema = moving_average(ema, new, state.step, ema_decay)
+        updated = TrainState(state.step + 1, params, after["batch_stats"], opt_state, ema, others)
+        return unless_nonfinite(state, updated, sums) if skip_nonfinite else (updated, sums)
+
     if mesh is not None:
-        whole, split = P(), P(axis_name)
+        whole, split = P(), P(axis)
         update = jax.shard_map(update, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        return update(state, batch if prepare is None else prepare(batch, step_key(seed, state.step)))
+        if prepare is not None:
+            batch = prepare(batch, of_device(step_key(seed, state.step), axis_name))
+        return update(state, batch | {"image": pixels(batch["image"], mean, std)})
 
     return train_step
 
@@ -103,69 +141,52 @@ def step_key(seed: int, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def make_update(
+def of_device(key: jax.Array, axis_name: str | None) -> jax.Array:
+    """Returns a device's own key, from that of all devices of a mapped axis; without an axis the key as it is."""
+    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+
+
+def pixels(images: jax.Array, mean: Sequence[float] | None, std: Sequence[float] | None) -> jax.Array:
+    """Returns images as floats: uint8 divided by 255, and (pixel - mean) / std where these are given."""
+    if mean is None and std is None and images.dtype != jnp.uint8:
+        return images
+    return normalize(images, tuple(mean or (0.0,)), tuple(std or (1.0,)), jnp.dtype(jnp.float32))
+
+
+def make_gradient(
     model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    *,
     loss: Loss,
-    seed: int = 0,
-    accumulate_steps: int = 1,
-    sam_rho: float = 0.0,
-    ema_decay: float | None = None,
-    skip_nonfinite: bool = False,
     frozen: Callable[[str], bool] | None = None,
-    axis_name: str | None = None,
-) -> TrainStep:
-    """Returns `update(state, batch) -> (state, sums)` for a batch that is prepared; arguments: `make_train_step`.
+    metrics: Mapping[str, Metric] = NO_METRICS,
+    classes: bool | None = None,
+) -> Gradient:
+    """Returns the gradient of the mean loss of a batch, with the new collections and the sums of `make_train_step`."""
 
-    Args:
-      axis_name: None sees the whole batch; otherwise the function is one device's, and averages over that axis.
-    """
-    gradient = make_gradient(model, loss, frozen)
-    if accumulate_steps > 1:
-        gradient = accumulated(gradient, accumulate_steps)
-    if axis_name is not None:
-        gradient = averaged(gradient, axis_name)
-    if sam_rho:
-        gradient = sharpness_aware(gradient, sam_rho)
-
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        key = jax.random.split(step_key(seed, state.step), 4)[3]
-        if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        grads, batch_stats, sums = gradient(state.params, state.batch_stats, key, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            ema = moving_average(ema, {"params": params, "batch_stats": batch_stats}, state.step, ema_decay)
-        updated = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-        return unless_nonfinite(state, updated, sums) if skip_nonfinite else (updated, sums)
-
-    return update
-
-
-def make_gradient(model: nn.Module, loss: Loss, frozen: Callable[[str], bool] | None = None) -> Gradient:
-    """Returns the gradient of the mean loss of a batch, with the new batch statistics and `train_sums`."""
-
-    def objective(params: PyTree, stats: PyTree, key: jax.Array, batch: Batch) -> tuple[jax.Array, tuple[PyTree, Sums]]:
-        variables = {"params": without_gradient(params, frozen) if frozen else params, "batch_stats": stats}
+    def objective(
+        params: PyTree, others: PyTree, key: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, tuple[PyTree, Sums]]:
+        variables = {"params": without_gradient(params, frozen) if frozen else params} | others
         with frozen_statistics(frozen) if frozen else nullcontext():
             logits, updated = model.apply(
                 variables,
                 batch["image"],
                 train=True,
-                mutable=["batch_stats", "auxiliary_logits"],
+                mutable=[*others, "auxiliary_logits", "losses"],
                 rngs={"dropout": key},
             )
-        losses = loss(logits, batch)
+        count = len(batch["image"])
+        losses = one_each(loss(logits, batch), count, "loss")
         for auxiliary in jax.tree.leaves(updated.get("auxiliary_logits", {})):
             losses += AUXILIARY * loss(auxiliary, batch)
-        return losses.mean(), (updated.get("batch_stats", {}), train_sums(losses, logits, batch["label"]))
+        for more in jax.tree.leaves(updated.get("losses", {})):
+            losses += more
+        sums = train_sums(losses, logits, batch, are_classes(logits, batch) if classes is None else classes)
+        sums |= sums_of(metrics, logits, batch)
+        return losses.mean(), ({name: updated.get(name, values) for name, values in others.items()}, sums)
 
-    def gradient(params: PyTree, stats: PyTree, key: jax.Array, batch: Batch) -> tuple[PyTree, PyTree, Sums]:
-        grads, (stats, sums) = jax.grad(objective, has_aux=True)(params, stats, key, batch)
-        return grads, stats, sums
+    def gradient(params: PyTree, others: PyTree, key: jax.Array, batch: Batch) -> tuple[PyTree, PyTree, Sums]:
+        grads, (others, sums) = jax.grad(objective, has_aux=True)(params, others, key, batch)
+        return grads, others, sums
 
     return gradient
 
@@ -192,8 +213,11 @@ def averaged(gradient: Gradient, axis_name: str) -> Gradient:
 
     def of_all(params: PyTree, stats: PyTree, key: jax.Array, batch: Batch) -> tuple[PyTree, PyTree, Sums]:
         grads, stats, sums = gradient(params, stats, key, batch)
-        grads, stats = jax.lax.pmean((grads, stats), axis_name)
+        grads, stats = jax.tree.map(mean, (grads, stats))
         return grads, stats, jax.lax.psum(sums, axis_name)
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return of_all
 
@@ -239,28 +263,39 @@ def make_eval_step(
     model: nn.Module,
     *,
     loss: Loss = cross_entropy,
+    metrics: Mapping[str, Metric] = NO_METRICS,
+    classes: bool | None = None,
     prepare: Callable[[Batch], Batch] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     flip: bool = False,
-) -> Callable[[PyTree, Batch], tuple[Sums, jax.Array]]:
+) -> Callable[[PyTree, Batch], tuple[Sums, PyTree]]:
     """Returns `eval_step(variables, batch) -> (sums, logits)`: sums over the examples whose `mask` is true.
 
     Args:
       model: called as `model(images, train=False)`.
-      loss: as for `make_train_step`.
-      prepare: normalises a batch; None takes batches as they are.
+      loss, metrics, classes, mean, std: as for `make_train_step`.
+      prepare: makes what the model and the loss are given; None takes batches as they are.
       flip: logits are the mean of those of each image and of its mirror image.
 
     Returns:
-      A function of `{"params", "batch_stats"}` and a batch with `mask` bool [batch]; logits are float32
-      [batch, classes], sums those of `eval_sums`.
+      A function of the model's variables (`state.variables`, `state.averages`) and a batch, which may have `mask` bool
+      [batch]. Sums are those of `eval_sums` where there are classes, else `loss` and `count`, and each metric; logits
+      are what the model gives, for classes float32 [batch, classes].
     """
 
-    def eval_step(variables: PyTree, batch: Batch) -> tuple[Sums, jax.Array]:
+    def eval_step(variables: PyTree, batch: Batch) -> tuple[Sums, PyTree]:
         batch = batch if prepare is None else prepare(batch)
+        images = pixels(batch["image"], mean, std)
+        batch = batch | {"image": images}
         forward = partial(model.apply, variables, train=False)
-        logits: jax.Array = forward(batch["image"])  # type: ignore[assignment]
+        logits: PyTree = forward(images)
         if flip:
-            logits = (logits + forward(batch["image"][:, :, ::-1])) / 2  # type: ignore[operator]
-        return eval_sums(loss(logits, batch), logits, batch["label"], batch["mask"]), logits
+            logits = jax.tree.map(lambda a, b: (a + b) / 2, logits, forward(images[:, :, ::-1]))
+        losses = one_each(loss(logits, batch), len(images), "loss")
+        mask = batch.get("mask", jnp.ones(len(images), bool))
+        counted = are_classes(logits, batch) if classes is None else classes
+        sums = eval_sums(losses, logits, batch["label"], mask) if counted else loss_sums(losses, mask)
+        return sums | sums_of(metrics, logits, batch, mask), logits
 
     return eval_step

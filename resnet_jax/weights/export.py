@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from safetensors import SafetensorError
 
 from resnet_jax.config import InputError
-from resnet_jax.files import in_bucket, write_whole
+from resnet_jax.files import in_bucket, path_of, write_whole
 from resnet_jax.models.registry import create_model
 from resnet_jax.weights.convert import to_torch
 from resnet_jax.weights.load import fit_weights, model_of, names_of_outputs, preprocessing_of
@@ -22,7 +23,7 @@ from resnet_jax.weights.sources import Weights, find_weights
 
 
 def export(
-    source: str, path: Path, form: str, name: str | None = None, checkpoint: str | None = None
+    source: str, path: Path, form: str, name: str | None = None, checkpoint: str | None = None, **parts: Any
 ) -> tuple[str, int]:
     """Writes the weights of a source, under the names of timm and torchvision, or for Orbax under those of the module.
 
@@ -33,6 +34,7 @@ def export(
         tree `{"params", "batch_stats"}`, float32, for `StandardCheckpointer().restore(path)`.
       name: of the model, where the source does not say.
       checkpoint: of a run, as for `find_weights`.
+      **parts: `model` and `optimizer` of the user's own, with which a run was trained; such a model takes `orbax`.
 
     Returns:
       The model's name and the number of tensors.
@@ -40,6 +42,8 @@ def export(
     Raises:
       InputError: the source cannot be read, torch is missing for `pth`, or the file cannot be written.
     """
+    if parts.get("model") is not None:
+        return export_own_model(source, path, form, checkpoint, parts)
     weights = find_weights(source, name, checkpoint)
     name, fields = model_of(weights, source)
     model = create_model(name, **fields)
@@ -57,6 +61,22 @@ def export(
             beside, replace(weights, tensors=tensors, fields=fields, preprocessing=look, class_names=names), form
         )
     return name, len(tensors)
+
+
+def export_own_model(
+    source: str, path: Path, form: str, checkpoint: str | None, parts: dict[str, Any]
+) -> tuple[str, int]:
+    """Writes the variables of a run whose model is its user's own; arguments and errors as for `export`."""
+    from resnet_jax.training.build import read_run
+    from resnet_jax.training.checkpoints import write_tree
+    from resnet_jax.training.parts import make_parts
+
+    if form != "orbax":
+        raise InputError(f"{path}: PyTorch's names are known for models of ours alone; take --format orbax")
+    config, state, _ = read_run(path_of(source, "SOURCE"), checkpoint, make_parts(parts))
+    variables = state.averages or state.variables
+    write_tree(variables, path)
+    return config.model.name, len(jax.tree.leaves(variables))
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
-from resnet_jax.config import InputError, ModelConfig, from_dict, path_of, sides
-from resnet_jax.files import in_bucket, read_file, read_json
+from resnet_jax.config import Config, InputError, ModelConfig, from_dict, sides
+from resnet_jax.files import in_bucket, path_of, read_file, read_json
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest, variable_shapes
-from resnet_jax.output import say
+from resnet_jax.output import first_line, say
 from resnet_jax.typed import shown, shown_name, typed
 from resnet_jax.weights.convert import as_array, to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag, tags_of
@@ -307,8 +307,7 @@ def check_fields(name: str, fields: dict[str, Any], where: str) -> None:
     try:
         variable_shapes(create_model(name, **fields))
     except Exception as error:  # whatever flax and JAX raise where a field is not of its type or range
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{where}: {shown_name(name)} cannot have these fields: {reason[:200]}") from error
+        raise InputError(f"{where}: {shown_name(name)} cannot have these fields: {first_line(error, 200)}") from error
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -318,7 +317,9 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 def _from_run(folder: Path, checkpoint: str | None) -> Weights:
     """Reads the moving average of a run's checkpoint, or its parameters where there is no average."""
     from resnet_jax.training.checkpoints import read_variables
+    from resnet_jax.training.parts import NO_PARTS, check_recorded
 
+    check_recorded(folder, NO_PARTS, accept=True, needed=("model",))
     step, record, variables = read_variables(folder, checkpoint)
     config = from_dict(record["recipe"])
     head = variables["params"].get("head", {}).get("bias")
@@ -330,12 +331,17 @@ def _from_run(folder: Path, checkpoint: str | None) -> Weights:
         fields["image_size"] = min(sides(config.data.image_size))
         model = model.clone(image_size=fields["image_size"])
     tensors = to_torch(model, variables)
-    data, augment = config.data, config.augment
-    size = data.eval_image_size or data.image_size
-    preprocessing = Preprocessing(data.mean, data.std, data.image_size, size, augment.eval_crop, augment.interpolation)
+    preprocessing = preprocessing_in(config)
     names = tuple(record["class_names"])
     calibration = read_calibration(folder, step, fields["num_classes"])
     return Weights(tensors, config.model.name, fields, preprocessing, names, record["multilabel"], calibration)
+
+
+def preprocessing_in(config: Config) -> Preprocessing:
+    """Returns how images are prepared by the evaluation of a recipe."""
+    data, augment = config.data, config.augment
+    size = data.eval_image_size or data.image_size
+    return Preprocessing(data.mean, data.std, data.image_size, size, augment.eval_crop, augment.interpolation)
 
 
 class CalibrationFile(TypedDict):

@@ -10,12 +10,12 @@ import pytest
 from resnet_jax.cli import MEMORY
 from resnet_jax.config import InputError, ParallelConfig
 from resnet_jax.runs.processes import start_processes
-from resnet_jax.training.sharding import check_batch, make_mesh, put_batch
+from resnet_jax.training.sharding import check_batch, make_mesh, shard_batch
 
 
 def test_a_batch_is_split_over_all_devices():
     mesh = make_mesh()
-    batch = put_batch({"image": np.arange(16, dtype=np.float32)}, mesh)
+    batch = shard_batch({"image": np.arange(16, dtype=np.float32)}, mesh)
     assert mesh.size == 8
     assert [s.data.tolist() for s in batch["image"].addressable_shards] == [[2 * i, 2 * i + 1] for i in range(8)]
 

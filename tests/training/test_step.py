@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import chex
 import flax.linen as nn
@@ -16,7 +17,7 @@ from resnet_jax.recipe_files import load_config
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
 from resnet_jax.training.programs import draw_from, recipe_eval_step, recipe_step
 from resnet_jax.training.several_steps import steps_on_batches, steps_on_device
-from resnet_jax.training.sharding import batch_sharding, make_mesh, put_batch, replicated
+from resnet_jax.training.sharding import batch_sharding, make_mesh, replicated, shard_batch
 from resnet_jax.training.state import create_state
 
 RNG = np.random.default_rng(0)
@@ -44,7 +45,7 @@ def run(devices, steps=3, config=CONFIG):
     state = jax.jit(lambda: new_state(model, optimizer), out_shardings=replicated(mesh))()
     step = jax.jit(recipe_step(config, model, optimizer), donate_argnums=0, out_shardings=replicated(mesh))
     for _ in range(steps):
-        state, sums = step(state, put_batch(BATCH, mesh))
+        state, sums = step(state, shard_batch(BATCH, mesh))
     assert step._cache_size() == 1
     return jax.device_get(state), jax.device_get(sums)
 
@@ -186,7 +187,7 @@ def test_a_module_and_a_loss_of_ones_own_train_on_one_device_and_on_eight():
         model = OwnNet()
         state = resnet_jax.create_state(model, tx, jax.random.key(0), image_shape=(4, 4, 1))
         step = jax.jit(resnet_jax.make_train_step(model, tx, loss=squared_error, **options), donate_argnums=0)
-        given = batch if name == "one" else put_batch(batch, mesh)
+        given = batch if name == "one" else shard_batch(batch, mesh)
         losses[name] = []
         for _ in range(40):
             state, sums = step(state, given)
@@ -197,3 +198,124 @@ def test_a_module_and_a_loss_of_ones_own_train_on_one_device_and_on_eight():
     assert losses["one"][-1] < 0.2 * losses["one"][0]
     np.testing.assert_allclose(losses["one"], losses["eight"], rtol=1e-4)
     assert losses["each"][0] == pytest.approx(losses["one"][0], rel=0.2)  # other units are dropped
+
+
+class Normed(nn.Module):
+    """Batch norm whose statistics are of all devices where an axis is given."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = nn.Conv(8, (3, 3))(images)
+        x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name if train else None)(x)
+        return nn.Dense(3)(nn.relu(x).mean((1, 2)))
+
+
+PIXELS = {
+    "image": np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8),
+    "label": np.arange(16) % 3,
+}
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
+
+
+def after_three_steps(step, state, batch):
+    for _ in range(3):
+        state, sums = step(state, batch)
+    return state, sums
+
+
+def test_the_step_is_the_same_under_jit_shard_map_pmap_and_in_a_program_of_ones_own():
+    tx, mesh = optax.sgd(0.1, momentum=0.9), resnet_jax.make_mesh(8)
+    state = resnet_jax.create_state(Normed(), tx, jax.random.key(0), image_shape=(8, 8, 3))
+    options = {"mean": MEAN, "std": STD}
+    alone = resnet_jax.make_train_step(Normed(), tx, **options)
+    mapped = resnet_jax.make_train_step(Normed("data"), tx, axis_name="data", **options)
+    split = resnet_jax.shard_batch(PIXELS, mesh)
+    whole, by_device = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+    own_map = jax.shard_map(mapped, mesh=mesh, in_specs=(whole, by_device), out_specs=whole, check_vma=False)
+    own_pmap = jax.pmap(mapped, axis_name="data", in_axes=(None, 0), out_axes=None)
+
+    @jax.jit
+    def program(state, batch):
+        state, sums = alone(state, batch)
+        return state, {"half": sums["loss"] / 2} | sums
+
+    expected, sums = after_three_steps(jax.jit(alone), state, PIXELS)
+    ways = {
+        "jit over devices": after_three_steps(jax.jit(alone), state, split),
+        "with a mesh": after_three_steps(
+            jax.jit(resnet_jax.make_train_step(Normed("data"), tx, mesh=mesh, **options)), state, split
+        ),
+        "shard_map": after_three_steps(jax.jit(own_map), state, split),
+        "pmap": after_three_steps(own_pmap, state, {k: v.reshape(8, 2, *v.shape[1:]) for k, v in PIXELS.items()}),
+        "in a program": after_three_steps(program, state, PIXELS),
+    }
+    for name, (found, its_sums) in ways.items():
+        close = partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-6, err_msg=name)
+        jax.tree.map(close, found, expected)
+        assert its_sums["count"] == 16
+        assert float(its_sums["loss"]) == pytest.approx(float(sums["loss"]), rel=1e-4)
+
+
+def test_a_population_of_states_trains_under_vmap():
+    tx = optax.sgd(0.1)
+    keys = jax.random.split(jax.random.key(0), 3)
+    model = resnet_jax.create_model("cifar_resnet8", num_classes=3)
+    new = partial(resnet_jax.create_state, model, tx, image_shape=(8, 8, 3))
+    population = jax.vmap(new)(keys)
+    step = resnet_jax.make_train_step(model, tx, mean=MEAN, std=STD)
+    population, sums = after_three_steps(jax.jit(jax.vmap(step, in_axes=(0, None))), population, PIXELS)
+    for i in range(3):
+        alone, its_sums = after_three_steps(jax.jit(step), new(keys[i]), PIXELS)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=2e-3, atol=2e-5), population, alone)
+        assert float(sums["loss"][i]) == pytest.approx(float(its_sums["loss"]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("images", "options"),
+    [
+        (PIXELS["image"], {}),
+        (PIXELS["image"], {"mean": MEAN, "std": STD}),
+        ((PIXELS["image"] / 255).astype(np.float32), {"mean": MEAN, "std": STD}),
+        ((PIXELS["image"] / 255).astype(np.float32), {}),
+    ],
+)
+def test_images_are_normalised_as_told_and_not_otherwise(images, options):
+    """The loss of a linear model on the mean pixel tells what it was given."""
+
+    class Mean(nn.Module):
+        @nn.compact
+        def __call__(self, images, train):
+            return nn.Dense(3)(images.mean((1, 2)))
+
+    pixels = PIXELS["image"] / 255
+    expected = (pixels - MEAN) / STD if options else pixels
+    state = resnet_jax.create_state(Mean(), optax.sgd(0.1), jax.random.key(0), image_shape=(8, 8, 3))
+    logits = Mean().apply(state.variables, expected.astype(np.float32), train=False)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, PIXELS["label"])
+    batch = PIXELS | {"image": images}
+    _, sums = resnet_jax.make_train_step(Mean(), optax.sgd(0.1), **options)(state, batch)
+    found, _ = resnet_jax.make_eval_step(Mean(), **options)(state.variables, batch)
+    for name, value in (("train", sums), ("evaluation", found)):
+        assert resnet_jax.means(value)["loss"] == pytest.approx(float(loss.mean()), rel=1e-5), name
+
+
+def test_a_model_sows_losses_that_are_added_and_its_other_collections_go_on():
+    class Sparse(nn.Module):
+        @nn.compact
+        def __call__(self, images, train):
+            seen = self.variable("seen", "steps", lambda: jnp.zeros((), jnp.int32))
+            if train:
+                seen.value += 1
+            x = nn.Dense(4)(images.mean((1, 2)))
+            self.sow("losses", "size", jnp.square(x).sum(-1))
+            return nn.Dense(3)(x)
+
+    state = resnet_jax.create_state(Sparse(), optax.sgd(0.1), jax.random.key(0), image_shape=(8, 8, 3))
+    assert set(state.variables) == {"params", "batch_stats", "seen"}
+    logits, sown = Sparse().apply(state.variables, PIXELS["image"] / np.float32(255), train=False, mutable=["losses"])
+    plain = optax.softmax_cross_entropy_with_integer_labels(logits, PIXELS["label"])
+    after, sums = resnet_jax.make_train_step(Sparse(), optax.sgd(0.1))(state, PIXELS)
+    assert float(sums["loss"]) == pytest.approx(float((plain + sown["losses"]["size"][0]).sum()), rel=1e-5)
+    assert after.collections["seen"]["steps"] == 1

@@ -1,0 +1,118 @@
+"""Splits of the user's own as sources: what they may be, and which labels are classes."""
+
+import io
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import resnet_jax as rj
+from resnet_jax.config import Config
+from resnet_jax.data.decode import decode
+from resnet_jax.data.loader import checked_label, whole_split
+from resnet_jax.data.own_data import own_dataset
+from resnet_jax.training.build import data_of
+from resnet_jax.training.parts import Parts
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+LABELS = np.asarray([0, 1, 2, 0, 1, 2])
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+class Rows:
+    """A sequence that is no list, of pairs."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return PIXELS[index], LABELS[index]
+
+
+def with_images(make):
+    return [{"image": make(pixels), "label": label} for pixels, label in zip(PIXELS, LABELS.tolist(), strict=True)]
+
+
+@pytest.fixture(params=["pair", "arrays", "pillow", "bytes", "paths", "jax", "grain", "pairs", "columns"])
+def split(request, tmp_path):
+    if request.param == "pair":
+        return PIXELS, LABELS
+    if request.param == "grain":
+        return grain.MapDataset.source(with_images(np.asarray)).seed(0)
+    if request.param == "pairs":
+        return Rows()
+    if request.param == "columns":
+        datasets = pytest.importorskip("datasets", reason="needs the extra hf")
+        rows = {"image": [Image.fromarray(p) for p in PIXELS], "label": LABELS.tolist()}
+        kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+        return datasets.Dataset.from_dict(rows, features=kinds)
+
+    def saved(pixels):
+        path = tmp_path / f"{hash(pixels.tobytes())}.png"
+        path.write_bytes(png(pixels))
+        return str(path)
+
+    makers = {"arrays": np.asarray, "pillow": Image.fromarray, "bytes": png, "paths": saved, "jax": jnp.asarray}
+    return with_images(makers[request.param])
+
+
+def test_every_kind_of_split_gives_the_same_pictures_and_classes(split):
+    dataset = own_dataset(rj.Dataset(train=split))
+    assert [dataset.train[i][1] for i in range(6)] == LABELS.tolist()
+    for i in range(6):
+        np.testing.assert_array_equal(np.asarray(decode(dataset.train[i][0])), PIXELS[i])
+    assert len(dataset.class_names) == 3
+
+
+def test_what_is_held_out_of_data_of_ones_own_does_not_depend_on_how_much_there_is():
+    images, labels = np.repeat(PIXELS, 20, 0), np.repeat(LABELS, 20)
+    small, large = (data_of(Config(), Parts(dataset=rj.Dataset((images[:n], labels[:n])))) for n in (100, 120))
+    held_out = [{data.validation.key(i) for i in range(len(data.validation))} for data in (small, large)]
+    assert held_out[0] <= held_out[1]
+    assert "held out of train" in small.notes[0]
+
+
+def test_labels_that_are_no_classes_stay_as_they_are():
+    labels = [{"box": np.arange(4) / 4, "count": i} for i in range(6)]
+    dataset = own_dataset(rj.Dataset(train=(PIXELS, labels)))
+    assert dataset.class_names == ()
+    assert dataset.label_classes() is None
+    label = checked_label(dataset.train[5][1], None, dataset.train, 5)
+    assert label["box"].dtype == np.float32
+    assert label["count"] == 5
+    assert own_dataset(rj.Dataset(train=(PIXELS, LABELS), class_names=())).class_names == ()
+    config = Config()
+    whole = whole_split(dataset.train, config, None)
+    assert whole["label"]["box"].shape == (6, 4)
+
+
+def test_several_labels_an_image():
+    many = np.asarray([[0, 1, 1]] * 6)
+    dataset = own_dataset(rj.Dataset(train=(PIXELS, many), class_names=("a", "b", "c")))
+    assert dataset.multilabel
+    assert dataset.label_classes() == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            rj.Dataset((PIXELS, LABELS), (PIXELS, LABELS), class_names=("a", "b")),
+            "has the label 2, and there are 2 classes",
+        ),
+        (rj.Dataset((PIXELS, LABELS / 1), class_names=("a", "b", "c")), "label 0.0; with 3 class_names expected"),
+        (rj.Dataset(([], [])), "the train split has no examples"),
+        (rj.Dataset([*with_images(np.asarray)[:3], {"image": PIXELS[0], "label": "cat"}]), "has the label 'cat'"),
+        (rj.Dataset([3, 4]), "is of type int: expected"),
+    ],
+)
+def test_data_that_is_not_as_expected_is_named(data, message):
+    with pytest.raises(rj.InputError, match=message.replace("(", r"\(")):
+        data_of(Config(), Parts(dataset=data))
