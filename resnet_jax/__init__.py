@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from resnet_jax.config import Config, InputError
     from resnet_jax.data.dataset import Dataset
-    from resnet_jax.models.registry import create_model, feature_info, list_models
+    from resnet_jax.models.registry import create_model, feature_info, list_models, register_model
     from resnet_jax.predict.fold_batch_norm import fold_batch_norm
     from resnet_jax.predict.gradcam import grad_cam
     from resnet_jax.predict.predictor import Predictor, make_forward
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from resnet_jax.training.state import create_state
     from resnet_jax.training.step import make_eval_step, make_train_step
     from resnet_jax.weights.convert import from_torch, to_torch
-    from resnet_jax.weights.load import load_pretrained
+    from resnet_jax.weights.load import features, load_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "create_model",
     "create_state",
     "feature_info",
+    "features",
     "fold_batch_norm",
     "from_torch",
     "grad_cam",
@@ -47,6 +48,7 @@ __all__ = [
     "make_mesh",
     "make_train_step",
     "means",
+    "register_model",
     "restore",
     "shard_batch",
     "to_torch",
@@ -55,7 +57,7 @@ __all__ = [
 
 _HOMES = {
     "config": ("Config", "InputError"),
-    "models.registry": ("create_model", "feature_info", "list_models"),
+    "models.registry": ("create_model", "feature_info", "list_models", "register_model"),
     "predict.fold_batch_norm": ("fold_batch_norm",),
     "predict.gradcam": ("grad_cam",),
     "predict.predictor": ("Predictor", "make_forward"),
@@ -69,7 +71,7 @@ _HOMES = {
     "training.state": ("create_state",),
     "training.step": ("make_eval_step", "make_train_step"),
     "weights.convert": ("from_torch", "to_torch"),
-    "weights.load": ("load_pretrained",),
+    "weights.load": ("features", "load_pretrained"),
 }
 
 

@@ -21,7 +21,7 @@ import tyro
 from resnet_jax.files import in_bucket, local_path, path_of, to_json
 from resnet_jax.lab.captions import TITLES
 from resnet_jax.output import fail, say
-from resnet_jax.recipe_files import load_recipe
+from resnet_jax.recipe_files import load_config, load_recipe
 from resnet_jax.recipe_flags import Recipe, ShortRecipe, check_names, checked, recipe_to_change, spelt_out, unchecked
 from resnet_jax.typed import InputError
 
@@ -46,6 +46,9 @@ Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json", 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Name = Annotated[str | None, tyro.conf.arg(help="The model, where the source does not say.")]
 WhereData = Annotated[str | None, tyro.conf.arg(name="data.dataset", help="Where the run's data lies now.")]
+OwnModels = Annotated[
+    str | None, tyro.conf.arg(metavar="FILE", help="A recipe's file, of which the models are taken that it registers.")
+]
 Source = Annotated[
     tyro.conf.Positional[str],
     tyro.conf.arg(metavar="SOURCE", help="The folder of a run, a tag, a file: all that --model.pretrained takes."),
@@ -347,6 +350,44 @@ def file_to_write(given: str) -> Path:
     return path
 
 
+def knn_command(
+    source: Source,
+    dataset: Annotated[str | None, tyro.conf.arg(name="data.dataset", help="As in a recipe; of a run its own.")] = None,
+    data_dir: Annotated[str | None, tyro.conf.arg(name="data.data_dir", help="As in a recipe.")] = None,
+    k: int = 20,
+    split: Literal["validation", "test"] | None = None,
+    batch: int = 64,
+    name: Name = None,
+    checkpoint: Checkpoint = None,
+    config: OwnModels = None,
+    as_json: Json = False,
+) -> int:
+    """Measures a backbone by the nearest neighbours of its features.
+
+    Args:
+      k: How many of the nearest training images vote, with one over their cosine distance.
+      split: By default test, where the data has it.
+      batch: Pictures that go through the network at once.
+    """
+    if k < 1 or not 1 <= batch <= MOST_AT_ONCE:
+        raise InputError(f"--k and --batch must be at least 1, and --batch at most {MOST_AT_ONCE}")
+    path_of(source, "SOURCE")
+    if config is not None:
+        load_config(config)
+    prepare_jax()
+    from resnet_jax.predict.knn import knn
+
+    found = knn(source, dataset, k, split, name=name, checkpoint=checkpoint, batch_size=batch, data_dir=data_dir)
+    if as_json:
+        print(to_json(found, indent=2))
+        return 0
+    print(f"{found['split']} accuracy {found['accuracy']:.2%} ({found['correct']:,} of {found['count']:,} images)")
+    print(f"by the {k} nearest of {found['train_count']:,} training images, {found['channels']:,} features each")
+    if found["skipped_images"]:
+        print(f"not counted, since they cannot be decoded: {', '.join(found['skipped_images'])}")
+    return 0
+
+
 FORMS = ("safetensors", "pth", "stablehlo", "onnx", "orbax")
 
 
@@ -409,12 +450,12 @@ def models_command(
 
 def describe_model(name: str) -> dict[str, Any]:
     """Returns a model's parameters, its GMACs at the size of its default weights, and its tags with their licences."""
-    from resnet_jax.models.registry import cost, create_model
+    from resnet_jax.models.registry import cost, create_model, default_classes
     from resnet_jax.weights.tags import tags_of
 
     tags = tags_of(name)
     size = tags[0].preprocessing.image_size if tags else 32 if name.startswith("cifar_") else 224
-    parameters, macs = cost(create_model(name), size)
+    parameters, macs = cost(create_model(name, num_classes=default_classes(name)), size)
     listed = [{"tag": t.tag, "license": t.license, "num_classes": t.num_classes, "default": t.default} for t in tags]
     return {"name": name, "parameters": parameters, "gmacs": round(macs / 1e9, 3), "size": size, "tags": listed}
 
@@ -476,6 +517,7 @@ def lab_command(
     depths: Numbers = None,
     seeds: Numbers = None,
     quick: Switch = False,
+    config: OwnModels = None,
 ) -> int:
     """Runs an experiment that shows why residual learning works; stopped, it goes on with the same command.
 
@@ -487,6 +529,8 @@ def lab_command(
       quick: The smallest version that still shows the effect.
     """
     folder = local_path(out, "--out")
+    if config is not None:
+        load_config(config)
     prepare_jax()
     from resnet_jax.lab.record import Options
     from resnet_jax.lab.run import EXPERIMENTS, run, write_page
@@ -530,6 +574,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report_command,
     "runs": runs_command,
     "predict": predict_command,
+    "knn": knn_command,
     "export": export_command,
     "models": models_command,
     "check": check_command,
