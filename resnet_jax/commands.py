@@ -211,7 +211,11 @@ def format_result(result: dict[str, Any]) -> str:
             values = result[kind]
             shown = [f"loss {values['loss']:.4f}"]
             shown += [f"{word} {values[name]:.2%}" for name, word in SHOWN.items() if name in values]
-            shown += [f"{name} {value:.4f}" for name, value in values.items() if name not in (*SHOWN, *NOT_SHOWN)]
+            shown += [
+                f"{name} {value:.4f}"
+                for name, value in values.items()
+                if name not in (*SHOWN, *NOT_SHOWN) and isinstance(value, float)
+            ]
             rows.append(f"{label:<21} {'   '.join(shown)}")
     if result["skipped_images"]:
         rows.append(f"not counted, since they cannot be decoded: {', '.join(result['skipped_images'])}")
