@@ -417,8 +417,11 @@ Numbers = Annotated[
 ]
 
 
+LAB_NAMES = f"all, page (draws figures and page anew from the records in --out), or {', '.join(TITLES)}."
+
+
 def lab_command(
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help=f"all, or {', '.join(TITLES)}.")],
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help=LAB_NAMES)],
     out: str = "lab",
     dataset: str = "digits",
     depths: Numbers = None,
@@ -437,11 +440,14 @@ def lab_command(
     folder = local_path(out, "--out")
     prepare_jax()
     from resnet_jax.lab.record import Options
-    from resnet_jax.lab.run import EXPERIMENTS, run, write_page
+    from resnet_jax.lab.run import EXPERIMENTS, redraw, run, write_page
 
     chosen = Options(dataset, depths, seeds, quick)
-    for experiment in EXPERIMENTS if name == "all" else (name,):
-        run(experiment, folder, chosen)
+    if name == "page":
+        redraw(folder)
+    else:
+        for experiment in EXPERIMENTS if name == "all" else (name,):
+            run(experiment, folder, chosen)
     print(write_page(folder))
     return 0
 

@@ -160,8 +160,14 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [float(tick) for tick in MaxNLocator(4, steps=ROUND).tick_values(low, high) if low <= tick <= high]
 
 
-def as_svg(figure: Any, title: str) -> str:
-    """Returns a figure as an SVG element to be put into HTML, its colours and font those of the page."""
+def as_svg(figure: Any, title: str, colours: Mapping[str, str] = PAGE_COLOURS) -> str:
+    """Returns a figure as an SVG element to be put into HTML, its font that of the page.
+
+    Args:
+      figure: a `matplotlib.figure.Figure`.
+      title: read out by screen readers.
+      colours: colour in the figure -> the variable of the page's style that takes its place.
+    """
     import matplotlib
 
     text = io.StringIO()
@@ -174,6 +180,6 @@ def as_svg(figure: Any, title: str) -> str:
     svg = re.sub(
         r' xmlns(:xlink)?="[^"]*"|(?<=<g) id="[^"]*"', "", svg
     )  # in HTML one is needless, the other not unique
-    for colour, name in PAGE_COLOURS.items():
+    for colour, name in colours.items():
         svg = svg.replace(colour, f"var({name})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
