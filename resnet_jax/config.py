@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from resnet_jax.files import local_path, path_of
+from resnet_jax.files import local_path, parse_path
 from resnet_jax.typed import InputError, check_limits, require, shown, typed
 
 Size: TypeAlias = int | tuple[int, int]
@@ -82,7 +82,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.pretrained is not None:
-            path_of(self.pretrained, "model.pretrained")
+            parse_path(self.pretrained, "model.pretrained")
         require(
             not (self.scan and self.drop_path_rate),
             "model.scan needs equal blocks, and model.drop_path_rate gives each its own rate: leave one of them out",
@@ -138,7 +138,7 @@ class DataConfig:
         check_fields(self)
         kind, _, path = self.dataset.partition(":")
         if path and kind in ("folder", "csv"):
-            path_of(path, "data.dataset")
+            parse_path(path, "data.dataset")
         elif path and kind in ("tfds", "hf", "parquet"):
             local_path(path, "data.dataset")
         for name in ("image_column", "label_column"):
@@ -205,8 +205,9 @@ class AugmentConfig:
 class OptimizerConfig:
     """How parameters are updated."""
 
-    name: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
-    """sgd has momentum; lamb and lars are for very large batches."""
+    name: Literal["sgd", "adam", "adamw", "lamb", "lars"] = "sgd"
+    """sgd has momentum; adam adds the decay to the gradient, adamw to the update; lamb and lars are for very large
+    batches."""
     learning_rate: float = option(0.1, "[0, 1e+30]")
     """Peak learning rate."""
     base_batch_size: int | None = option(None, "[1, MOST]")

@@ -15,6 +15,10 @@ from resnet_jax.files import local_path, path_of, read_json
 from resnet_jax.typed import InputError
 
 
+class WrongRecipe(InputError):
+    """A `config.json` holds JSON, but no recipe, or an impossible one."""
+
+
 def recipe_names() -> list[str]:
     """Returns the names of the recipes that are shipped, which `--config` takes."""
     return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
@@ -107,16 +111,19 @@ def read_recipe(file: Path) -> Config:
 
     Raises:
       FileNotFoundError, NotADirectoryError: there is no such file.
-      InputError: it is not as runs write it.
+      InputError: it is not as runs write it; WrongRecipe where it is JSON all the same.
     """
     try:
         values = read_json(file, dict[str, Any], "the recipe")
-        if missing := [section for section in ("model", "data", "train") if section not in values]:
-            raise InputError(f"it has no {', '.join(missing)}")
-        return from_dict(values)
     except InputError as error:
         reason = str(error).removeprefix(f"{file} is damaged: ").removeprefix(f"{file} ")
         raise InputError(f"{file} is no recipe of a run: {reason}") from error
+    if missing := [section for section in ("model", "data", "train") if section not in values]:
+        raise WrongRecipe(f"{file} is no recipe of a run: it has no {', '.join(missing)}")
+    try:
+        return from_dict(values)
+    except InputError as error:
+        raise WrongRecipe(f"{file} is no possible recipe: {error}") from error
 
 
 def starting_recipe(recipe: str | None, workdir: str | None) -> Config:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.config import InputError, path_of
+from resnet_jax.config import InputError
 from resnet_jax.data.on_device import normalize
-from resnet_jax.files import in_bucket
+from resnet_jax.files import in_bucket, path_of
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.predict.fold_batch_norm import fold_batch_norm

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, ModelConfig, path_of, sides
+from resnet_jax.config import Config, InputError, ModelConfig, sides
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.data.own_data import own_dataset
 from resnet_jax.data.sources import in_three_splits, load_dataset
+from resnet_jax.files import path_of
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model, model_fields, stride_of, variable_shapes
 from resnet_jax.models.stacking import block_by_block, stack_blocks

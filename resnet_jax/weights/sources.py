@@ -19,10 +19,10 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
-from resnet_jax.config import Config, InputError, ModelConfig, from_dict, path_of, sides
-from resnet_jax.files import in_bucket, read_file, read_json
+from resnet_jax.config import Config, InputError, ModelConfig, from_dict, sides
+from resnet_jax.files import in_bucket, path_of, read_file, read_json
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest, variable_shapes
-from resnet_jax.output import say
+from resnet_jax.output import first_line, say
 from resnet_jax.typed import shown, shown_name, typed
 from resnet_jax.weights.convert import as_array, to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag, tags_of
@@ -307,8 +307,7 @@ def check_fields(name: str, fields: dict[str, Any], where: str) -> None:
     try:
         variable_shapes(create_model(name, **fields))
     except Exception as error:  # whatever flax and JAX raise where a field is not of its type or range
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{where}: {shown_name(name)} cannot have these fields: {reason[:200]}") from error
+        raise InputError(f"{where}: {shown_name(name)} cannot have these fields: {first_line(error, 200)}") from error
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

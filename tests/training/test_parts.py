@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import textwrap
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from PIL import Image
 import resnet_jax as rj
 from resnet_jax.cli import main
 from resnet_jax.runs.trackers import read_lines
+from resnet_jax.training.parts import make_parts, names_and_hashes
 
 
 def recipe(steps=6, **train):
@@ -279,7 +281,8 @@ def test_a_run_notes_the_parts_of_a_recipe_file(own_run):
 )
 def test_every_command_takes_the_parts_of_a_recipe_file(command, own_run, monkeypatch, capsys):
     monkeypatch.chdir(own_run)
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):  # which plan sets
+        monkeypatch.setenv(name, os.environ[name])
     words = command.replace("RUN", "run").split()
     assert main([*words, "--config", "mine.py"]) == 0
     out = capsys.readouterr().out
@@ -350,7 +353,14 @@ def test_a_metric_of_ones_own_needs_a_goal(tmp_path):
         rj.train(recipe(2, metric="a"), tmp_path, model=Net(), dataset=DATA, metrics={"a": likelihood})
 
 
-def test_a_recipe_that_cannot_be_run_twice_is_run_once(tmp_path, capsys):
+def test_a_metric_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    with pytest.raises(rj.InputError, match=r"train.metric recall is none of auto, none, loss, accuracy, macro_recall"):
+        rj.train(recipe(2, metric="recall"), tmp_path, model=Net(), dataset=DATA)
+
+
+def test_a_recipe_that_cannot_be_run_twice_is_run_once(tmp_path, capsys, monkeypatch):
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
+        monkeypatch.setenv(name, os.environ[name])
     (tmp_path / "loud.py").write_text(
         textwrap.dedent("""
         import resnet_jax as rj
@@ -360,3 +370,18 @@ def test_a_recipe_that_cannot_be_run_twice_is_run_once(tmp_path, capsys):
     )
     assert main(["plan", "--config", str(tmp_path / "loud.py")]) == 0
     assert capsys.readouterr().out.count("once") == 1
+
+
+def test_a_part_is_known_again_by_source_and_fields():
+    class Wide(nn.Module):
+        act: object
+        width: int = 8
+
+    def known(**parts):
+        return names_and_hashes(make_parts(parts))
+
+    first = known(model=Wide(lambda x: x), optimizer=optax.adam(1e-3), dataset=DATA)
+    assert first == known(model=Wide(lambda x: x), optimizer=optax.adam(1e-2), dataset=rj.Dataset((IMAGES, LABELS)))
+    assert first["model"] != known(model=Wide(nn.relu, 9))["model"]
+    assert first["dataset"]["name"] == "builtins.tuple"
+    assert known(model=rj.create_model("resnet18")) != known(model=rj.create_model("resnet18", act="silu"))
