@@ -23,7 +23,7 @@ from resnet_jax.lab.record import Notebook, Options
 from resnet_jax.lab.run import EXPERIMENTS, module_of, write_page
 from resnet_jax.models.blocks import PreactBlock, ResidualBlock
 from resnet_jax.models.registry import count_parameters
-from tests.browser import needs_chromium, screenshot, tags
+from tests.browser import needed_width, needs_chromium, screenshot, tags
 
 
 @pytest.fixture(scope="module")
@@ -275,5 +275,6 @@ def test_a_browser_shows_the_page_of_the_committed_records(tmp_path):
     assert page.rows["gradients-table"] > 10 and page.rows["degradation-table"] > 4
     pixels = screenshot(tmp_path / "lab" / "index.html", tmp_path, 390, 1600)
     assert pixels.shape == (1600, 390, 3) and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    assert needed_width(tmp_path / "lab" / "index.html", tmp_path, 390) <= 390
     text = (tmp_path / "lab" / "index.html").read_text()
     assert all(f'href="#{name}"' in text and TITLES[name][1] in text for name in EXPERIMENTS)
