@@ -308,7 +308,8 @@ def predict_command(
             best = predictor.predicted_classes(row) if top is None else row.argsort()[::-1][:top]
             write((path, [(predictor.class_names[k], float(row[k])) for k in best]))
             if folder:
-                draw_cam(predictor, path, int(row.argmax()), folder / f"{i:05d}-{path.stem}.png")
+                best_class = int(row.argmax())
+                draw_cam(predictor, path, best_class, float(row[best_class]), folder / f"{i:05d}-{path.stem}.png")
     for path, reason in bad:
         what = reason if reason == NOT_FINITE else f"cannot be decoded ({reason})"
         print(f"error: {path} {what}", file=sys.stderr)

@@ -15,7 +15,7 @@ from resnet_jax.config import Config, InputError, to_dict
 from resnet_jax.data.dataset import default_split
 from resnet_jax.data.folders import printable
 from resnet_jax.data.on_device import normalize
-from resnet_jax.data.show import as_shown, overlay
+from resnet_jax.data.show import as_shown, overlay, sized
 from resnet_jax.data.transforms import fit
 from resnet_jax.files import to_json, write_whole
 from resnet_jax.models.densenet import DenseNet
@@ -33,7 +33,7 @@ from resnet_jax.training.parts import NO_PARTS, Parts
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration
 
 MISTAKES, THUMBNAIL = 12, 112
-"""How many mistakes are shown, and the height that their images have at least, in pixels."""
+"""How many mistakes are shown, and the height that their images have at least, in pixels; twice as much at most."""
 MOST_CLASSES = 40
 """With more classes than this the page lists the most frequent confusions in place of the whole matrix."""
 CALIBRATED = {
@@ -284,29 +284,21 @@ def _mistakes(run: FinishedRun, split: str, predictions: Predictions, calibratio
         heats = list(np.asarray(grad_cam(model, variables, images, jnp.asarray([label for _, label, _ in chosen]))))
     cards = []
     for (i, label, confidence), index, pixels, heat in zip(chosen, indices, seen, heats, strict=True):
-        truth = predictions.labels[i]
+        truth, shown = predictions.labels[i], sized(as_shown(pixels), THUMBNAIL, 2 * THUMBNAIL)
         true = ", ".join(names[k] for k in np.flatnonzero(truth)) if truth.ndim else names[truth]
         card = {"predicted": names[label], "confidence": confidence, "truth": true or "nothing"}
-        card |= {"source": Path(source.describe(index)).name, "image": _data_uri(as_shown(pixels))}
-        card |= {"heat": None if heat is None else _data_uri(overlay(enlarged(pixels), heat))}
+        card |= {"source": Path(source.describe(index)).name, "image": _data_uri(shown)}
+        card |= {"heat": None if heat is None else _data_uri(overlay(shown, heat))}
         cards.append(card | {"no_evidence": heat is not None and not np.any(heat)})
     return cards
 
 
-def enlarged(pixels: np.ndarray) -> np.ndarray:
-    """Returns an image, [height, width, channel], each pixel repeated so often that it is `THUMBNAIL` pixels high."""
-    factor = max(1, -(-THUMBNAIL // pixels.shape[0]))
-    return pixels.repeat(factor, 0).repeat(factor, 1)
-
-
 def _data_uri(pixels: Any) -> str:
-    """Returns a picture, PIL's or uint8 [height, width, 3], as the data URI of a JPEG, enlarged if it is small."""
+    """Returns a picture, PIL's or uint8 [height, width, 3], as the data URI of a JPEG."""
     from PIL import Image
 
-    image = Image.fromarray(enlarged(np.asarray(pixels)))
-    image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
+    Image.fromarray(np.asarray(pixels)).save(file, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
