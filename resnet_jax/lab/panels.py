@@ -105,7 +105,8 @@ def _fill(place: Any, panel: Panel) -> None:
     panel.draw(axes)
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        columns = 2 if max(map(len, labels)) > 14 else 3
+        longest = max(map(len, labels))
+        columns = 1 if longest > 26 else 2 if longest > 14 else 3
         place.legend(handles, labels, loc="outside lower left", ncols=columns, columnspacing=1.2, labelcolor=TEXT)
 
 

@@ -1,7 +1,11 @@
-"""Compares a plain network, GoogLeNet, ResNets, DenseNet, attention and a small transformer of about equal size."""
+"""Compares a plain network, GoogLeNet, ResNets, DenseNet, attention and a small transformer of about equal size.
+
+Models of a user's own (`register_model`) stand beside them.
+"""
 
 import time
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import jax
@@ -11,7 +15,7 @@ from resnet_jax.config import OptimizerConfig
 from resnet_jax.lab.fit import EVALUATED, evaluator, fit, load, network, pixels, recipe, variables_of
 from resnet_jax.lab.panels import COLOURS, Panel, Text, listed, log_axis, plot_spread, seeds_of, short, with_spread
 from resnet_jax.lab.record import Notebook, Rows
-from resnet_jax.models.registry import cost
+from resnet_jax.models.registry import cost, own_models
 
 WIDE = {"stage_sizes": (3, 3, 3)}
 RELATIVES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -27,24 +31,28 @@ RELATIVES: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def rows(book: Notebook) -> Rows:
-    """Trains each network; returns a row for each and each seed.
+    """Trains each network, and each that `register_model` was given; returns a row for each and each seed.
 
-    Columns: `name`, `seed`, `parameters`, `macs` (multiply-adds per image), `layers`, `kept` (bytes per image that are
-    kept for the backward pass), `images_per_second` in evaluation, `train_error` and `test_error`, fractions.
+    Columns: `name`, `seed`, `parameters`, `macs` (multiply-adds per image), `layers` (None for a user's own), `kept`
+    (bytes per image that are kept for the backward pass), `images_per_second` in evaluation, `train_error` and
+    `test_error`, fractions.
     """
     options = book.options
     data = load(options.dataset)
     epochs = 8.0 if options.quick else 40.0
     found: Rows = []
     for seed in options.seeds or ((0,) if options.quick else (0, 1, 2)):
-        for name in RELATIVES:
-            found += book.part(f"{name}, seed {seed}", partial(one, name, data, epochs, seed))
+        for name, network_of in RELATIVES.items():
+            found += book.part(f"{name}, seed {seed}", partial(one, name, *network_of, data, epochs, seed))
+        for name in own_models():  # always anew, since its source may have changed
+            found += one(f"{name} (own)", name, {}, None, data, epochs, seed)
     return found
 
 
-def one(name: str, data: Any, epochs: float, seed: int) -> Rows:
+def one(
+    name: str, model_name: str, fields: dict[str, Any], layers: int | None, data: Any, epochs: float, seed: int
+) -> Rows:
     """Returns the row of one network."""
-    model_name, fields, layers = RELATIVES[name]
     fields = fields | ({"patch": data.size // 8 * 2} if model_name == "cifar_vit" else {})
     model = network(model_name, data, **fields)
     changes = {}
@@ -86,9 +94,9 @@ def table(found: Rows) -> Rows:
     lines: Rows = []
     for name in dict.fromkeys(row["name"] for row in found):
         of = [row for row in found if row["name"] == name]
-        mean = {key: float(np.mean([row[key] for row in of])) for key in of[0] if key != "name"}
+        mean = {key: float(np.mean([row[key] for row in of])) for key in of[0] if key not in ("name", "layers")}
         lines.append({
-            "network": name, "layers": of[0]["layers"], "parameters": of[0]["parameters"],
+            "network": name, "layers": of[0]["layers"] or "?", "parameters": of[0]["parameters"],
             "MMACs an image": f"{mean['macs'] / 1e6:.1f}", "KiB kept": round(mean["kept"] / 2**10),
             "images/s": round(mean["images_per_second"]), "train error, %": f"{100 * mean['train_error']:.1f}",
             "test error, %": with_spread(100 * row["test_error"] for row in of), "seeds": len(of),
@@ -130,7 +138,7 @@ def panels(found: Rows) -> list[Panel]:
 
     def against(axes: Any, key: str, unit: float, label: str) -> None:
         places = means_of(found, key, unit)
-        for colour, marker, name in zip(COLOURS, "osD^vPX*", names, strict=False):
+        for colour, marker, name in zip(cycle(COLOURS), cycle("osD^vPX*"), names, strict=False):
             errors = [100 * row["test_error"] for row in found if row["name"] == name]
             plot_spread(axes, [places[name]], [errors], marker, colour, name)
         axes.set(xlabel=label, ylabel="test error, %", xscale="log")
