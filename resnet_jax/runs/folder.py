@@ -172,8 +172,8 @@ def runs_under(folder: Path) -> list[dict[str, Any]]:
     """Returns the runs under a folder, at any depth, in a bucket in it and right below it: `folder`, `model`, `data`,
     `step`, `metric`, `best`, `best_step`, `state`, `problem`, by name.
 
-    `state` is `running`, `finished`, `stopped` (the same command goes on), `failed` (a start that left no checkpoint and
-    no line of metrics), `invalid` (the recipe is JSON, but impossible), or `damaged` (a file cannot be read, or no
+    `state` is `running`, `finished`, `stopped` (the same command goes on), `failed` (a start that left no checkpoint
+    and no line of metrics), `invalid` (the recipe is JSON, but impossible), or `damaged` (a file cannot be read, or no
     checkpoint is sound); `problem` then says what is wrong. `best` is the value of `metric` for which the step
     `best_step` was chosen.
     """
