@@ -250,6 +250,8 @@ def test_words_are_translated_with_and_without_a_number():
 
 
 def test_figures_and_page_are_drawn_anew_from_records_alone(tmp_path, capsys):
+    assert main(["lab", "page", "--out", str(tmp_path)]) == 2
+    assert "holds no records to draw" in capsys.readouterr().err
     shutil.copy(RECORDS / "response.json", tmp_path)
     assert main(["lab", "page", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"response.json", "response.png", "response.svg", "index.html"}

@@ -114,26 +114,26 @@ def panels(found: Rows) -> list[Panel]:
         log_axis(axes.xaxis, depths)
         log_axis(axes.yaxis)
 
-    def ends(way: str, name: str) -> tuple[str, str]:
-        return short(value(found, way, depths[0], name)), short(value(found, way, depths[-1], name))
+    def over(way: str, name: str) -> str:
+        return " → ".join(short(value(found, way, depth, name)) for depth in depths)
 
-    span, span_ja = f"from {depths[0]} to {depths[-1]} layers", f"{depths[0]} 層から {depths[-1]} 層"
-    memory, cheap = (ends(way, "temporary") for way in ("loop", "loop, blocks twice"))
-    step, compiling = ends("loop", "step_seconds"), ends("loop", "compile_seconds")
+    span, span_ja = " → ".join(map(str, depths)) + " layers", " → ".join(map(str, depths)) + " 層"
+    memory, cheap = (over(way, "temporary") for way in ("loop", "loop, blocks twice"))
+    step, compiling = over("loop", "step_seconds"), over("loop", "compile_seconds")
     return [
         Panel(
-            (f"Memory grows {memory[0]} → {memory[1]} MiB {span}; with blocks twice {cheap[0]} → {cheap[1]}",
-             f"メモリ ({span_ja}): {memory[0]} → {memory[1]} MiB、再計算では {cheap[0]} → {cheap[1]}"),
+            (f"{span}: memory {memory} MiB, with blocks twice {cheap} MiB",
+             f"{span_ja}: メモリ {memory} MiB、再計算では {cheap} MiB"),
             partial(against_depth, name="temporary", label=f"memory, MiB (batch {BATCH})"),
         ),
         Panel(
-            (f"A step in a loop takes {step[0]} → {step[1]} ms {span}",
-             f"1 ステップの時間 ({span_ja}、ループ): {step[0]} → {step[1]} ms"),
+            (f"{span}: a step in a loop takes {step} ms",
+             f"{span_ja}: ループの 1 ステップは {step} ms"),
             partial(against_depth, name="step_seconds", label="time of a step, ms"),
         ),
         Panel(
-            (f"A loop compiles in {compiling[0]} → {compiling[1]} s {span}",
-             f"コンパイル時間 ({span_ja}、ループ): {compiling[0]} → {compiling[1]} s"),
+            (f"{span}: a loop compiles in {compiling} s",
+             f"{span_ja}: ループのコンパイルは {compiling} s"),
             partial(against_depth, name="compile_seconds", label="time to compile, s"),
         ),
     ]  # fmt: skip

@@ -56,13 +56,14 @@ def draw_panels(panels: list[Panel]) -> Any:
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     lines = -(-len(panels) // columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH * columns, (HEIGHT + 4.5 * LINE) * lines), layout="constrained", dpi=110)
+        figure = Figure(layout="constrained", dpi=110)
         places = figure.subfigures(lines, columns, squeeze=False).flat
+        text = 0
         for place, panel in zip(places, panels, strict=False):
-            _fill(place, panel)
-            place.suptitle(
-                "\n".join(textwrap.wrap(panel.finding[0].replace(" %", "\u00a0%"), 50)), x=0.02, ha="left", fontsize=10
-            )
+            title = textwrap.wrap(panel.finding[0].replace(" %", "\u00a0%"), 50)
+            place.suptitle("\n".join(title), x=0.02, ha="left", fontsize=10)
+            text = max(text, len(title) + _fill(place, panel))
+        figure.set_size_inches(WIDTH * columns, (HEIGHT + LINE * text) * lines)
         FigureCanvasAgg(figure).draw()
     return figure
 
@@ -73,8 +74,8 @@ def panel_svg(panel: Panel) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, HEIGHT + 2 * LINE), layout="constrained")
-        _fill(figure, panel)
+        figure = Figure(layout="constrained")
+        figure.set_size_inches(WIDTH, HEIGHT + LINE * _fill(figure, panel))
         svg = as_svg(figure, panel.finding[0], VARIABLES)
     return re.sub(r"(<text[^>]*>)([^<]+)(?=</text>)", lambda match: match[1] + in_both(match[2]), svg)
 
@@ -99,15 +100,17 @@ def translated(text: str) -> str:
     return f"{number} {WORDS[rest]}" if number.replace(",", "").isdigit() and rest in WORDS else text
 
 
-def _fill(place: Any, panel: Panel) -> None:
-    """Draws a panel and its legend into a figure or a part of one."""
+def _fill(place: Any, panel: Panel) -> int:
+    """Draws a panel and its legend into a figure or a part of one; returns how many lines the legend has."""
     axes = place.subplots()
     panel.draw(axes)
     handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        longest = max(map(len, labels))
-        columns = 1 if longest > 26 else 2 if longest > 14 else 3
-        place.legend(handles, labels, loc="outside lower left", ncols=columns, columnspacing=1.2, labelcolor=TEXT)
+    if not labels:
+        return 0
+    longest = max(map(len, labels))
+    columns = 1 if longest > 26 else 2 if longest > 14 else 3
+    place.legend(handles, labels, loc="outside lower left", ncols=columns, columnspacing=1.2, labelcolor=TEXT)
+    return -(-len(labels) // columns)
 
 
 def log_axis(axis: Any, places: Iterable[float] | None = None) -> None:

@@ -37,7 +37,7 @@ def run(name: str, folder: Path, options: Options) -> dict[str, Any]:
       InputError: there is no such experiment, dataset, depth or seed, or the folder cannot be written.
     """
     if name not in EXPERIMENTS:
-        raise InputError(f"there is no experiment {name!r}; {nearest(name, (*EXPERIMENTS, 'all'))}")
+        raise InputError(f"there is no experiment {name!r}; {nearest(name, (*EXPERIMENTS, 'all', 'page'))}")
     DataConfig(dataset=options.dataset)  # which checks it
     for depth in options.depths or ():
         if not 8 <= depth <= MOST_LAYERS or (depth - 2) % 6:
@@ -62,9 +62,12 @@ def redraw(folder: Path) -> None:
     """Draws the figures of all experiments recorded in a folder anew, from their records.
 
     Raises:
-      InputError: a record is damaged, or the folder cannot be written.
+      InputError: there is no record, or one is damaged.
     """
-    for name in recorded_in(folder):
+    names = recorded_in(folder)
+    if not names:
+        raise InputError(f"--out {folder} holds no records to draw: name the folder that `resnet-jax lab` wrote")
+    for name in names:
         with _named_if_damaged(folder, name):
             rows = read_json(folder / f"{name}.json", Record)["rows"]
             figure = draw_panels(module_of(name).panels(rows))
