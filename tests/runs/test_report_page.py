@@ -113,3 +113,5 @@ def test_no_column_is_cut_on_a_phone(classes, tmp_path):
     text, _ = page({"confusion": matrix.tolist()}, names, **values, reliability=[bin_], number_of_classes=classes)
     (tmp_path / "page.html").write_text(text, encoding="utf-8")
     assert needed_width(tmp_path / "page.html", tmp_path, 390) <= 390
+    assert needed_width(tmp_path / "page.html", tmp_path, 1100) <= 1100
+    assert needed_width(tmp_path / "page.html", tmp_path, 1100, "table") <= 1100
