@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from resnet_jax.config import Config, InputError
     from resnet_jax.data.dataset import Dataset
-    from resnet_jax.models.registry import create_model, feature_info, list_models
+    from resnet_jax.models.registry import create_model, feature_info, list_models, register_model
     from resnet_jax.predict.fold_batch_norm import fold_batch_norm
     from resnet_jax.predict.gradcam import grad_cam
     from resnet_jax.predict.predictor import Predictor, make_forward
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from resnet_jax.training.step import make_eval_step, make_train_step
     from resnet_jax.training.verify import verify
     from resnet_jax.weights.convert import from_torch, to_torch
-    from resnet_jax.weights.load import load_pretrained
+    from resnet_jax.weights.load import features, load_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "create_model",
     "create_state",
     "feature_info",
+    "features",
     "fold_batch_norm",
     "from_torch",
     "grad_cam",
@@ -48,6 +49,7 @@ __all__ = [
     "make_mesh",
     "make_train_step",
     "means",
+    "register_model",
     "restore",
     "shard_batch",
     "to_torch",
@@ -57,7 +59,7 @@ __all__ = [
 
 _HOMES = {
     "config": ("Config", "InputError"),
-    "models.registry": ("create_model", "feature_info", "list_models"),
+    "models.registry": ("create_model", "feature_info", "list_models", "register_model"),
     "predict.fold_batch_norm": ("fold_batch_norm",),
     "predict.gradcam": ("grad_cam",),
     "predict.predictor": ("Predictor", "make_forward"),
@@ -72,7 +74,7 @@ _HOMES = {
     "training.step": ("make_eval_step", "make_train_step"),
     "training.verify": ("verify",),
     "weights.convert": ("from_torch", "to_torch"),
-    "weights.load": ("load_pretrained",),
+    "weights.load": ("features", "load_pretrained"),
 }
 
 

@@ -21,7 +21,7 @@ import tyro
 from resnet_jax.files import in_bucket, local_path, path_of, to_json
 from resnet_jax.lab.captions import TITLES
 from resnet_jax.output import fail, say
-from resnet_jax.recipe_files import load_recipe
+from resnet_jax.recipe_files import load_config, load_recipe
 from resnet_jax.recipe_flags import Recipe, ShortRecipe, check_names, checked, recipe_to_change, spelt_out, unchecked
 from resnet_jax.typed import InputError
 
@@ -46,6 +46,9 @@ Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json", 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Name = Annotated[str | None, tyro.conf.arg(help="The model, where the source does not say.")]
 WhereData = Annotated[str | None, tyro.conf.arg(name="data.dataset", help="Where the run's data lies now.")]
+OwnModels = Annotated[
+    str | None, tyro.conf.arg(metavar="FILE", help="A recipe's file, of which the models are taken that it registers.")
+]
 Source = Annotated[
     tyro.conf.Positional[str],
     tyro.conf.arg(metavar="SOURCE", help="The folder of a run, a tag, a file: all that --model.pretrained takes."),
@@ -208,7 +211,11 @@ def format_result(result: dict[str, Any]) -> str:
             values = result[kind]
             shown = [f"loss {values['loss']:.4f}"]
             shown += [f"{word} {values[name]:.2%}" for name, word in SHOWN.items() if name in values]
-            shown += [f"{name} {value:.4f}" for name, value in values.items() if name not in (*SHOWN, *NOT_SHOWN)]
+            shown += [
+                f"{name} {value:.4f}"
+                for name, value in values.items()
+                if name not in (*SHOWN, *NOT_SHOWN) and isinstance(value, float)
+            ]
             rows.append(f"{label:<21} {'   '.join(shown)}")
     if result["skipped_images"]:
         rows.append(f"not counted, since they cannot be decoded: {', '.join(result['skipped_images'])}")
@@ -277,14 +284,33 @@ def runs_command(
         print(to_json(rows, indent=2))
     elif not rows:
         print(f"there are no runs under {path}")
-    for row in [] if as_json else rows:
-        form = ".2%" if str(row["metric"]).rpartition("/")[2] in SHARES else ".4f"
-        best = "" if row["best"] is None else format(row["best"], form)
-        known = f"{row['model'] or '?':<20} {row['data'] or '?':<20} step {row['step'] or 0:<8} best {best:<8}"
-        print(f"{row['folder']:<36} {row['state']:<9} {known}")
-        if row["problem"]:
-            print(f"    {row['problem']}")
+    for line in [] if as_json else format_runs(rows):
+        print(line)
     return 0
+
+
+def format_runs(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns the lines that `resnet-jax runs` prints: columns as wide as their longest text, problems below."""
+    from resnet_jax.runs.charts import spoken
+
+    def best(row: dict[str, Any]) -> str:
+        if row["best"] is None:
+            return "no best step"
+        form = ".2%" if row["metric"].rpartition("/")[2] in SHARES else ".4f"
+        return f"best {spoken(row['metric'])} {format(row['best'], form)} at step {row['best_step']}"
+
+    columns = ("folder", "state", "step", "best", "model")
+    texts = [
+        {name: str(row[name] or "?") for name in ("folder", "state", "model", "data")}
+        | {"step": f"step {row['step'] or 0}", "best": best(row)}
+        for row in rows
+    ]
+    widths = {name: max((len(text[name]) for text in texts), default=0) for name in columns}
+    lines = []
+    for row, text in zip(rows, texts, strict=True):
+        lines.append("  ".join([*(text[name].ljust(widths[name]) for name in columns), text["data"]]))
+        lines += [f"    {row['problem']}"] if row["problem"] else []
+    return lines
 
 
 MOST_AT_ONCE = 65_536
@@ -350,7 +376,8 @@ def predict_command(
             best = predictor.predicted_classes(row) if top is None else row.argsort()[::-1][:top]
             write((path, [(predictor.class_names[k], float(row[k])) for k in best]))
             if folder:
-                draw_cam(predictor, path, int(row.argmax()), folder / f"{i:05d}-{path.stem}.png")
+                best_class = int(row.argmax())
+                draw_cam(predictor, path, best_class, float(row[best_class]), folder / f"{i:05d}-{path.stem}.png")
     for path, reason in bad:
         what = reason if reason == NOT_FINITE else f"cannot be decoded ({reason})"
         print(f"error: {path} {what}", file=sys.stderr)
@@ -374,6 +401,44 @@ def file_to_write(given: str) -> Path:
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no ordinary file: name a file to write")
     return path
+
+
+def knn_command(
+    source: Source,
+    dataset: Annotated[str | None, tyro.conf.arg(name="data.dataset", help="As in a recipe; of a run its own.")] = None,
+    data_dir: Annotated[str | None, tyro.conf.arg(name="data.data_dir", help="As in a recipe.")] = None,
+    k: int = 20,
+    split: Literal["validation", "test"] | None = None,
+    batch: int = 64,
+    name: Name = None,
+    checkpoint: Checkpoint = None,
+    config: OwnModels = None,
+    as_json: Json = False,
+) -> int:
+    """Measures a backbone by the nearest neighbours of its features.
+
+    Args:
+      k: How many of the nearest training images vote, with one over their cosine distance.
+      split: By default test, where the data has it.
+      batch: Pictures that go through the network at once.
+    """
+    if k < 1 or not 1 <= batch <= MOST_AT_ONCE:
+        raise InputError(f"--k and --batch must be at least 1, and --batch at most {MOST_AT_ONCE}")
+    path_of(source, "SOURCE")
+    if config is not None:
+        load_config(config)
+    prepare_jax()
+    from resnet_jax.predict.knn import knn
+
+    found = knn(source, dataset, k, split, name=name, checkpoint=checkpoint, batch_size=batch, data_dir=data_dir)
+    if as_json:
+        print(to_json(found, indent=2))
+        return 0
+    print(f"{found['split']} accuracy {found['accuracy']:.2%} ({found['correct']:,} of {found['count']:,} images)")
+    print(f"by the {k} nearest of {found['train_count']:,} training images, {found['channels']:,} features each")
+    if found["skipped_images"]:
+        print(f"not counted, since they cannot be decoded: {', '.join(found['skipped_images'])}")
+    return 0
 
 
 FORMS = ("safetensors", "pth", "stablehlo", "onnx", "orbax")
@@ -438,12 +503,12 @@ def models_command(
 
 def describe_model(name: str) -> dict[str, Any]:
     """Returns a model's parameters, its GMACs at the size of its default weights, and its tags with their licences."""
-    from resnet_jax.models.registry import cost, create_model
+    from resnet_jax.models.registry import cost, create_model, default_classes
     from resnet_jax.weights.tags import tags_of
 
     tags = tags_of(name)
     size = tags[0].preprocessing.image_size if tags else 32 if name.startswith("cifar_") else 224
-    parameters, macs = cost(create_model(name), size)
+    parameters, macs = cost(create_model(name, num_classes=default_classes(name)), size)
     listed = [{"tag": t.tag, "license": t.license, "num_classes": t.num_classes, "default": t.default} for t in tags]
     return {"name": name, "parameters": parameters, "gmacs": round(macs / 1e9, 3), "size": size, "tags": listed}
 
@@ -498,13 +563,17 @@ Numbers = Annotated[
 ]
 
 
+LAB_NAMES = f"all, page (draws figures and page anew from the records in --out), or {', '.join(TITLES)}."
+
+
 def lab_command(
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help=f"all, or {', '.join(TITLES)}.")],
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help=LAB_NAMES)],
     out: str = "lab",
     dataset: str = "digits",
     depths: Numbers = None,
     seeds: Numbers = None,
     quick: Switch = False,
+    config: OwnModels = None,
 ) -> int:
     """Runs an experiment that shows why residual learning works; stopped, it goes on with the same command.
 
@@ -516,13 +585,18 @@ def lab_command(
       quick: The smallest version that still shows the effect.
     """
     folder = local_path(out, "--out")
+    if config is not None:
+        load_config(config)
     prepare_jax()
     from resnet_jax.lab.record import Options
-    from resnet_jax.lab.run import EXPERIMENTS, run, write_page
+    from resnet_jax.lab.run import EXPERIMENTS, redraw, run, write_page
 
     chosen = Options(dataset, depths, seeds, quick)
-    for experiment in EXPERIMENTS if name == "all" else (name,):
-        run(experiment, folder, chosen)
+    if name == "page":
+        redraw(folder)
+    else:
+        for experiment in EXPERIMENTS if name == "all" else (name,):
+            run(experiment, folder, chosen)
     print(write_page(folder))
     return 0
 
@@ -560,6 +634,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report_command,
     "runs": runs_command,
     "predict": predict_command,
+    "knn": knn_command,
     "export": export_command,
     "models": models_command,
     "check": check_command,

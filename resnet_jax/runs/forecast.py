@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 from resnet_jax.config import Config, InputError, sides
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.data.loader import checked_label
-from resnet_jax.models.registry import create_model
+from resnet_jax.models.registry import default_classes
 from resnet_jax.runs.tpu_target import CHIPS, bounds, largest_batch, parse_target, target_mesh
 from resnet_jax.training.build import (
     build_model,
@@ -71,7 +71,7 @@ def forecast(
     if dataset is not None or parts.model is not None:
         model, parts = model_with_parts(config, parts, len((dataset or data_of(config, parts)).class_names))
     else:
-        model = build_model(config, config.model.num_classes or create_model(config.model.name).num_classes)
+        model = build_model(config, config.model.num_classes or default_classes(config.model.name))
     new_state = state_maker(config, model, schedule, parts.optimizer)
     shapes = jax.eval_shape(lambda: in_form(new_state(), config))
     places = state_sharding(shapes, mesh)
