@@ -5,8 +5,10 @@ import json
 import shutil
 import signal
 
+import flax.linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
@@ -203,6 +205,29 @@ def test_a_changed_picture_is_named(tmp_path):
     report = verify(tmp_path / "run", "all")
     assert named(report)[:2] == [("data", None), ("checkpoints/2", 2)], str(report)
     assert "train: 1 of those looked at have another size or content" in report.differences[0].what
+
+
+class Small(nn.Module):
+    """A network of the user's own, with dropout."""
+
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, images, train):
+        hidden = nn.relu(nn.Dense(self.width)(images.reshape(len(images), -1)))
+        return nn.Dense(10)(nn.Dropout(0.3, deterministic=not train)(hidden))
+
+
+def test_a_run_with_parts_of_its_users_own_needs_them_and_names_others(tmp_path):
+    run = tmp_path / "run"
+    loop.train(recipe(steps=6, metric="none", ema_decay=None), run, model=Small(), optimizer=optax.adam(1e-3))
+    assert verify(run, "all", model=Small(), optimizer=optax.adam(1e-3)).ok
+    with pytest.raises(InputError, match=r"parts of its user's own: model \(.*Small\)"):
+        verify(run, 0, optimizer=optax.adam(1e-3))
+    report = verify(run, 1, seed=0, model=Small(17), optimizer=optax.adam(1e-3))
+    assert report.replayed == ((4, 6),) and named(report) == [("parts", None), ("checkpoints/6", 6)], str(report)
+    assert "source of model" in report.differences[0].what
+    assert "of another model: params/Dense_0/bias is (16,)" in report.differences[1].what
 
 
 def test_the_command_ends_with_0_1_or_2(run, tmp_path, capsys):
