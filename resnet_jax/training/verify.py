@@ -207,7 +207,7 @@ def make_job(
     for name, here in versions().items():
         there = (summary or {}).get("versions", {}).get(name, here)
         if there != here:
-            which = f"the run was computed by {name} {there}, after its summary.json, and here is {here}"
+            which = f"summary.json says {name} {there}, and here is {here}"
             (loose if name in COMPUTES else notes).append(which)
     first = from_dict(records[min(records)]["recipe"])
     for section, name in (names.split(".") for names in ROUNDS):

@@ -188,7 +188,7 @@ def test_other_versions_and_devices_are_named_and_compared_within_rounding(runs,
     assert any("on 3 x cpu, and the replay on 2 x cpu" in note for note in report.notes)
 
 
-def test_a_changed_picture_is_named(tmp_path):
+def test_a_changed_picture_is_named_and_data_may_lie_elsewhere(tmp_path):
     random = np.random.default_rng(0)
     for i in range(24):
         path = tmp_path / "data" / ("train" if i < 16 else "test") / "ab"[i % 2] / f"{i}.bmp"
@@ -201,7 +201,9 @@ def test_a_changed_picture_is_named(tmp_path):
         schedule=dataclasses.replace(config.schedule, warmup_epochs=0.0),
     )
     loop.train(config, tmp_path / "run")
+    shutil.copytree(tmp_path / "data", tmp_path / "moved")
     Image.fromarray(random.integers(0, 255, (8, 9, 3), np.uint8)).save(tmp_path / "data/train/a/0.bmp")
+    assert verify(tmp_path / "run", 0, data=f"folder:{tmp_path / 'moved'}").ok
     report = verify(tmp_path / "run", "all")
     assert named(report)[:2] == [("data", None), ("checkpoints/2", 2)], str(report)
     assert "train: 1 of those looked at have another size or content" in report.differences[0].what
