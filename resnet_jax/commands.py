@@ -21,7 +21,7 @@ from resnet_jax.files import in_bucket, local_path, path_of, to_json
 from resnet_jax.lab.captions import TITLES
 from resnet_jax.output import fail, say
 from resnet_jax.recipe_files import load_recipe
-from resnet_jax.recipe_flags import Recipe, checked, recipe_to_change, spelt_out, unchecked
+from resnet_jax.recipe_flags import Recipe, checked, recipe_to_change, spelt_out, unchecked, with_values
 from resnet_jax.typed import InputError
 
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name="")]  # type: ignore[valid-type]
@@ -503,7 +503,7 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
     commands = dict(COMMANDS if commands is None else commands)
     name = arguments[0]
     if name in commands and "recipe" in inspect.signature(commands[name]).parameters:
-        arguments = spelt_out(arguments)
+        arguments = with_values(spelt_out(arguments))
         commands[name] = partial(commands[name], recipe=unchecked(recipe_to_change(arguments)))
     return tyro.extras.subcommand_cli_from_dict(
         dict(commands),

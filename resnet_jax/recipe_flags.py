@@ -11,7 +11,8 @@ from resnet_jax.recipe_files import starting_recipe
 def recipe_to_change(arguments: Sequence[str]) -> Config:
     """Returns the recipe over which the flags of a command line are laid.
 
-    A length in epochs that a flag gives takes the place of one in steps that the recipe gives.
+    A length in epochs that a flag gives takes the place of one in steps that the recipe gives, and the model of weights
+    that a flag gives that of the recipe's model.
 
     Raises:
       InputError: the recipe is not as it must be.
@@ -20,6 +21,8 @@ def recipe_to_change(arguments: Sequence[str]) -> Config:
     named = {word.partition("=")[0] for word in arguments}
     if "--train.epochs" in named and "--train.steps" not in named:
         recipe = replace(recipe, train=replace(recipe.train, steps=None))
+    if value_of("--model.pretrained", arguments) not in (None, "None") and "--model.name" not in named:
+        recipe = replace(recipe, model=replace(recipe.model, name=None))
     return recipe
 
 
@@ -49,6 +52,28 @@ def spelt_out(arguments: Sequence[str]) -> list[str]:
         else:
             result.append(word)
     return result
+
+
+def with_values(arguments: Sequence[str]) -> list[str]:
+    """Gives the switches of a recipe that may be None a value, `True` or `False`, as tyro needs it."""
+    result: list[str] = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        section, _, name = word.removeprefix("--").rpartition(".")
+        if word in OPEN_SWITCHES and following not in ("True", "False", "None"):
+            result += [word, "True"]
+        elif name.startswith("no_") and f"--{section}.{name.removeprefix('no_')}" in OPEN_SWITCHES:
+            result += [f"--{section}.{name.removeprefix('no_')}", "False"]
+        else:
+            result.append(word)
+    return result
+
+
+OPEN_SWITCHES = frozenset(
+    f"--{section}.{name}"
+    for section, kind in get_type_hints(Config).items()
+    for name, hint in get_type_hints(kind).items()
+    if hint == bool | None
+)
 
 
 def without_checks(section: type) -> type:
