@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     from resnet_jax.commands import COMMANDS, call
 
+    if arguments[0] == "help":
+        arguments = [*arguments[1:2], "--help"]
     if not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         return fail(f"there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
     settle_matplotlib()

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,16 @@ from resnet_jax.files import in_bucket, local_path, path_of, to_json
 from resnet_jax.lab.captions import TITLES
 from resnet_jax.output import fail, say
 from resnet_jax.recipe_files import load_recipe
-from resnet_jax.recipe_flags import Recipe, checked, recipe_to_change, spelt_out, unchecked, with_values
+from resnet_jax.recipe_flags import (
+    Recipe,
+    ShortRecipe,
+    check_names,
+    checked,
+    recipe_to_change,
+    spelt_out,
+    unchecked,
+    with_values,
+)
 from resnet_jax.typed import InputError
 
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name="")]  # type: ignore[valid-type]
@@ -286,6 +295,8 @@ def predict_command(
     from resnet_jax.predict.predictor import NOT_FINITE, Predictor, find_files, predict_files
     from resnet_jax.predict.write_predictions import WRITERS, draw_cam
 
+    if named_by_path(source) and not path_of(source, "SOURCE").exists():
+        raise InputError(f"{source}: there is no such run, folder or file")
     pictures = list(find_files(paths))
     parts = given_parts(config)
     predictor = Predictor.from_source(source, name, flip, checkpoint, **parts)
@@ -311,6 +322,13 @@ def predict_command(
         what = reason if reason == NOT_FINITE else f"cannot be decoded ({reason})"
         print(f"error: {path} {what}", file=sys.stderr)
     return 1 if bad else 0
+
+
+def named_by_path(source: str) -> bool:
+    """Returns whether a source is a path, and no tag or name on the Hugging Face hub."""
+    return not source.startswith("hf-hub:") and (
+        "/" in source or Path(source).suffix in (".safetensors", ".pth", ".pt")
+    )
 
 
 def file_to_write(given: str) -> Path:
@@ -483,6 +501,41 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "lab": lab_command,
 }
 
+
+def without_colours(command: Callable[..., int]) -> Callable[..., int]:
+    """Returns a command whose help and errors tyro prints without colours, as for a terminal that has none."""
+    before = os.environ.get("TERM", "")
+    os.environ["TERM"] = "dumb"
+
+    @wraps(command)
+    def called(*args: Any, **kwargs: Any) -> int:
+        os.environ["TERM"] = before
+        return command(*args, **kwargs)
+
+    called.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]
+    del called.__wrapped__
+    return called
+
+
+def with_flags_of(command: Callable[..., int], kind: type) -> Callable[..., int]:
+    """Returns a command whose recipe has the flags of `Recipe`, or of `ShortRecipe`, which says that there are more."""
+
+    @wraps(command)
+    def called(*args: Any, **kwargs: Any) -> int:
+        return command(*args, **kwargs)
+
+    signature = inspect.signature(command)
+    recipe = signature.parameters["recipe"].replace(annotation=Annotated[kind, tyro.conf.arg(name="")])
+    others = [parameter for name, parameter in signature.parameters.items() if name != "recipe"]
+    called.__signature__ = signature.replace(parameters=[recipe, *others])  # type: ignore[attr-defined]
+    called.__annotations__ = command.__annotations__ | {"recipe": recipe.annotation}
+    del called.__wrapped__
+    if kind is ShortRecipe:
+        first, _, rest = inspect.cleandoc(command.__doc__ or "").partition("\n")
+        called.__doc__ = f"{first}\n\nThese are the common flags; --help-all shows all.\n{rest}"
+    return called
+
+
 DESCRIPTION = """Residual networks in JAX: training, prediction, weights.
 
 resnet-jax COMMAND --help tells more, resnet-jax --version which version this is."""
@@ -502,9 +555,16 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
     """
     commands = dict(COMMANDS if commands is None else commands)
     name = arguments[0]
-    if name in commands and "recipe" in inspect.signature(commands[name]).parameters:
+    own = list(inspect.signature(commands[name]).parameters) if name in commands else []
+    if os.environ.get("NO_COLOR") and name in commands:
+        commands[name] = without_colours(commands[name])
+    if "recipe" in own:
         arguments = with_values(spelt_out(arguments))
-        commands[name] = partial(commands[name], recipe=unchecked(recipe_to_change(arguments)))
+        kind = ShortRecipe if {"--help", "-h"} & set(arguments) else Recipe
+        check_names(arguments[1:], [*own, "json", "help_all"])
+        changed = unchecked(recipe_to_change(arguments), kind)
+        commands[name] = partial(with_flags_of(commands[name], kind), recipe=changed)
+    arguments = ["--help" if word == "--help-all" else word for word in arguments]
     return tyro.extras.subcommand_cli_from_dict(
         dict(commands),
         prog="resnet-jax",

@@ -73,7 +73,8 @@ class ModelConfig:
     """The network."""
 
     name: str | None = None
-    """A name from `resnet-jax models`; None takes the model of the pretrained weights, without any cifar_resnet20."""
+    """A name from `resnet-jax models`. None takes the model of the pretrained weights, and without any
+    cifar_resnet20."""
     num_classes: int | None = option(None, "[1, 10000000]")
     """Outputs of the head; None takes the number of classes in the data."""
     pretrained: str | None = None
@@ -135,7 +136,7 @@ class DataConfig:
     label_column: str | None = option(None, may_change_on_resume=True)
     """Column of the labels in hf: and parquet:; None finds it by its type."""
     image_size: Size | None = option(None, "[1, 16384]")
-    """Side of training images in pixels, or height and width; None takes that of the weights, else what is usual for
+    """Side of training images in pixels, or height and width. None takes that of the weights, else what is usual for
     the model: 32 for cifar_*, else 224."""
     eval_image_size: Size | None = option(None, "[1, 16384]")
     """The same of images that are evaluated; None for image_size."""
@@ -243,8 +244,9 @@ class AugmentConfig:
 class OptimizerConfig:
     """How parameters are updated."""
 
-    name: Literal["sgd", "adamw", "lamb", "lars"] = "sgd"
-    """sgd has momentum; lamb and lars are for very large batches."""
+    name: Literal["sgd", "adam", "adamw", "lamb", "lars"] = "sgd"
+    """sgd has momentum; adam adds the decay to the gradient, adamw to the update; lamb and lars are for very large
+    batches."""
     learning_rate: float = option(0.1, "[0, 1e+30]")
     """Peak learning rate."""
     base_batch_size: int | None = option(None, "[1, MOST]")

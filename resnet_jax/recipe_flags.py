@@ -1,11 +1,17 @@
 """The recipe as flags of a command line: what they change, how they may be written, and the check of the result."""
 
+import ast
+import inspect
 from collections.abc import Sequence
-from dataclasses import fields, make_dataclass, replace
-from typing import Any, get_type_hints
+from dataclasses import dataclass, fields, make_dataclass, replace
+from itertools import pairwise
+from typing import Annotated, Any, get_type_hints
+
+import tyro
 
 from resnet_jax.config import Config
 from resnet_jax.recipe_files import starting_recipe
+from resnet_jax.typed import InputError
 
 
 def recipe_to_change(arguments: Sequence[str]) -> Config:
@@ -58,11 +64,11 @@ def with_values(arguments: Sequence[str]) -> list[str]:
     """Gives the switches of a recipe that may be None a value, `True` or `False`, as tyro needs it."""
     result: list[str] = []
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        section, _, name = word.removeprefix("--").rpartition(".")
-        if word in OPEN_SWITCHES and following not in ("True", "False", "None"):
-            result += [word, "True"]
-        elif name.startswith("no_") and f"--{section}.{name.removeprefix('no_')}" in OPEN_SWITCHES:
-            result += [f"--{section}.{name.removeprefix('no_')}", "False"]
+        flag = word.replace("-", "_").replace("__", "--", 1)
+        if flag in OPEN_SWITCHES and following not in ("True", "False", "None"):
+            result += [flag, "True"]
+        elif flag.replace(".no_", ".", 1) in OPEN_SWITCHES and ".no_" in flag:
+            result += [flag.replace(".no_", ".", 1), "False"]
         else:
             result.append(word)
     return result
@@ -88,9 +94,90 @@ Recipe = make_dataclass(
 )
 
 
-def unchecked(config: Config) -> Any:
+COMMON = {
+    "model": ("name", "pretrained"),
+    "data": ("dataset", "image_size", "workers"),
+    "augment": ("crop", "flip", "mixup"),
+    "optimizer": ("name", "learning_rate", "weight_decay"),
+    "schedule": ("warmup_epochs",),
+    "finetune": ("mode",),
+    "train": ("epochs", "batch_size", "seed", "patience"),
+    "parallel": ("devices", "strategy"),
+}
+"""Fields that `--help` shows; `--help-all` shows all."""
+
+
+def with_common_flags(section: str, kind: type) -> type:
+    """Returns a section of the recipe of which `--help` shows the fields in `COMMON` alone, each in a sentence."""
+    common, hints, docs = COMMON.get(section, ()), get_type_hints(kind), docs_of_fields(kind.__base__)
+    shown = {
+        f.name: Annotated[hints[f.name], tyro.conf.arg(help=docs[f.name].partition(". ")[0].rstrip(".") + ".")]
+        if f.name in common
+        else Annotated[hints[f.name], tyro.conf.Suppress]
+        for f in fields(kind)
+    }
+    return dataclass(frozen=True)(type(kind.__name__, (kind,), {"__doc__": " ", "__annotations__": shown}))
+
+
+def docs_of_fields(section: Any) -> dict[str, str]:
+    """Returns the docstring of each field of a section, as it stands below it in `config.py`, on one line."""
+    whole: Any = ast.parse(inspect.getsource(section)).body[0]
+    documented: Any = [(field, below) for field, below in pairwise(whole.body) if isinstance(field, ast.AnnAssign)]
+    return {field.target.id: " ".join(below.value.value.split()) for field, below in documented}
+
+
+ShortRecipe = make_dataclass(
+    "Recipe",
+    [(name, with_common_flags(name, without_checks(kind))) for name, kind in get_type_hints(Config).items()],
+    frozen=True,
+)
+"""The recipe for a command's `--help`."""
+
+
+def unchecked(config: Config, kind: Any = Recipe) -> Any:
     """Returns a recipe as one whose values are not checked."""
-    return Recipe(**{f.name: f.type(**vars(getattr(config, f.name))) for f in fields(Recipe)})  # type: ignore[operator]
+    return kind(**{f.name: f.type(**vars(getattr(config, f.name))) for f in fields(kind)})  # type: ignore[operator]
+
+
+CALLED = {
+    "lr": "optimizer.learning_rate",
+    "wd": "optimizer.weight_decay",
+    "model": "model.name",
+    "data": "data.dataset",
+    "optimizer": "optimizer.name",
+    "schedule": "schedule.name",
+    "lr_schedule": "schedule.name",
+    "warmup": "schedule.warmup_epochs",
+    "batch": "train.batch_size",
+    "size": "data.image_size",
+    "img_size": "data.image_size",
+    "smoothing": "train.label_smoothing",
+    "ema": "train.ema_decay",
+    "output": "workdir",
+    "out": "workdir",
+    "resume": "workdir",
+}
+"""What others call a flag -> our flag."""
+
+
+def check_names(arguments: Sequence[str], own: Sequence[str]) -> None:
+    """Checks that flags without a section are a command's own.
+
+    Args:
+      own: the names of these.
+
+    Raises:
+      InputError: one is not; the message names the flag that is meant, where there is one.
+    """
+    sections = {name: [f.name for f in fields(kind)] for name, kind in get_type_hints(Config).items()}
+    for word in arguments:
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if not word.startswith("--") or "." in name or name in (*own, "help", "finetune") or name.startswith("tyro"):
+            continue
+        meant = [f"{section}.{name}" for section, names in sections.items() if name in names]
+        meant = [CALLED[name]] if name in CALLED else meant
+        if meant:
+            raise InputError(f"there is no --{name}: give {' or '.join(f'--{flag}' for flag in meant)}")
 
 
 def checked(recipe: Any) -> Config:

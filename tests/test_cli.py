@@ -432,3 +432,67 @@ def test_a_run_from_the_shell(tmp_path, capsys, monkeypatch):
     assert result["test"]["count"] == 360 and result["step"] == 6
     status, _, err = run(["train", *flags, "--train.seed", "1"], capsys)
     assert status == 2 and "train.seed: 0 -> 1" in err
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "show-batch"])
+def test_help_is_short_with_the_common_flags_and_help_all_shows_every_flag(command, capsys):
+    status, out, _ = run([command, "--help"], capsys)
+    assert status == 0
+    assert len(out.splitlines()) <= 100
+    for flag in ("--config", "--workdir", "--model.name", "--data.dataset", "--optimizer.learning_rate", "--help-all"):
+        assert flag in out
+    assert "--augment.erasing" not in out
+    status, whole, _ = run([command, "--help-all"], capsys)
+    assert status == 0
+    for section, values in to_dict(Config()).items():
+        for field in values:
+            assert f"--{section}.{field}" in whole
+    if command == "plan":
+        assert "How many devices the run will have." in out
+        assert "How many devices the run will have." in whole
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["train", "--lr", "0.1"], "--optimizer.learning_rate"),
+        (["train", "--model", "resnet18"], "--model.name"),
+        (["train", "--batch-size=8"], "--train.batch_size"),
+        (["plan", "--epochs", "3"], "--train.epochs"),
+        (["train", "--norm", "group"], "--model.norm"),
+    ],
+)
+def test_a_flag_of_another_name_is_answered_with_ours(words, meant, capsys):
+    status, _, err = run(words, capsys)
+    assert status == 2
+    assert err.startswith("error: there is no --")
+    assert f"give {meant}" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_help_is_a_command_and_python_m_runs_the_package(capsys):
+    assert run(["help"], capsys)[1] == run(["--help"], capsys)[1]
+    assert run(["help", "runs"], capsys)[1] == run(["runs", "--help"], capsys)[1]
+    done = subprocess.run([sys.executable, "-m", "resnet_jax", "--version"], capture_output=True, text=True)
+    assert done.stdout == run(["--version"], capsys)[1]
+
+
+def test_a_run_that_is_not_there_is_named_before_the_pictures(capsys):
+    status, _, err = run(["predict", "runs/none", "none.png"], capsys)
+    assert status == 2
+    assert err == "error: runs/none: there is no such run, folder or file\n"
+
+
+def test_no_color_is_heeded(tmp_path):
+    """On a terminal, which `script` imitates, help has colours; with NO_COLOR it has none."""
+    if shutil.which("script") is None:
+        pytest.skip("needs the program script")
+    command = f"{sys.executable} -m resnet_jax train --help"
+    found = {}
+    for value in ("", "1"):
+        environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": value}
+        if not value:
+            del environment["NO_COLOR"]
+        done = subprocess.run(["script", "-qec", command, "/dev/null"], env=environment, capture_output=True, text=True)
+        found[value] = "\x1b[3" in done.stdout or "\x1b[9" in done.stdout
+    assert not found["1"]

@@ -137,17 +137,27 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+def in_bytes(count: float) -> str:
+    """Returns a number of bytes in the unit that fits, such as `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
+
+
 def format_plan(needs: dict[str, Any]) -> str:
     """Returns the table that `resnet-jax plan` prints."""
-    mib = {f"  {name}": count for name, count in needs["state"].items()}
-    mib |= {"  batch": needs["batch"], "  activations and the like": needs["temporary"], "together": needs["total"]}
+    held = {f"  {name}": count for name, count in needs["state"].items()}
+    held |= {"  batch": needs["batch"], "  activations and the like": needs["temporary"], "together": needs["total"]}
     rows = [
         f"{needs['parameters']:,} parameters, {needs['flops'] / 1e9:,.1f} GFLOP a step on {needs['devices']} devices",
-        "MiB on each device, in a step compiled for CPUs; an accelerator's compiler may use less or more:",
-        *(f"{name:<28}{count / 2**20:>12,.1f}" for name, count in mib.items()),
-        "MiB that each device exchanges in a step:",
-        *(f"  {name:<26}{count / 2**20:>12,.1f}" for name, count in needs["collectives"].items()),
+        "memory of each device, in a step compiled for CPUs; an accelerator's compiler may use less or more:",
+        *(f"{name:<28}{in_bytes(count):>12}" for name, count in held.items()),
     ]
+    if needs["collectives"]:
+        rows.append("what each device exchanges in a step:")
+    rows += [f"  {name:<26}{in_bytes(count):>12}" for name, count in needs["collectives"].items()]
     if "fits" in needs:
         rows.append(f"{'fits into' if needs['fits'] else 'does NOT fit into'} {needs['memory'] / 2**30:,.1f} GiB")
     return "\n".join(rows)

@@ -63,10 +63,10 @@ def warmup_steps(config: Config, steps: int, steps_per_epoch: float) -> tuple[in
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, rates: Rates | None = None, own: OwnOptimizer | None = None
 ) -> optax.GradientTransformation:
-    """Returns SGD with (Nesterov) momentum, AdamW, LAMB (You et al. 2019) or LARS (You et al. 2017), with rules for
-    decay.
+    """Returns SGD with (Nesterov) momentum, Adam, AdamW, LAMB (You et al. 2019) or LARS (You et al. 2017), with
+    rules for decay.
 
-    Weight decay is added to the gradient (sgd, lars) or to Adam's update (adamw, lamb).
+    Weight decay is added to the gradient (sgd, adam, lars) or to Adam's update (adamw, lamb).
 
     Args:
       rates: path of a parameter -> factor of its learning rate, as of `finetune.make_rates`; None takes
@@ -88,6 +88,7 @@ def make_optimizer(
 
     parts = {
         "sgd": lambda: [decay, momentum, rate],
+        "adam": lambda: [decay, optax.scale_by_adam(), rate],
         "adamw": lambda: [optax.scale_by_adam(), decay, rate],
         "lamb": lambda: [optax.scale_by_adam(eps=1e-6), decay, optax.scale_by_trust_ratio(), rate],
         "lars": lambda: [

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -201,18 +202,30 @@ def definition_of(part: Any) -> Any:
         return definition_of(part.func)
     if isinstance(part, optax.GradientTransformation):
         return part.update
+    if isinstance(part, Dataset):
+        return type(part.train)
+    if hasattr(part, "nnx_class"):  # of flax.nnx.bridge.to_linen
+        return part.nnx_class
     return part if isinstance(part, type) or hasattr(part, "__qualname__") else type(part)
 
 
 def source_hash(part: Any, defined: Any) -> str:
-    """Returns a hash of a definition's source, and of the fields of a module; of its name where there is no source."""
-    try:
-        text = inspect.getsource(defined)
-    except (OSError, TypeError):
-        text = source_in_file(defined)
+    """Returns a hash of a definition's source, or of its name where there is none or a library defines it, and of the
+    fields of a module.
+    """
+    text = f"{defined.__module__}.{defined.__qualname__}"
+    if defined.__module__.partition(".")[0] not in LIBRARIES:
+        try:
+            text = inspect.getsource(defined)
+        except (OSError, TypeError):
+            text = source_in_file(defined)
     if isinstance(part, nn.Module):
-        text += repr(part)
+        text += re.sub(r" at 0x[0-9a-f]+", "", repr(part))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+LIBRARIES = ("builtins", "datasets", "flax", "grain", "jax", "numpy", "optax", "resnet_jax")
+"""Packages whose source may change from version to version without another part being meant."""
 
 
 def source_in_file(defined: Any) -> str:

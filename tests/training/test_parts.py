@@ -16,6 +16,7 @@ from PIL import Image
 import resnet_jax as rj
 from resnet_jax.cli import main
 from resnet_jax.runs.trackers import read_lines
+from resnet_jax.training.parts import make_parts, names_and_hashes
 
 
 def recipe(steps=6, **train):
@@ -360,3 +361,18 @@ def test_a_recipe_that_cannot_be_run_twice_is_run_once(tmp_path, capsys):
     )
     assert main(["plan", "--config", str(tmp_path / "loud.py")]) == 0
     assert capsys.readouterr().out.count("once") == 1
+
+
+def test_a_part_is_known_again_by_source_and_fields():
+    class Wide(nn.Module):
+        act: object
+        width: int = 8
+
+    def known(**parts):
+        return names_and_hashes(make_parts(parts))
+
+    first = known(model=Wide(lambda x: x), optimizer=optax.adam(1e-3), dataset=DATA)
+    assert first == known(model=Wide(lambda x: x), optimizer=optax.adam(1e-2), dataset=rj.Dataset((IMAGES, LABELS)))
+    assert first["model"] != known(model=Wide(nn.relu, 9))["model"]
+    assert first["dataset"]["name"] == "builtins.tuple"
+    assert known(model=rj.create_model("resnet18")) != known(model=rj.create_model("resnet18", act="silu"))
