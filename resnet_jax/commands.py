@@ -544,7 +544,7 @@ resnet-jax COMMAND --help tells more, resnet-jax --version which version this is
 def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | None = None) -> Any:
     """Calls the command that a command line names; returns what it returns.
 
-    What flags change is the recipe of `--config`, else that of the run in `--workdir`, else the digits.
+    What flags change is the recipe of `--config`, else that of the run in `--workdir`, else `Config()`.
 
     Args:
       commands: name -> function; by default `COMMANDS`.

@@ -123,6 +123,11 @@ def resolve(config: Config, parts: Parts = NO_PARTS, before: Config | None = Non
             dataset = data_of(config, parts) if read and config.data.dataset != "synthetic" else None
             size, origin = size_of_pictures(dataset, config.data.channels)
         take({"data.image_size": size}, origin)
+    if parts.dataset is not None and read and None in (config.augment.crop, config.augment.flip):
+        dataset = dataset or data_of(config, parts)
+        if not dataset.class_names:
+            still = "since the labels are no classes, and may say where something is"
+            take({"augment.crop": "none", "augment.flip": "none"}, still)
     chosen = known_size(config.data.image_size)
     large, evaluated = max(sides(chosen)) > 64, min(sides(config.data.eval_image_size or chosen))
     crop = "random_resized" if large and not config.data.on_device else "pad"

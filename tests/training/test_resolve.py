@@ -130,6 +130,8 @@ def test_data_of_ones_own_is_resolved_by_the_same_function():
     assert (found.config.data.dataset, found.config.data.image_size) == ("own", 32)
     np.testing.assert_allclose(found.config.data.mean, (images / 255).mean((0, 1, 2)), atol=0.02)
     assert found.config.augment.flip == "random" and found.config.data.on_device is True
+    places = resolve.resolve(Config(), Parts(dataset=Dataset((images, np.arange(60) / 60)))).config.augment
+    assert (places.crop, places.flip) == ("none", "none")  # a label that is no class may say where something is
 
 
 def test_the_split_has_to_fit_the_device():
