@@ -88,7 +88,7 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
             yield lock
         except Exception:
             with contextlib.suppress(OSError):
-                if not begun(folder) and not (folder / "metrics.jsonl").exists():
+                if not begun(folder) and not (folder / "metrics.jsonl").exists() and not lock.lost(now=True):
                     forget(folder)
             raise
 

@@ -1,5 +1,6 @@
 """The numbers of a run: `metrics.jsonl`, and events for TensorBoard."""
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -87,8 +88,9 @@ class Tracker:
             os.close(self._file)
         if self._events is not None:
             self._events.close()
-        if not began and not self._path.stat().st_size:
-            self._path.unlink()
+        with contextlib.suppress(OSError):
+            if not began and not self._path.stat().st_size:
+                self._path.unlink()
 
     def _append(self, line: bytes) -> bool:
         if self._file is not None:

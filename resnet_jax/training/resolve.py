@@ -74,7 +74,8 @@ class Resolved:
         for name, origin in self.origins.items():
             if name != "augment.pad" or self.config.augment.crop == "pad":
                 groups.setdefault(origin, []).append(f"{name} {shown_value(value_of(self.config, name))}")
-        return "; ".join(f"{', '.join(values)} ({origin})" for origin, values in groups.items())
+        taken = "; ".join(f"{', '.join(values)} ({origin})" for origin, values in groups.items())
+        return taken and f"resolved: {taken}"
 
 
 def resolve(config: Config, parts: Parts = NO_PARTS, before: Config | None = None, read: bool = True) -> Resolved:
