@@ -151,7 +151,7 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(folder), "--train.epochs", "9"]
     subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, check=True, capture_output=True)
-    config = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, epochs=9.0))
+    config = digits_recipe(train=dataclasses.replace(Config().train, epochs=9.0))
     return folder, config, json.loads((folder / "summary.json").read_text())
 
 
