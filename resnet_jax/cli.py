@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resnet_jax import __version__
-from resnet_jax.output import fail
+from resnet_jax.files import bucket_problem
+from resnet_jax.output import fail, first_line
 from resnet_jax.typed import InputError
 
 LARGE_PAGES = "RESNET_JAX_LARGE_PAGES"
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
     except OSError as error:
-        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else about_bucket(error, arguments))
     except MemoryError as error:
         return fail(f"{NO_MEMORY} ({first_line(error)})", status=1)
     except (RuntimeError, AssertionError) as error:
@@ -94,9 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return fail(problem)
         raise
     except Exception as error:
-        if type(error).__module__.partition(".")[0] == "gcsfs":  # such as its HttpError, where there is no right
-            return fail(f"the bucket cannot be used: {first_line(error)}")
+        if type(error).__module__.startswith(("gcsfs.", "google.auth.")):  # such as HttpError, where there is no right
+            return fail(about_bucket(error, arguments))
         raise
+
+
+def about_bucket(error: Exception, arguments: Sequence[str]) -> str:
+    """Returns what an error says; where it may be that of a bucket that the command line names, what to check of it."""
+    of_system = getattr(error, "errno", None) is not None and not type(error).__module__.startswith("aiohttp.")
+    words = " ".join(arguments)
+    if of_system or "gs:/" not in words or "bucket gs:" in str(error):
+        return str(error)
+    return bucket_problem(words, error)
 
 
 def nobody_reads() -> bool:
@@ -123,11 +133,6 @@ def settle_matplotlib() -> None:
     if not found:
         os.environ["MPLCONFIGDIR"] = folder = tempfile.mkdtemp(prefix="matplotlib-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of what an error says, or its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def no_device() -> str | None:

@@ -11,7 +11,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from resnet_jax.files import local_path, path_of
+from resnet_jax.files import local_path, parse_path
 from resnet_jax.typed import InputError, check_limits, require, shown, typed
 
 Size: TypeAlias = int | tuple[int, int]
@@ -114,7 +114,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.pretrained is not None:
-            path_of(self.pretrained, "model.pretrained")
+            parse_path(self.pretrained, "model.pretrained")
         require(
             not (self.scan and self.drop_path_rate),
             "model.scan needs equal blocks, and model.drop_path_rate gives each its own rate: leave one of them out",
@@ -173,7 +173,7 @@ class DataConfig:
         check_fields(self)
         kind, _, path = self.dataset.partition(":")
         if path and kind in ("folder", "csv"):
-            path_of(path, "data.dataset")
+            parse_path(path, "data.dataset")
         elif path and kind in ("tfds", "hf", "parquet"):
             local_path(path, "data.dataset")
         for name in ("image_column", "label_column"):

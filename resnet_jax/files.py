@@ -1,6 +1,7 @@
 """Paths that users give, files that nobody ever sees half of, and JSON that holds what it must."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -19,11 +20,26 @@ from resnet_jax.typed import InputError, typed
 REMOTE = re.compile(r"([A-Za-z][\w+.-]+):/")
 """How a path that is not on this machine begins; a Path has made one slash of two."""
 
+BUCKET = re.compile("gs://?([^/ ]+)")
+"""Where a path, or a command line, names a bucket."""
+
 
 def path_of(given: str | Path, what: str) -> Path:
     """Returns a path that the user gave, on this machine (`local_path`) or in a bucket (`gs://bucket/run`).
 
     What is in a bucket is an `etils.epath.Path`, which has pathlib's methods but no links, locks or appending.
+
+    Raises:
+      InputError: as `parse_path`; or the bucket does not exist, or does not answer.
+    """
+    path = parse_path(given, what)
+    if in_bucket(path):
+        check_bucket(BUCKET.match(str(path))[1])  # type: ignore[index]
+    return path
+
+
+def parse_path(given: str | Path, what: str) -> Path:
+    """Returns what `path_of` does, without a look whether the bucket is there.
 
     Raises:
       InputError: as `local_path`; or another scheme than gs, a bucket without a name, or `gcsfs` is not installed.
@@ -35,7 +51,7 @@ def path_of(given: str | Path, what: str) -> Path:
         raise InputError(f"{what} {given}: of remote paths only gs://BUCKET/PATH is supported; or name a local path")
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(f"{what} {given}: buckets need gcsfs: pip install 'resnet_jax[gcs]'")
-    if not re.match(r"gs://?[^/]", str(given)):
+    if not BUCKET.match(str(given)):
         raise InputError(f"{what} {given}: give the bucket's name, as in gs://BUCKET/PATH")
     import fsspec
     from etils import epath
@@ -44,6 +60,39 @@ def path_of(given: str | Path, what: str) -> Path:
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     found: Path = epath.Path(re.sub("^gs:/+", "gs://", str(given)))
     return found
+
+
+@functools.cache
+def check_bucket(name: str) -> None:
+    """Asks a bucket once whether it is there. One that may not be listed passes: its files may be readable.
+
+    Raises:
+      InputError: it does not exist, or does not answer, which is tried for up to a minute.
+    """
+    import fsspec
+
+    try:
+        fsspec.filesystem("gs").call("GET", "b/{}/o", name, maxResults=1)
+    except FileNotFoundError as error:
+        raise InputError(bucket_problem(f"gs://{name}", "it does not exist")) from error
+    except Exception as error:  # of gcsfs, aiohttp, requests or google.auth
+        if getattr(error, "code", None) != 401 and not str(error).startswith("Forbidden"):
+            raise InputError(bucket_problem(f"gs://{name}", error)) from error
+
+
+def bucket_problem(place: object, reason: object) -> str:
+    """Returns a sentence on a bucket that cannot be used, and what to check.
+
+    Args:
+      place: a path in the bucket, or whatever text names it.
+      reason: an error, or what is wrong in words.
+    """
+    bucket = BUCKET.search(str(place))
+    why = " ".join(str(reason).split())[:300] or type(reason).__name__
+    return (
+        f"the bucket{f' gs://{bucket[1]}' if bucket else ''} cannot be used ({why}): check its name, your right to it "
+        "(gcloud auth application-default login) and the network"
+    )
 
 
 def local_path(given: str | Path, what: str) -> Path:
@@ -79,14 +128,14 @@ def in_bucket(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def bucket_errors() -> Iterator[None]:
-    """Turns whatever a bucket raises into an OSError, such as gcsfs's HttpError where there is no right to it."""
+def bucket_errors(path: Path) -> Iterator[None]:
+    """Turns whatever a bucket raises over a path, but that it is not there, into an OSError that says what to check."""
     try:
         yield
-    except OSError:
+    except (FileNotFoundError, FileExistsError):
         raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {str(error)[:300]}") from error
+        raise OSError(bucket_problem(path, error)) from error
 
 
 def size_of(path: Path) -> int:
@@ -103,8 +152,11 @@ def modified(path: Path) -> float:
 
 def remove_tree(folder: Path) -> None:
     """Removes a folder and what is in it."""
-    with bucket_errors():
-        folder.rmtree() if in_bucket(folder) else shutil.rmtree(folder)  # type: ignore[attr-defined]
+    if not in_bucket(folder):
+        shutil.rmtree(folder)
+        return
+    with bucket_errors(folder):
+        folder.rmtree()  # type: ignore[attr-defined]
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -116,7 +168,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     if in_bucket(path):
-        with bucket_errors():
+        with bucket_errors(path):
             path.write_bytes(data)
         return
     new = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
@@ -167,12 +219,15 @@ def read_json(path: Path, kind: Any, what: str = "its content") -> Any:
     Raises:
       FileNotFoundError, NotADirectoryError: there is no such file.
       InputError: it cannot be read, or it holds something else; the message names the file.
+      OSError: its bucket does not answer, or refuses.
     """
     try:
         return parse_json(read_file(path), kind, what)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
+        if in_bucket(path):
+            raise
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except InputError as error:
         raise InputError(f"{path} is damaged: {error}") from error
@@ -181,7 +236,7 @@ def read_json(path: Path, kind: Any, what: str = "its content") -> Any:
 def read_file(path: Path) -> bytes:
     """Returns the bytes of an ordinary file; a pipe or a device, which may never end, is an OSError."""
     if in_bucket(path):
-        with bucket_errors():
+        with bucket_errors(path):
             return path.read_bytes()
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

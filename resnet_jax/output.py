@@ -18,3 +18,8 @@ def fail(message: str, status: int = 2) -> int:
     """Prints an error and returns the status to end with."""
     say(f"error: {message}", error=True)
     return status
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """Returns the first line of what an error says, up to so many characters; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

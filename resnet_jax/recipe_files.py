@@ -15,6 +15,10 @@ from resnet_jax.files import local_path, path_of, read_json
 from resnet_jax.typed import InputError
 
 
+class WrongRecipe(InputError):
+    """A `config.json` holds JSON, but no recipe, or an impossible one."""
+
+
 def recipe_names() -> list[str]:
     """Returns the names of the recipes that are shipped, which `--config` takes."""
     return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
@@ -55,6 +59,34 @@ def load_recipe(given: str | Path) -> dict[str, Any]:
 
 RUN_ALREADY: dict[tuple[Path, bytes], dict[str, Any]] = {}
 """Recipes that this process has run, by path and content: a command asks for the config and for the parts beside it."""
+
+
+def load_named(given: str) -> Any:
+    """Returns what a Python file defines under a name. The file can import what lies beside it, as a script can.
+
+    Args:
+      given: FILE:NAME, such as net.py:MyNet.
+
+    Raises:
+      InputError: there is no such file or name, or the file cannot be run.
+    """
+    file, _, name = given.rpartition(":")
+    path = local_path(file, "FILE:NAME")
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; give FILE:NAME, such as net.py:MyNet")
+    sys.path.insert(0, str(path.parent))
+    try:
+        found = runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{place_of(error, path)}: {type(error).__name__}: {error}") from error
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(path.parent))
+    if name not in found:
+        own = [word for word in found if not word.startswith("_")]
+        near = sorted(own, key=lambda word: SequenceMatcher(None, word, name).ratio(), reverse=True)[:5]
+        raise InputError(f"{path} defines no {name!r}; it has {', '.join(near) or 'no names'}")
+    return found[name]
 
 
 def find_recipe(given: str | Path) -> Path:
@@ -107,16 +139,19 @@ def read_recipe(file: Path) -> Config:
 
     Raises:
       FileNotFoundError, NotADirectoryError: there is no such file.
-      InputError: it is not as runs write it.
+      InputError: it is not as runs write it; WrongRecipe where it is JSON all the same.
     """
     try:
         values = read_json(file, dict[str, Any], "the recipe")
-        if missing := [section for section in ("model", "data", "train") if section not in values]:
-            raise InputError(f"it has no {', '.join(missing)}")
-        return from_dict(values)
     except InputError as error:
         reason = str(error).removeprefix(f"{file} is damaged: ").removeprefix(f"{file} ")
         raise InputError(f"{file} is no recipe of a run: {reason}") from error
+    if missing := [section for section in ("model", "data", "train") if section not in values]:
+        raise WrongRecipe(f"{file} is no recipe of a run: it has no {', '.join(missing)}")
+    try:
+        return from_dict(values)
+    except InputError as error:
+        raise WrongRecipe(f"{file} is no possible recipe: {error}") from error
 
 
 def starting_recipe(recipe: str | None, workdir: str | None) -> Config:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import gcsfs
@@ -19,7 +20,8 @@ import pytest
 from PIL import Image
 
 from resnet_jax.cli import main
-from resnet_jax.config import InputError, path_of
+from resnet_jax.config import InputError
+from resnet_jax.files import path_of
 from resnet_jax.runs.folder import runs_under
 from resnet_jax.runs.lock import hold
 from resnet_jax.runs.trackers import read_lines
@@ -134,6 +136,26 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_the_same_as_on_a_disk(bucket
     assert damage(folder / "checkpoints" / str(newest)) == "record/metadata has other contents"
 
 
+def test_of_two_starts_at_once_one_trains_and_its_run_is_reported(bucket, capsys):
+    folder = path_of(f"{bucket}/runs/c", "the run")
+    both = [train(str(folder), "--train.steps", "20", "--train.eval_every_epochs", "9") for _ in range(2)]
+    told = [process.communicate(timeout=200) for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2], told
+    first, second = codes.index(0), codes.index(2)
+    assert f"error: {folder} is in use by process {both[first].pid} on " in told[second][1]
+    assert "give another --workdir" in told[second][1] and "Traceback" not in told[second][1]
+    assert steps_in(folder / "checkpoints")[0] == 20
+    assert [x["step"] for x in read_lines(folder / "metrics.jsonl") if "train/loss" in x] == [*range(2, 21, 2)]
+    capsys.readouterr()
+    assert main(["report", str(folder)]) == 0
+    assert f"{folder}/report.html" in capsys.readouterr().out
+    measured, summary = (json.loads((folder / name).read_text()) for name in ("measures.json", "summary.json"))
+    assert measured["accuracy"] == pytest.approx(summary["ema/test"]["accuracy"])
+    assert f"{measured['accuracy']:.1%}" in (folder / "report.html").read_text()
+    assert (folder / "calibration.json").exists()
+
+
 def test_a_bucket_that_does_not_answer_for_a_while_costs_no_step(emulator, bucket):
     folder = path_of(f"{bucket}/runs/b", "the run")
     process = train(str(folder))
@@ -177,15 +199,36 @@ def test_pictures_tables_and_weights_lie_in_a_bucket(bucket, tmp_path, capsys):
     assert "there is no such folder" in capsys.readouterr().err
 
 
+COMMANDS = ["train --workdir {}/run", "plan --workdir {}/run", "evaluate {}/run", "report {}/run", "runs {}"]
+COMMANDS += ["predict {}/run {}/picture.png", "export {}/run out.pth", "train --data.dataset folder:{}/data"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bucket_that_is_not_there_is_named(bucket, command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.format("gs://nosuch", "gs://nosuch").split()) == 2
+    err = capsys.readouterr().err
+    assert "the bucket gs://nosuch cannot be used (it does not exist): check its name" in err and "recipe" not in err
+
+
+@pytest.mark.parametrize("command", ["train --workdir {}/run", "evaluate {}/run", "runs {}"])
+def test_a_bucket_that_cannot_be_reached_is_named_with_what_to_check(bucket, command, capsys, monkeypatch):
+    async def at_once(seconds):
+        pass
+
+    monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=at_once))
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    assert main(command.format("gs://bucket9").split()) == 2
+    err = capsys.readouterr().err
+    assert "the bucket gs://bucket9 cannot be used (Cannot connect to host 127.0.0.1:1" in err and "recipe" not in err
+    assert "check its name, your right to it (gcloud auth application-default login) and the network" in err
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
-    [
-        ("gs://nosuch/run", "cannot be written"),
-        ("gs://", "give the bucket's name"),
-        ("s3://bucket1/run", "only gs://BUCKET/PATH is supported"),
-    ],
+    [("gs://", "give the bucket's name"), ("s3://bucket1/run", "only gs://BUCKET/PATH is supported")],
 )
-def test_a_bucket_that_is_not_there_is_named(bucket, path, words, capsys):
+def test_a_path_in_no_bucket_is_refused(path, words, capsys):
     assert main(["train", "--workdir", path, *FLAGS]) == 2
     assert words in capsys.readouterr().err
 
@@ -196,10 +239,18 @@ def test_without_gcsfs_the_extra_is_named(monkeypatch):
         path_of("gs://bucket1/run", "--workdir")
 
 
-def test_a_bucket_without_a_right_to_it_is_a_sentence(monkeypatch, capsys):
-    def refuse(folder):
-        raise gcsfs.retry.HttpError({"code": 403, "message": "no right to read"})
+@pytest.mark.parametrize(
+    "error", [gcsfs.retry.HttpError({"code": 403, "message": "no right"}), OSError("Forbidden: x")]
+)
+@pytest.mark.parametrize("command", ["runs gs://bucket1/runs", "evaluate gs://bucket1/run"])
+def test_a_bucket_without_a_right_to_it_is_a_sentence(bucket, error, command, monkeypatch, capsys):
+    def refuse(*_):
+        raise error
 
     monkeypatch.setattr("etils.epath.gpath.PosixGPath.is_dir", refuse)
-    assert main(["runs", "gs://bucket1/runs"]) == 2
-    assert "error: the bucket cannot be used: no right to read" in capsys.readouterr().err
+    monkeypatch.setattr("etils.epath.gpath.PosixGPath.read_bytes", refuse)
+    assert main(command.split()) == 2
+    err = capsys.readouterr().err
+    assert (
+        "error: the bucket gs://bucket1 cannot be used (" in err and str(error)[:6] in err and "your right to it" in err
+    )

@@ -192,6 +192,7 @@ def things(tmp_path, monkeypatch, network):
         ("show-batch gs://bucket/a.png", "has to be on this machine"),
         ("show-batch a.png --train.epochs nan", "train.epochs is nan"),
         ("show-batch file/a.png", "cannot be written"),
+        ("show-batch --data.image_size 8 16 file/a.png", "cannot be written"),
         ("evaluate /no/such/run", "holds no run"),
         ("evaluate az://bucket/run", "only gs://BUCKET/PATH is supported"),
         ("evaluate ~nosuchuser/run", "there is no such home"),

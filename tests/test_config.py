@@ -59,7 +59,7 @@ def test_differences_leave_out_what_does_not_change_the_result():
         ("train", {"accumulate_steps": 0}, "at least 1"),
         ("train", {"steps_per_call": 10**6}, r"\[1, 1000\]"),
         ("train", {"patience": 0}, "at least 1"),
-        ("train", {"metric": "recall"}, "must be one of auto, none, accuracy"),
+        ("train", {"metric_goal": "most"}, "must be one of auto, max, min"),
         ("model", {"num_classes": 0}, "at least 1"),
         ("model", {"drop_rate": 1.0}, r"\[0, 1\)"),
         ("model", {"name": 50}, "must be a text"),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageSequence
 
-from resnet_jax.files import path_of
+from resnet_jax.files import parse_path
 
 Raw = Any
 """What a source holds: a path, the bytes of a file, or an array [height, width, channel]; also a Pillow image."""
@@ -68,7 +68,7 @@ def errors_as_bad_image() -> Iterator[None]:
 def opened(raw: Raw, channels: int) -> Iterator[Picture]:
     """Opens an image, of which only the header is read, or converts an array."""
     if not isinstance(raw, Path) and isinstance(raw, str | os.PathLike) and os.fspath(raw).startswith("gs://"):
-        place = path_of(os.fspath(raw), "a picture")
+        place = parse_path(os.fspath(raw), "a picture")
         raw = place.read_bytes()
         if place.suffix.lower() == ".npy":
             raw = np.load(io.BytesIO(raw), allow_pickle=False)

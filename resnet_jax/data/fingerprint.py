@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet_jax.config import InputError, path_of
+from resnet_jax.config import InputError
 from resnet_jax.data.dataset import Dataset, FileSource, Part, Source, known_labels
 from resnet_jax.data.hugging_face import HuggingFaceSource
 from resnet_jax.data.transforms import resizer
-from resnet_jax.files import read_file, size_of, write_whole
+from resnet_jax.files import parse_path, read_file, size_of, write_whole
 
 FILE = "pictures.npz"
 """Name of the file in a run's folder."""
@@ -50,7 +50,7 @@ def _size_or_hash(source: Source, index: int) -> int:
     if isinstance(source, Part):
         return _size_or_hash(source.source, int(source.indices[index]))
     if isinstance(source, FileSource):
-        return size_of(path_of(source.paths[index], "a picture"))
+        return size_of(parse_path(source.paths[index], "a picture"))
     if isinstance(source, HuggingFaceSource):
         raw = source[index][0]
         return size_of(Path(raw)) if isinstance(raw, str) else abs(_hash(raw))

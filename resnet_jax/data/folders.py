@@ -78,7 +78,7 @@ def entries_of(folder: Path) -> list[Entry]:
         if in_bucket(folder):
             import fsspec
 
-            with bucket_errors():
+            with bucket_errors(folder):
                 for info in fsspec.filesystem("gs").ls(os.fspath(folder), detail=True):
                     path, kind = f"gs://{info['name'].rstrip('/')}", info["type"]
                     if path != os.fspath(folder):  # an object that stands for the folder itself

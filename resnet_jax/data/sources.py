@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.config import DataConfig, InputError, Size, known_size, path_of, sides
+from resnet_jax.config import DataConfig, InputError, Size, known_size, sides
 from resnet_jax.data.dataset import (
     SPLIT_NAMES,
     ArraySource,
@@ -21,6 +21,7 @@ from resnet_jax.data.dataset import (
 )
 from resnet_jax.data.folders import folder_dataset, table_dataset
 from resnet_jax.data.hugging_face import hugging_face_dataset
+from resnet_jax.files import path_of
 
 CHECKED_LABELS = 1000
 """How many labels of a split that lies on the disk are looked at before the first step; the loader checks the rest."""

@@ -18,6 +18,7 @@ from resnet_jax.config import InputError, sides
 from resnet_jax.data.on_device import normalize
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.ops import use_custom_kernels
+from resnet_jax.output import first_line
 from resnet_jax.predict.fold_batch_norm import fold_batch_norm
 from resnet_jax.predict.predictor import Predictor, to_probabilities
 from resnet_jax.weights.export import written_beside
@@ -119,8 +120,9 @@ def write_onnx(served: Any, shape: tuple[int, ...], dtype: Any, metadata: dict[s
         with use_custom_kernels(False):
             graph = to_onnx(served, [jax.ShapeDtypeStruct(("batch", *shape), dtype)], model_name="resnet_jax")
     except Exception as error:  # whatever it raises where it does not know an operation
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"jax2onnx cannot translate this network ({reason[:200]}); take .stablehlo") from error
+        raise InputError(
+            f"jax2onnx cannot translate this network ({first_line(error, 200)}); take .stablehlo"
+        ) from error
     for key, value in metadata.items():
         graph.metadata_props.add(key=key, value=json.dumps(value))
     onnx.save(graph, path)

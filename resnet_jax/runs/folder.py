@@ -14,10 +14,10 @@ import jax
 from jax.sharding import Mesh
 
 from resnet_jax import __version__
-from resnet_jax.config import Config, InputError, differences, path_of, to_dict
-from resnet_jax.files import in_bucket, read_json, to_json, write_whole
+from resnet_jax.config import Config, InputError, differences, to_dict
+from resnet_jax.files import in_bucket, path_of, read_json, to_json, write_whole
 from resnet_jax.output import say
-from resnet_jax.recipe_files import read_recipe, recorded
+from resnet_jax.recipe_files import WrongRecipe, read_recipe, recorded
 from resnet_jax.runs.lock import BucketLock, Lock, hold, live_holder
 from resnet_jax.runs.trackers import split_lines
 from resnet_jax.training.manifest import best_of, checkpoints_of, damage, steps_in
@@ -200,8 +200,8 @@ def runs_under(folder: Path) -> list[dict[str, Any]]:
     """Returns the runs under a folder, at any depth, in a bucket in it and right below it: `folder`, `model`, `data`,
     `step`, `steps`, `best`, `state`, `problem`, by name.
 
-    `state` is `running`, `finished`, `stopped` (the same command goes on), or `damaged` (a file cannot be read, or no
-    checkpoint is sound); `problem` then says which.
+    `state` is `running`, `finished`, `stopped` (the same command goes on), `invalid` (the recipe is JSON, but
+    impossible), or `damaged` (a file cannot be read, or no checkpoint is sound); `problem` then says what is wrong.
     """
     patterns = ("config.json", "*/config.json") if in_bucket(folder) else ("**/config.json",)
     found = sorted(path.parent for pattern in patterns for path in folder.glob(pattern))
@@ -231,7 +231,8 @@ def describe_run(folder: Path) -> dict[str, Any]:
             row["problem"] = f"{folder / 'metrics.jsonl'} has {len(torn)} lines that cannot be read"
         summary = finished(folder, row["step"])
     except (OSError, InputError) as error:
-        return row | {"state": "running" if running else "damaged", "problem": str(error)}
+        state = "running" if running else "invalid" if isinstance(error, WrongRecipe) else "damaged"
+        return row | {"state": state, "problem": str(error)}
     if steps != there:
         bad = next(step for step in there if problems[step])
         row["problem"] = f"{folder / 'checkpoints' / str(bad)}: {problems[bad]}"

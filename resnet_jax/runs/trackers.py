@@ -6,8 +6,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config import InputError, path_of
-from resnet_jax.files import in_bucket, parse_json, read_file, to_json, write_whole
+from resnet_jax.config import InputError
+from resnet_jax.files import in_bucket, parse_json, path_of, read_file, to_json, write_whole
 from resnet_jax.output import say
 
 LIMIT = 1e300

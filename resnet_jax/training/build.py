@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, known, path_of, sides
+from resnet_jax.config import Config, InputError, known, sides
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.data.own_data import own_dataset
 from resnet_jax.data.sources import in_three_splits, load_dataset
+from resnet_jax.files import path_of
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model, model_fields, stride_of, variable_shapes
 from resnet_jax.models.stacking import block_by_block, stack_blocks
@@ -75,7 +76,7 @@ def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainSt
         return state
     weights = find_weights(source)
     try:
-        variables = fit_weights(block_by_block(model), weights.tensors, source, state.params["head"])
+        variables = fit_weights(block_by_block(model), weights.tensors, source, state.params.get("head"))
     except InputError as error:
         its = f" of {weights.name}" if weights.name else ", of which model it does not say"
         raise InputError(f"model.pretrained has weights{its}; model.name is {config.model.name}. {error}") from error

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, path_of
+from resnet_jax.config import Config, InputError
 from resnet_jax.data.dataset import Dataset, default_split, listed, with_outputs
 from resnet_jax.data.fingerprint import changes, described, fingerprint
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import trained_on as count_trained_on
 from resnet_jax.data.loader import BadImages, eval_batches
+from resnet_jax.files import path_of
 from resnet_jax.models.stacking import block_by_block
 from resnet_jax.ops import sharded_batch
 from resnet_jax.output import say

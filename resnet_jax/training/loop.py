@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, path_of, to_dict
+from resnet_jax.config import Config, InputError, to_dict
 from resnet_jax.data.dataset import Dataset, with_outputs
 from resnet_jax.data.fingerprint import changes, described, digest, fingerprint, other_resizer
 from resnet_jax.data.fingerprint import load as load_fingerprint
@@ -26,7 +26,7 @@ from resnet_jax.data.fingerprint import save as save_fingerprint
 from resnet_jax.data.loader import BadImages, check_readable, sampling_table, train_batches, whole_split
 from resnet_jax.data.transforms import resizer
 from resnet_jax.data.watch import check_guard, keep_tracker
-from resnet_jax.files import in_bucket, modified, to_json, write_whole
+from resnet_jax.files import in_bucket, modified, path_of, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.recipe_files import recorded
 from resnet_jax.runs.charts import draw_curves
@@ -50,19 +50,20 @@ from resnet_jax.training.build import (
     state_maker,
     with_weights,
 )
-from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
 from resnet_jax.training.evaluation import Result, goal_of, make_evaluate, scalars, selecting_metric, served
 from resnet_jax.training.finetune import make_phases
 from resnet_jax.training.linear_probe import computes_features_once, head_of, make_features, whole_features
 from resnet_jax.training.losses import Loss
-from resnet_jax.training.manifest import BEST
+from resnet_jax.training.manifest import BEST, Best
 from resnet_jax.training.metrics import Metric, Sums
 from resnet_jax.training.optimizers import OwnOptimizer, make_schedule, warmup_steps
 from resnet_jax.training.parts import Parts, check_recorded, make_parts, names_and_hashes, record
 from resnet_jax.training.programs import compile_phases, steps_in_call, steps_per_call, weights_of_classes
 from resnet_jax.training.resolve import resolve
-from resnet_jax.training.run_progress import Best, RunProgress
+from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import (
+    broadcast_from_first,
     cached_where_sound,
     check_batch,
     make_mesh,
@@ -510,7 +511,7 @@ def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: 
         new_state = state_maker(run.config, run.model, lambda step: 0.0, run.parts.optimizer)
         shapes = sharded_shapes(new_state, run.mesh)
         try:
-            chosen = stacked(run.checkpoints.read(selected, lambda _: shapes), run)
+            chosen = stacked(read_checkpoint(run.folder, lambda _: shapes, str(selected))[0], run)
         except InputError as error:
             say(f"WARNING: {error}; the last step counts in its place", error=True)
             progress.selected = selected = progress.step
@@ -553,15 +554,6 @@ def end_early(run: Run, state: TrainState, step: int, progress: RunProgress) -> 
 def lost(run: Run) -> bool:
     """Returns whether the run has lost its folder, as the first process sees it; all processes ask together."""
     return bool(broadcast_from_first(run.lock is not None and run.lock.lost(now=True)))
-
-
-def broadcast_from_first(number: int) -> int:
-    """Returns the number that the first process gives, in all of them."""
-    if jax.process_count() == 1:
-        return number
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def note_best(folder: Path, best: Best | None) -> None:

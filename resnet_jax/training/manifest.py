@@ -20,13 +20,21 @@ LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 OLDER = "checksums.json"
 """What checkpoints of an older layout have in the manifest's place."""
 
-TRIES = 20
-"""How often checkpoints are looked for anew that a run deletes while they are read."""
+BEST = "best.json"
+"""Names the best checkpoint of a run's folder."""
 
 T = TypeVar("T")
 
 
-class Damaged(Exception):
+class Best(TypedDict):
+    """The best evaluation of a run, as `best.json` holds it; `metric` with its split, such as `validation/accuracy`."""
+
+    step: int
+    metric: str
+    value: float
+
+
+class Damaged(InputError):
     """A file is not what was saved."""
 
 
@@ -39,21 +47,28 @@ def checkpoints_of(workdir: Path) -> Path:
     if in_bucket(workdir):
         return workdir / "checkpoints"
     folder = workdir.resolve() / "checkpoints"
-    try:
-        entries = [folder, *folder.iterdir()] if folder.is_dir() else [folder]
-        if link := next((entry for entry in entries if entry.is_symlink()), None):
-            raise InputError(
-                f"{link} is a link to {os.readlink(link)}, and a run keeps its checkpoints in its own folder: "
-                "move there what the link leads to"
-            )
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read: {error.strerror or error}") from error
+    if link := next((path for path in (folder, *folder.glob("*")) if path.is_symlink()), None):
+        raise InputError(
+            f"{link} is a link to {os.readlink(link)}, and a run keeps its checkpoints in its own folder: move there "
+            "what the link leads to"
+        )
     return folder
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Returns the steps of the checkpoints in a folder, sound or not, the newest first."""
+    found = [path for path in folder.glob("*") if path.name.isascii() and path.name.isdigit() and not is_begun(path)]
+    return sorted((int(path.name) for path in found), reverse=True)
+
+
+def is_begun(folder: Path) -> bool:
+    """Returns whether a checkpoint in a bucket is still being written; on a disk it has another name until then."""
+    return in_bucket(folder) and not any((folder / name).exists() for name in (MANIFEST, *LATER[1:]))
 
 
 def write_manifest(folder: Path) -> None:
     """Writes the manifest of a checkpoint's folder."""
-    names = [name for name in _files(folder) if name not in LATER]
+    names = [name for name in _files(folder) if name not in (MANIFEST, *LATER)]
     with ThreadPoolExecutor(4) as pool:
         sums = pool.map(lambda name: _sum(folder / name), names)
         write_whole(folder / MANIFEST, to_json(dict(zip(names, sums, strict=True))))
@@ -73,76 +88,29 @@ def damage(folder: Path, contents: bool = True) -> str | None:
         return f"{MANIFEST} is missing: it is not whole, or another program's"
     except (NotADirectoryError, InputError) as error:
         return str(error).removeprefix(f"{folder}{os.sep}")
-    if not expected:
-        return f"{MANIFEST} names no file"
-    if outside := next((name for name in expected if os.path.isabs(name) or ".." in Path(name).parts), None):
-        return f"{MANIFEST} is damaged: {outside!r} lies outside of the folder"
 
     def problem(name: str) -> str | None:
         try:
-            size = size_of(folder / name)
-            if size != expected[name][0]:
+            if (size := size_of(folder / name)) != expected[name][0]:
                 return f"{name} has {size} bytes in place of {expected[name][0]}"
             return f"{name} has other contents" if contents and _sum(folder / name) != expected[name] else None
         except OSError:
             return f"{name} is missing or cannot be read"
 
     with ThreadPoolExecutor(4) as pool:
-        return next(filter(None, pool.map(problem, expected)), None)
+        return next(filter(None, pool.map(problem, expected)), None if expected else f"{MANIFEST} names no file")
 
 
-def steps_in(folder: Path) -> list[int]:
-    """Returns the steps of the checkpoints in a folder, sound or not, the newest first."""
-    found = [path for path in folder.glob("*") if path.name.isascii() and path.name.isdigit() and not is_begun(path)]
-    return sorted((int(path.name) for path in found), reverse=True)
-
-
-def is_begun(folder: Path) -> bool:
-    """Returns whether a checkpoint in a bucket is still being written; on a disk it has another name until then."""
-    return in_bucket(folder) and not any((folder / name).exists() for name in (MANIFEST, *LATER[1:]))
-
-
-BEST = "best.json"
-"""Names the best checkpoint of a run's folder."""
-
-
-class Best(TypedDict):
-    """What `best.json` holds; `metric` with its split, such as `validation/accuracy`."""
-
-    step: int
-    metric: str
-    value: float
-
-
-def best_of(folder: Path) -> Best | None:
+def best_of(workdir: Path) -> Best | None:
     """Returns what `best.json` of a run's folder says; None where nothing was selected.
 
     Raises:
       InputError: it is damaged.
     """
     try:
-        return read_json(folder / BEST, Best)
+        return read_json(workdir / BEST, Best)
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def checkpoint_step(folder: Path, wanted: str) -> int:
-    """Returns the step that `best` or a number means in a run's folder.
-
-    Raises:
-      InputError: it is something else, or the run has no such checkpoint.
-    """
-    there = steps_in(checkpoints_of(folder))
-    if wanted == "best":
-        best = best_of(folder)
-        if best is None:
-            raise InputError(f"the run in {folder} has selected no best checkpoint: take --checkpoint latest")
-        wanted = str(best["step"])
-    step = int(wanted) if wanted.isascii() and wanted.isdigit() else -1
-    if step not in there:
-        kept = ", ".join(map(str, there)) or "none"
-        raise InputError(f"--checkpoint {wanted}: give best, latest or the step of one that is kept, which are {kept}")
-    return step
 
 
 def newest_sound(
@@ -156,11 +124,8 @@ def newest_sound(
     Args:
       read: is given a step that is sound; it may raise Damaged all the same, as where it is deleted meanwhile.
       steps: gives those to try in place of all, one after the other.
-
-    Raises:
-      InputError: what `read` raises, or the folder changes faster than it can be read.
     """
-    for _ in range(TRIES):
+    while True:
         problems: dict[int, str] = {}
         there = steps_in(folder)
         for step in there if steps is None else steps():
@@ -175,10 +140,6 @@ def newest_sound(
             problems[step] = problem
         else:
             return None, problems
-    raise InputError(
-        f"the run in {folder.parent} saves and deletes checkpoints faster than one can be read; copy one, or save less "
-        "often with --checkpoint.every_steps, or keep more with --checkpoint.keep"
-    )
 
 
 def read_chosen(workdir: Path, read: Callable[[int], T], checkpoint: str | None = None) -> T:
@@ -192,43 +153,41 @@ def read_chosen(workdir: Path, read: Callable[[int], T], checkpoint: str | None 
       InputError: there is no such checkpoint, or the one that was asked for is damaged.
     """
     folder = checkpoints_of(workdir)
-    if checkpoint is None:
-        try:
-            if best_of(workdir) is not None:
-                return read_chosen(workdir, read, "best")
-        except InputError as error:
-            say(f"WARNING: {error}; the newest sound checkpoint is taken in place of the best one", error=True)
-        checkpoint = "latest"
-    named = None if checkpoint == "latest" else lambda: [checkpoint_step(workdir, checkpoint)]
-    found, problems = newest_sound(folder, lambda step: (step, read(step)), named)
+    try:
+        if checkpoint is None and best_of(workdir) is not None:
+            return read_chosen(workdir, read, "best")
+    except InputError as error:
+        say(f"WARNING: {error}; the newest sound checkpoint is taken in place of the best one", error=True)
+    named = None if checkpoint in (None, "latest") else lambda: [_step_of(workdir, str(checkpoint))]
+    found, problems = newest_sound(folder, read, named)
+    listed = [f"the checkpoint of step {bad} in {workdir} is damaged: {why}" for bad, why in problems.items()]
     if found is None:
-        listed = "; ".join(f"that of step {bad} is damaged: {problem}" for bad, problem in problems.items())
-        if named is None:
-            raise InputError(f"{workdir} holds no checkpoint; {listed or 'the run ended before its first one'}")
-        step, problem = problems.popitem()
-        raise InputError(f"the checkpoint of step {step} in {workdir} is damaged: {problem}")
-    for bad, problem in problems.items():
-        say(
-            f"WARNING: the checkpoint of step {bad} in {workdir} is damaged ({problem}); taking that of step "
-            f"{found[0]} in its place",
-            error=True,
-        )
-    return found[1]
+        why = listed or ["the run ended before its first one"]
+        raise InputError("; ".join(why if named else [f"{workdir} holds no checkpoint", *why]))
+    for problem in listed:
+        say(f"WARNING: {problem}; the newest sound one is taken in its place", error=True)
+    return found
 
 
-def _files(folder: Path) -> list[str]:
-    inside = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-    return [
-        name
-        for path in inside
-        for name in ([f"{path.name}/{deeper}" for deeper in _files(path)] if path.is_dir() else [path.name])
-    ]
+def _step_of(workdir: Path, wanted: str) -> int:
+    """Step that `best` or a number means; raises InputError where the run has no such checkpoint."""
+    there, best = steps_in(checkpoints_of(workdir)), best_of(workdir) if wanted == "best" else None
+    if wanted == "best" and best is None:
+        raise InputError(f"the run in {workdir} has selected no best checkpoint: take --checkpoint latest")
+    if (step := str(best["step"] if best else wanted)) not in map(str, there):
+        kept = ", ".join(map(str, there)) or "none"
+        raise InputError(f"--checkpoint {step}: give best, latest or the step of one that is kept, which are {kept}")
+    return int(step)
+
+
+def _files(folder: Path, begin: str = "") -> list[str]:
+    found: list[str] = []
+    for path in folder.iterdir():
+        found += _files(path, f"{begin}{path.name}/") if path.is_dir() else [begin + path.name]
+    return sorted(found)
 
 
 def _sum(path: Path) -> tuple[int, str]:
-    whole, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while block := file.read(2**22):
-            whole.update(block)
-            size += len(block)
-    return size, whole.hexdigest()
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), sha256

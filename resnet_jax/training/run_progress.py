@@ -1,18 +1,11 @@
 """What a run carries beside the state: what it has selected, skipped, and still has to do."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 
 from resnet_jax.config import InputError
 from resnet_jax.training.checkpoints import Record
-
-
-class Best(TypedDict):
-    """The best evaluation so far: its step, and name and value of the metric."""
-
-    step: int
-    metric: str
-    value: float
+from resnet_jax.training.manifest import Best
 
 
 @dataclass

@@ -169,3 +169,12 @@ def put(tree: Any, shardings: Any) -> Any:
     if isinstance(shardings, Sharding):
         return jax.tree.map(lambda x: give_each_device_its_part(x, shardings), tree)
     return jax.tree.map(give_each_device_its_part, tree, shardings)
+
+
+def broadcast_from_first(number: int) -> int:
+    """Returns the number that the first process gives, in all of them."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

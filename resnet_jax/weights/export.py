@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from safetensors import SafetensorError
 
-from resnet_jax.config import InputError, known, path_of
-from resnet_jax.files import in_bucket, write_whole
+from resnet_jax.config import InputError, known
+from resnet_jax.files import in_bucket, path_of, write_whole
 from resnet_jax.models.registry import create_model
 from resnet_jax.weights.convert import to_torch
 from resnet_jax.weights.load import fit_weights, model_of, names_of_outputs, preprocessing_of

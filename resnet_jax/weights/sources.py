@@ -19,10 +19,10 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
-from resnet_jax.config import Config, InputError, ModelConfig, from_dict, known, known_size, path_of, sides
-from resnet_jax.files import in_bucket, read_file, read_json
+from resnet_jax.config import Config, InputError, ModelConfig, from_dict, known, known_size, sides
+from resnet_jax.files import in_bucket, path_of, read_file, read_json
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest, variable_shapes
-from resnet_jax.output import say
+from resnet_jax.output import first_line, say
 from resnet_jax.typed import shown, shown_name, typed
 from resnet_jax.weights.convert import as_array, to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag, tags_of
@@ -307,8 +307,7 @@ def check_fields(name: str, fields: dict[str, Any], where: str) -> None:
     try:
         variable_shapes(create_model(name, **fields))
     except Exception as error:  # whatever flax and JAX raise where a field is not of its type or range
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{where}: {shown_name(name)} cannot have these fields: {reason[:200]}") from error
+        raise InputError(f"{where}: {shown_name(name)} cannot have these fields: {first_line(error, 200)}") from error
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -323,13 +322,16 @@ def _from_run(folder: Path, checkpoint: str | None) -> Weights:
     check_recorded(folder, NO_PARTS, accept=True, needed=("model",))
     step, record, variables = read_variables(folder, checkpoint)
     config = from_dict(record["recipe"])
-    fields: dict[str, Any] = {"num_classes": variables["params"]["head"]["bias"].shape[0]}
+    head = variables["params"].get("head", {}).get("bias")
+    fields: dict[str, Any] = {"num_classes": len(record["class_names"]) if head is None else head.shape[0]}
     fields |= model_fields(replace(config.model, scan=False))
     fields |= {} if config.data.channels == 3 else {"in_channels": config.data.channels}
     name = known(config.model.name, "model.name")
-    if hasattr(create_model(name), "image_size"):
+    model: Any = create_model(name, **fields)
+    if hasattr(model, "image_size"):
         fields["image_size"] = min(sides(config.data.image_size))
-    tensors = to_torch(create_model(name, **fields), variables)
+        model = model.clone(image_size=fields["image_size"])
+    tensors = to_torch(model, variables)
     preprocessing = preprocessing_in(config)
     names = tuple(record["class_names"])
     calibration = read_calibration(folder, step, fields["num_classes"])

@@ -226,7 +226,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_the_next(tmp
         read.append(step)
         if step < 5:
             save(step + 1)
-        with unreadable_is_damaged():
+        with unreadable_is_damaged(tmp_path):
             return (tmp_path / str(step) / "state").read_text()
 
     save(1)

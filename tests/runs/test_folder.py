@@ -26,15 +26,20 @@ def test_lines_beyond_a_checkpoint_go_and_a_torn_one_too(tmp_path):
 
 
 def test_runs_of_every_state_are_listed(tmp_path):
-    for name in ("damaged", "broken", "new", "no run"):
+    for name in ("damaged", "broken", "impossible", "new", "no run"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(to_dict(Config())))
-    for name in ("damaged", "broken", "new"):
+    for name in ("damaged", "broken", "impossible", "new"):
         (tmp_path / name / "metrics.jsonl").write_text("")
     (tmp_path / "damaged" / "checkpoints" / "7" / "state").mkdir(parents=True)
     (tmp_path / "broken" / "config.json").write_text("{")
-    rows = {os.path.basename(row["folder"]): row["state"] for row in runs_under(tmp_path)}
-    assert rows == {"damaged": "damaged", "broken": "damaged", "new": "stopped"}
+    recipe = to_dict(Config())
+    recipe["train"]["batch_size"] = -4
+    (tmp_path / "impossible" / "config.json").write_text(json.dumps(recipe))
+    rows = {os.path.basename(row["folder"]): row for row in runs_under(tmp_path)}
+    states = {name: row["state"] for name, row in rows.items()}
+    assert states == {"damaged": "damaged", "broken": "damaged", "impossible": "invalid", "new": "stopped"}
+    assert rows["impossible"]["problem"].endswith("no possible recipe: train.batch_size must be at least 1, and is -4")
     assert open_workdir(tmp_path / "new", Config()) == tmp_path / "new"
 
 

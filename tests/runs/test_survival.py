@@ -267,16 +267,12 @@ def test_what_is_drawn_of_a_run_comes_last_and_is_made_up_for(tmp_path):
 def test_a_last_checkpoint_or_summary_that_cannot_be_written_is_its_own_status(tmp_path):
     full = "raise OSError(28, 'No space left on device')"
     fault = f"""
-save = checkpoints.Checkpoints.save
-def refuse(self, step, state, record):
-    if step < 40:
-        return save(self, step, state, record)
-    try:
+save = checkpoints.ocp.AsyncCheckpointer.save
+def refuse(self, folder, *rest, **named):
+    if folder.name == "40":
         {full}
-    except OSError as error:
-        self._writing = step
-        self._failed(error)
-checkpoints.Checkpoints.save = refuse
+    save(self, folder, *rest, **named)
+checkpoints.ocp.AsyncCheckpointer.save = refuse
 """
     _, err = finish(faulty(fault, tmp_path), 3)
     assert "the checkpoint of the last step, 40, could not be written" in err and "Traceback" not in err

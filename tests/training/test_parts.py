@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import textwrap
 
 import flax.linen as nn
@@ -286,7 +287,8 @@ def test_a_run_notes_the_parts_of_a_recipe_file(own_run):
 )
 def test_every_command_takes_the_parts_of_a_recipe_file(command, own_run, monkeypatch, capsys):
     monkeypatch.chdir(own_run)
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):  # which plan sets
+        monkeypatch.setenv(name, os.environ[name])
     words = command.replace("RUN", "run").split()
     assert main([*words, "--config", "mine.py"]) == 0
     out = capsys.readouterr().out
@@ -357,7 +359,14 @@ def test_a_metric_of_ones_own_needs_a_goal(tmp_path):
         rj.train(recipe(2, metric="a"), tmp_path, model=Net(), dataset=DATA, metrics={"a": likelihood})
 
 
-def test_a_recipe_that_cannot_be_run_twice_is_run_once(tmp_path, capsys):
+def test_a_metric_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    with pytest.raises(rj.InputError, match=r"train.metric recall is none of auto, none, loss, accuracy, macro_recall"):
+        rj.train(recipe(2, metric="recall"), tmp_path, model=Net(), dataset=DATA)
+
+
+def test_a_recipe_that_cannot_be_run_twice_is_run_once(tmp_path, capsys, monkeypatch):
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
+        monkeypatch.setenv(name, os.environ[name])
     (tmp_path / "loud.py").write_text(
         textwrap.dedent("""
         import resnet_jax as rj
