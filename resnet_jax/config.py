@@ -202,15 +202,15 @@ class AugmentConfig:
     """Random changes to training images, and the crop of those that are evaluated."""
 
     crop: Literal["none", "pad", "random_resized"] | None = None
-    """pad: add a border and cut out the size again; random_resized: cut out an area and resize it; none: resize. None
+    """pad: a border, then a cut of the size; random_resized: an area of it, resized; none: resize. None
     takes pad for images of up to 64 pixels and random_resized for larger ones."""
     pad: int | None = option(None, "[0, 1024]")
     """Width of that border in pixels; None takes an eighth of the side."""
     area: tuple[float, float] = option((0.08, 1.0), "(0, 1]")
     """Least and greatest share of the image that random_resized cuts out."""
     flip: Literal["none", "random", "alternating"] | None = None
-    """Mirror left and right: half of the images of every epoch by chance, or each image in every second epoch. None
-    takes random, and none for the digits."""
+    """Mirror left and right: half of the images by chance, or each in every second epoch. None takes random; for the
+    digits and where labels are no classes none."""
     flip_vertical: bool = False
     """Mirror half of the images top to bottom too, as aerial and microscopic pictures allow. Host data only."""
     color_jitter: float = option(0.0, "[0, 1)")
