@@ -86,12 +86,8 @@ class Console:
             self._text.plain = self._line(step)
         elif ended or (time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES and step < self._total):
             self._last_line = time.perf_counter()
-            done = step - self._start
-            left = (
-                f"  {(self._total - step) * (self._last_line - self._began) / done:.0f} s left"
-                if done and step < self._total
-                else ""
-            )
+            done = step - self._start if step < self._total else 0
+            left = f"  {(self._total - step) * (self._last_line - self._began) / done:.0f} s left" if done else ""
             say(f"step {step}/{self._total}  {self._line(step)}{left}")
             self._numbers.clear()
 
