@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.config import Config, InputError, Size, known, known_size, sides, works_on_host
-from resnet_jax.data.dataset import Dataset, Source
+from resnet_jax.data.dataset import Dataset, Source, listed
 from resnet_jax.data.decode import BadImage, decode
 from resnet_jax.data.transforms import fit
+from resnet_jax.data.watch import awaited
 from resnet_jax.models.registry import create_model, variable_shapes
 from resnet_jax.recipe_files import load_config
 from resnet_jax.training.build import data_of
@@ -122,7 +123,7 @@ def resolve(config: Config, parts: Parts = NO_PARTS, before: Config | None = Non
         size, origin = usual_size(config, parts)
         if size is None:
             dataset = data_of(config, parts) if read and config.data.dataset != "synthetic" else None
-            size, origin = size_of_pictures(dataset, config.data.channels)
+            size, origin = size_of_pictures(dataset, config)
         take({"data.image_size": size}, origin)
     if parts.dataset is not None and read and None in (config.augment.crop, config.augment.flip):
         dataset = dataset or data_of(config, parts)
@@ -224,26 +225,31 @@ def usual_size(config: Config, parts: Parts) -> tuple[Size | None, str]:
     return (32 if name.startswith("cifar_") else 224), origin
 
 
-def size_of_pictures(dataset: Dataset | None, channels: int) -> tuple[Size, str]:
+def size_of_pictures(dataset: Dataset | None, config: Config) -> tuple[Size, str]:
     """Returns the size of the training pictures where some of them are all of one size that is usual, else 224."""
     if dataset is not None:
-        found = {picture.shape[:2] for picture in sample(dataset.train, channels, 20)}
+        found = {picture.shape[:2] for picture in sample(dataset.train, config, 20)}
         if len(found) == 1 and max(size := found.pop()) <= 512:
             return (size[0] if size[0] == size[1] else size), "the size of the training pictures"
     return 224, "usual, since the pictures are large or of several sizes"
 
 
 def sample(
-    source: Source, channels: int, most: int, size: Size | None = None, interpolation: str = "bilinear"
+    source: Source, config: Config, most: int, size: Size | None = None, interpolation: str = "bilinear"
 ) -> Iterator[np.ndarray]:
     """Yields up to `most` pictures of a split, evenly over it, as arrays [height, width, channel]; those that cannot be
     decoded are left out.
 
     Args:
       size: that they are resized to; None leaves them as they are.
+
+    Raises:
+      Stalled: nothing came for `data.timeout` seconds; the message names the pictures under way.
     """
+    channels, under_way = config.data.channels, set[int]()
 
     def read(index: int) -> np.ndarray | None:
+        under_way.add(index)
         raw = source[index][0]
         try:
             if size is None:
@@ -251,11 +257,20 @@ def sample(
             return np.asarray(fit(raw, size, interpolation=interpolation, channels=channels))
         except BadImage:
             return None
+        finally:
+            under_way.discard(index)
+
+    def read_all() -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(8) as threads:
+            for first in range(0, len(places), 32):  # few at a time lie in memory
+                yield from (picture for picture in threads.map(read, places[first : first + 32]) if picture is not None)
+
+    def explain() -> str:
+        names = listed([source.describe(index) for index in sorted(under_way)])
+        return f"under way were {names}, to learn size, mean or deviation from"
 
     places = np.unique(np.linspace(0, len(source) - 1, min(len(source), most)).round().astype(int)).tolist()
-    with ThreadPoolExecutor(8) as threads:
-        for first in range(0, len(places), 32):  # few at a time lie in memory
-            yield from (picture for picture in threads.map(read, places[first : first + 32]) if picture is not None)
+    yield from awaited(read_all(), config.data.timeout, explain)
 
 
 def measure(source: Source, config: Config) -> tuple[tuple[float, ...], tuple[float, ...], int]:
@@ -270,7 +285,7 @@ def measure(source: Source, config: Config) -> tuple[tuple[float, ...], tuple[fl
     channels, count, pixels = config.data.channels, 0, 0
     total, squares = np.zeros(channels), np.zeros(channels)
     how = known(config.augment.interpolation, "augment.interpolation")
-    for picture in sample(source, channels, MEASURED, config.data.image_size, how):
+    for picture in sample(source, config, MEASURED, config.data.image_size, how):
         values = picture.reshape(-1, channels).astype(np.float64) / (255.0 if picture.dtype == np.uint8 else 1.0)
         count, pixels = count + 1, pixels + len(values)
         total, squares = total + values.sum(0), squares + (values**2).sum(0)

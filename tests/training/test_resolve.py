@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 from resnet_jax import Dataset, InputError
 from resnet_jax.cli import main
 from resnet_jax.config import AugmentConfig, Config, DataConfig, FinetuneConfig, ModelConfig, to_dict
+from resnet_jax.data.dataset import ArraySource
+from resnet_jax.data.watch import Stalled
 from resnet_jax.recipe_files import load_config, recorded
 from resnet_jax.training import loop, resolve
 from resnet_jax.training.parts import Parts
@@ -177,3 +180,19 @@ def test_a_start_that_failed_binds_nothing(photographs, tmp_path, monkeypatch, c
     assert "data.mean 0." in out and "measured on" in out and "; data.on_device True (the training images take" in out
     assert "schedule.warmup_epochs 2 is" in out and "shortened to 0" in out
     assert "\nstep 1/2  epoch 0." in out and "  loss " in out.partition("\nstep 1/2")[2].splitlines()[0]
+
+
+def test_a_picture_that_never_comes_is_named_while_it_is_measured(monkeypatch):
+    fit, over = resolve.fit, threading.Event()
+
+    def hangs(raw, *given, **options):
+        if raw[0, 0, 0] == 255:
+            over.wait(20)
+        return fit(raw, *given, **options)
+
+    monkeypatch.setattr(resolve, "fit", hangs)
+    source = ArraySource(np.repeat(np.arange(253, 256, dtype=np.uint8), 192).reshape(3, 8, 8, 3), np.zeros(3, int))
+    config = Config(data=DataConfig(image_size=8, timeout=0.5), augment=AugmentConfig(interpolation="bilinear"))
+    threading.Timer(1.5, over.set).start()
+    with pytest.raises(Stalled, match=r"= 0.5 seconds: under way were example 2 of the arrays, to learn size, mean or"):
+        resolve.measure(source, config)
