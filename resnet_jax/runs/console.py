@@ -74,7 +74,7 @@ class Console:
           step: the number of steps done.
           numbers: by their names in metrics.jsonl; names that are not shown are ignored.
         """
-        if "test/loss" in numbers:
+        if any(name.startswith(("test/", "ema/test/")) for name in numbers):
             return
         self._numbers |= {name: (step, value) for name, value in numbers.items()}
         evaluation = any(name.startswith(("validation/", "ema/validation/")) for name in numbers)
