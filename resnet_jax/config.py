@@ -136,8 +136,8 @@ class DataConfig:
     label_column: str | None = option(None, may_change_on_resume=True)
     """Column of the labels in hf: and parquet:; None finds it by its type."""
     image_size: Size | None = option(None, "[1, 16384]")
-    """Side of training images in pixels, or height and width. None takes that of the weights, else what is usual for
-    the model: 32 for cifar_*, else 224."""
+    """Side or height and width in pixels. It is that of training images. None takes that of the weights, else what is
+    usual for the model: 32 for cifar_*, else 224."""
     eval_image_size: Size | None = option(None, "[1, 16384]")
     """The same of images that are evaluated; None for image_size."""
     channels: int = option(3, "[1, 4096]")
@@ -202,7 +202,7 @@ class AugmentConfig:
     """Random changes to training images, and the crop of those that are evaluated."""
 
     crop: Literal["none", "pad", "random_resized"] | None = None
-    """pad: a border, then a cut of the size; random_resized: an area of it, resized; none: resize. None
+    """pad: a border, then a random cut; random_resized: an area, resized; none: resize. None
     takes pad for images of up to 64 pixels and random_resized for larger ones."""
     pad: int | None = option(None, "[0, 1024]")
     """Width of that border in pixels; None takes an eighth of the side."""
