@@ -46,6 +46,7 @@ def prepared(size: int, batch: int) -> tuple[Any, Any, Any]:
     from resnet_jax.training.build import build_model, state_maker
     from resnet_jax.training.optimizers import make_optimizer
     from resnet_jax.training.programs import recipe_step
+    from resnet_jax.training.resolve import resolve
     from resnet_jax.training.sharding import compiler_options, run_in_caller
 
     run_in_caller()
@@ -55,6 +56,7 @@ def prepared(size: int, batch: int) -> tuple[Any, Any, Any]:
         AugmentConfig(crop="none"),
         train=TrainConfig(batch_size=batch),
     )
+    config = resolve(config).config
     model = build_model(config, 1000)
     step = recipe_step(config, model, make_optimizer(config.optimizer, lambda step: 0.01))
     rng = np.random.default_rng(0)

@@ -26,12 +26,14 @@ def one_step(name: str, remat: str) -> Any:
         from resnet_jax.runs.forecast import forecast
         from resnet_jax.training.build import build_model, in_form, state_maker
         from resnet_jax.training.programs import recipe_step
+        from resnet_jax.training.resolve import resolve
 
         config = Config(
             ModelConfig(name, num_classes=10, scan=True, remat=remat),  # type: ignore[arg-type]
             DataConfig(image_size=SIZE),
             train=TrainConfig(batch_size=BATCH, ema_decay=None),
         )
+        config = resolve(config).config
         temporary = forecast(config, 1)["temporary"]
         model = build_model(config, 10)
         optimizer = optax.trace(0.0)  # the state then is the gradient itself

@@ -27,8 +27,11 @@ def decode(folder: str, into: Path) -> int:
     from resnet_jax.config import Config, DataConfig
     from resnet_jax.data.loader import BadImages, whole_split
     from resnet_jax.data.sources import load_dataset
+    from resnet_jax.recipe_files import load_config
+    from resnet_jax.training.resolve import filled
 
     config, bad = Config(data=DataConfig(dataset=f"folder:{folder}", image_size=32)), BadImages("error")
+    config = filled(config, load_config("digits_resnet20"))
     dataset = load_dataset(config.data, seed=0, hold_out=False)
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         np.savez(into / name, **whole_split(split, config, bad))
@@ -119,6 +122,7 @@ def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, in_one_cal
     from resnet_jax.training.build import build_model, state_maker
     from resnet_jax.training.optimizers import make_optimizer, make_schedule
     from resnet_jax.training.programs import draw_from, recipe_step
+    from resnet_jax.training.resolve import resolve
     from resnet_jax.training.several_steps import steps_on_device
     from resnet_jax.training.sharding import compiler_options, make_mesh
 
@@ -130,6 +134,7 @@ def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, in_one_cal
         schedule=c.ScheduleConfig(name="one_cycle"),
         train=c.TrainConfig(batch_size=BATCH, seed=seed, ema_decay=None),
     )
+    config = resolve(config).config
     model, schedule = build_model(config, 10), make_schedule(config, steps, steps / epochs)
     train_step = recipe_step(config, model, make_optimizer(config.optimizer, schedule))
     device_step = steps_on_device(train_step, draw_from(config, make_mesh(1)), in_one_call)

@@ -67,7 +67,7 @@ def transfer(root: Path, work: Path, seeds: int, epochs: float) -> list[dict[str
     print(f"pretrained on {len(old)} classes: {first['test']['accuracy']:.2%}")
     source = c.ModelConfig(name="cifar_resnet20", pretrained=str(work / "pretrained"))
     slow = c.OptimizerConfig(learning_rate=0.02, clip_norm=1.0)
-    still = c.AugmentConfig(crop="none")
+    still = c.AugmentConfig(crop="none", flip="none")
     ways = {
         "from scratch": {},
         "from scratch, 4 x as long": {"longer": 4},
@@ -129,7 +129,7 @@ def imbalance(work: Path, seeds: int, epochs: float) -> list[dict[str, Any]]:
         for way, sections in ways.items():
             sections = dict(sections)
             sampling = sections.pop("sampling", "natural")
-            still = c.AugmentConfig(crop="pad", pad=1)
+            still = c.AugmentConfig(crop="pad", pad=1, flip="none")
             config = base(dataset, SIDE, seed, epochs, 64, augment=still, **sections)
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, sampling=sampling))
             found[way].append(train(config, work / f"{way}-{seed}")["test"]["macro_recall"])

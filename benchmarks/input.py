@@ -51,7 +51,8 @@ def ours_in_process(folder: str, more: str = "") -> Any:
     from resnet_jax.config import AugmentConfig
     from resnet_jax.data.transforms import augment
 
-    files, recipe = files_in(folder), AugmentConfig(crop="random_resized", flip="random", **MORE.get(more, {}))
+    files, random = files_in(folder), {"crop": "random_resized", "flip": "random", "interpolation": "bilinear"}
+    recipe = AugmentConfig(**(random | MORE.get(more, {})))
 
     def call() -> None:
         for i, path in enumerate(files):
@@ -127,7 +128,7 @@ def our_batches(folder: str, workers: int, batch: int) -> Any:
     config = dataclasses.replace(
         Config(),
         data=DataConfig(image_size=SIZE, on_device=False, workers=workers),
-        augment=AugmentConfig(crop="random_resized", flip="random"),
+        augment=AugmentConfig(crop="random_resized", flip="random", interpolation="bilinear"),
         train=TrainConfig(batch_size=batch),
     )
     source = FileSource(tuple(files), (0,) * len(files))

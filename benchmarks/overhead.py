@@ -16,12 +16,12 @@ def host_rows(rounds: int) -> list[dict[str, Any]]:
     import jax.numpy as jnp
     import numpy as np
 
-    from resnet_jax.config import Config
     from resnet_jax.data.sources import load_dataset
+    from resnet_jax.recipe_files import load_config
     from resnet_jax.training.build import build_model, state_maker
     from resnet_jax.training.programs import STEPS_PER_CALL
 
-    config = Config()
+    config = load_config("digits_resnet20")
     dataset = load_dataset(config.data, 0)
     state = state_maker(config, build_model(config, len(dataset.class_names)), lambda step: 0.1)()
     data = {"image": jnp.zeros((1437, 8, 8, 3), jnp.uint8), "label": jnp.zeros(1437, jnp.int32)}

@@ -23,9 +23,11 @@ def scaled_step(name: str, size: int, each: int, dtype: str, devices: int, strat
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
     from resnet_jax.data.loader import BadImages, whole_split
     from resnet_jax.data.sources import load_dataset
+    from resnet_jax.recipe_files import load_config
     from resnet_jax.training.build import build_model, state_maker
     from resnet_jax.training.optimizers import make_optimizer
     from resnet_jax.training.programs import compile_steps
+    from resnet_jax.training.resolve import filled
     from resnet_jax.training.sharding import make_mesh, put_everywhere, put_state, replicated, state_sharding
 
     data = DataConfig("synthetic", image_size=size, synthetic_size=2 * each * devices, synthetic_classes=10)
@@ -36,6 +38,7 @@ def scaled_step(name: str, size: int, each: int, dtype: str, devices: int, strat
         train=TrainConfig(batch_size=each * devices, ema_decay=None, steps_per_call=1),
         parallel=ParallelConfig(strategy=strategy),
     )
+    config = filled(config, load_config("digits_resnet20"))
     dataset, mesh = load_dataset(data, 0), make_mesh(devices)
     model = build_model(config, 10)
     state = put_state(state_maker(config, model, lambda step: 0.01)(), mesh)

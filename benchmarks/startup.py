@@ -34,8 +34,10 @@ from resnet_jax.training.sharding import compiler_options
 from resnet_jax.training.build import build_model, in_form, state_maker
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import recipe_step
+from resnet_jax.training.resolve import resolve
 config = Config(model=ModelConfig(name={name!r}, {more}), data=DataConfig(image_size=32, on_device=False),
                 train=TrainConfig(batch_size=8, ema_decay=None), augment=AugmentConfig(crop="none"))
+config = resolve(config).config
 model = build_model(config, 10)
 schedule = lambda step: 0.1
 jax.devices()

@@ -41,6 +41,7 @@ def jax_train_step(
     from resnet_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
     from resnet_jax.training.optimizers import make_optimizer
     from resnet_jax.training.programs import draw_from, recipe_step
+    from resnet_jax.training.resolve import resolve
     from resnet_jax.training.several_steps import steps_on_batches, steps_on_device
     from resnet_jax.training.sharding import batch_sharding, compiler_options, make_mesh, run_in_caller
     from resnet_jax.training.state import create_state
@@ -55,6 +56,7 @@ def jax_train_step(
         optimizer=OptimizerConfig(weight_decay=1e-4),
         train=TrainConfig(batch_size=batch, ema_decay=None),
     )
+    config = resolve(config).config
     model = network(name, classes, dtype, example)
     optimizer = make_optimizer(config.optimizer, lambda step: 0.01)
     state = jax.jit(lambda: create_state(model, optimizer, jax.random.key(0), (size, size, 3), ema=False))()

@@ -22,7 +22,16 @@ from resnet_jax.files import in_bucket, local_path, path_of, to_json
 from resnet_jax.lab.captions import TITLES
 from resnet_jax.output import fail, say
 from resnet_jax.recipe_files import load_config, load_recipe
-from resnet_jax.recipe_flags import Recipe, ShortRecipe, check_names, checked, recipe_to_change, spelt_out, unchecked
+from resnet_jax.recipe_flags import (
+    Recipe,
+    ShortRecipe,
+    check_names,
+    checked,
+    recipe_to_change,
+    spelt_out,
+    unchecked,
+    with_values,
+)
 from resnet_jax.typed import InputError
 
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name="")]  # type: ignore[valid-type]
@@ -684,7 +693,7 @@ resnet-jax COMMAND --help tells more, resnet-jax --version which version this is
 def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | None = None) -> Any:
     """Calls the command that a command line names; returns what it returns.
 
-    What flags change is the recipe of `--config`, else that of the run in `--workdir`, else the digits.
+    What flags change is the recipe of `--config`, else that of the run in `--workdir`, else `Config()`.
 
     Args:
       commands: name -> function; by default `COMMANDS`.
@@ -701,7 +710,7 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
     if os.environ.get("NO_COLOR") and name in commands:
         commands[name] = without_colours(commands[name])
     if "recipe" in own:
-        arguments = spelt_out(arguments)
+        arguments = with_values(spelt_out(arguments))
         kind = ShortRecipe if {"--help", "-h"} & set(arguments) else Recipe
         check_names(arguments[1:], [*own, "json", "help_all"])
         changed = unchecked(recipe_to_change(arguments), kind)

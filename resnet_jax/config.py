@@ -1,6 +1,7 @@
-"""The recipe of a run: frozen dataclasses with their own checks, to and from JSON. `Config()` is the digits recipe.
+"""The recipe of a run: frozen dataclasses with their own checks, to and from JSON.
 
-Every field is a flag of `resnet-jax train`, such as `--train.batch_size 64`, and its docstring the flag's help.
+Every field is a flag of `resnet-jax train`, such as `--train.batch_size 64`, and its docstring the flag's help. What
+depends on model, weights or data is None until a run begins, where `training.resolve` finds it.
 """
 
 import dataclasses
@@ -8,7 +9,7 @@ import math
 import re
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from resnet_jax.files import local_path, parse_path
 from resnet_jax.typed import InputError, check_limits, require, shown, typed
@@ -22,9 +23,39 @@ SYNTHETIC_BYTES = 2**35
 """Most that the synthetic images of a recipe may take."""
 
 
-def sides(size: Size) -> tuple[int, int]:
-    """Returns height and width."""
-    return (size, size) if isinstance(size, int) else size
+Value = TypeVar("Value")
+
+
+def known(value: Value | None, name: str) -> Value:
+    """Returns the value of a field that is None until a run begins.
+
+    Args:
+      name: of the field, such as `data.mean`.
+
+    Raises:
+      InputError: it is still None.
+    """
+    if value is None:
+        raise InputError(
+            f"{name} is None, which only the start of a run resolves: give it, or take "
+            "resnet_jax.training.resolve.resolve(config).config"
+        )
+    return value
+
+
+def known_size(size: Size | None) -> Size:
+    """Returns a `data.image_size` as `known` does."""
+    return known(size, "data.image_size")  # type: ignore[return-value]  # mypy makes an object of the union
+
+
+def sides(size: Size | None) -> tuple[int, int]:
+    """Returns height and width.
+
+    Raises:
+      InputError: it is None, a `data.image_size` that nothing has resolved.
+    """
+    found = known_size(size)
+    return (found, found) if isinstance(found, int) else found
 
 
 def option(default: Any, limits: str | None = None, *, may_change_on_resume: bool = False) -> Any:
@@ -41,13 +72,14 @@ def option(default: Any, limits: str | None = None, *, may_change_on_resume: boo
 class ModelConfig:
     """The network."""
 
-    name: str = "cifar_resnet20"
-    """A name from `resnet-jax models`."""
+    name: str | None = None
+    """A name from `resnet-jax models`. None takes the model of the pretrained weights, and without any
+    cifar_resnet20."""
     num_classes: int | None = option(None, "[1, 10000000]")
     """Outputs of the head; None takes the number of classes in the data."""
     pretrained: str | None = None
-    """Weights to start from: a tag such as resnet50.tv2_in1k, a file, hf-hub:OWNER/NAME, a run's folder. Preprocessing
-    fields that the recipe leaves at their defaults become those of the weights."""
+    """Weights to start from: a tag such as resnet50.tv2_in1k, a file, hf-hub:OWNER/NAME, a run's folder. Their model
+    and preprocessing count where the recipe gives none."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and convolutions; parameters, statistics, logits and loss are float32 always."""
     shortcut: Literal["A", "B", "C", "D", "none"] | None = None
@@ -103,8 +135,9 @@ class DataConfig:
     """Column of the images in hf: and parquet:; None finds it by its type."""
     label_column: str | None = option(None, may_change_on_resume=True)
     """Column of the labels in hf: and parquet:; None finds it by its type."""
-    image_size: Size = option(8, "[1, 16384]")
-    """Side of training images in pixels, or height and width."""
+    image_size: Size | None = option(None, "[1, 16384]")
+    """Side or height and width in pixels. It is that of training images. None takes that of the weights, else what is
+    usual for the model: 32 for cifar_*, else 224."""
     eval_image_size: Size | None = option(None, "[1, 16384]")
     """The same of images that are evaluated; None for image_size."""
     channels: int = option(3, "[1, 4096]")
@@ -117,12 +150,14 @@ class DataConfig:
     """Resume although pictures of the training split were added, lost, moved or relabelled."""
     sampling: Literal["natural", "balanced"] = "natural"
     """balanced: every class is drawn equally often, the pictures of small ones again and again."""
-    mean: tuple[float, ...] = option((0.305, 0.305, 0.305), "[-MOST, MOST]")
-    """Subtracted from the channels of pixels in [0, 1]; their mean, where the number of channels is another."""
-    std: tuple[float, ...] = option((0.376, 0.376, 0.376), "[1e-30, MOST]")
-    """What the channels are divided by afterwards."""
-    on_device: bool = True
-    """Keep the data on the accelerator; indices, crops and flips are then drawn inside the compiled step."""
+    mean: tuple[float, ...] | None = option(None, "[-MOST, MOST]")
+    """Subtracted from the channels of pixels in [0, 1]; their mean, where the number of channels is another. None takes
+    that of the weights, else measures it on up to 1,000 training pictures."""
+    std: tuple[float, ...] | None = option(None, "[1e-30, MOST]")
+    """What the channels are divided by afterwards; None as for mean."""
+    on_device: bool | None = None
+    """Keep the data on the accelerator; indices, crops and flips are then drawn inside the compiled step. None does so
+    where the training images take less than 1 GiB and nothing works on the host."""
     workers: int = option(0, "[0, 1024]", may_change_on_resume=True)
     """Processes that decode; 0 decodes in threads of this process."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -150,10 +185,11 @@ class DataConfig:
             local_path(self.data_dir, "data.data_dir")
         for name, values in (("mean", self.mean), ("std", self.std)):
             require(
-                len(values) in (1, 3, self.channels),
-                f"data.{name} has {len(values)} values: give one for each of the {self.channels} channels",
+                values is None or len(values) in (1, 3, self.channels),
+                f"data.{name} has {len(values or ())} values: give one for each of the {self.channels} channels",
             )
-        count = self.synthetic_size * math.prod(sides(self.image_size)) * self.channels
+        pixels = 0 if self.image_size is None else math.prod(sides(self.image_size))
+        count = self.synthetic_size * pixels * self.channels
         require(
             self.dataset != "synthetic" or count <= SYNTHETIC_BYTES,
             f"data.synthetic_size {self.synthetic_size}: its images take {count / 2**30:,.0f} GiB of memory; take "
@@ -165,14 +201,16 @@ class DataConfig:
 class AugmentConfig:
     """Random changes to training images, and the crop of those that are evaluated."""
 
-    crop: Literal["none", "pad", "random_resized"] = "pad"
-    """pad: add a border and cut out the size again; random_resized: cut out an area and resize it; none: resize."""
-    pad: int = option(1, "[0, 1024]")
-    """Width of that border in pixels."""
+    crop: Literal["none", "pad", "random_resized"] | None = None
+    """pad: a border, then a random cut; random_resized: an area, resized; none: resize. None
+    takes pad for images of up to 64 pixels and random_resized for larger ones."""
+    pad: int | None = option(None, "[0, 1024]")
+    """Width of that border in pixels; None takes an eighth of the side."""
     area: tuple[float, float] = option((0.08, 1.0), "(0, 1]")
     """Least and greatest share of the image that random_resized cuts out."""
-    flip: Literal["none", "random", "alternating"] = "none"
-    """Mirror left and right: half of the images of every epoch by chance, or each image in every second epoch."""
+    flip: Literal["none", "random", "alternating"] | None = None
+    """Mirror left and right: half of the images by chance, or each in every second epoch. None takes random; for the
+    digits and where labels are no classes none."""
     flip_vertical: bool = False
     """Mirror half of the images top to bottom too, as aerial and microscopic pictures allow. Host data only."""
     color_jitter: float = option(0.0, "[0, 1)")
@@ -189,10 +227,11 @@ class AugmentConfig:
     """Alpha of mixup (Zhang et al. 2017); 0 for none."""
     cutmix: float = option(0.0, "[0, 1000]")
     """Alpha of CutMix (Yun et al. 2019); 0 for none. With mixup, each batch takes one of them by a coin."""
-    eval_crop: float = option(1.0, "[0.01, 1]")
-    """Images are evaluated after a resize of the short side to eval_image_size / eval_crop and a crop at the centre."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """How images are resized; antialiased in both cases."""
+    eval_crop: float | None = option(None, "[0.01, 1]")
+    """Images are evaluated after a resize of the short side to eval_image_size / eval_crop and a crop at the centre.
+    None takes that of the weights, else 0.875 from 224 pixels on and 1 below."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """How images are resized; antialiased in both cases. None takes that of the weights, else bilinear."""
     eval_flip: bool = False
     """Images are evaluated as they are and mirrored, and the two logits are averaged."""
 
@@ -428,7 +467,8 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole recipe. The default trains a small residual network on scikit-learn's handwritten digits."""
+    """A whole recipe. What is None is resolved where a run begins; with nothing given it is the recipe
+    `digits_resnet20`: a small residual network on scikit-learn's handwritten digits."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -455,21 +495,27 @@ class Config:
             "parallel.strategy pmap runs one step a call: leave train.steps_per_call at 1, or take jit",
         )
         augment, channels = self.augment, self.data.channels
-        works_on_host = {
-            "crop random_resized": augment.crop == "random_resized",
-            "flip_vertical": augment.flip_vertical,
-            "color_jitter": augment.color_jitter > 0,
-            "randaugment": augment.randaugment > 0,
-            "trivial_augment": augment.trivial_augment,
-            "erasing": augment.erasing > 0,
-        }
-        for name, wanted in works_on_host.items():
-            require(not (wanted and self.data.on_device), f"augment.{name} works on the host: add --data.no_on_device")
+        host = works_on_host(augment)
+        for name in host:
+            require(not self.data.on_device, f"augment.{name} works on the host: add --data.no_on_device")
         for name in ("color_jitter", "randaugment", "trivial_augment"):
             require(
-                not works_on_host[name] or channels == 3,
+                name not in host or channels == 3,
                 f"augment.{name} is for RGB: leave it out with data.channels {channels}",
             )
+
+
+def works_on_host(augment: AugmentConfig) -> list[str]:
+    """Returns the augmentations of a recipe that only the host can do, which the data on a device cannot have."""
+    wanted = {
+        "crop random_resized": augment.crop == "random_resized",
+        "flip_vertical": augment.flip_vertical,
+        "color_jitter": augment.color_jitter > 0,
+        "randaugment": augment.randaugment > 0,
+        "trivial_augment": augment.trivial_augment,
+        "erasing": augment.erasing > 0,
+    }
+    return [name for name, there in wanted.items() if there]
 
 
 def check_fields(section: Any) -> None:

@@ -160,7 +160,8 @@ def read_recipe(file: Path) -> Config:
 
 
 def starting_recipe(recipe: str | None, workdir: str | None) -> Config:
-    """Returns what flags change: the recipe that is named, else that of the run in the folder, else the digits.
+    """Returns what flags change: the recipe that is named, else that of the run in the folder, else `Config()`,
+    which gives nothing.
 
     Whether a process is one of several, and which, belongs to a start and is not taken from the folder.
 

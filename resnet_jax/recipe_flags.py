@@ -17,7 +17,8 @@ from resnet_jax.typed import InputError
 def recipe_to_change(arguments: Sequence[str]) -> Config:
     """Returns the recipe over which the flags of a command line are laid.
 
-    A length in epochs that a flag gives takes the place of one in steps that the recipe gives.
+    A length in epochs that a flag gives takes the place of one in steps that the recipe gives, and the model of weights
+    that a flag gives that of the recipe's model.
 
     Raises:
       InputError: the recipe is not as it must be.
@@ -26,6 +27,8 @@ def recipe_to_change(arguments: Sequence[str]) -> Config:
     named = {word.partition("=")[0] for word in arguments}
     if "--train.epochs" in named and "--train.steps" not in named:
         recipe = replace(recipe, train=replace(recipe.train, steps=None))
+    if value_of("--model.pretrained", arguments) not in (None, "None") and "--model.name" not in named:
+        recipe = replace(recipe, model=replace(recipe.model, name=None))
     return recipe
 
 
@@ -55,6 +58,28 @@ def spelt_out(arguments: Sequence[str]) -> list[str]:
         else:
             result.append(word)
     return result
+
+
+def with_values(arguments: Sequence[str]) -> list[str]:
+    """Gives the switches of a recipe that may be None a value, `True` or `False`, as tyro needs it."""
+    result: list[str] = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag = word.replace("-", "_").replace("__", "--", 1)
+        if flag in OPEN_SWITCHES and following not in ("True", "False", "None"):
+            result += [flag, "True"]
+        elif flag.replace(".no_", ".", 1) in OPEN_SWITCHES and ".no_" in flag:
+            result += [flag.replace(".no_", ".", 1), "False"]
+        else:
+            result.append(word)
+    return result
+
+
+OPEN_SWITCHES = frozenset(
+    f"--{section}.{name}"
+    for section, kind in get_type_hints(Config).items()
+    for name, hint in get_type_hints(kind).items()
+    if hint == bool | None
+)
 
 
 def without_checks(section: type) -> type:

@@ -10,6 +10,7 @@ import pytest
 from resnet_jax.config import Config
 from resnet_jax.recipe_files import load_config
 from resnet_jax.training import loop
+from resnet_jax.training.resolve import resolve
 
 from .conftest import ROOT
 
@@ -31,7 +32,8 @@ def test_recipes_are_found_by_name_where_the_package_is_installed(tmp_path):
 
 
 def test_the_default_is_the_digits_recipe():
-    assert load_config(ROOT / "configs" / "digits_resnet20.py") == Config()
+    recipe = load_config(ROOT / "configs" / "digits_resnet20.py")
+    assert resolve(Config()).config == resolve(recipe).config == recipe
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

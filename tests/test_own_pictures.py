@@ -24,6 +24,7 @@ pytestmark = pytest.mark.xdist_group("own_pictures")  # one process makes what t
 RNG = np.random.default_rng(0)
 SHORT = [
     "--model.name", "cifar_resnet8", "--parallel.devices", "1", "--train.batch_size", "8", "--augment.crop", "none",
+    "--augment.flip", "none",
     "--schedule.warmup_epochs", "0", "--log.no_tensorboard", "--data.image_size", "12",
     "--train.eval_every_epochs", "2", "--train.ema_decay", "None",
 ]  # fmt: skip

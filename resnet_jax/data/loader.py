@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from resnet_jax.config import AugmentConfig, Config, InputError, Size, sides
+from resnet_jax.config import AugmentConfig, Config, InputError, Size, known, known_size, sides
 from resnet_jax.data.dataset import Dataset, Source, labels_of
 from resnet_jax.data.decode import BadImage, decode
 from resnet_jax.data.order import balanced_table, example_index, is_mirrored
@@ -131,6 +131,11 @@ def _order_of_batch(start: int, count: int, size: int, seed: int, repeats: int) 
     return indices, is_mirrored(positions, indices, size, seed)
 
 
+def eval_look(recipe: AugmentConfig) -> tuple[float, str]:
+    """Returns crop and interpolation of images that are evaluated, as `fit` takes them."""
+    return known(recipe.eval_crop, "augment.eval_crop"), known(recipe.interpolation, "augment.interpolation")
+
+
 @dataclass(frozen=True)
 class EvalExample:
     """Maps the number of an example on this host to an example of a split; attributes are as in `TrainExample`.
@@ -159,7 +164,7 @@ class EvalExample:
         if not here:
             return found | {"image": blank}
         try:
-            image = fit(raw, self.image_size, self.recipe.eval_crop, self.recipe.interpolation, self.channels)
+            image = fit(raw, self.image_size, *eval_look(self.recipe), self.channels)
         except BadImage:
             return found | {"image": blank, "bad": np.int64(index)}
         return found | {"image": image, "mask": np.True_}
@@ -306,7 +311,8 @@ def train_batches(
     check_guard(config.data.workers)
     share, data = config.train.batch_size // hosts, config.data
     place = (config.train.seed, share, rank, hosts, data.channels, table, classes)
-    example = TrainExample(source, config.augment, data.image_size, *place)
+    size = known_size(data.image_size)
+    example = TrainExample(source, config.augment, size, *place)
     return _batches(example, steps.start, steps.stop, share, data.workers, data.timeout, source, bad, mesh)
 
 
@@ -327,7 +333,7 @@ def eval_batches(
     """
     check_guard(config.data.workers)
     share, data = config.train.batch_size // hosts, config.data
-    size = data.eval_image_size or data.image_size
+    size = data.eval_image_size or known_size(data.image_size)
     example = EvalExample(source, size, config.augment, share, rank, hosts, data.channels, classes)
     count = -(-len(source) // (share * hosts))
     return _batches(example, 0, count, share, data.workers, data.timeout, source, bad, mesh)
@@ -369,12 +375,13 @@ def whole_split(
     Raises:
       InputError: an image cannot be decoded and the policy is error, none can, or a label is none of `classes`.
     """
-    data = config.data
+    data, how = config.data, known(config.augment.interpolation, "augment.interpolation")
+    size = known_size(data.image_size)
     images, labels, kept = [], [], []
     for index in range(len(source)):
         try:
             raw, label = source[index]
-            images.append(fit(raw, data.image_size, 1.0, config.augment.interpolation, data.channels))
+            images.append(fit(raw, size, 1.0, how, data.channels))
             labels.append(checked_label(label, classes, source, index))
             kept.append(index)
         except BadImage:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.config import DataConfig, InputError, Size, sides
+from resnet_jax.config import DataConfig, InputError, Size, known_size, sides
 from resnet_jax.data.dataset import (
     SPLIT_NAMES,
     ArraySource,
@@ -129,9 +129,10 @@ def _synthetic(config: DataConfig, seed: int) -> Dataset:
         labels = rng.integers(0, config.synthetic_classes, size, dtype=np.int32)
         return ArraySource(images, labels, f"the synthetic data ({name})")
 
-    train = split("train", config.synthetic_size, config.image_size)
+    side = known_size(config.image_size)
+    train = split("train", config.synthetic_size, side)
     size = max(1, config.synthetic_size // 10)
-    validation = split("validation", size, config.eval_image_size or config.image_size)
+    validation = split("validation", size, config.eval_image_size or side)
     return Dataset(train, validation, None, tuple(f"class{i}" for i in range(config.synthetic_classes)))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from resnet_jax.config import AugmentConfig, Size, sides
+from resnet_jax.config import AugmentConfig, Size, known, sides
 from resnet_jax.data.augmentation import color_jitter, erase, rand_augment, trivial_augment
 from resnet_jax.data.decode import (
     ORIENTATIONS,
@@ -266,19 +266,21 @@ def augment(
     Raises:
       BadImage: the image cannot be decoded or resized.
     """
-    if recipe.crop == "random_resized":
-        image = np.asarray(random_resized_crop(raw, rng, size, recipe.area, recipe.interpolation, channels))
+    crop, flip = known(recipe.crop, "augment.crop"), known(recipe.flip, "augment.flip")
+    interpolation = known(recipe.interpolation, "augment.interpolation")
+    if crop == "random_resized":
+        image = np.asarray(random_resized_crop(raw, rng, size, recipe.area, interpolation, channels))
     else:
-        image = fit(raw, size, interpolation=recipe.interpolation, channels=channels)
-        if recipe.crop == "pad":
-            image = pad_crop(image, rng, recipe.pad)
+        image = fit(raw, size, interpolation=interpolation, channels=channels)
+        if crop == "pad":
+            image = pad_crop(image, rng, known(recipe.pad, "augment.pad"))
     if recipe.color_jitter:
         image = color_jitter(image, rng, recipe.color_jitter)
     if recipe.randaugment:
         image = rand_augment(image, rng, recipe.randaugment)
     if recipe.trivial_augment:
         image = trivial_augment(image, rng)
-    if mirrored if recipe.flip == "alternating" else recipe.flip == "random" and rng.random() < 0.5:
+    if mirrored if flip == "alternating" else flip == "random" and rng.random() < 0.5:
         image = image[:, ::-1]
     if recipe.flip_vertical and rng.random() < 0.5:
         image = image[::-1]

@@ -23,10 +23,12 @@ from resnet_jax.data.dataset import default_split
 from resnet_jax.data.loader import BadImages, whole_split
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.registry import create_model
+from resnet_jax.recipe_files import load_config
 from resnet_jax.training.build import state_maker
 from resnet_jax.training.metrics import add, means
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
-from resnet_jax.training.programs import draw_from, recipe_eval_step, recipe_step
+from resnet_jax.training.programs import draw_from, normalization, recipe_eval_step, recipe_step
+from resnet_jax.training.resolve import filled
 from resnet_jax.training.several_steps import steps_on_device
 from resnet_jax.training.sharding import compiler_options, make_mesh, replicated
 from resnet_jax.training.state import TrainState
@@ -65,7 +67,7 @@ def load(dataset: str, train: int | None = None, test: int | None = None) -> Dat
       test: how many images of the test split, or of the validation split if there is no test split.
     """
     size = 8 if dataset == "digits" else 32
-    config = dataclasses.replace(Config(), data=DataConfig(dataset=dataset, image_size=size))
+    config = filled(Config(data=DataConfig(dataset=dataset, image_size=size)), load_config("digits_resnet20"))
     found = load_dataset(config.data, 0, hold_out=False)
     splits = []
     for source, count in ((found.train, train), (found.split(default_split(found)), test)):
@@ -91,7 +93,7 @@ def recipe(data: Data, epochs: float, seed: int = 0, **sections: Any) -> Config:
         "schedule": ScheduleConfig(warmup_epochs=min(1.0, 0.2 * epochs)),
         "train": TrainConfig(epochs=epochs, batch_size=96, seed=seed, ema_decay=None),
     }
-    return dataclasses.replace(Config(), **(given | sections))
+    return filled(dataclasses.replace(Config(), **(given | sections)), load_config("digits_resnet20"))
 
 
 def network(name: str, data: Data, **fields: Any) -> nn.Module:
@@ -176,7 +178,7 @@ def pixels(data: Data, count: int, config: Config) -> tuple[jax.Array, np.ndarra
     from resnet_jax.data.on_device import normalize
 
     images = jnp.asarray(data.train["image"][:count])
-    return normalize(images, config.data.mean, config.data.std, jnp.dtype("float32")), data.train["label"][:count]
+    return normalize(images, *normalization(config), jnp.dtype("float32")), data.train["label"][:count]
 
 
 def cifar_net(kind: str, depth: int, data: Data, **fields: Any) -> nn.Module:

@@ -13,9 +13,11 @@ import numpy as np
 from resnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from resnet_jax.lab.panels import COLOURS, Panel, Text, log_axis, short
 from resnet_jax.lab.record import Notebook, Rows
+from resnet_jax.recipe_files import load_config
 from resnet_jax.training.build import build_model, in_form, state_maker
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import recipe_step
+from resnet_jax.training.resolve import filled
 from resnet_jax.training.sharding import compiler_options, uncached
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -56,6 +58,7 @@ def measured(depth: int, way: str, fields: dict[str, Any], quick: bool) -> Rows:
         optimizer=OptimizerConfig(),
         train=TrainConfig(batch_size=BATCH, ema_decay=None),
     )
+    config = filled(config, load_config("digits_resnet20"))
     lowered, state, batch = step_of(config, size)
     began = time.perf_counter()
     with uncached():

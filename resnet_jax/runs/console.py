@@ -49,7 +49,7 @@ class Console:
         self._total, self._steps_per_epoch, self._evaluates = total, steps_per_epoch, evaluates
         self._start, self._began, self._last_line = start, 0.0, -math.inf
         self._live: Any = None
-        self._numbers: dict[str, float] = {}
+        self._numbers: dict[str, tuple[int, float]] = {}  # name -> step, value: what no line has shown yet
         if sys.stdout is not None and sys.stdout.isatty():
             from rich.console import Console as Rich
             from rich.console import Group
@@ -66,7 +66,9 @@ class Console:
             self._live.start()
 
     def update(self, step: int, numbers: dict[str, float]) -> None:
-        """Shows numbers of a step together with the newest of the others. Those of the test split are not shown here.
+        """Shows numbers of a step. A line is of its own steps alone: a figure of training is shown with its step or not
+        at all, an evaluation once, in the next line, which names its step where that is another one. Those of the test
+        split are not shown here.
 
         Args:
           step: the number of steps done.
@@ -74,8 +76,9 @@ class Console:
         """
         if any(name.startswith(("test/", "ema/test/")) for name in numbers):
             return
-        self._numbers |= numbers
-        ended = step == self._total and (not self._evaluates or any(name.startswith("validation/") for name in numbers))
+        self._numbers |= {name: (step, value) for name, value in numbers.items()}
+        evaluation = any(name.startswith(("validation/", "ema/validation/")) for name in numbers)
+        ended = step == self._total and (not self._evaluates or evaluation)
         if not self._began:  # the first numbers come after compilation
             self._start, self._began = step, time.perf_counter()
         if self._live is not None:
@@ -83,9 +86,10 @@ class Console:
             self._text.plain = self._line(step)
         elif ended or (time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES and step < self._total):
             self._last_line = time.perf_counter()
-            done = step - self._start
+            done = step - self._start if step < self._total else 0
             left = f"  {(self._total - step) * (self._last_line - self._began) / done:.0f} s left" if done else ""
             say(f"step {step}/{self._total}  {self._line(step)}{left}")
+            self._numbers.clear()
 
     def _line(self, step: int) -> str:
         shown = [f"epoch {step / self._steps_per_epoch:.1f}"]
@@ -93,17 +97,16 @@ class Console:
             ("train/loss", "loss {:.4f}"),
             ("images_per_second", "{:.0f} images/s"),
             ("data_wait", "data wait {:.0%}"),
-            ("ema/validation/accuracy", "validation accuracy {:.2%} (moving average)"),
-            ("validation/accuracy", "validation accuracy {:.2%}"),
         ):
-            if name == "validation/accuracy" and "ema/validation/accuracy" in self._numbers:
-                continue
-            if name in self._numbers:
-                shown.append(form.format(self._numbers[name]))
-        if "validation/loss" in self._numbers and "validation/accuracy" not in self._numbers:
-            kind = "ema/validation/loss" if "ema/validation/loss" in self._numbers else "validation/loss"
-            average = " (moving average)" if kind.startswith("ema/") else ""
-            shown.append(f"validation loss {self._numbers[kind]:.4f}{average}")
+            if name in self._numbers and self._numbers[name][0] == step:
+                shown.append(form.format(self._numbers[name][1]))
+        for word, form in (("accuracy", "{:.2%}"), ("loss", "{:.4f}")):
+            kinds = [kind for kind in ("ema/validation", "validation") if f"{kind}/{word}" in self._numbers]
+            if kinds:
+                of, value = self._numbers[f"{kinds[0]}/{word}"]
+                notes = ["moving average"] * (kinds[0] != "validation") + [f"step {of}"] * (of != step)
+                shown.append(f"validation {word} {form.format(value)}" + (f" ({', '.join(notes)})" if notes else ""))
+                break
         return "  ".join(shown)
 
     def close(self) -> None:

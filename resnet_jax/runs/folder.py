@@ -36,7 +36,8 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
     folder = Path("runs") / stamp if workdir is None else path_of(workdir, "--workdir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if previous := recorded(folder):
+        previous = recorded(folder)
+        if previous is not None and begun(folder):
             changed = differences(previous, config)
             if changed:
                 raise InputError(
@@ -50,9 +51,22 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
     return folder
 
 
+OF_START = ("config.json", "parts.json", "pictures.npz")
+"""What a start writes into a run's folder before its first step."""
+
+
+def begun(folder: Path) -> bool:
+    """Returns whether a folder holds a run that has left metrics or a checkpoint: the next start goes on with it."""
+    metrics = folder / "metrics.jsonl"
+    return bool(steps_in(checkpoints_of(folder))) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
 @contextlib.contextmanager
 def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
     """Holds `folder/lock` while it lasts, and writes the recipe. The first process alone does; others get None.
+
+    What an earlier start wrote that came to nothing is removed, and what this one writes, where an error ends it before
+    its first step.
 
     Raises:
       InputError: another run holds it, or the folder cannot be written.
@@ -63,12 +77,26 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
     with contextlib.ExitStack() as stack:
         try:
             lock = stack.enter_context(hold(folder / "lock"))
+            if not begun(folder):
+                forget(folder)
             write_whole(folder / "config.json", to_json(to_dict(config), indent=2) + "\n")
         except OSError as error:
             raise InputError(
                 f"the folder {folder} of the run cannot be written: {error}; give another --workdir"
             ) from error
-        yield lock
+        try:
+            yield lock
+        except Exception:
+            with contextlib.suppress(OSError):
+                if not begun(folder) and not (folder / "metrics.jsonl").exists() and not lock.lost(now=True):
+                    forget(folder)
+            raise
+
+
+def forget(folder: Path) -> None:
+    """Removes from a folder what a start wrote before its first step."""
+    for name in OF_START:
+        (folder / name).unlink(missing_ok=True)
 
 
 CLASS_MEANS = ("accuracy", "top5", "macro_recall", "macro_f1", "map")

@@ -13,14 +13,13 @@ import numpy as np
 import optax
 from jax.sharding import Sharding
 
-from resnet_jax.config import Config, InputError, sides
+from resnet_jax.config import Config, InputError, known, sides
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.data.loader import checked_label
 from resnet_jax.models.registry import default_classes
 from resnet_jax.runs.tpu_target import CHIPS, bounds, largest_batch, parse_target, target_mesh
 from resnet_jax.training.build import (
     build_model,
-    complete,
     data_of,
     images_per_statistic,
     in_form,
@@ -28,8 +27,9 @@ from resnet_jax.training.build import (
     state_maker,
 )
 from resnet_jax.training.optimizers import make_optimizer
-from resnet_jax.training.parts import NO_PARTS, Parts, named_after
+from resnet_jax.training.parts import NO_PARTS, Parts
 from resnet_jax.training.programs import recipe_step
+from resnet_jax.training.resolve import resolve
 from resnet_jax.training.sharding import (
     batch_sharding,
     check_batch,
@@ -61,7 +61,7 @@ def forecast(
     """
     if config.parallel.strategy == "pmap":
         raise InputError("a plan is made of one program, and pmap has several: plan with --parallel.strategy shard_map")
-    config = complete(named_after(config, parts), None)
+    config = resolve(config, parts, read=parts.dataset is not None).config
     fsdp = config.parallel.fsdp
     mesh = make_mesh(devices, fsdp) if target is None else target_mesh(target, fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
@@ -71,7 +71,7 @@ def forecast(
     if dataset is not None or parts.model is not None:
         model, parts = model_with_parts(config, parts, len((dataset or data_of(config, parts)).class_names))
     else:
-        model = build_model(config, config.model.num_classes or default_classes(config.model.name))
+        model = build_model(config, config.model.num_classes or default_classes(known(config.model.name, "model.name")))
     new_state = state_maker(config, model, schedule, parts.optimizer)
     shapes = jax.eval_shape(lambda: in_form(new_state(), config))
     places = state_sharding(shapes, mesh)

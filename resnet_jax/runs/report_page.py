@@ -31,6 +31,7 @@ from resnet_jax.training.evaluation import FinishedRun, Predictions, everywhere,
 from resnet_jax.training.manifest import best_of
 from resnet_jax.training.metrics import fit_calibration, measure, probabilities, wilson
 from resnet_jax.training.parts import NO_PARTS, Parts
+from resnet_jax.weights.sources import preprocessing_in
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration
 
 MISTAKES, THUMBNAIL = 12, 112
@@ -277,13 +278,14 @@ def _mistakes(run: FinishedRun, split: str, predictions: Predictions, calibratio
     if not chosen:
         return []
     config, source, names = run.config, run.dataset.split(split), run.class_names
-    size, augment = config.data.eval_image_size or config.data.image_size, config.augment
+    look = preprocessing_in(config)
     indices = [int(predictions.index[i]) for i, _, _ in chosen]
-    seen = [fit(source[i][0], size, augment.eval_crop, augment.interpolation, config.data.channels) for i in indices]
+    how = (look.eval_image_size, look.eval_crop, look.interpolation, config.data.channels)
+    seen = [fit(source[i][0], *how) for i in indices]
     model: Any = run.model
     heats = [None] * len(chosen)
     if isinstance(model, ResNet | DenseNet | GoogLeNet):
-        images = normalize(jnp.asarray(np.stack(seen)), config.data.mean, config.data.std, model.dtype)
+        images = normalize(jnp.asarray(np.stack(seen)), look.mean, look.std, model.dtype)
         variables = jax.device_get(everywhere(run.state.averages or run.state.variables, run.mesh))
         heats = list(np.asarray(grad_cam(model, variables, images, jnp.asarray([label for _, label, _ in chosen]))))
     cards = []

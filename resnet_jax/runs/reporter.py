@@ -94,18 +94,24 @@ class Reporter:
         self._batch_size, self._per_epoch, self._schedule = config.train.batch_size, plan.per_epoch, schedule
         self._last_checkpoint, self._hooks = last_checkpoint, hooks or Hooks(())
         self._thread = ThreadPoolExecutor(1)
-        self._limit = config.train.nonfinite_limit
+        self._limit, self._total = config.train.nonfinite_limit, plan.total
         self.skipped = dict(progress.skipped_updates)
         self._now, self._carried = Interval(), progress.sums
         self._handed: tuple[Interval, Future[Any]] | None = None
-        self._done: float | None = None  # when the last interval, or a pause, ended
+        self._written: tuple[int, dict[str, float]] = (-1, {})  # step and means of the last line of training
+        self._done: float | None = None  # when the first step, the last interval, or a pause, ended
         self._images, self._seconds = 0, 0.0
 
     def steps(self, step: int, n: int, sums: Sums, waited: float) -> None:
-        """Takes the sums of the `n` steps that end at `step`, which stay on the device, and the seconds of waiting."""
+        """Takes the sums of the `n` steps that end at `step`, which stay on the device, and the seconds of waiting.
+
+        The first call, which compiled, is waited for and shown; its time does not count.
+        """
         self._now.parts.append((step, n, sums))
         if self._done is None:
-            self._done = time.perf_counter()  # the first call compiled: it does not count
+            values, self._done = fetch(self._now.parts)
+            if self._console is not None and step < self._total:
+                self._console.update(step, losses(add(steps_of(values[0], n))))
             return
         self._now.images += n * self._batch_size
         self._now.waited += waited
@@ -146,7 +152,8 @@ class Reporter:
             for name, value in values.items()
             if isinstance(value, float)
         }
-        self._show(step, line)
+        since = {} if self._carried is None else losses(self._carried)  # of the steps that no line has told yet
+        self._show(step, line, since or (self._written[1] if self._written[0] == step else {}))
         self._hooks.call("on_evaluation", step, line)
 
     @contextmanager
@@ -165,9 +172,10 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
-        for output in (self._console, self._tracker):
-            if output is not None:
-                output.close()
+        if self._console is not None:
+            self._console.close()
+        if self._tracker is not None:
+            self._tracker.close(began=self._done is not None)
 
     def _write(self, handed: tuple[Interval, Future[Any]] | None) -> None:
         if handed is None or not handed[0].parts:
@@ -185,6 +193,7 @@ class Reporter:
             line["learning_rate"] = float(self._schedule(step - 1))
         if interval.images:
             line |= {"images_per_second": interval.images / seconds, "data_wait": interval.waited / seconds}
+        self._written = (step, {name: value for name, value in line.items() if name == "train/loss"})
         self._show(step, line)
         self._hooks.call("on_metrics", step, line)
 
@@ -200,16 +209,16 @@ class Reporter:
         self._seconds += seconds
         single = [] if self._carried is None else [self._carried]
         for (step, n, _), part in zip(interval.parts, values, strict=True):
-            columns = {name: np.atleast_1d(value) for name, value in part.items()}
-            for i in range(n):
-                single.append({name: column[i] for name, column in columns.items()})
-                self._check(step - n + 1 + i, single[-1])
+            for i, sums in enumerate(steps_of(part, n)):
+                single.append(sums)
+                self._check(step - n + 1 + i, sums)
         return add(single), seconds
 
-    def _show(self, step: int, line: dict[str, Any]) -> None:
+    def _show(self, step: int, line: dict[str, Any], beside: dict[str, float] | None = None) -> None:
+        """Writes a line, and shows it with what stands `beside` it on the terminal alone."""
         if self._tracker is not None and self._console is not None:
             self._tracker.write(step, line)
-            self._console.update(step, line)
+            self._console.update(step, (beside or {}) | line)
 
     def _check(self, step: int, sums: Sums) -> None:
         if not np.isfinite(sums["loss"]):
@@ -231,6 +240,17 @@ class Reporter:
             f"{good}, and nothing was written over it. Lower optimizer.learning_rate, lengthen schedule.warmup_epochs, "
             "or set optimizer.clip_norm",
         )
+
+
+def steps_of(part: Sums, n: int) -> list[Sums]:
+    """Returns the sums of each of the `n` steps of a call, whose values are [n], or scalars for one step."""
+    columns = {name: np.atleast_1d(value) for name, value in part.items()}
+    return [{name: column[i] for name, column in columns.items()} for i in range(n)]
+
+
+def losses(sums: Sums) -> dict[str, float]:
+    """Returns the mean loss of some steps as `train/loss`; nothing where all of their updates were left out."""
+    return {"train/loss": float(means(sums)["loss"])} if sums["count"] else {}
 
 
 def fetch(parts: list[Part]) -> tuple[list[Sums], float]:

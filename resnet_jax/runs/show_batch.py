@@ -11,9 +11,10 @@ from resnet_jax.data.dataset import with_outputs
 from resnet_jax.data.loader import BadImages, sampling_table, train_batches, whole_split
 from resnet_jax.data.on_device import per_channel
 from resnet_jax.data.show import as_shown, broken, font
-from resnet_jax.training.build import complete, data_of, model_with_parts
-from resnet_jax.training.parts import NO_PARTS, Parts, named_after
-from resnet_jax.training.programs import draw_from, make_prepare
+from resnet_jax.training.build import data_of, model_with_parts
+from resnet_jax.training.parts import NO_PARTS, Parts
+from resnet_jax.training.programs import draw_from, make_prepare, normalization
+from resnet_jax.training.resolve import resolve
 from resnet_jax.training.sharding import make_mesh, put_everywhere
 from resnet_jax.training.step import step_key
 from resnet_jax.weights.load import names_of_outputs
@@ -35,8 +36,9 @@ def show_batch(config: Config, file: Path, parts: Parts = NO_PARTS) -> Path:
     Raises:
       InputError: the recipe or the data is not valid, or the file cannot be written.
     """
-    config = complete(named_after(config, parts), None)
-    dataset, mesh = data_of(config, parts), make_mesh(1)
+    found = resolve(config, parts)
+    config, mesh = found.config, make_mesh(1)
+    dataset = found.dataset or data_of(config, parts)
     model, parts = model_with_parts(config, parts, len(dataset.class_names))
     dataset = with_outputs(dataset, parts.outputs_of(model))
     names = names_of_outputs(parts.outputs_of(model), dataset.class_names, config.data.dataset)
@@ -56,7 +58,7 @@ def show_batch(config: Config, file: Path, parts: Parts = NO_PARTS) -> Path:
     else:
         labels = jax.device_get(prepared["label"])
         captions = [str(jax.tree.map(lambda values, i=i: values[i], labels)) for i in range(len(images))]
-    mean, std = (np.asarray(per_channel(v, images.shape[-1])) for v in (config.data.mean, config.data.std))
+    mean, std = (np.asarray(per_channel(v, images.shape[-1])) for v in normalization(config))
     pixels = (images * std + mean).clip(0, 1)
     return draw_grid(pixels[:MOST], captions, file)
 

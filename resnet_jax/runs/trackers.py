@@ -1,5 +1,6 @@
 """The numbers of a run: `metrics.jsonl`, and events for TensorBoard."""
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -78,8 +79,8 @@ class Tracker:
         if self._events is not None:
             self._events.flush()
 
-    def close(self) -> None:
-        """Writes what is left and closes the files."""
+    def close(self, began: bool = True) -> None:
+        """Writes what is left and closes the files; without a step that `began`, an empty file is removed."""
         while self._waiting and self._append(self._waiting.pop(0)):
             pass
         self.flush()
@@ -87,6 +88,9 @@ class Tracker:
             os.close(self._file)
         if self._events is not None:
             self._events.close()
+        with contextlib.suppress(OSError):
+            if not began and not self._path.stat().st_size:
+                self._path.unlink()
 
     def _append(self, line: bytes) -> bool:
         if self._file is not None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, ModelConfig, sides
+from resnet_jax.config import Config, InputError, known, sides
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.data.own_data import own_dataset
 from resnet_jax.data.sources import in_three_splits, load_dataset
@@ -27,8 +27,8 @@ from resnet_jax.training.optimizers import OwnOptimizer, make_optimizer, rate_of
 from resnet_jax.training.parts import NO_PARTS, Parts, check_recorded, kind_of, make_parts, own_outputs
 from resnet_jax.training.sharding import state_sharding
 from resnet_jax.training.state import TrainState, create_state
-from resnet_jax.weights.load import fit_weights, preprocessing_of
-from resnet_jax.weights.sources import Weights, find_weights
+from resnet_jax.weights.load import fit_weights
+from resnet_jax.weights.sources import find_weights
 
 
 @dataclass(frozen=True)
@@ -65,59 +65,6 @@ def make_plan(config: Config, examples: int, evaluates: bool = True) -> Plan:
     return Plan(total, per_epoch, eval_every, save_every, config.log.every_steps, evaluates)
 
 
-def complete(config: Config, recorded: Config | None) -> Config:
-    """Returns the recipe with the fields of `FROM_WEIGHTS` that it leaves at their defaults taken from its pretrained
-    weights.
-
-    Args:
-      recorded: the recipe of the run that is resumed, which then says what the weights said at its start.
-
-    Raises:
-      InputError: the weights cannot be found, or what they say is impossible.
-    """
-    source = config.model.pretrained
-    if source is None:
-        return config
-    if recorded and recorded.model.pretrained == source:
-        given = recorded
-    else:
-        weights = find_weights(source)
-        weights = dataclasses.replace(weights, name=weights.name or config.model.name)
-        given = recipe_of(dataclasses.replace(weights, preprocessing=preprocessing_of(weights, source)))
-    sections = {}
-    for section, names in FROM_WEIGHTS.items():
-        ours, default, theirs = (getattr(c, section) for c in (config, Config(), given))
-        if section == "data" and ours.image_size != default.image_size:
-            names = ("mean", "std")
-        taken = {name: getattr(theirs, name) for name in names if getattr(ours, name) == getattr(default, name)}
-        sections[section] = dataclasses.replace(ours, **taken)
-    config = dataclasses.replace(config, **sections)
-    return config
-
-
-FROM_WEIGHTS = {
-    "model": tuple(
-        f for f in ModelConfig.__dataclass_fields__ if f not in ("pretrained", "num_classes", "compute_dtype")
-    ),
-    "data": ("mean", "std", "image_size", "eval_image_size"),
-    "augment": ("eval_crop", "interpolation"),
-}
-"""What weights say of a recipe, by section."""
-
-
-def recipe_of(weights: Weights) -> Config:
-    """Returns what weights say of a recipe; everything else is as in `Config()`."""
-    recipe, preprocessing = Config(), weights.preprocessing
-    known = {name: value for name, value in weights.fields.items() if name in FROM_WEIGHTS["model"]}
-    model = dataclasses.replace(recipe.model, **known, name=weights.name or recipe.model.name)
-    if preprocessing is None:
-        return dataclasses.replace(recipe, model=model)
-    values = dataclasses.asdict(preprocessing)
-    data = dataclasses.replace(recipe.data, **{name: values[name] for name in FROM_WEIGHTS["data"]})
-    augment = dataclasses.replace(recipe.augment, **{name: values[name] for name in FROM_WEIGHTS["augment"]})
-    return dataclasses.replace(recipe, model=model, data=data, augment=augment)
-
-
 def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainState:
     """Returns a first state with the recipe's pretrained weights, if it has any; a head that does not fit stays random.
 
@@ -145,7 +92,7 @@ def build_model(config: Config, classes: int) -> nn.Module:
     Raises:
       InputError: the head has fewer outputs than the data has classes, or the recipe's fields do not fit the model.
     """
-    recipe = config.model
+    recipe, name = config.model, known(config.model.name, "model.name")
     if (recipe.num_classes or classes) < classes:
         raise InputError(
             f"model.num_classes {recipe.num_classes} is below the {classes} classes of {config.data.dataset}: "
@@ -154,19 +101,19 @@ def build_model(config: Config, classes: int) -> nn.Module:
     classes = recipe.num_classes or classes
     dtype = jnp.dtype(recipe.compute_dtype)
     fields = {} if config.data.channels == 3 else {"in_channels": config.data.channels}
-    model: Any = create_model(recipe.name, num_classes=classes, dtype=dtype, **fields, **model_fields(recipe))
+    model: Any = create_model(name, num_classes=classes, dtype=dtype, **fields, **model_fields(recipe))
     size, stride = min(sides(config.data.image_size)), stride_of(model)
     if hasattr(model, "image_size"):
         model = model.clone(image_size=size)
     if size < stride:
         raise InputError(
-            f"data.image_size {config.data.image_size} is below the stride of {recipe.name}, which shrinks images by "
+            f"data.image_size {config.data.image_size} is below the stride of {name}, which shrinks images by "
             f"{stride}: enlarge them, or take a network for small ones, such as cifar_resnet20"
         )
     try:
         variable_shapes(model)
     except ValueError as error:
-        raise InputError(f"model.name {recipe.name} with these fields of model is impossible: {error}") from error
+        raise InputError(f"model.name {name} with these fields of model is impossible: {error}") from error
     return model
 
 

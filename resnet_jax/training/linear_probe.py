@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from resnet_jax.config import AugmentConfig, Config
+from resnet_jax.config import AugmentConfig, Config, known
 from resnet_jax.data.dataset import Source
 from resnet_jax.data.loader import BadImages, Batch, eval_batches, renumbered
 from resnet_jax.data.on_device import normalize
@@ -20,7 +20,7 @@ from resnet_jax.training.sharding import compiler_options, replicated, sharded_o
 Features = Callable[[Any, dict[str, Any]], dict[str, Any]]
 """Variables, and a batch with `image` -> the batch with `feature` in its place, float32 [batch, channel]."""
 
-STILL = AugmentConfig(crop="none")
+STILL = AugmentConfig(crop="none", flip="none", eval_crop=1.0)
 
 
 def computes_features_once(config: Config) -> bool:
@@ -39,9 +39,10 @@ def head_of(model: Any) -> nn.Module:
 def make_features(config: Config, model: Any, mesh: Mesh) -> Features:
     """Returns the frozen part of a model as a function of its variables and of batches that lie on a mesh."""
     body = model.clone(num_classes=None)
+    mean, std = known(config.data.mean, "data.mean"), known(config.data.std, "data.std")
 
     def forward(variables: Any, images: jax.Array) -> jax.Array:
-        pixels = normalize(images, config.data.mean, config.data.std, model.dtype)
+        pixels = normalize(images, mean, std, model.dtype)
         return body.apply(variables, pixels, train=False)
 
     program = jax.jit(sharded_over(mesh)(forward), compiler_options=compiler_options())

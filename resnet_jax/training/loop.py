@@ -30,7 +30,7 @@ from resnet_jax.files import in_bucket, modified, path_of, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.recipe_files import recorded
 from resnet_jax.runs.charts import draw_curves
-from resnet_jax.runs.folder import better, device_name, ended, finish, locked, open_workdir
+from resnet_jax.runs.folder import begun, better, device_name, ended, finish, locked, open_workdir
 from resnet_jax.runs.hooks import Hooks, RunStart
 from resnet_jax.runs.lock import BucketLock, Lock
 from resnet_jax.runs.processes import agree, check_one_folder, ending_together, facts_of, start_processes
@@ -40,7 +40,6 @@ from resnet_jax.runs.signals import FolderLost, Stop, Stopped, stop_signals
 from resnet_jax.runs.trace import Trace
 from resnet_jax.training.build import (
     Plan,
-    complete,
     data_of,
     images_per_statistic,
     in_form,
@@ -58,9 +57,10 @@ from resnet_jax.training.linear_probe import computes_features_once, head_of, ma
 from resnet_jax.training.losses import Loss
 from resnet_jax.training.manifest import BEST, Best
 from resnet_jax.training.metrics import Metric, Sums
-from resnet_jax.training.optimizers import OwnOptimizer, make_schedule
-from resnet_jax.training.parts import Parts, check_recorded, make_parts, named_after, names_and_hashes, record
+from resnet_jax.training.optimizers import OwnOptimizer, make_schedule, warmup_steps
+from resnet_jax.training.parts import Parts, check_recorded, make_parts, names_and_hashes, record
 from resnet_jax.training.programs import compile_phases, steps_in_call, steps_per_call, weights_of_classes
+from resnet_jax.training.resolve import resolve
 from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import (
     broadcast_from_first,
@@ -124,23 +124,27 @@ def train(
     workdir = None if workdir is None else path_of(workdir, "--workdir")
     named = {"model": model, "dataset": dataset, "loss": loss, "optimizer": optimizer, "metrics": metrics}
     parts = make_parts(named | {"hooks": hooks})
-    config = complete(named_after(config, parts), recorded(workdir))
-    if workdir is not None:
+    before = recorded(workdir)
+    if workdir is None or not begun(workdir):
+        before = None  # a start that came to nothing does not bind
+    elif before is not None:
         for note in check_recorded(workdir, parts, config.train.accept_parts):
             say(f"WARNING: {note}", error=True)
     agree(facts_of(config) | {"parts of your own": json.dumps(names_and_hashes(parts))})
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     images_per_statistic(config, mesh.size)
-    dataset = data_of(config, parts)
-    for note in dataset.notes:
-        say(note)
+    found = resolve(config, parts, before)
+    config, dataset = found.config, found.dataset or data_of(found.config, parts)
+    for note in (found.line(), *dataset.notes):
+        if note:
+            say(note)
     if parts.loss is None and dataset.multilabel and config.train.loss != "binary":
         raise InputError(f"{config.data.dataset} gives images several labels: add --train.loss binary")
     if not dataset.class_names and (config.augment.mixup or config.augment.cutmix):
         raise InputError("augment.mixup and augment.cutmix mix the targets of classes, and the labels are none")
     pictures = {f"{name} pictures": digest({name: rows[:, :2]}) for name, rows in fingerprint(dataset).items()}
-    agree(pictures | {"class names": json.dumps(dataset.class_names)})
+    agree(facts_of(config) | pictures | {"class names": json.dumps(dataset.class_names)})
     metric = selecting_metric(config, dataset, parts)
     if config.train.on_nonfinite == "rollback" and isinstance(parts.optimizer, optax.GradientTransformation):
         raise InputError(
@@ -156,6 +160,8 @@ def train(
             "parallel.batch_norm), larger images, or --model.norm group or frozen_batch"
         )
     schedule = make_schedule(config, plan.total, plan.per_epoch)
+    if shortened := warmup_steps(config, plan.total, plan.per_epoch)[1]:
+        say(shortened)
     folder = open_workdir(workdir, config)
     check_one_folder(folder)
     say(f"run: {folder}")
@@ -385,6 +391,7 @@ def fit(
     )
     counts = put_everywhere({n: np.int32(n) for n in range(1, most + 1)}, mesh)
     starts = [phase.start for phase in phases]
+    ends = (*starts, step + 1, end)  # the first step is a call of its own, and is shown
 
     evaluates: dict[str, Evaluate] = {
         split: make_evaluate(
@@ -403,10 +410,11 @@ def fit(
     known = None if isinstance(run.parts.optimizer, optax.GradientTransformation) else schedule
     with Reporter(run.folder, config, plan, known, step, progress, latest, hooks) as reporter:
         if progress.eval_pending and validate is not None:
+            say(f"step {step} is evaluated first, which the stop before left undone")
             evaluate_step(run, state, step, progress, validate, reporter, bad)
         while step < end and progress.no_better < patience and not ending:
             phase = bisect_right(starts, step) - 1
-            n = steps_in_call(step, most, (*starts, end), (plan.log_every, plan.eval_every, plan.save_every))
+            n = steps_in_call(step, most, ends, (plan.log_every, plan.eval_every, plan.save_every))
             asked = time.perf_counter()
             data = on_device if from_device else [next(batches) for _ in range(n)]
             waited = 0.0 if from_device else time.perf_counter() - asked

@@ -23,17 +23,14 @@ def make_schedule(config: Config, steps: int, steps_per_epoch: float) -> optax.S
       steps: length of the run.
       steps_per_epoch: for the length of the warm-up.
 
-    Raises:
-      InputError: the warm-up is longer than the run.
+    A warm-up that is as long as the run or longer is shortened, as `warmup_steps` says.
     """
     schedule, peak = config.schedule, config.optimizer.learning_rate
     if config.optimizer.base_batch_size:
         peak *= config.train.batch_size / config.optimizer.base_batch_size
     if schedule.name == "one_cycle":
         return optax.cosine_onecycle_schedule(steps, peak, pct_start=0.3, div_factor=25.0, final_div_factor=1e4)
-    warmup = round(schedule.warmup_epochs * steps_per_epoch)
-    if warmup >= steps:
-        raise InputError(f"schedule.warmup_epochs {schedule.warmup_epochs} is {warmup} of {steps} steps; shorten it")
+    warmup, _ = warmup_steps(config, steps, steps_per_epoch)
     main = {
         "constant": lambda: optax.constant_schedule(peak),
         "cosine": lambda: optax.cosine_decay_schedule(peak, steps - warmup),
@@ -46,6 +43,21 @@ def make_schedule(config: Config, steps: int, steps_per_epoch: float) -> optax.S
     start = schedule.warmup_factor * peak
     end = peak if schedule.warmup_shape == "linear" else start
     return optax.join_schedules([optax.linear_schedule(start, end, warmup), main], [warmup])
+
+
+def warmup_steps(config: Config, steps: int, steps_per_epoch: float) -> tuple[int, str]:
+    """Returns the length of the warm-up in steps, and a line that says so where the recipe's is no shorter than the
+    run, else an empty one: it is then a fifth of the run.
+    """
+    schedule = config.schedule
+    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    if schedule.name == "one_cycle" or warmup < steps:
+        return warmup, ""
+    short = steps // 5
+    return short, (
+        f"schedule.warmup_epochs {schedule.warmup_epochs:g} is {warmup} steps, and the run has {steps}: shortened to "
+        f"{short}"
+    )
 
 
 def make_optimizer(

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError
+from resnet_jax.config import Config, InputError, known
 from resnet_jax.data import on_device
 from resnet_jax.data.dataset import Dataset, labels_of
 from resnet_jax.training.finetune import Phase
@@ -114,8 +114,11 @@ def make_prepare(config: Config, model: Any, parts: Parts = NO_PARTS) -> Prepare
     Crops and flips are drawn here when the data lies on the device, otherwise they were made on the host. A batch of
     features (`feature`) is taken as it is. Where the labels are no classes there are no targets.
     """
-    augment, mean, std, outputs = config.augment, config.data.mean, config.data.std, parts.outputs_of(model)
+    augment, (mean, std), outputs = config.augment, normalization(config), parts.outputs_of(model)
     dtype = getattr(model, "dtype", None) or jnp.float32
+    from_device = known(config.data.on_device, "data.on_device")
+    crop, flip = known(augment.crop, "augment.crop"), known(augment.flip, "augment.flip")
+    pad = known(augment.pad, "augment.pad") if crop == "pad" else 0
 
     def prepare(batch: Batch, key: jax.Array) -> Batch:
         label, targets = batch["label"], None
@@ -125,11 +128,11 @@ def make_prepare(config: Config, model: Any, parts: Parts = NO_PARTS) -> Prepare
             return {"image": batch["feature"], "label": label, "target": targets}
         crop_key, flip_key, mix_key, _ = jax.random.split(key, 4)
         images = batch["image"]
-        if config.data.on_device and augment.crop == "pad":
-            images = on_device.pad_crop(crop_key, images, augment.pad)
-        if config.data.on_device and augment.flip != "none":
+        if from_device and crop == "pad":
+            images = on_device.pad_crop(crop_key, images, pad)
+        if from_device and flip != "none":
             by_chance = jax.random.bernoulli(flip_key, shape=images.shape[:1])
-            images = on_device.flip(by_chance if augment.flip == "random" else batch["mirrored"], images)
+            images = on_device.flip(by_chance if flip == "random" else batch["mirrored"], images)
         images = on_device.normalize(images, mean, std, dtype)
         if targets is None:
             return {"image": images, "label": label}
@@ -140,18 +143,23 @@ def make_prepare(config: Config, model: Any, parts: Parts = NO_PARTS) -> Prepare
     return prepare
 
 
+def normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and deviation of the channels, as a recipe says or its start has found them."""
+    return known(config.data.mean, "data.mean"), known(config.data.std, "data.std")
+
+
 def recipe_eval_step(
     config: Config, model: Any, parts: Parts = NO_PARTS
 ) -> Callable[[PyTree, Batch], tuple[Sums, PyTree]]:
     """Returns the evaluation step of a recipe; its loss is that of training without smoothing and weights, or the
     user's own.
     """
-    dtype = getattr(model, "dtype", None) or jnp.float32
+    dtype, (mean, std) = getattr(model, "dtype", None) or jnp.float32, normalization(config)
 
     def prepare(batch: Batch) -> Batch:
         if "feature" in batch:
             return batch | {"image": batch["feature"]}
-        return batch | {"image": on_device.normalize(batch["image"], config.data.mean, config.data.std, dtype)}
+        return batch | {"image": on_device.normalize(batch["image"], mean, std, dtype)}
 
     loss = parts.loss or make_loss(config.train.loss, config.train.focal_gamma)
     classes = parts.outputs_of(model) > 0

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, known
 from resnet_jax.files import in_bucket, path_of, write_whole
 from resnet_jax.models.registry import create_model
 from resnet_jax.weights.convert import to_torch
@@ -76,7 +76,7 @@ def export_own_model(
     config, state, _ = read_run(path_of(source, "SOURCE"), checkpoint, make_parts(parts))
     variables = state.averages or state.variables
     write_tree(variables, path)
-    return config.model.name, len(jax.tree.leaves(variables))
+    return known(config.model.name, "model.name"), len(jax.tree.leaves(variables))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
-from resnet_jax.config import Config, InputError, ModelConfig, from_dict, sides
+from resnet_jax.config import Config, InputError, ModelConfig, from_dict, known, known_size, sides
 from resnet_jax.files import in_bucket, path_of, read_file, read_json
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest, variable_shapes
 from resnet_jax.output import first_line, say
@@ -326,7 +326,8 @@ def _from_run(folder: Path, checkpoint: str | None) -> Weights:
     fields: dict[str, Any] = {"num_classes": len(record["class_names"]) if head is None else head.shape[0]}
     fields |= model_fields(replace(config.model, scan=False))
     fields |= {} if config.data.channels == 3 else {"in_channels": config.data.channels}
-    model: Any = create_model(config.model.name, **fields)
+    name = known(config.model.name, "model.name")
+    model: Any = create_model(name, **fields)
     if hasattr(model, "image_size"):
         fields["image_size"] = min(sides(config.data.image_size))
         model = model.clone(image_size=fields["image_size"])
@@ -334,14 +335,21 @@ def _from_run(folder: Path, checkpoint: str | None) -> Weights:
     preprocessing = preprocessing_in(config)
     names = tuple(record["class_names"])
     calibration = read_calibration(folder, step, fields["num_classes"])
-    return Weights(tensors, config.model.name, fields, preprocessing, names, record["multilabel"], calibration)
+    return Weights(tensors, name, fields, preprocessing, names, record["multilabel"], calibration)
 
 
 def preprocessing_in(config: Config) -> Preprocessing:
     """Returns how images are prepared by the evaluation of a recipe."""
     data, augment = config.data, config.augment
-    size = data.eval_image_size or data.image_size
-    return Preprocessing(data.mean, data.std, data.image_size, size, augment.eval_crop, augment.interpolation)
+    size = known_size(data.image_size)
+    return Preprocessing(
+        known(data.mean, "data.mean"),
+        known(data.std, "data.std"),
+        size,
+        data.eval_image_size or size,
+        known(augment.eval_crop, "augment.eval_crop"),
+        known(augment.interpolation, "augment.interpolation"),
+    )
 
 
 class CalibrationFile(TypedDict):

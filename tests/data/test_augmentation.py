@@ -13,7 +13,7 @@ from resnet_jax.data.transforms import augment
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (40, 30, 3), dtype=np.uint8)
-PLAIN = AugmentConfig(crop="none")
+PLAIN = AugmentConfig(crop="none", flip="none", interpolation="bilinear")
 
 
 def test_erasing_leaves_the_rest_alone_and_covers_what_it_says():
@@ -85,7 +85,7 @@ def test_half_of_the_images_are_turned_top_to_bottom():
 def test_what_works_on_the_host_says_so(name):
     fields = {name: True if name in ("flip_vertical", "trivial_augment") else 0.5}
     with pytest.raises(InputError, match=rf"augment\.{name} works on the host: add --data\.no_on_device"):
-        Config(augment=AugmentConfig(**fields))
+        Config(data=DataConfig(on_device=True), augment=AugmentConfig(**fields))
 
 
 def test_colours_need_colours():

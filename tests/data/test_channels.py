@@ -59,7 +59,7 @@ def test_sizes_need_not_be_square():
     expected = image.resize((32, 24), Image.Resampling.BILINEAR).crop((10, 0, 22, 24))
     np.testing.assert_allclose(fit(image, (24, 12)), expected, rtol=0, atol=1)
     assert np.asarray(random_resized_crop(image, RNG, (6, 14), (0.2, 0.5))).shape == (6, 14, 3)
-    recipe = AugmentConfig(crop="random_resized", flip="random")
+    recipe = AugmentConfig(crop="random_resized", flip="random", interpolation="bilinear")
     assert augment(RNG.random((9, 9, 2)), np.random.default_rng(0), (4, 6), recipe, channels=2).shape == (4, 6, 2)
 
 

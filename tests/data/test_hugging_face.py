@@ -35,6 +35,7 @@ from resnet_jax.training.checkpoints import read_checkpoint
 from resnet_jax.training.loop import train
 from resnet_jax.training.sharding import make_mesh
 
+from ..small import digits
 from ..training.test_loop import lines_of, train_until
 
 
@@ -340,8 +341,7 @@ def test_a_source_is_sent_to_other_processes_without_its_rows(tmp_path, home):
 
 def recipe(dataset, home, **fields):
     base = Config()
-    return dataclasses.replace(
-        base,
+    return digits(
         model=ModelConfig("cifar_resnet8"),
         data=data_of(dataset, home, on_device=False, **fields),
         augment=AugmentConfig(crop="pad", pad=1, flip="random"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, TrainConfig
+from resnet_jax.config import AugmentConfig, DataConfig, InputError, TrainConfig
 from resnet_jax.data import on_device
 from resnet_jax.data.dataset import ArraySource, Dataset, FileSource
 from resnet_jax.data.loader import (
@@ -23,14 +23,17 @@ from resnet_jax.data.loader import (
 from resnet_jax.data.on_device import draw_batch
 from resnet_jax.training.sharding import make_mesh
 
+from ..small import digits
+
 SIZE = 37
+PLAIN = AugmentConfig(crop="none", flip="none", interpolation="bilinear")
 SOURCE = ArraySource(
     np.broadcast_to(np.arange(SIZE, dtype=np.uint8)[:, None, None, None], (SIZE, 4, 4, 3)), np.arange(SIZE) % 5
 )
 
 
 def recipe(batch_size=8, workers=0, augment=None):
-    return Config(
+    return digits(
         data=DataConfig(image_size=4, on_device=False, workers=workers),
         augment=augment or AugmentConfig(crop="none"),
         train=TrainConfig(batch_size=batch_size, seed=3),
@@ -45,12 +48,12 @@ def images_of(batches):
 def test_hosts_partition_every_epoch(hosts):
     rows = []
     for rank in range(hosts):
-        example = TrainExample(SOURCE, AugmentConfig(crop="none"), 4, 3, 8 // hosts, rank, hosts)
+        example = TrainExample(SOURCE, PLAIN, 4, 3, 8 // hosts, rank, hosts)
         rows.append([int(example(place)["image"][0, 0, 0]) for place in range(3 * SIZE * 8 // hosts // 8 * 8)])
     share = 8 // hosts
     steps = len(rows[0]) // share
     batches = [[i for row in rows for i in row[s * share : (s + 1) * share]] for s in range(steps)]
-    single = TrainExample(SOURCE, AugmentConfig(crop="none"), 4, 3, 8)
+    single = TrainExample(SOURCE, PLAIN, 4, 3, 8)
     assert batches == [[int(single(s * 8 + i)["image"][0, 0, 0]) for i in range(8)] for s in range(steps)]
     stream = [i for batch in batches for i in batch]
     assert sorted(stream[:SIZE]) == sorted(stream[SIZE : 2 * SIZE]) == list(range(SIZE))
@@ -119,7 +122,8 @@ import numpy as np
 
 if __name__ == "__main__":
     data, train = DataConfig(image_size=64, on_device=False, workers=1), TrainConfig(batch_size=32)
-    config = dataclasses.replace(Config(), data=data, augment=AugmentConfig(crop="none"), train=train)
+    plain = AugmentConfig(crop="none", flip="none", interpolation="bilinear")
+    config = dataclasses.replace(Config(), data=data, augment=plain, train=train)
     source = ArraySource(np.zeros((32, 64, 64, 3), np.uint8), np.zeros(32, np.int64))
     batches = train_batches(source, config, make_mesh(1), BadImages("error"), range(9))
     kept = [next(batches), next(batches)]
@@ -219,8 +223,9 @@ def test_a_wrong_label_comes_out_of_a_worker_with_its_name():
 def test_real_pictures_of_any_size_become_batches(pictures):
     paths = tuple(str(p) for p in sorted((pictures / "imagenet_samples").glob("*.JPEG"))[:24])
     source = FileSource(paths, tuple(range(24)))
-    config = dataclasses.replace(
-        recipe(8, augment=AugmentConfig(crop="random_resized", flip="random", eval_crop=0.875)),
+    config = digits(
+        augment=AugmentConfig(crop="random_resized", flip="random", eval_crop=0.875),
+        train=TrainConfig(batch_size=8, seed=3),
         data=DataConfig(image_size=96, eval_image_size=128, on_device=False),
     )
     batches = list(train_batches(source, config, make_mesh(1), BadImages("error"), range(3)))

@@ -16,6 +16,8 @@ from resnet_jax.data.own_data import own_dataset
 from resnet_jax.training.build import data_of
 from resnet_jax.training.parts import Parts
 
+from ..small import digits
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 LABELS = np.asarray([0, 1, 2, 0, 1, 2])
 
@@ -88,7 +90,7 @@ def test_labels_that_are_no_classes_stay_as_they_are():
     assert label["box"].dtype == np.float32
     assert label["count"] == 5
     assert own_dataset(rj.Dataset(train=(PIXELS, LABELS), class_names=())).class_names == ()
-    config = Config()
+    config = digits()
     whole = whole_split(dataset.train, config, None)
     assert whole["label"]["box"].shape == (6, 4)
 

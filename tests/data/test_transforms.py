@@ -247,7 +247,7 @@ def test_a_long_picture_costs_what_its_part_costs(shape, channels):
     raw = long_png(*shape)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fitted = transforms.fit(raw, 224, 0.95, "bicubic", channels)
-    rng, recipe = np.random.default_rng(0), AugmentConfig(crop="pad")
+    rng, recipe = np.random.default_rng(0), AugmentConfig(crop="pad", pad=1, flip="none", interpolation="bilinear")
     cut = np.asarray(transforms.random_resized_crop(raw, rng, 224, (0.1, 1.0), "bicubic", channels))
     padded = transforms.augment(raw, rng, (96, 32), recipe, channels=channels)
     assert (fitted.shape, cut.shape, padded.shape) == ((224, 224, channels), (224, 224, channels), (96, 32, channels))
@@ -380,6 +380,8 @@ def test_pad_crop_and_flip_stay_windows_of_the_image():
     windows += [w[:, ::-1] for w in windows]
     seen = set()
     for _ in range(60):
-        result = transforms.augment(image, RNG, 8, AugmentConfig(crop="pad", pad=2, flip="random"))
+        result = transforms.augment(
+            image, RNG, 8, AugmentConfig(crop="pad", pad=2, flip="random", interpolation="bilinear")
+        )
         seen.add(next(i for i, w in enumerate(windows) if (w == result).all()))
     assert len(seen) > 20

@@ -91,7 +91,7 @@ from resnet_jax.data.sources import ArraySource
 from resnet_jax.training.sharding import make_mesh
 
 data, train = DataConfig(image_size=4, on_device=False, workers=WORKERS), TrainConfig(batch_size=4)
-config = Config(data=data, augment=AugmentConfig(crop="none"), train=train)
+config = Config(data=data, augment=AugmentConfig(crop="none", flip="none", interpolation="bilinear"), train=train)
 source = ArraySource(np.zeros((8, 4, 4, 3), np.uint8), np.zeros(8, np.int64))
 batches = train_batches(source, config, make_mesh(1), BadImages("error"), range(3))
 for batch in batches:

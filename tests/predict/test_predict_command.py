@@ -18,6 +18,7 @@ from resnet_jax.config import Config, DataConfig, TrainConfig
 from resnet_jax.data.transforms import fit
 from resnet_jax.predict.predictor import Predictor, find_files, predict_files
 from resnet_jax.predict.write_predictions import draw_cam
+from resnet_jax.recipe_files import recorded
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import find_weights
 
@@ -38,7 +39,7 @@ def run(tmp_path_factory):
     config = dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, name="cifar_resnet8"),
-        data=DataConfig(dataset=f"folder:{place / 'data'}", image_size=12),
+        data=DataConfig(dataset=f"folder:{place / 'data'}", image_size=12, mean=(0.305,) * 3, std=(0.376,) * 3),
         augment=dataclasses.replace(base.augment, eval_crop=0.9),
         train=TrainConfig(steps=40, batch_size=8, ema_decay=0.8, eval_every_epochs=99.0),
         schedule=dataclasses.replace(base.schedule, warmup_epochs=1.0),
@@ -53,7 +54,7 @@ def test_probabilities_are_those_of_the_module_on_the_pictures_of_the_evaluation
     predictor = rj.Predictor.from_run(run / "run")
     files = sorted((run / "data").rglob("*.png"))
     images = np.stack([fit(str(path), 12, 0.9) for path in files])
-    data = Config().data
+    data = recorded(run / "run").data
     normal = (images / 255.0 - np.asarray(data.mean)) / np.asarray(data.std)
     model, variables = rj.load_pretrained(str(run / "run"))
     expected = jax.nn.softmax(jax.jit(model.apply)(variables, jnp.asarray(normal, jnp.float32)))

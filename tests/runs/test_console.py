@@ -1,4 +1,14 @@
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+
+from resnet_jax.config import Config, LogConfig
+from resnet_jax.runs import console as console_module
 from resnet_jax.runs.console import Console
+from resnet_jax.runs.reporter import Reporter
+from resnet_jax.runs.trackers import read_lines
+from resnet_jax.training.build import Plan
+from resnet_jax.training.run_progress import RunProgress
 
 
 def test_the_last_step_is_one_line_with_its_own_evaluation(capsys):
@@ -13,3 +23,58 @@ def test_the_last_step_is_one_line_with_its_own_evaluation(capsys):
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("step 10/20  epoch 1.0  loss 0.5000")
     assert last.startswith("step 20/20  epoch 2.0  loss 0.1250  validation accuracy 75.00%")
+
+
+def test_a_line_tells_figures_of_its_own_steps_alone(capsys, monkeypatch):
+    """An evaluation is told once, with its step where the line is of another one; the loss of other steps never."""
+    monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 0.0)
+    console = Console(0, 300, 50.0)
+    console.update(1, {"train/loss": 2.5})
+    console.update(100, {"train/loss": 0.5, "images_per_second": 10.0})
+    monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 1e9)
+    console.update(198, {"validation/accuracy": 0.25, "validation/loss": 1.0})
+    monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 0.0)
+    console.update(200, {"train/loss": 0.25})
+    console.update(210, {"ema/validation/loss": 3.0, "validation/loss": 4.0})
+    console.update(220, {"train/loss": 0.125})
+    lines = [line.partition(" s left")[0].rpartition("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [
+        "step 100/300  epoch 2.0  loss 0.5000  10 images/s",
+        "step 200/300  epoch 4.0  loss 0.2500  validation accuracy 25.00% (step 198)",
+        "step 210/300  epoch 4.2  validation loss 3.0000 (moving average)",
+        "step 220/300  epoch 4.4  loss 0.1250",
+    ]
+
+
+def sums(*losses):
+    """Of steps with four images each."""
+    return {"loss": jnp.asarray(losses) * 4, "count": jnp.full(len(losses), 4.0)}
+
+
+def test_the_first_line_follows_the_first_step_and_an_evaluation_has_the_loss_of_its_steps(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 0.0)
+    config = Config(log=LogConfig(tensorboard=False))
+    progress, state = RunProgress({}, [], False), SimpleNamespace(params={"w": jnp.zeros(2)}, batch_stats={}, step=8)
+    with Reporter(tmp_path, config, Plan(20, 10.0, 8, 8, 5), None, 0, progress, lambda: None) as reporter:
+        assert capsys.readouterr().out == ""
+        reporter.steps(1, 1, sums(3.0), 0.0)
+        assert capsys.readouterr().out == "step 1/20  epoch 0.1  loss 3.0000\n"
+        reporter.steps(5, 4, sums(1.0, 1.0, 1.0, 2.0), 0.0)
+        reporter.flush()
+        reporter.steps(8, 3, sums(0.5, 0.5, 2.0), 0.0)
+        reporter.settle(state)
+        reporter.evaluation(8, {"validation": {"loss": 4.0, "accuracy": 0.5}})
+    of_five, of_eight = capsys.readouterr().out.splitlines()
+    assert of_five.startswith("step 5/20  epoch 0.5  loss 1.6000  ")
+    assert of_eight.startswith("step 8/20  epoch 0.8  loss 1.0000  validation accuracy 50.00%  ")
+    written = {line["step"]: line for line in read_lines(tmp_path / "metrics.jsonl")}
+    assert sorted(written) == [5, 8] and abs(written[5]["train/loss"] - 1.6) < 1e-6 and "train/loss" not in written[8]
+
+
+def test_a_start_without_a_step_leaves_no_metrics(tmp_path):
+    plan, progress = Plan(20, 10.0, 8, 8, 5), RunProgress({}, [], False)
+    with Reporter(tmp_path, Config(log=LogConfig(tensorboard=False)), plan, None, 0, progress, lambda: None):
+        assert (tmp_path / "metrics.jsonl").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -16,12 +16,13 @@ import pytest
 from PIL import Image
 
 from resnet_jax.cli import MEMORY
-from resnet_jax.config import Config, InputError
+from resnet_jax.config import Config, InputError, ModelConfig
 from resnet_jax.runs.folder import describe_run, locked, runs_under
 from resnet_jax.runs.lock import live_holder
 from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training.manifest import damage, steps_in
 
+from ..small import digits
 from ..training.test_loop import final_state, lines_of
 from . import test_processes
 
@@ -76,7 +77,7 @@ def undisturbed(tmp_path_factory):
 
 def same_run(folder, expected):
     """State, record and every line but its timings, bit for bit."""
-    config = Config(model=Config().model.__class__("cifar_resnet8"))
+    config = digits(model=ModelConfig("cifar_resnet8"))
     ours, theirs = (final_state(place, config) for place in (folder, expected))
     chex.assert_trees_all_equal(ours[0], theirs[0])
     assert ours[1] == theirs[1] and ours[0].step == 240

@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 
 from resnet_jax import InputError, Predictor, create_model, to_torch
 from resnet_jax.config import Config, DataConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
-from resnet_jax.training.build import complete
 from resnet_jax.training.loop import train
+from resnet_jax.training.resolve import resolve
 from resnet_jax.weights.sources import find_weights
 from resnet_jax.weights.tags import tags_of
 
@@ -31,9 +31,9 @@ def test_a_bare_file_is_prepared_for_as_in_prediction(tmp_path, tensors, caplog)
     """As the default tag of the model that the recipe names."""
     source = str(tmp_path / "bare.safetensors")
     save_file(tensors, source)
-    config = complete(Config(model=ModelConfig("test_resnet", pretrained=source)), None)
+    config = resolve(Config(model=ModelConfig("test_resnet", pretrained=source))).config
     expected = tags_of("test_resnet")[0].preprocessing
-    assert look(config) == dataclasses.astuple(expected) != look(Config())
+    assert look(config) == dataclasses.astuple(expected) != look(resolve(Config()).config)
     assert Predictor.from_source(source, "test_resnet").preprocessing == expected
     assert "bare.safetensors does not say how images are prepared: taken as for test_resnet.r160_in1k" in caplog.text
 

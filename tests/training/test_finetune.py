@@ -11,7 +11,6 @@ import pytest
 
 from resnet_jax.config import (
     AugmentConfig,
-    Config,
     FinetuneConfig,
     InputError,
     LogConfig,
@@ -30,9 +29,12 @@ from resnet_jax.training.programs import compile_phases, recipe_step, weights_of
 from resnet_jax.training.sharding import make_mesh, replicated
 from resnet_jax.training.state import path_map
 
-BASE = Config(
+from ..small import digits
+
+STILL = AugmentConfig(crop="none", flip="none", pad=1, eval_crop=1.0, interpolation="bilinear")
+BASE = digits(
     model=ModelConfig("cifar_resnet8"),
-    augment=AugmentConfig(crop="none"),
+    augment=STILL,
     train=TrainConfig(steps=6, batch_size=16, ema_decay=None, eval_every_epochs=99.0),
     log=LogConfig(every_steps=3, tensorboard=False, report=False),
 )
@@ -112,9 +114,9 @@ def test_a_probe_on_features_that_are_computed_once_is_the_probe(tmp_path, monke
 @pytest.mark.parametrize(
     "changed",
     [
-        {"augment": AugmentConfig(crop="none", flip="random")},
-        {"augment": AugmentConfig(crop="none", mixup=0.1)},
-        {"augment": AugmentConfig(crop="pad")},
+        {"augment": dataclasses.replace(STILL, flip="random")},
+        {"augment": dataclasses.replace(STILL, mixup=0.1)},
+        {"augment": dataclasses.replace(STILL, crop="pad")},
         {"optimizer": OptimizerConfig(rate_rules=(("stage3/.*", 1.0),))},
         {"finetune": FinetuneConfig("full")},
     ],

@@ -33,6 +33,8 @@ from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import recipe_step
 from resnet_jax.training.sharding import make_mesh
 
+from ..small import digits as digits_recipe
+
 pytestmark = pytest.mark.xdist_group("loop")  # one process makes what they share
 
 TIMINGS = ("images_per_second", "data_wait")
@@ -40,9 +42,8 @@ TIMINGS = ("images_per_second", "data_wait")
 
 def recipe(steps=23, devices=1, **train):
     """A short run of the digits with everything on: augmentation, EMA, evaluation in between, odd intervals."""
-    base = Config()
-    return dataclasses.replace(
-        base,
+    base = digits_recipe()
+    return digits_recipe(
         model=dataclasses.replace(base.model, name="cifar_resnet8"),
         augment=AugmentConfig(crop="pad", pad=1, flip="random", mixup=0.2),
         train=TrainConfig(**({"steps": steps, "batch_size": 32, "ema_decay": 0.9, "eval_every_epochs": 0.2} | train)),
@@ -150,7 +151,7 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     command = [sys.executable, "-m", "resnet_jax.cli", "train", "--workdir", str(folder), "--train.epochs", "9"]
     subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, check=True, capture_output=True)
-    config = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, epochs=9.0))
+    config = digits_recipe(train=dataclasses.replace(Config().train, epochs=9.0))
     return folder, config, json.loads((folder / "summary.json").read_text())
 
 
@@ -206,7 +207,7 @@ def test_evaluation_touches_nothing_of_a_run_that_may_be_under_way(digits):
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config())))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(digits_recipe())))
     with pytest.raises(InputError, match="holds no checkpoint"):
         evaluate_run(tmp_path)
 
@@ -358,7 +359,7 @@ def test_bad_images_of_a_folder_end_in_the_summary(tmp_path):
     broken.write_text("no picture")
     config = dataclasses.replace(
         recipe(steps=12, batch_size=8, eval_every_epochs=99.0),
-        data=DataConfig(dataset=f"folder:{tmp_path / 'data'}", on_device=False, on_bad_image="skip"),
+        data=DataConfig(dataset=f"folder:{tmp_path / 'data'}", image_size=8, on_device=False, on_bad_image="skip"),
     )
     summary = loop.train(config, tmp_path / "run")
     assert summary["test"]["count"] == 9

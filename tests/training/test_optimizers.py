@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from resnet_jax.config import Config, InputError, OptimizerConfig, ScheduleConfig, TrainConfig
-from resnet_jax.training.optimizers import make_optimizer, make_schedule
+from resnet_jax.training.optimizers import make_optimizer, make_schedule, warmup_steps
 
 PARAMS = {"conv": {"kernel": jnp.full((3, 4), 2.0)}, "norm": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
 ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
@@ -99,9 +99,15 @@ def test_linear_scaling_by_batch():
     ]
 
 
-def test_a_warm_up_longer_than_the_run_is_refused():
-    with pytest.raises(InputError, match="shorten it"):
-        rates({"warmup_epochs": 10.0}, (0,))
+def test_a_warm_up_longer_than_the_run_is_a_fifth_of_it():
+    found = rates({"name": "constant", "warmup_epochs": 10.0}, (0, 10, 20, 99))
+    np.testing.assert_allclose(found, [0.0, 0.5, 1.0, 1.0], rtol=1e-6)
+    config = Config(schedule=ScheduleConfig(warmup_epochs=2.0))
+    assert warmup_steps(config, 10, 12.0) == (
+        2,
+        "schedule.warmup_epochs 2 is 24 steps, and the run has 10: shortened to 2",
+    )
+    assert warmup_steps(config, 1, 12.0)[0] == 0 and warmup_steps(config, 99, 12.0) == (24, "")
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "lars"])

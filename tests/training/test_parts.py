@@ -23,9 +23,15 @@ from resnet_jax.training.parts import make_parts, names_and_hashes
 def recipe(steps=6, **train):
     """A short run without a report."""
     config = rj.Config()
+    data, augment = (
+        {"image_size": 8, "mean": (0.305,) * 3, "std": (0.376,) * 3},
+        {"crop": "pad", "pad": 1, "flip": "none"},
+    )
     train = {"steps": steps, "batch_size": 16, "ema_decay": None, "eval_every_epochs": 1.0} | train
     return dataclasses.replace(
         config,
+        data=dataclasses.replace(config.data, **data),
+        augment=dataclasses.replace(config.augment, **augment),
         train=dataclasses.replace(config.train, **train),
         schedule=dataclasses.replace(config.schedule, warmup_epochs=0.0),
         log=dataclasses.replace(config.log, every_steps=2, tensorboard=False, report=False),

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import resnet_jax
-from resnet_jax.config import AugmentConfig, Config, ModelConfig, TrainConfig
+from resnet_jax.config import AugmentConfig, ModelConfig, TrainConfig
 from resnet_jax.data.on_device import draw_batch
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.recipe_files import load_config
@@ -20,10 +20,12 @@ from resnet_jax.training.several_steps import steps_on_batches, steps_on_device
 from resnet_jax.training.sharding import batch_sharding, make_mesh, replicated, shard_batch
 from resnet_jax.training.state import create_state
 
+from ..small import digits
+
 RNG = np.random.default_rng(0)
 DATA = {"image": RNG.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), "label": RNG.integers(0, 7, 40, dtype=np.int32)}
 BATCH = {name: values[:16] for name, values in DATA.items()}
-CONFIG = Config(
+CONFIG = digits(
     augment=AugmentConfig(crop="pad", pad=1, flip="random", mixup=0.3),
     train=TrainConfig(batch_size=16, label_smoothing=0.1, ema_decay=0.9),
 )
@@ -60,7 +62,7 @@ def test_the_loss_falls_and_the_step_counts():
 def test_the_gradient_is_that_of_finite_differences():
     config = dataclasses.replace(
         CONFIG,
-        augment=AugmentConfig(crop="none"),
+        augment=dataclasses.replace(CONFIG.augment, crop="none"),
         optimizer=dataclasses.replace(CONFIG.optimizer, weight_decay=0.0, momentum=0.0, nesterov=False),
     )
     model, optimizer = net(), make_optimizer(config.optimizer, optax.constant_schedule(1.0))
@@ -145,7 +147,7 @@ def test_evaluation_with_flips_does_not_tell_left_from_right():
     model = net()
     state = new_state(model, optax.sgd(0.1))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    config = dataclasses.replace(CONFIG, augment=AugmentConfig(eval_flip=True))
+    config = dataclasses.replace(CONFIG, augment=dataclasses.replace(CONFIG.augment, eval_flip=True))
     mirrored = BATCH | {"image": BATCH["image"][:, :, ::-1]}
     steps = {False: jax.jit(recipe_eval_step(CONFIG, model)), True: jax.jit(recipe_eval_step(config, model))}
     sums = {

@@ -26,6 +26,8 @@ from resnet_jax.training.sharding import (
 )
 from resnet_jax.training.state import create_state
 
+from ..small import digits
+
 pytestmark = pytest.mark.xdist_group("strategies")  # one process makes what they share
 
 RNG = np.random.default_rng(0)
@@ -36,7 +38,7 @@ MODEL = ResNet((1, 1), block="basic", widths=(8, 16), stem="3x3", stem_width=8, 
 
 def run(devices, strategy="jit", batch_norm="global", fsdp=1, on_device=True, steps=20, model=MODEL, accumulate=1):
     """The state after so many steps with augmentation, mixup and averages."""
-    config = Config(
+    config = digits(
         data=DataConfig(image_size=8, on_device=on_device),
         augment=AugmentConfig(crop="pad", pad=1, flip="random", mixup=0.3),
         train=TrainConfig(
@@ -186,7 +188,7 @@ def test_what_is_computed_twice_comes_to_the_same(remat, alone):
 
 @pytest.mark.parametrize("on_device", [True, False])
 def test_a_call_ends_where_something_is_due(on_device):
-    config = Config(data=DataConfig(image_size=8, on_device=on_device), train=TrainConfig(batch_size=16))
+    config = digits(data=DataConfig(image_size=8, on_device=on_device), train=TrainConfig(batch_size=16))
     mesh, schedule = make_mesh(1), optax.constant_schedule(0.05)
     state = put_state(state_maker(config, MODEL, schedule)(), mesh)
     call, step, ended = stepper(config, MODEL, mesh, schedule, state, 13, most=3), 0, []
@@ -215,7 +217,7 @@ def test_the_loop_moves_nothing_unasked_and_compiles_once(on_device):
         if event.endswith("backend_compile_duration"):
             compiled.append(event)
 
-    config = Config(data=DataConfig(image_size=8, on_device=on_device), train=TrainConfig(batch_size=16, ema_decay=0.9))
+    config = digits(data=DataConfig(image_size=8, on_device=on_device), train=TrainConfig(batch_size=16, ema_decay=0.9))
     mesh, schedule = make_mesh(4), optax.constant_schedule(0.05)
     state = put_state(state_maker(config, MODEL, schedule)(), mesh)
     step = stepper(config, MODEL, mesh, schedule, state, 12, most=4)

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from resnet_jax import Predictor, create_model, load_pretrained, to_torch
 from resnet_jax.cli import main
 from resnet_jax.config import Config, DataConfig, FinetuneConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
-from resnet_jax.recipe_files import load_config
-from resnet_jax.training import build
+from resnet_jax.recipe_files import load_config, recorded
+from resnet_jax.training import resolve
 from resnet_jax.training.loop import train
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import Weights, find_weights
@@ -61,7 +61,7 @@ def test_a_file_from_a_run_knows_classes_and_preprocessing(run, tmp_path):
     assert main(["export", str(run), str(tmp_path / "out.safetensors")]) == 0
     weights = find_weights(str(tmp_path / "out.safetensors"))
     assert weights.name == "test_resnet" and len(weights.class_names) == 5
-    assert weights.preprocessing.mean == SMALL.data.mean and weights.preprocessing.image_size == 32
+    assert weights.preprocessing.mean == recorded(run).data.mean and weights.preprocessing.image_size == 32
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, capsys):
@@ -92,7 +92,7 @@ def test_a_linear_probe_starts_from_pretrained_weights_and_trains_the_head_alone
         config,
         model=ModelConfig(pretrained=str(run)),
         finetune=FinetuneConfig("linear_probe"),
-        data=dataclasses.replace(SMALL.data, image_size=8, synthetic_classes=3, on_device=False),
+        data=dataclasses.replace(SMALL.data, image_size=None, synthetic_classes=3, on_device=False),
         schedule=SMALL.schedule,
         train=TrainConfig(steps=3, batch_size=8, ema_decay=None),
         log=SMALL.log,
@@ -112,12 +112,12 @@ def test_a_linear_probe_starts_from_pretrained_weights_and_trains_the_head_alone
 def test_a_published_tag_brings_its_preprocessing(tmp_path, monkeypatch):
 
     tag = Weights({}, "resnet50", {"num_classes": 1000}, find_tag_preprocessing("resnet50.tv2_in1k"))
-    monkeypatch.setattr(build, "find_weights", lambda source: tag)
-    config = build.complete(Config(model=ModelConfig(pretrained="resnet50.tv2_in1k")), None)
+    monkeypatch.setattr(resolve, "find_weights", lambda source: tag)
+    config = resolve.resolve(Config(model=ModelConfig(pretrained="resnet50.tv2_in1k"))).config
     assert config.model.name == "resnet50" and config.data.mean == (0.485, 0.456, 0.406)
     assert (config.data.image_size, config.data.eval_image_size, config.augment.eval_crop) == (176, 224, 0.965)
     own = Config(model=ModelConfig(pretrained="x"), data=DataConfig(image_size=64, mean=(0.1, 0.1, 0.1)))
-    kept = build.complete(own, None).data
+    kept = resolve.resolve(own).config.data
     assert (kept.image_size, kept.eval_image_size, kept.mean, kept.std) == (64, None, (0.1,) * 3, (0.229, 0.224, 0.225))
 
 

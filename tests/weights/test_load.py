@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from resnet_jax import InputError, Predictor, create_model, load_pretrained, to_torch
-from resnet_jax.config import Config, from_dict, to_dict
+from resnet_jax.config import from_dict, to_dict
+from resnet_jax.recipe_files import load_config
 from resnet_jax.training.build import build_model
 from resnet_jax.weights.export import export, save_tensors
 from resnet_jax.weights.load import names_of_outputs, preprocessing_of
@@ -352,7 +353,7 @@ def test_a_repository_that_would_leave_its_folder_is_refused(source, tmp_path, m
 
 
 def test_a_recipe_in_a_checkpoint_is_data():
-    values = to_dict(Config())
+    values = to_dict(load_config("digits_resnet20"))
     values["model"]["name"] = "__import__('os').abort()"
     assert from_dict(values).model.name == "__import__('os').abort()"
     with pytest.raises(InputError, match="no model is called"):

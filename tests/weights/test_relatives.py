@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from resnet_jax import create_model, load_pretrained, to_torch
-from resnet_jax.config import AugmentConfig, Config, ModelConfig, TrainConfig
+from resnet_jax.config import AugmentConfig, ModelConfig, TrainConfig
 from resnet_jax.models.attention import SpatialAttention
 from resnet_jax.models.googlenet import AuxiliaryHead, Chain
 from resnet_jax.models.layers import Conv, make_norm
@@ -23,6 +23,7 @@ from resnet_jax.weights.convert import from_torch
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import Weights
 
+from ..small import digits
 from .torch_twins import images_for, randomize, torch, torchvision
 
 SMALL = {"image_size": 64, "depth": 3, "heads": 4, "width": 64, "mlp": 128, "num_classes": 7}
@@ -97,7 +98,7 @@ def test_an_auxiliary_head_is_torchvisions():
 
 
 def test_auxiliary_losses_count_three_tenths():
-    config = Config(
+    config = digits(
         model=ModelConfig("cifar_googlenet"), augment=AugmentConfig(crop="none"),
         train=TrainConfig(batch_size=4, ema_decay=None),
     )  # fmt: skip
