@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from resnet_jax.cli import main
-from resnet_jax.config import AugmentConfig, Config, InputError, ParallelConfig, TrainConfig
+from resnet_jax.config import InputError, ParallelConfig, TrainConfig
+from resnet_jax.recipe_files import load_config
 from resnet_jax.runs.signals import Stop, Stopped
 from resnet_jax.training import loop
 from resnet_jax.training.build import build_model, sharded_shapes, state_maker
@@ -27,11 +28,11 @@ pytestmark = pytest.mark.xdist_group("verify")  # one process makes what they sh
 
 def recipe(seed=0, **train):
     """Twelve steps with a checkpoint each four, and evaluations and lines at other steps than those."""
-    base = Config()
+    base = load_config("digits_resnet20")
     return dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, name="cifar_resnet8"),
-        augment=AugmentConfig(crop="pad", pad=1, flip="random", mixup=0.2),
+        augment=dataclasses.replace(base.augment, flip="random", mixup=0.2),
         train=TrainConfig(
             **{
                 "steps": 12,
