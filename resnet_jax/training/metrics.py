@@ -2,6 +2,7 @@
 host, from predictions, scikit-learn's measures of a classifier and what calibrates it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -260,6 +261,16 @@ def _auc(truth: np.ndarray, p: np.ndarray) -> float | None:
     from sklearn.metrics import roc_auc_score
 
     return None if truth.all() or not truth.any() else float(roc_auc_score(truth, p))
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Returns the interval that holds the true share with 95 % confidence, where `share` of `count` examples was found
+    (Wilson 1927). Unlike the normal approximation it stays within [0, 1] and holds for few examples.
+    """
+    z = 1.959964  # of the normal distribution, at 97.5 %
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def calibration_error(confidence: np.ndarray, hits: np.ndarray) -> tuple[list[dict[str, float]], float]:
