@@ -392,9 +392,11 @@ def row_of(name: str, wanted: Wanted, progress: Any) -> dict[str, Any]:
     except Exception as error:  # whatever ends one of many, such as the memory of the device
         return {"error": first_line(error)}
     means, result = evaluated.means, evaluated.result
-    low, high = means["accuracy_interval"] if "accuracy" in means else ("", "")
+    if "accuracy" not in means:
+        return {"error": "its outputs are no classes"}
+    low, high = (round(end, 6) for end in means["accuracy_interval"])
     return {
-        "top1": means.get("accuracy", ""),
+        "top1": means["accuracy"],
         "top5": means.get("top5", ""),
         "low": low,
         "high": high,
