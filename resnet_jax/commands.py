@@ -196,8 +196,6 @@ def evaluate_command(
     many = sources.is_pattern(source)
     if many and table is None:
         raise InputError(f"name the table for all that {source} matches: --csv results.csv")
-    if not many:
-        check_there(source)
     wanted = sources.Wanted(
         dataset,
         split,
@@ -246,12 +244,6 @@ def progress_bar(what: str) -> Iterator[Callable[[int], Callable[[], None]]]:
             return partial(progress.advance, progress.add_task(what, total=total))
 
         yield begin
-
-
-def check_there(source: str) -> None:
-    """Raises InputError where a source is a path and nothing is there."""
-    if named_by_path(source) and not path_of(source, "SOURCE").exists():
-        raise InputError(f"{source}: there is no such run, folder or file")
 
 
 def report_command(
@@ -332,7 +324,8 @@ def predict_command(
     from resnet_jax.predict.predictor import NOT_FINITE, Predictor, find_files, predict_files
     from resnet_jax.predict.write_predictions import WRITERS, RightInFolders, draw_cam
 
-    check_there(source)
+    if named_by_path(source) and not path_of(source, "SOURCE").exists():
+        raise InputError(f"{source}: there is no such run, folder or file")
     pictures = list(find_files(paths))
     parts = given_parts(config)
     predictor = Predictor.from_source(source, name, flip, checkpoint, **parts)

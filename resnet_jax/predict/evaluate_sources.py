@@ -30,7 +30,7 @@ from resnet_jax.training.sharding import replicated
 from resnet_jax.training.state import TrainState
 from resnet_jax.weights.load import fit_weights, model_of, names_of_outputs, preprocessing_of
 from resnet_jax.weights.sources import FILES, find_weights, read_calibration
-from resnet_jax.weights.tags import UNCALIBRATED, Calibration, all_tags
+from resnet_jax.weights.tags import UNCALIBRATED, Calibration, all_tags, find_tag
 
 BATCH = 64
 """Images that go through the network at once, where nothing says it."""
@@ -121,34 +121,39 @@ class Pace:
 
 
 def is_run(path: Path) -> bool:
-    """Returns whether a path is taken for the folder of a run: it is a folder, and none of weights."""
+    """Returns whether a path is taken for the folder of a run: it is a folder, and none of weights; or nothing is
+    there, and it is neither a tag nor called as a file of weights.
+    """
+    if not path.exists():
+        return len(path.parts) > 1 and path.suffix not in FILES
     if not path.is_dir():
         return False
     return (path / "checkpoints").is_dir() or not any(child.suffix in FILES for child in path.iterdir())
 
 
-def open_source(source: str, wanted: Wanted) -> tuple[FinishedRun, Calibration]:
-    """Opens a run, a tag or a file of weights with the data that is wanted.
+def open_a_run(source: str, wanted: Wanted) -> tuple[FinishedRun, Calibration]:
+    """Opens a run, with its own data or what is wanted; errors as for `open_run`."""
+    path = path_of(source, "SOURCE")
+    how: dict[str, Any] = {"dataset": wanted.dataset, "accept_changes": wanted.accept_changes, "parts": wanted.parts}
+    run = open_run(path, wanted.checkpoint, wanted.on_host, **how, classes=wanted.classes, batch=wanted.batch)
+    if not wanted.keep or not run.class_names:
+        return run, UNCALIBRATED
+    return run, read_calibration(path, int(run.state.step), len(run.class_names))
+
+
+def open_weights(source: str, wanted: Wanted) -> tuple[FinishedRun, Calibration]:
+    """Opens a tag or a file of weights, with the data that is wanted.
 
     Raises:
       InputError: it cannot be read, does not say how images are prepared, has no classes, or no data is given for it.
     """
-    path = path_of(source, "SOURCE")
-    if is_run(path):
-        how = {"dataset": wanted.dataset, "accept_changes": wanted.accept_changes, "parts": wanted.parts}
-        run = open_run(path, wanted.checkpoint, wanted.on_host, **how, classes=wanted.classes)  # type: ignore[arg-type]
-        if wanted.batch is not None:
-            config = replace(run.config, train=replace(run.config.train, batch_size=wanted.batch))
-            run = replace(run, config=config)
-        calibrated = bool(run.class_names)
-        return run, read_calibration(path, int(run.state.step), len(run.class_names)) if calibrated else UNCALIBRATED
-    return open_weights(source, wanted)
-
-
-def open_weights(source: str, wanted: Wanted) -> tuple[FinishedRun, Calibration]:
-    """Opens a tag or a file of weights; errors as for `open_source`."""
+    if not source.startswith("hf-hub:") and not path_of(source, "SOURCE").exists():
+        find_tag(source)
     if wanted.dataset is None and wanted.parts.dataset is None:
-        raise InputError(f"say what to evaluate {source} on: --data.dataset folder:PATH, or another kind of data")
+        raise InputError(
+            f"{source} holds no run, whose data it would be evaluated on: give --data.dataset folder:PATH, or another "
+            "kind of data"
+        )
     weights = find_weights(source, wanted.name, wanted.checkpoint)
     name, fields = model_of(weights, source)
     model: Any = create_model(name, **fields)
@@ -192,10 +197,11 @@ def evaluate_source(
       progress: is given the number of batches, and returns what is called after each.
 
     Raises:
-      InputError: as for `open_source`; or the data has no such split, holds pictures that the run was trained on, or
-        has another number of images than there are ReaL labels.
+      InputError: as for `open_run` and `open_weights`; or the data has no such split, holds pictures that the run was
+        trained on, or has another number of images than there are ReaL labels.
     """
-    run, calibration = open_source(source, wanted)
+    from_weights = source.startswith("hf-hub:") or not is_run(path_of(source, "SOURCE"))
+    run, calibration = (open_weights if from_weights else open_a_run)(source, wanted)
     split = wanted.split or default_split(run.dataset)
     run.check_unseen(split)
     examples, batch = run.dataset.split(split), run.config.train.batch_size
@@ -213,7 +219,7 @@ def evaluate_source(
     result = result_of(run, split, found, wanted.per_class)
     if wanted.real is not None:
         result[served(found, split)[0]] |= real_accuracy(predictions, examples, wanted.real)
-    of = {"step": int(run.state.step)} if is_run(path_of(source, "SOURCE")) else {"model": run.config.model.name}
+    of = {"model": run.config.model.name} if from_weights else {"step": int(run.state.step)}
     size = run.config.data.eval_image_size or run.config.data.image_size
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
     more = {"images_per_second": rate, "parameters": parameters, "image_size": size}

@@ -309,11 +309,13 @@ def open_run(
     accept_changes: bool = False,
     parts: Parts = NO_PARTS,
     classes: ClassMap | None = None,
+    batch: int | None = None,
 ) -> FinishedRun:
     """Opens what a run's folder holds, to be looked at; arguments as for `evaluate_run`.
 
     Args:
       classes: which class of the run each class of other data is; None goes by their names.
+      batch: images that go through the network at once; None takes the recipe's.
 
     Raises:
       InputError: the folder holds no run or no such checkpoint, the run's data has changed where `dataset` says it
@@ -328,6 +330,8 @@ def open_run(
         say(f"WARNING: {note}", error=True)
     if dataset is not None:
         config, parts = replace(config, data=replace(config.data, dataset=dataset)), replace(parts, dataset=None)
+    if batch is not None:
+        config = replace(config, train=replace(config.train, batch_size=batch, accumulate_steps=1))
     mesh = mesh_for(config.train.batch_size)
     seen = load_fingerprint(folder)
     other, strangers = False, False

@@ -103,7 +103,7 @@ def test_a_run_a_file_and_the_training_agree(work, exported, capsys):
     status, out, err = run(["evaluate", exported, *data, "--split", "validation"], capsys)
     assert status == 0 and "validation split, 8 images" in out and "top-1 0.00% [0.00, 32.44] (0 right)" in out
     status, _, err = run(["evaluate", exported], capsys)
-    assert status == 2 and "say what to evaluate" in err and "--data.dataset" in err
+    assert status == 2 and "holds no run" in err and "give --data.dataset" in err
 
 
 def test_the_interval_is_that_of_scipy():
@@ -126,7 +126,7 @@ def test_data_of_someone_else_is_matched_by_name(work, theirs, tmp_path, capsys)
     """Their pictures have names that the run's have; a map calls their classes otherwise."""
     table = tmp_path / "table.csv"
     data = ["--data.dataset", f"folder:{theirs}"]
-    status, out, err = run(["evaluate", work / "run", *data, "--csv", table, "--per-class"], capsys)
+    status, out, err = run(["evaluate", work / "run", *data, "--csv", table, "--per-class", "--batch", "4"], capsys)
     assert status == 0 and "other data than that of the run" in err and "another order" not in err
     assert "test split, 10 images" in out and "top-1 100.00%" in out
     rows = rows_in(table)
