@@ -436,6 +436,44 @@ def models_command(
     return 0
 
 
+def bench_command(
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL...")],
+    batch: int = 32,
+    image_size: int | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    only: Literal["inference", "training"] | None = None,
+    repeats: int = 10,
+    as_json: Json = False,
+) -> int:
+    """Measures models on this machine: images a second of inference and training, memory, multiply-adds.
+
+    Args:
+      models: Names, or patterns such as 'resnet18*'.
+      batch: Images at once.
+      image_size: Side of an image in pixels; by default that of the model's weights.
+      dtype: Of activations and convolutions.
+      only: Measure this alone.
+      repeats: Timed calls, of which the median counts.
+    """
+    if not models:
+        raise InputError("name the models: resnet-jax bench MODEL...")
+    if not 1 <= batch <= MOST_AT_ONCE or not 1 <= repeats <= MOST_AT_ONCE:
+        raise InputError(f"--batch and --repeats must lie between 1 and {MOST_AT_ONCE:,}")
+    if image_size is not None and not 1 <= image_size <= 2**14:
+        raise InputError(f"--image_size must lie between 1 and {2**14:,}")
+    prepare_jax()
+    from resnet_jax.predict.bench import bench_or_reason, format_bench, models_of
+
+    rows = []
+    for name in models_of(models):
+        rows.append(bench_or_reason(name, batch, image_size, dtype, () if only is None else (only,), repeats))
+        if not as_json:
+            print(format_bench(rows[-1]), flush=True)
+    if as_json:
+        print(to_json(rows, indent=2))
+    return int(any("error" in row for row in rows))
+
+
 def describe_model(name: str) -> dict[str, Any]:
     """Returns a model's parameters, its GMACs at the size of its default weights, and its tags with their licences."""
     from resnet_jax.models.registry import cost, create_model
@@ -531,6 +569,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "predict": predict_command,
     "export": export_command,
     "models": models_command,
+    "bench": bench_command,
     "lab": lab_command,
 }
 

@@ -5,19 +5,24 @@ import dataclasses
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+import resnet_jax as rj
 from resnet_jax.cli import main
 from resnet_jax.data.dataset import ArraySource, Dataset
 from resnet_jax.data.match_classes import match_classes, read_class_map, read_real_labels
+from resnet_jax.predict import evaluate_sources
 from resnet_jax.runs.folder import read_summary, served_line
 from resnet_jax.training import loop
 from resnet_jax.training.metrics import wilson
 from resnet_jax.typed import InputError
+from resnet_jax.weights import sources, tags
 from resnet_jax.weights.export import save_tensors
-from resnet_jax.weights.sources import find_weights
+from resnet_jax.weights.sources import Weights, find_weights
 
 from ..training.test_selection import make_splits, picture, recipe
 
@@ -301,3 +306,34 @@ def test_predict_says_the_accuracy_on_folders_of_classes(work, theirs, capsys):
     assert len(out.splitlines()) == 5 and "on 5 pictures in folders of classes" in err
     status, out, err = run(["predict", work / "run", theirs / "dark" / "0.png"], capsys)
     assert status == 0 and "accuracy" not in out + err
+
+
+def test_tags_that_match_are_evaluated_and_one_that_cannot_be_fetched_is_a_row(theirs, tmp_path, capsys, monkeypatch):
+    """The only tag that is there predicts class 7 of 1,000 always; a map says that the dark pictures are that."""
+    model = rj.create_model("test_resnet", num_classes=1000)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    tensors = rj.to_torch(model, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
+    tensors["fc.bias"] = np.eye(1000, dtype=np.float32)[7]
+    file = tmp_path / "model.safetensors"
+    save_tensors(file, Weights(tensors), "safetensors")
+
+    def download(repository, name):
+        if repository != "timm/test_resnet.r160_in1k":
+            raise InputError(f"{repository} is not there")
+        return file
+
+    monkeypatch.setattr(sources, "_download", download)
+    two = {name: tags.all_tags()[name] for name in ("test_resnet.r160_in1k", "resnet18.tv_in1k")}
+    monkeypatch.setattr(evaluate_sources, "all_tags", lambda: two)
+    (tmp_path / "map.txt").write_text("dark 7\nlight 8\n")
+    data = ["--data.dataset", f"folder:{theirs}", "--classes", tmp_path / "map.txt"]
+    status, out, _ = run(["evaluate", "*resnet*", *data, "--csv", tmp_path / "out.csv"], capsys)
+    rows = {row["name"]: row for row in rows_in(tmp_path / "out.csv")}
+    assert status == 1 and set(rows) == set(two)
+    good = rows["test_resnet.r160_in1k"]
+    assert float(good["top1"]) == 0.5 and (good["count"], good["image_size"]) == ("10", "160")
+    assert float(good["top5"]) == 0.5 and rows["resnet18.tv_in1k"]["error"] == "timm/resnet18.tv_in1k is not there"
+    status, out, err = run(["evaluate", "test_resnet.r160_in1k", *data], capsys)
+    assert status == 0 and out.startswith("test_resnet, test split, 10 images") and "2 of the 1,000 classes" in err
+    status, _, err = run(["evaluate", "test_resnet.r160_in1"], capsys)
+    assert status == 2 and "test_resnet.r160_in1k" in err
