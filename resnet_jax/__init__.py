@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from resnet_jax.config import Config, InputError
     from resnet_jax.data.dataset import Dataset
-    from resnet_jax.models.registry import create_model, feature_info, list_models
+    from resnet_jax.models.registry import create_model, feature_info, list_models, register_model
     from resnet_jax.predict.fold_batch_norm import fold_batch_norm
     from resnet_jax.predict.gradcam import grad_cam
     from resnet_jax.predict.predictor import Predictor, make_forward
     from resnet_jax.runs.wandb_mlflow import MlflowHook, WandbHook
     from resnet_jax.training.build import restore
+    from resnet_jax.training.check import check
     from resnet_jax.training.loop import train
     from resnet_jax.training.metrics import means
     from resnet_jax.training.sharding import make_mesh, shard_batch
     from resnet_jax.training.state import create_state
     from resnet_jax.training.step import make_eval_step, make_train_step
     from resnet_jax.weights.convert import from_torch, to_torch
-    from resnet_jax.weights.load import load_pretrained
+    from resnet_jax.weights.load import features, load_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,9 +33,11 @@ __all__ = [
     "Predictor",
     "WandbHook",
     "__version__",
+    "check",
     "create_model",
     "create_state",
     "feature_info",
+    "features",
     "fold_batch_norm",
     "from_torch",
     "grad_cam",
@@ -45,6 +48,7 @@ __all__ = [
     "make_mesh",
     "make_train_step",
     "means",
+    "register_model",
     "restore",
     "shard_batch",
     "to_torch",
@@ -53,7 +57,7 @@ __all__ = [
 
 _HOMES = {
     "config": ("Config", "InputError"),
-    "models.registry": ("create_model", "feature_info", "list_models"),
+    "models.registry": ("create_model", "feature_info", "list_models", "register_model"),
     "predict.fold_batch_norm": ("fold_batch_norm",),
     "predict.gradcam": ("grad_cam",),
     "predict.predictor": ("Predictor", "make_forward"),
@@ -63,10 +67,11 @@ _HOMES = {
     "training.metrics": ("means",),
     "training.sharding": ("make_mesh", "shard_batch"),
     "training.build": ("restore",),
+    "training.check": ("check",),
     "training.state": ("create_state",),
     "training.step": ("make_eval_step", "make_train_step"),
     "weights.convert": ("from_torch", "to_torch"),
-    "weights.load": ("load_pretrained",),
+    "weights.load": ("features", "load_pretrained"),
 }
 
 

@@ -3,6 +3,7 @@
 Nothing here imports JAX before a command needs it.
 """
 
+import dataclasses
 import inspect
 import json
 import multiprocessing
@@ -21,7 +22,7 @@ import tyro
 from resnet_jax.files import in_bucket, local_path, path_of, to_json
 from resnet_jax.lab.captions import TITLES
 from resnet_jax.output import fail, say
-from resnet_jax.recipe_files import load_recipe
+from resnet_jax.recipe_files import load_config, load_recipe
 from resnet_jax.recipe_flags import Recipe, ShortRecipe, check_names, checked, recipe_to_change, spelt_out, unchecked
 from resnet_jax.typed import InputError
 
@@ -47,6 +48,9 @@ Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Name = Annotated[str | None, tyro.conf.arg(help="The model, where the source does not say.")]
 WhereData = Annotated[
     str | None, tyro.conf.arg(name="data.dataset", help="Other data than the run's, or where that lies now.")
+]
+OwnModels = Annotated[
+    str | None, tyro.conf.arg(metavar="FILE", help="A recipe's file, of which the models are taken that it registers.")
 ]
 Source = Annotated[
     tyro.conf.Positional[str],
@@ -109,6 +113,8 @@ def plan_command(
     workdir: WorkdirFlag = None,
     devices: int = 1,
     memory: str | None = None,
+    target: str | None = None,
+    largest_batch: Switch = False,
     as_json: Json = False,
 ) -> int:
     """Says what a run will need, before it starts.
@@ -116,20 +122,30 @@ def plan_command(
     Args:
       devices: How many devices the run will have.
       memory: Of each device, such as 80GiB; says whether the run fits.
+      target: Compile for a slice of TPUs that need not be there, such as v5e:4x4 (v4, v5e, v5p, v6e); needs jax[tpu].
+      largest_batch: With --target, look for the largest batch that fits; compiles several times.
     """
+    from resnet_jax.runs.tpu_target import prepare_environment
+
     if not 1 <= devices <= MOST_DEVICES:
         raise InputError(f"--devices {devices}: give a number from 1 to {MOST_DEVICES}")
     chosen = checked(recipe)
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    if target is not None:
+        prepare_environment(target)
+    elif largest_batch:
+        raise InputError("--largest-batch asks the compiler of a target: give one, such as --target v5e:4x4")
     prepare_jax()
     import jax
 
-    from resnet_jax.runs.forecast import forecast, format_plan, parse_memory
+    from resnet_jax.runs.forecast import forecast, format_plan, largest_batch_of, parse_memory
 
     jax.config.update("jax_platforms", "cpu")  # the recipe may have imported JAX before
     limit = None if memory is None else parse_memory(memory)
-    needs = forecast(chosen, devices, own_parts(config))
+    needs = forecast(chosen, devices, own_parts(config), target)
+    if target is not None and largest_batch:
+        needs["largest_batch"] = largest_batch_of(chosen, target, own_parts(config))
     if limit is not None:
         needs |= {"memory": limit, "fits": needs["total"] <= limit}
     print(to_json(needs, indent=2) if as_json else format_plan(needs))
@@ -376,6 +392,44 @@ def file_to_write(given: str) -> Path:
     return path
 
 
+def knn_command(
+    source: Source,
+    dataset: Annotated[str | None, tyro.conf.arg(name="data.dataset", help="As in a recipe; of a run its own.")] = None,
+    data_dir: Annotated[str | None, tyro.conf.arg(name="data.data_dir", help="As in a recipe.")] = None,
+    k: int = 20,
+    split: Literal["validation", "test"] | None = None,
+    batch: int = 64,
+    name: Name = None,
+    checkpoint: Checkpoint = None,
+    config: OwnModels = None,
+    as_json: Json = False,
+) -> int:
+    """Measures a backbone by the nearest neighbours of its features.
+
+    Args:
+      k: How many of the nearest training images vote, with one over their cosine distance.
+      split: By default test, where the data has it.
+      batch: Pictures that go through the network at once.
+    """
+    if k < 1 or not 1 <= batch <= MOST_AT_ONCE:
+        raise InputError(f"--k and --batch must be at least 1, and --batch at most {MOST_AT_ONCE}")
+    path_of(source, "SOURCE")
+    if config is not None:
+        load_config(config)
+    prepare_jax()
+    from resnet_jax.predict.knn import knn
+
+    found = knn(source, dataset, k, split, name=name, checkpoint=checkpoint, batch_size=batch, data_dir=data_dir)
+    if as_json:
+        print(to_json(found, indent=2))
+        return 0
+    print(f"{found['split']} accuracy {found['accuracy']:.2%} ({found['correct']:,} of {found['count']:,} images)")
+    print(f"by the {k} nearest of {found['train_count']:,} training images, {found['channels']:,} features each")
+    if found["skipped_images"]:
+        print(f"not counted, since they cannot be decoded: {', '.join(found['skipped_images'])}")
+    return 0
+
+
 FORMS = ("safetensors", "pth", "stablehlo", "onnx", "orbax")
 
 
@@ -443,6 +497,7 @@ def bench_command(
     dtype: Literal["float32", "bfloat16"] = "float32",
     only: Literal["inference", "training"] | None = None,
     repeats: int = 10,
+    config: OwnModels = None,
     as_json: Json = False,
 ) -> int:
     """Measures models on this machine: images a second of inference and training, memory, multiply-adds.
@@ -461,6 +516,8 @@ def bench_command(
         raise InputError(f"--batch and --repeats must lie between 1 and {MOST_AT_ONCE:,}")
     if image_size is not None and not 1 <= image_size <= 2**14:
         raise InputError(f"--image_size must lie between 1 and {2**14:,}")
+    if config is not None:
+        load_config(config)
     prepare_jax()
     from resnet_jax.predict.bench import bench_or_reason, format_bench, models_of
 
@@ -476,12 +533,12 @@ def bench_command(
 
 def describe_model(name: str) -> dict[str, Any]:
     """Returns a model's parameters, its GMACs at the size of its default weights, and its tags with their licences."""
-    from resnet_jax.models.registry import cost, create_model
+    from resnet_jax.models.registry import cost, create_model, default_classes
     from resnet_jax.weights.tags import tags_of
 
     tags = tags_of(name)
     size = tags[0].preprocessing.image_size if tags else 32 if name.startswith("cifar_") else 224
-    parameters, macs = cost(create_model(name), size)
+    parameters, macs = cost(create_model(name, num_classes=default_classes(name)), size)
     listed = [{"tag": t.tag, "license": t.license, "num_classes": t.num_classes, "default": t.default} for t in tags]
     return {"name": name, "parameters": parameters, "gmacs": round(macs / 1e9, 3), "size": size, "tags": listed}
 
@@ -492,6 +549,36 @@ def format_model(row: dict[str, Any]) -> str:
     for tag in row["tags"]:
         lines.append(f"    {tag['tag']:<46}{tag['license'] or 'no licence given'}{', default' * tag['default']}")
     return "\n".join(lines)
+
+
+def check_command(
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE:NAME|MODEL")],
+    image_size: int | None = None,
+    channels: int | None = None,
+    devices: int = 8,
+    as_json: Json = False,
+) -> int:
+    """Tries whether a module keeps what training, several devices and resumption assume; status 1 where it does not.
+
+    Args:
+      target: A Flax module in a Python file, or a function that returns one, such as net.py:MyNet; or a named model.
+      image_size: Pixels; by default the module's own image_size, or 32.
+      channels: Of the images; by default the module's own in_channels, or 3.
+      devices: How many the CPU imitates.
+    """
+    if not 1 <= devices <= MOST_DEVICES:
+        raise InputError(f"--devices {devices}: give a number from 1 to {MOST_DEVICES}")
+    if not all(number is None or number >= 1 for number in (image_size, channels)):
+        raise InputError("--image-size and --channels must be at least 1")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    prepare_jax()
+    from resnet_jax.training.check import check, module_of
+
+    module, size = module_of(target, image_size, channels)
+    report = check(module, size)
+    print(to_json(dataclasses.asdict(report), indent=2) if as_json else report)
+    return int(not report.ok)
 
 
 Numbers = Annotated[
@@ -513,6 +600,7 @@ def lab_command(
     depths: Numbers = None,
     seeds: Numbers = None,
     quick: Switch = False,
+    config: OwnModels = None,
 ) -> int:
     """Runs an experiment that shows why residual learning works; stopped, it goes on with the same command.
 
@@ -524,6 +612,8 @@ def lab_command(
       quick: The smallest version that still shows the effect.
     """
     folder = local_path(out, "--out")
+    if config is not None:
+        load_config(config)
     prepare_jax()
     from resnet_jax.lab.record import Options
     from resnet_jax.lab.run import EXPERIMENTS, run, write_page
@@ -567,9 +657,11 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report_command,
     "runs": runs_command,
     "predict": predict_command,
+    "knn": knn_command,
     "export": export_command,
     "models": models_command,
     "bench": bench_command,
+    "check": check_command,
     "lab": lab_command,
 }
 

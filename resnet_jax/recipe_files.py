@@ -61,6 +61,34 @@ RUN_ALREADY: dict[tuple[Path, bytes], dict[str, Any]] = {}
 """Recipes that this process has run, by path and content: a command asks for the config and for the parts beside it."""
 
 
+def load_named(given: str) -> Any:
+    """Returns what a Python file defines under a name. The file can import what lies beside it, as a script can.
+
+    Args:
+      given: FILE:NAME, such as net.py:MyNet.
+
+    Raises:
+      InputError: there is no such file or name, or the file cannot be run.
+    """
+    file, _, name = given.rpartition(":")
+    path = local_path(file, "FILE:NAME")
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; give FILE:NAME, such as net.py:MyNet")
+    sys.path.insert(0, str(path.parent))
+    try:
+        found = runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{place_of(error, path)}: {type(error).__name__}: {error}") from error
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(path.parent))
+    if name not in found:
+        own = [word for word in found if not word.startswith("_")]
+        near = sorted(own, key=lambda word: SequenceMatcher(None, word, name).ratio(), reverse=True)[:5]
+        raise InputError(f"{path} defines no {name!r}; it has {', '.join(near) or 'no names'}")
+    return found[name]
+
+
 def find_recipe(given: str | Path) -> Path:
     """Returns the path of a recipe: of a file, or of a recipe that is shipped, by its name.
 

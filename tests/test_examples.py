@@ -1,10 +1,16 @@
 """The examples run, and learn what they are about."""
 
 import re
+import runpy
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
+
+import resnet_jax as rj
 
 from .conftest import ROOT
 
@@ -26,5 +32,24 @@ def test_an_example_learns(name, tmp_path):
     assert least <= float(re.findall(pattern, done.stdout)[-1]) <= most
 
 
+def test_the_pyramid_finds_new_squares():
+    source = ROOT / "examples" / "fpn.py"
+    assert len(source.read_text().splitlines()) < 60
+    example = runpy.run_path(str(source))
+    detector, state, overlaps = example["main"](steps=60)
+    new = example["squares"](jax.random.key(7), 256)
+    apply = jax.jit(detector.apply)
+
+    def mean_iou(state):
+        boxes = apply({"params": state.params, "batch_stats": state.batch_stats}, new["image"])
+        return float(example["iou"](boxes, new["label"]).mean())
+
+    untrained = rj.create_state(detector, optax.identity(), jax.random.key(1), (64, 64, 3))
+    assert mean_iou(untrained) < 0.3 and overlaps[0] < 0.3
+    assert mean_iou(state) > 0.6
+    box = jnp.asarray([[0.0, 0.0, 2.0, 2.0]])
+    assert abs(float(example["iou"](box, box + 1)[0]) - 1 / 7) < 1e-6
+
+
 def test_every_example_is_tested():
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(LEARNT)
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*LEARNT, "fpn"}

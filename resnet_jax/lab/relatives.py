@@ -1,4 +1,7 @@
-"""Compares a plain network, GoogLeNet, ResNets, DenseNet, attention and a small transformer of about equal size."""
+"""Compares a plain network, GoogLeNet, ResNets, DenseNet, attention and a small transformer of about equal size.
+
+Models of a user's own (`register_model`) stand beside them.
+"""
 
 import time
 from functools import partial
@@ -10,7 +13,7 @@ import numpy as np
 from resnet_jax.config import OptimizerConfig
 from resnet_jax.lab.fit import EVALUATED, evaluator, fit, load, network, pixels, recipe, variables_of
 from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
-from resnet_jax.models.registry import cost
+from resnet_jax.models.registry import cost, own_models
 
 WIDE = {"stage_sizes": (3, 3, 3)}
 RELATIVES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -26,24 +29,28 @@ RELATIVES: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def rows(book: Notebook) -> Rows:
-    """Trains each network; returns a row for each and each seed.
+    """Trains each network, and each that `register_model` was given; returns a row for each and each seed.
 
-    Columns: `name`, `seed`, `parameters`, `macs` (multiply-adds per image), `layers`, `kept` (bytes per image that are
-    kept for the backward pass), `images_per_second` in evaluation, `train_error` and `test_error`, fractions.
+    Columns: `name`, `seed`, `parameters`, `macs` (multiply-adds per image), `layers` (None for a user's own), `kept`
+    (bytes per image that are kept for the backward pass), `images_per_second` in evaluation, `train_error` and
+    `test_error`, fractions.
     """
     options = book.options
     data = load(options.dataset)
     epochs = 8.0 if options.quick else 40.0
     found: Rows = []
     for seed in options.seeds or ((0,) if options.quick else (0, 1, 2)):
-        for name in RELATIVES:
-            found += book.part(f"{name}, seed {seed}", partial(one, name, data, epochs, seed))
+        for name, network_of in RELATIVES.items():
+            found += book.part(f"{name}, seed {seed}", partial(one, name, *network_of, data, epochs, seed))
+        for name in own_models():  # always anew, since its source may have changed
+            found += one(f"{name} (own)", name, {}, None, data, epochs, seed)
     return found
 
 
-def one(name: str, data: Any, epochs: float, seed: int) -> Rows:
+def one(
+    name: str, model_name: str, fields: dict[str, Any], layers: int | None, data: Any, epochs: float, seed: int
+) -> Rows:
     """Returns the row of one network."""
-    model_name, fields, layers = RELATIVES[name]
     fields = fields | ({"patch": data.size // 8 * 2} if model_name == "cifar_vit" else {})
     model = network(model_name, data, **fields)
     changes = {}
@@ -85,10 +92,10 @@ def table(found: Rows) -> Rows:
     lines: Rows = []
     for name in dict.fromkeys(row["name"] for row in found):
         of = [row for row in found if row["name"] == name]
-        mean = {key: float(np.mean([row[key] for row in of])) for key in of[0] if key != "name"}
+        mean = {key: float(np.mean([row[key] for row in of])) for key in of[0] if key not in ("name", "layers")}
         errors = 100 * np.asarray([row["test_error"] for row in of])
         lines.append({
-            "network": name, "layers": of[0]["layers"], "parameters": of[0]["parameters"],
+            "network": name, "layers": of[0]["layers"] or "?", "parameters": of[0]["parameters"],
             "MMACs an image": f"{mean['macs'] / 1e6:.1f}", "KiB kept": round(mean["kept"] / 2**10),
             "images/s": round(mean["images_per_second"]), "train error, %": f"{100 * mean['train_error']:.1f}",
             "test error, %": f"{errors.mean():.1f} ± {errors.std():.1f}", "seeds": len(of),

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import optax
 
 from resnet_jax.config import InputError, Size
-from resnet_jax.models.registry import MODELS, cost, create_model, list_models, stride_of
+from resnet_jax.models.registry import (
+    MODELS,
+    channels_of,
+    cost,
+    create_model,
+    default_classes,
+    dtype_of,
+    list_models,
+    stride_of,
+)
 from resnet_jax.output import first_line
 from resnet_jax.predict.predictor import make_forward
 from resnet_jax.training.sharding import compiler_options
@@ -73,13 +82,13 @@ def bench(
       InputError: there is no such model, or images are smaller than its stride.
     """
     side = size or usual_size(name)
-    model: Any = create_model(name, dtype=jnp.dtype(dtype))
+    model: Any = create_model(name, num_classes=default_classes(name), dtype=jnp.dtype(dtype))
     if hasattr(model, "image_size"):
         model = model.clone(image_size=side)
     if isinstance(side, int) and side < stride_of(model):
         raise InputError(f"--image_size {side} is below the stride of {name}, which is {stride_of(model)}")
     height, width = (side, side) if isinstance(side, int) else side
-    images = jnp.zeros((batch, height, width, model.in_channels), model.dtype)
+    images = jnp.zeros((batch, height, width, channels_of(model)), dtype_of(model))
     parameters, macs = cost(model, side)
     row = {"name": name, "image_size": side, "batch": batch, "dtype": dtype, "device": jax.devices()[0].device_kind}
     row |= {"parameters": parameters, "gmacs": macs / 1e9}
@@ -94,8 +103,7 @@ Call = Callable[[], Any]
 
 def inference(model: Any, images: jax.Array) -> tuple[Call, int | None, float]:
     """Returns a call of the forward pass, its memory in bytes, and the seconds it took to compile."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images[:1])
-    variables = zeros({name: values for name, values in shapes.items() if name in ("params", "batch_stats")})
+    variables = zeros(shapes_of(model, images, optax.identity())).variables
     forward = make_forward(model, variables)
     function, given = (forward.func, forward.args) if isinstance(forward, partial) else (forward, ())
     program, seconds = compiled(function, *given, images)
@@ -108,8 +116,7 @@ def inference(model: Any, images: jax.Array) -> tuple[Call, int | None, float]:
 def training(model: Any, images: jax.Array) -> tuple[Call, int | None, float]:
     """Returns a call of a training step, its memory in bytes, and the seconds it took to compile."""
     optimizer = optax.sgd(0.1, momentum=0.9, nesterov=True)
-    shape = images.shape[1:]
-    state = zeros(jax.eval_shape(lambda: create_state(model, optimizer, jax.random.key(0), shape)))  # type: ignore[arg-type]
+    state = zeros(shapes_of(model, images, optimizer))
     batch = {"image": images, "label": jnp.zeros(len(images), jnp.int32)}
     step = jax.jit(make_train_step(model, optimizer), donate_argnums=0, compiler_options=compiler_options())
     program, seconds = compiled(step, state, batch)
@@ -124,6 +131,12 @@ def training(model: Any, images: jax.Array) -> tuple[Call, int | None, float]:
 
 PROGRAMS = {"inference": inference, "training": training}
 """What is measured: kind -> function that makes it from a model and images."""
+
+
+def shapes_of(model: Any, images: jax.Array, optimizer: optax.GradientTransformation) -> Any:
+    """Returns shapes and types of a model's first state."""
+    height, width, channels = images.shape[1:]
+    return jax.eval_shape(lambda: create_state(model, optimizer, jax.random.key(0), (height, width, channels)))
 
 
 def zeros(shapes: Any) -> Any:

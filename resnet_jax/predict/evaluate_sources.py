@@ -21,7 +21,7 @@ from resnet_jax.data.dataset import Source, default_split, listed
 from resnet_jax.data.loader import BadImages
 from resnet_jax.data.match_classes import ClassMap, match_classes
 from resnet_jax.files import path_of, write_whole
-from resnet_jax.models.registry import create_model
+from resnet_jax.models.registry import channels_of, create_model
 from resnet_jax.output import first_line, say
 from resnet_jax.training.evaluation import FinishedRun, Predictions, all_of, mesh_for, open_run, result_of, served
 from resnet_jax.training.metrics import probabilities, wilson
@@ -157,17 +157,18 @@ def open_weights(source: str, wanted: Wanted) -> tuple[FinishedRun, Calibration]
     weights = find_weights(source, wanted.name, wanted.checkpoint)
     name, fields = model_of(weights, source)
     model: Any = create_model(name, **fields)
-    if not model.num_classes:
+    outputs = getattr(model, "num_classes", fields["num_classes"])
+    if not outputs:
         raise InputError(f"{source} has no classifier: there is nothing to evaluate")
     look = preprocessing_of(weights, source)
     if look is None:
         raise InputError(f"{source} does not say how pictures are prepared; take the run, or what it exports")
-    names = names_of_outputs(model.num_classes, weights.class_names, source)
+    names = names_of_outputs(outputs, weights.class_names, source)
     data = DataConfig(
         dataset=wanted.dataset or "own",
         image_size=look.image_size,
         eval_image_size=look.eval_image_size,
-        channels=model.in_channels,
+        channels=channels_of(model),
         mean=look.mean,
         std=look.std,
         on_device=False,
@@ -183,8 +184,8 @@ def open_weights(source: str, wanted: Wanted) -> tuple[FinishedRun, Calibration]
     mesh = mesh_for(config.train.batch_size)
     variables = jax.device_put(fit_weights(model, weights.tensors, source), replicated(mesh))
     state = TrainState(jnp.int32(0), variables["params"], variables.get("batch_stats", {}), (), None)
-    bad = BadImages("skip", channels=model.in_channels)
-    parts = Parts(outputs=model.num_classes)
+    bad = BadImages("skip", channels=channels_of(model))
+    parts = Parts(outputs=outputs)
     return FinishedRun(config, found, model, mesh, names, state, bad, {}, wanted.on_host, parts), weights.calibration
 
 

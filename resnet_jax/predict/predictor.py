@@ -19,7 +19,7 @@ from jax import lax
 from resnet_jax.config import InputError
 from resnet_jax.data.on_device import normalize
 from resnet_jax.files import in_bucket, path_of
-from resnet_jax.models.registry import create_model
+from resnet_jax.models.registry import channels_of, create_model, dtype_of
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.predict.fold_batch_norm import fold_batch_norm
 from resnet_jax.training.parts import Parts, make_parts
@@ -58,9 +58,9 @@ def make_forward(model: nn.Module, variables: Any) -> Callable[[jax.Array], jax.
         count = len(images)
         part = LARGE_PART if min(images.shape[1:3]) >= 96 else SMALL_PART
         if not on_cpu or count <= part:
-            return model.apply(variables, images)
+            return model.apply(variables, images, train=False)
         padded = jnp.pad(images, ((0, -count % part), (0, 0), (0, 0), (0, 0)))
-        parts = lax.map(partial(model.apply, variables), padded.reshape(-1, part, *images.shape[1:]))
+        parts = lax.map(partial(model.apply, variables, train=False), padded.reshape(-1, part, *images.shape[1:]))
         return parts.reshape(-1, *parts.shape[2:])[:count]
 
     compiled = partial(jax.jit, compiler_options=compiler_options())
@@ -128,19 +128,20 @@ class Predictor:
         weights = find_weights(str(source), name, checkpoint)
         name, fields = model_of(weights, str(source))
         model = create_model(name, **fields)
-        if not model.num_classes:
+        outputs = getattr(model, "num_classes", fields["num_classes"])
+        if not outputs:
             raise InputError(f"{source} has no classifier: there is nothing to predict")
         preprocessing = preprocessing_of(weights, str(source))
         if preprocessing is None:
             raise InputError(f"{source} does not say how pictures are prepared; take the run, or what it exports")
         variables = fit_weights(model, weights.tensors, str(source))
         thresholds = weights.calibration.thresholds
-        if thresholds and len(thresholds) != model.num_classes:
-            raise InputError(f"{source} has {len(thresholds)} thresholds for {model.num_classes} outputs")
-        names = names_of_outputs(model.num_classes, weights.class_names, str(source))
+        if thresholds and len(thresholds) != outputs:
+            raise InputError(f"{source} has {len(thresholds)} thresholds for {outputs} outputs")
+        names = names_of_outputs(outputs, weights.class_names, str(source))
         forward = make_forward(model, variables)
         calibration = weights.calibration
-        many, channels = weights.multilabel, model.in_channels
+        many, channels = weights.multilabel, channels_of(model)
         return cls(model, variables, preprocessing, names, forward, many, calibration, flip, channels)
 
     @classmethod
@@ -175,7 +176,7 @@ class Predictor:
     @property
     def dtype(self) -> Any:
         """The type of images that the model takes."""
-        return getattr(self.model, "dtype", None) or jnp.dtype(jnp.float32)
+        return dtype_of(self.model)
 
     def prepare(self, raw: Any) -> np.ndarray:
         """Returns a picture (path, a file's bytes, array or Pillow image) as the network sees it: RGB uint8, or

@@ -1,7 +1,9 @@
 """What a run will need, read from its compiled step: nothing is allocated and no data is read."""
 
+import dataclasses
 import math
 import re
+import time
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,8 @@ from jax.sharding import Sharding
 from resnet_jax.config import Config, InputError, sides
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.data.loader import checked_label
-from resnet_jax.models.registry import create_model
+from resnet_jax.models.registry import default_classes
+from resnet_jax.runs.tpu_target import CHIPS, bounds, largest_batch, parse_target, target_mesh
 from resnet_jax.training.build import (
     build_model,
     complete,
@@ -41,13 +44,17 @@ BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 
-def forecast(config: Config, devices: int | None = None, parts: Parts = NO_PARTS) -> dict[str, Any]:
-    """Compiles the step of a recipe from shapes, for this number of the devices that JAX sees, None for all.
+def forecast(
+    config: Config, devices: int | None = None, parts: Parts = NO_PARTS, target: str | None = None
+) -> dict[str, Any]:
+    """Compiles the step of a recipe from shapes, for this number of the devices that JAX sees, None for all; or for the
+    TPUs of a target such as `v5e:4x4`, which need not be there.
 
     Returns:
       `devices`, `parameters` (their number), `flops` (of a step, on all devices, as XLA counts them), in bytes on each
       device `state` (`params`, `batch_stats`, `opt_state`, `ema`), `batch`, `temporary` (activations and all else that
-      lives within a step) and `total`, and `collectives`: name -> bytes of a step that each device puts out.
+      lives within a step) and `total`, and `collectives`: name -> bytes of a step that each device puts out. For a
+      target also, of one chip, `flops_a_chip`, `bytes_accessed`, `peak` (bytes), `compile_seconds`, and `bounds`.
 
     Raises:
       InputError: the recipe contradicts itself or does not fit the devices, or its strategy is pmap.
@@ -55,7 +62,8 @@ def forecast(config: Config, devices: int | None = None, parts: Parts = NO_PARTS
     if config.parallel.strategy == "pmap":
         raise InputError("a plan is made of one program, and pmap has several: plan with --parallel.strategy shard_map")
     config = complete(named_after(config, parts), None)
-    mesh = make_mesh(devices, config.parallel.fsdp)
+    fsdp = config.parallel.fsdp
+    mesh = make_mesh(devices, fsdp) if target is None else target_mesh(target, fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     schedule = optax.constant_schedule(0.1)
     images_per_statistic(config, mesh.size)
@@ -63,7 +71,7 @@ def forecast(config: Config, devices: int | None = None, parts: Parts = NO_PARTS
     if dataset is not None or parts.model is not None:
         model, parts = model_with_parts(config, parts, len((dataset or data_of(config, parts)).class_names))
     else:
-        model = build_model(config, config.model.num_classes or create_model(config.model.name).num_classes)
+        model = build_model(config, config.model.num_classes or default_classes(config.model.name))
     new_state = state_maker(config, model, schedule, parts.optimizer)
     shapes = jax.eval_shape(lambda: in_form(new_state(), config))
     places = state_sharding(shapes, mesh)
@@ -78,11 +86,14 @@ def forecast(config: Config, devices: int | None = None, parts: Parts = NO_PARTS
     step = recipe_step(
         config, model, make_optimizer(config.optimizer, schedule, own=parts.optimizer), mesh, parts=parts
     )
-    compiled = partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
-    program = compiled(step, out_shardings=(places, replicated(mesh))).lower(state, batch).compile()
+    options = compiler_options() if target is None else {}
+    compiled = partial(jax.jit, donate_argnums=0, compiler_options=options)
+    lowered = compiled(step, out_shardings=(places, replicated(mesh))).lower(state, batch)
+    began = time.perf_counter()
+    program = lowered.compile()
     held = {name: bytes_on_a_device(getattr(state, name)) for name in ("params", "batch_stats", "opt_state", "ema")}
     images, temporary = bytes_on_a_device(batch), getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
-    return {
+    needs: dict[str, Any] = {
         "devices": mesh.size,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         "flops": (program.cost_analysis() or {}).get("flops", 0.0) * mesh.size,
@@ -92,6 +103,30 @@ def forecast(config: Config, devices: int | None = None, parts: Parts = NO_PARTS
         "total": sum(held.values()) + images + temporary,
         "collectives": collective_bytes(program.as_text() or ""),
     }
+    if target is not None:
+        costs, memory = program.cost_analysis() or {}, program.memory_analysis()
+        assert memory is not None
+        needs |= {"flops_a_chip": costs.get("flops", 0.0), "bytes_accessed": costs.get("bytes accessed", 0.0)}
+        needs |= {"peak": memory.peak_memory_in_bytes, "compile_seconds": time.perf_counter() - began}
+        needs |= {"target": target, "bounds": bounds(needs, target)}
+    return needs
+
+
+def largest_batch_of(config: Config, target: str, parts: Parts = NO_PARTS) -> int:
+    """Returns the largest number of images a chip that fits, found by compiling the step again and again."""
+    kind, axes = parse_target(target)
+
+    def peak_of(images: int) -> float | None:
+        batch = images * math.prod(axes) * config.train.accumulate_steps
+        try:
+            train = dataclasses.replace(config.train, batch_size=batch)
+            return forecast(dataclasses.replace(config, train=train), None, parts, target)["peak"]
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                return None
+            raise
+
+    return largest_batch(peak_of, CHIPS[kind].memory) * config.train.accumulate_steps
 
 
 def label_of(dataset: Dataset | None) -> Any:
@@ -149,14 +184,32 @@ def format_plan(needs: dict[str, Any]) -> str:
     """Returns the table that `resnet-jax plan` prints."""
     held = {f"  {name}": count for name, count in needs["state"].items()}
     held |= {"  batch": needs["batch"], "  activations and the like": needs["temporary"], "together": needs["total"]}
+    compiler = (
+        "compiled for CPUs; an accelerator's compiler may use less or more"
+        if "target" not in needs
+        else f"by the TPU's own compiler, for {needs['target']}"
+    )
     rows = [
         f"{needs['parameters']:,} parameters, {needs['flops'] / 1e9:,.1f} GFLOP a step on {needs['devices']} devices",
-        "memory of each device, in a step compiled for CPUs; an accelerator's compiler may use less or more:",
+        f"memory of each device, in a step {compiler}:",
         *(f"{name:<28}{in_bytes(count):>12}" for name, count in held.items()),
     ]
     if needs["collectives"]:
         rows.append("what each device exchanges in a step:")
     rows += [f"  {name:<26}{in_bytes(count):>12}" for name, count in needs["collectives"].items()]
+    if "bounds" in needs:
+        found, chip = needs["bounds"], needs["bounds"]["chip"]
+        fits = "fits into" if found["fits"] else "does NOT fit into"
+        rows += [
+            f"peak of a chip {in_bytes(needs['peak'])}: {fits} the {in_bytes(found['hbm'])} of a {chip}",
+            f"a step of a chip: {needs['flops_a_chip'] / 1e12:,.3f} TFLOP, {needs['bytes_accessed'] / 1e9:,.2f} GB",
+            f"at least {found['seconds'] * 1e3:.2f} ms a step, limited by {found['limit']} (compute "
+            f"{found['seconds_compute'] * 1e3:.2f} ms, memory {found['seconds_memory'] * 1e3:.2f} ms), by the chip's "
+            f"published rates; compiled in {needs['compile_seconds']:.0f} s",
+        ]
+    if "largest_batch" in needs:
+        each = needs["largest_batch"]
+        rows.append(f"the largest batch that fits: {each} images a chip, {each * needs['devices']:,} in all")
     if "fits" in needs:
         rows.append(f"{'fits into' if needs['fits'] else 'does NOT fit into'} {needs['memory'] / 2**30:,.1f} GiB")
     return "\n".join(rows)

@@ -129,7 +129,7 @@ def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainSt
         return state
     weights = find_weights(source)
     try:
-        variables = fit_weights(block_by_block(model), weights.tensors, source, state.params["head"])
+        variables = fit_weights(block_by_block(model), weights.tensors, source, state.params.get("head"))
     except InputError as error:
         its = f" of {weights.name}" if weights.name else ", of which model it does not say"
         raise InputError(f"model.pretrained has weights{its}; model.name is {config.model.name}. {error}") from error

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from resnet_jax.config import Config
+from resnet_jax.config import Config, InputError
 from resnet_jax.models.layers import BatchNorm, ConvNorm
 from resnet_jax.training.optimizers import Rates, rate_of
 from resnet_jax.training.state import PyTree, path_map
@@ -29,9 +29,17 @@ def make_phases(config: Config, names: Iterable[str], per_epoch: float) -> list[
     Args:
       names: of the top modules of the model, as its parameters have them.
       per_epoch: steps.
+
+    Raises:
+      InputError: the head alone is to learn at first, and the model has no part of this name.
     """
     parts = part_numbers(names)
     recipe, head = config.finetune, max(parts.values())
+    if recipe.mode in ("linear_probe", "gradual") and "head" not in parts:
+        raise InputError(
+            f"finetune.mode {recipe.mode} begins with the part `head`, and the model has {', '.join(parts)}: call its "
+            "last layer head, or take another mode"
+        )
 
     def rates(lowest: int) -> Rates:
         def rate(path: str) -> float:

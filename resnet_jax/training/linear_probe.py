@@ -14,6 +14,7 @@ from resnet_jax.data.dataset import Source
 from resnet_jax.data.loader import BadImages, Batch, eval_batches, renumbered
 from resnet_jax.data.on_device import normalize
 from resnet_jax.models.head import Classifier
+from resnet_jax.models.registry import OURS
 from resnet_jax.ops import sharded_batch
 from resnet_jax.training.sharding import compiler_options, replicated
 
@@ -27,7 +28,7 @@ def computes_features_once(config: Config) -> bool:
     """Returns whether the recipe trains the head alone on images that are always the same."""
     same = ("area", "pad", "eval_crop", "eval_flip", "interpolation", "repeats")  # change nothing from step to step
     augment = dataclasses.replace(STILL, **{name: getattr(config.augment, name) for name in same})
-    alone = config.finetune.mode == "linear_probe" and not config.optimizer.rate_rules
+    alone = config.finetune.mode == "linear_probe" and not config.optimizer.rate_rules and config.model.name in OURS
     return alone and config.augment == augment and not config.augment.eval_flip and not config.model.drop_path_rate
 
 

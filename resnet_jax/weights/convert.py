@@ -13,9 +13,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from resnet_jax.config import InputError
 from resnet_jax.models.googlenet import GoogLeNet
-from resnet_jax.models.registry import nearest
+from resnet_jax.models.registry import channels_of, nearest
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
-from resnet_jax.weights.names import Entry, entries, torch_module
+from resnet_jax.weights.names import Entry, entries, has_one_head, is_ours, torch_module
 
 Tensors = Mapping[str, Any]
 
@@ -43,7 +43,7 @@ def to_torch(model: Any, variables: Any) -> dict[str, np.ndarray]:
         if not entry.same_axes:
             value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
         tensors[entry.key] = np.ascontiguousarray(value).reshape(entry.tensor_shape)
-        if entry.path[-1] == "var":
+        if entry.key.endswith("running_var"):
             tensors[entry.key.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
     return tensors
 
@@ -64,10 +64,11 @@ def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
         listed. Or the head is not one linear layer.
     """
     tensors, wanted = state_dict_names(model, tensors), entries(model)
-    if head is not None or not model.num_classes:
-        tensors = {name: tensor for name, tensor in tensors.items() if not in_head(name)}
+    classes = getattr(model, "num_classes", None)
+    if has_one_head(model) and (head is not None or not classes):
+        tensors = {name: tensor for name, tensor in tensors.items() if not in_head(model, name)}
         wanted = tuple(entry for entry in wanted if entry.path[1] != "head")
-    elif others := [name for name in tensors if in_head(name) and name.rpartition(".")[0] != head_key(model)]:
+    elif others := [name for name in tensors if in_head(model, name) and name.rpartition(".")[0] != head_key(model)]:
         raise InputError(
             f"the head is not one linear layer: {', '.join(others)}. Ask for another number of classes, which "
             "gets a new head, or for num_classes=0, which has none; or leave these tensors out of the file"
@@ -88,7 +89,7 @@ def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
     check_values(zip([entry.key for entry, _ in found], arrays, strict=True))
     paths = [entry.path for entry, _ in found]
     variables = unflatten_dict(dict(zip(paths, jax.device_put(arrays), strict=True)))
-    if head is not None and model.num_classes:
+    if head is not None and classes:
         variables["params"]["head"] = head
     return stack_blocks(variables) if getattr(model, "scan", False) else variables
 
@@ -172,7 +173,7 @@ def state_dict_names(model: Any, tensors: Tensors) -> dict[str, Any]:
         if counter or (isinstance(model, GoogLeNet) and not model.auxiliary and inner.startswith("aux")):
             continue
         within = next((name[len(start) :] for start in outer if name.startswith(start)), name)
-        if in_head(within):
+        if in_head(model, within):
             head[within] = tensors[key]
         else:
             named[inner if name.startswith(prefix) else key] = tensors[key]
@@ -183,9 +184,10 @@ HEADS = ("fc", "classifier", "head", "heads", "last_linear", "linear", "logits",
 """First words of the names that heads have in PyTorch."""
 
 
-def in_head(name: str) -> bool:
-    """Tells whether a tensor of that name, without prefixes, belongs to a head."""
-    return name.partition(".")[0] in HEADS
+def in_head(model: Any, name: str) -> bool:
+    """Tells whether a tensor of that name, without prefixes, belongs to a head: in a user's own module, to `head`."""
+    first = name.partition(".")[0]
+    return first in HEADS if is_ours(model) else first == "head" and has_one_head(model)
 
 
 def _modern(key: str) -> str:
@@ -242,7 +244,7 @@ def head_key(model: Any) -> str:
 
 def classes_of(model: Any, tensors: Tensors) -> int:
     """Counts the outputs of the head in a state dict; 0 where it has no head."""
-    head = [tensor for name, tensor in state_dict_names(model, tensors).items() if in_head(name)]
+    head = [tensor for name, tensor in state_dict_names(model, tensors).items() if in_head(model, name)]
     return next((tensor.shape[0] for tensor in reversed(head) if len(tensor.shape)), 0)
 
 
@@ -252,7 +254,7 @@ def adapt_stem(model: Any, tensors: Tensors) -> Tensors:
     For one channel the kernels of red, green and blue are added, so that the logits of a grey image are those of its
     RGB; for n channels they are repeated (red, green, blue, red, ...), times 3 / n. Tensors that fit are left alone.
     """
-    tensors, key, n = state_dict_names(model, tensors), _stem_key(model), model.in_channels
+    tensors, key, n = state_dict_names(model, tensors), _stem_key(model), channels_of(model)
     if n == 3 or stem_channels(model, tensors) != 3:
         return tensors
     rgb = as_array(key, tensors[key]).astype(np.float32)
@@ -267,7 +269,8 @@ def stem_channels(model: Any, tensors: Tensors) -> int | None:
 
 
 def _stem_key(model: Any) -> str:
-    return next(e.key for e in entries(model) if e.path[1].startswith("stem") and e.path[-1] == "kernel")
+    found = (e.key for e in entries(model) if e.path[1].startswith("stem") and e.path[-1] == "kernel")
+    return next(found, "")  # of a user's own module, which may have no part of this name
 
 
 def fresh_head(model: Any) -> Any:

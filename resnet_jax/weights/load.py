@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config import InputError
-from resnet_jax.models.registry import create_model
+from resnet_jax.models.features import Features, features_of
+from resnet_jax.models.registry import OURS, channels_of, create_model, default_classes, list_models
 from resnet_jax.weights.convert import Tensors, adapt_stem, as_array, classes_of, fresh_head, from_torch, stem_channels
+from resnet_jax.weights.names import has_one_head, is_ours
 from resnet_jax.weights.sources import Weights, find_weights
 from resnet_jax.weights.tags import Preprocessing, tags_of
 
@@ -46,6 +50,51 @@ def load_pretrained(
     return model, fit_weights(model, weights.tensors, source)
 
 
+def features(
+    source: str,
+    stages: Sequence[int] | None = None,
+    *,
+    key: jax.Array | None = None,
+    frozen: bool = False,
+    name: str | None = None,
+    in_channels: int = 3,
+    **overrides: Any,
+) -> tuple[Features, Any]:
+    """Makes a backbone: the maps of some stages of a network, for detection, segmentation and the like.
+
+    Args:
+      source: of pretrained weights, as for `load_pretrained`; with `key` the name of a model.
+      stages: their numbers, in the order of the maps, such as (2, 3, 4); 0 is the stem, None all stages.
+      key: draws random parameters in place of pretrained ones.
+      frozen: batch norms use their running statistics, also with `train=True`, and nothing of them trains.
+      name, in_channels, **overrides: as for `load_pretrained`.
+
+    Returns:
+      A module, with `names`, `channels` and `strides` of the maps, and its variables `{"params", "batch_stats"}` in
+      float32, which are those of the network without its head. `module.apply(variables, images, train=...)` returns a
+      tuple of maps [batch, height / stride, width / stride, channel].
+
+    Raises:
+      InputError: as `load_pretrained`, or the model has no such stages, or tokens and no maps.
+    """
+    if key is None:
+        try:
+            weights = find_weights(source, name)
+        except InputError as error:
+            random = "; key=jax.random.key(0) draws random parameters" if source in list_models() else ""
+            raise InputError(f"{error}{random}") from error
+        name, fields = model_of(weights, source)
+    else:
+        name, fields = source, {}
+    fields |= {"in_channels": in_channels} | overrides | ({"num_classes": None} if name in OURS else {})
+    model = create_model(name, **fields)
+    module = features_of(model, stages, frozen)
+    if key is None:
+        return module, fit_weights(model, weights.tensors, source)
+    images = jax.ShapeDtypeStruct((1, 64, 64, in_channels), jnp.float32)
+    return module, jax.jit(module.lazy_init)(key, images)
+
+
 def model_of(weights: Weights, source: str) -> tuple[str, dict[str, Any]]:
     """Returns name and fields of the model that weights belong to, with as many classes as they have.
 
@@ -54,11 +103,14 @@ def model_of(weights: Weights, source: str) -> tuple[str, dict[str, Any]]:
     """
     if weights.name is None:
         raise InputError(f"{source} does not say which model it belongs to: give its name, such as resnet50")
+    given = weights.fields.get("num_classes")
     try:
-        model = create_model(weights.name)
+        model = create_model(weights.name, num_classes=given or default_classes(weights.name))
         classes = classes_of(model, weights.tensors)
     except ValueError as error:
         raise InputError(f"{source}: {error}") from error
+    if not classes and not is_ours(model):
+        classes = given or default_classes(weights.name)
     return weights.name, weights.fields | {"num_classes": classes or None}
 
 
@@ -113,19 +165,19 @@ def fit_weights(model: Any, tensors: Tensors, source: str, head: Any = None) -> 
     try:
         tensors = adapt_stem(model, tensors)
         found = stem_channels(model, tensors)
-        if found is not None and found != model.in_channels:
+        if found is not None and found != channels_of(model):
             raise InputError(
-                f"takes images of {found} channels, the model {model.in_channels}: only weights for RGB can be fitted "
+                f"takes images of {found} channels, the model {channels_of(model)}: only weights for RGB can be fitted "
                 f"to others. Give {found} channels (in_channels, or data.channels of a recipe)"
             )
         for name, tensor in tensors.items():
             if name.endswith("running_var") and np.any(as_array(name, tensor) < 0):
                 raise InputError(f"{name} holds negative variances: the weights are damaged")
-        classes = classes_of(model, tensors)
-        if not model.num_classes or classes == model.num_classes:
+        classes, wanted = classes_of(model, tensors), getattr(model, "num_classes", None)
+        if not wanted or classes == wanted or not has_one_head(model):
             return from_torch(model, tensors)
         variables = from_torch(model, tensors, head or fresh_head(model))
     except ValueError as error:
         raise InputError(f"{source}: {error}") from error
-    logger.warning("%s has %d classes, the model %d: its head is made anew", source, classes, model.num_classes)
+    logger.warning("%s has %d classes, the model %d: its head is made anew", source, classes, wanted)
     return variables

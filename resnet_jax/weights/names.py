@@ -1,6 +1,7 @@
 """Names our parameters as state dicts of torchvision and timm do."""
 
 import re
+from collections import Counter
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 from resnet_jax.models.densenet import DenseNet
 from resnet_jax.models.googlenet import GoogLeNet
 from resnet_jax.models.registry import variable_shapes
+from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.stacking import block_by_block
 from resnet_jax.models.vit import ViT
 
@@ -53,13 +55,29 @@ def entries(model: Any) -> tuple[Entry, ...]:
         module = "/".join(path[1:-1])
         pointwise = "attention/fc" in module or (module == "head" and getattr(model, "preact", False))
         key, same_axes = torch_key(model, module, path[-1]), path[-1] in SAME_AXES
+        if not is_ours(model):
+            pointwise, same_axes = False, path[-1] != "kernel"
         shape = leaf.shape if same_axes else torch_shape(leaf.shape, pointwise and path[-1] == "kernel")
         found.append(Entry(path, leaf.shape, key, shape, same_axes))
-    return tuple(found)
+    counts = Counter(entry.key for entry in found)
+    return tuple(e if counts[e.key] == 1 else e._replace(key=".".join(e.path)) for e in found)
+
+
+def is_ours(model: Any) -> bool:
+    """Returns whether a model is of this package, so that PyTorch has names for it, and no module of a user's own."""
+    return isinstance(model, ResNet | DenseNet | GoogLeNet | ViT)
+
+
+def has_one_head(model: Any) -> bool:
+    """Returns whether a model's classifier is one dense layer called `head`, which can be made anew."""
+    leaves = {entry.path[2:] for entry in entries(model) if entry.path[:2] == ("params", "head")}
+    return is_ours(model) or leaves == {("kernel",), ("bias",)}
 
 
 def torch_key(model: nn.Module, module: str, leaf: str) -> str:
-    """Returns PyTorch's name of an array of a module of ours."""
+    """Returns PyTorch's name of an array of a module of ours; for a user's own module its path, with dots."""
+    if not is_ours(model):
+        return ".".join(filter(None, (module.replace("/", "."), LEAVES.get(leaf, leaf))))
     if not module:
         return {"class_token": "class_token", "position": "encoder.pos_embedding"}[leaf]
     name = torch_module(model, module)
@@ -80,6 +98,8 @@ def torch_shape(shape: tuple[int, ...], pointwise: bool) -> tuple[int, ...]:
 
 def torch_module(model: nn.Module, module: str) -> str:
     """Returns PyTorch's name of a module of ours: `stage1/block2/norm1` -> `layer1.1.bn1`."""
+    if not is_ours(model):
+        return module.replace("/", ".")
     rules = _rules(model)
     for pattern, name in rules:
         match = re.fullmatch(pattern, module)

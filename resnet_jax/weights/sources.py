@@ -322,12 +322,15 @@ def _from_run(folder: Path, checkpoint: str | None) -> Weights:
     check_recorded(folder, NO_PARTS, accept=True, needed=("model",))
     step, record, variables = read_variables(folder, checkpoint)
     config = from_dict(record["recipe"])
-    fields: dict[str, Any] = {"num_classes": variables["params"]["head"]["bias"].shape[0]}
+    head = variables["params"].get("head", {}).get("bias")
+    fields: dict[str, Any] = {"num_classes": len(record["class_names"]) if head is None else head.shape[0]}
     fields |= model_fields(replace(config.model, scan=False))
     fields |= {} if config.data.channels == 3 else {"in_channels": config.data.channels}
-    if hasattr(create_model(config.model.name), "image_size"):
+    model: Any = create_model(config.model.name, **fields)
+    if hasattr(model, "image_size"):
         fields["image_size"] = min(sides(config.data.image_size))
-    tensors = to_torch(create_model(config.model.name, **fields), variables)
+        model = model.clone(image_size=fields["image_size"])
+    tensors = to_torch(model, variables)
     preprocessing = preprocessing_in(config)
     names = tuple(record["class_names"])
     calibration = read_calibration(folder, step, fields["num_classes"])

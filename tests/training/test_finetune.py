@@ -13,6 +13,7 @@ from resnet_jax.config import (
     AugmentConfig,
     Config,
     FinetuneConfig,
+    InputError,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
@@ -75,6 +76,11 @@ def learned(program, step, state, data):
         path_map(lambda path, same: found.add(path.split("/")[0]) if not same else None,
                  jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), tree, old))  # fmt: skip
     return after, found
+
+
+def test_a_model_without_a_head_cannot_begin_with_it():
+    with pytest.raises(InputError, match="gradual begins with the part `head`, and the model has stem, Dense_0"):
+        make_phases(tuned("gradual"), ["stem", "Dense_0"], 10.0)
 
 
 def test_stages_thaw_from_the_head_down_with_their_statistics():
