@@ -205,6 +205,8 @@ def evaluate_command(
     if batch is not None and not 1 <= batch <= MOST_AT_ONCE:
         raise InputError(f"--batch must lie between 1 and {MOST_AT_ONCE:,}")
     table = None if csv is None else file_to_write(csv)
+    if table is not None and not os.access(table.parent, os.W_OK):
+        raise InputError(f"--csv {table}: {table.parent} is no folder that can be written")
     prepare_jax()
     from resnet_jax.data.match_classes import read_class_map, read_real_labels
     from resnet_jax.predict import evaluate_sources as sources

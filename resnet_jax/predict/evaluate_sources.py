@@ -371,14 +371,15 @@ def evaluate_matching(
       progress: as for `evaluate_source`.
 
     Raises:
-      InputError: nothing matches, no data is given, or the file is another one or cannot be written.
+      InputError: nothing matches, no data is given for what is no run, or the file is another one or cannot be written.
     """
-    if wanted.dataset is None:
+    names = matching(pattern)
+    if wanted.dataset is None and not all(is_run(path_of(name, "SOURCE")) for name in names):
         raise InputError("say what to evaluate on: --data.dataset folder:PATH, or another kind of data")
     rows = read_rows(file)
     found = []
-    for name in matching(pattern):
-        key = (name, wanted.dataset, wanted.split or "")
+    for name in names:
+        key = (name, wanted.dataset or "", wanted.split or "")
         before = rows.get(key)
         if before is None or before["error"]:
             rows[key] = (
@@ -444,7 +445,8 @@ def format_result(result: dict[str, Any]) -> str:
     """Returns the table that `resnet-jax evaluate` prints."""
     split = result["split"]
     of = f"step {result['step']}" if "step" in result else result["model"]
-    rows = [f"{of}, {split} split, {result[split]['count']} images"]
+    rate = f", {result['images_per_second']:,.1f} a second" if "images_per_second" in result else ""
+    rows = [f"{of}, {split} split, {result[split]['count']} images{rate}"]
     for kind, label in ((split, "parameters"), (f"ema/{split}", "their moving average")):
         if kind in result:
             rows.append(f"{label:<21} {'   '.join(shown_means(result[kind]))}")

@@ -265,6 +265,7 @@ class FinishedRun:
       trained_on: how many examples of each other split are among those that the run was trained on.
       keep: evaluations hold the predictions.
       parts: the user's own.
+      other: the data is not that of the run.
     """
 
     config: Config
@@ -277,6 +278,7 @@ class FinishedRun:
     trained_on: dict[str, int]
     keep: bool
     parts: Parts
+    other: bool = False
 
     def evaluate(self, split: str, stopped: Callable[[], bool] | None = None) -> Result | None:
         """Returns what `make_evaluate` does, of a split."""
@@ -378,7 +380,7 @@ def open_run(
     if record["class_names"] != list(names):
         raise InputError(f"{config.data.dataset} has other classes than the run: {listed(found.class_names)}")
     bad = BadImages("skip", channels=config.data.channels)
-    return FinishedRun(config, found, model, mesh, names, state, bad, trained, keep, parts)
+    return FinishedRun(config, found, model, mesh, names, state, bad, trained, keep, parts, other)
 
 
 def all_of(config: Config, parts: Parts = NO_PARTS) -> Dataset:
@@ -390,4 +392,6 @@ def all_of(config: Config, parts: Parts = NO_PARTS) -> Dataset:
     """
     whole = replace(config, data=replace(config.data, validation_fraction=0.0))
     found = data_of(whole, parts, prepare=False)
-    return found if found.validation is not None or found.test is not None else replace(found, test=found.train)
+    if found.validation is not None or found.test is not None:
+        return found
+    return replace(found, train=None, test=found.train)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.stats import binomtest
 
 import resnet_jax as rj
@@ -54,7 +55,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """Pictures of someone else: classes alone, one of them empty of light ones, with names as the run's data has."""
+    """Pictures of someone else: folders of classes alone."""
     root = tmp_path_factory.mktemp("theirs")
     for i in range(5):
         picture(root / "light" / f"{i}.png", 210, 900 + i)
@@ -128,18 +129,21 @@ def test_the_end_of_a_run_says_which_checkpoint_is_served_and_why():
 
 
 def test_data_of_someone_else_is_matched_by_name(work, theirs, tmp_path, capsys):
-    """Their pictures have names that the run's have; a map calls their classes otherwise."""
+    """A map says how classes are called that have other names."""
+    assert run(["report", work / "run"], capsys)[0] == 0
     table = tmp_path / "table.csv"
     data = ["--data.dataset", f"folder:{theirs}"]
     status, out, err = run(["evaluate", work / "run", *data, "--csv", table, "--per-class", "--batch", "4"], capsys)
-    assert status == 0 and "other data than that of the run" in err and "another order" not in err
+    assert status == 0 and "a second" in out and "other data than that of the run" in err and "another order" not in err
     assert "test split, 10 images" in out and "top-1 100.00%" in out
     rows = rows_in(table)
     assert list(rows[0]) == ["example", "label", "predicted", "probability", "right"] and len(rows) == 10
     for row in rows:
         assert row["label"] == row["predicted"] == row["example"].split("/")[-2] and row["right"] == "1"
         assert 0.5 < float(row["probability"]) <= 1
+    before = (work / "run" / "calibration.json").read_text()
     assert run(["report", work / "run", *data], capsys)[0] == 0
+    assert (work / "run" / "calibration.json").read_text() == before
     assert json.loads((work / "run" / "measures.json").read_text())["count"] == 10
     renamed = tmp_path / "renamed"
     for name, other in (("dark", "night"), ("light", "day")):
@@ -164,6 +168,28 @@ def test_the_run_s_own_data_that_changed_is_still_refused(work, tmp_path, capsys
     status, _, err = run(command, capsys)
     assert status == 2 and "take this with --data.accept_changes" in err
     assert run([*command, "--data.accept_changes"], capsys)[0] == 0
+
+
+def test_other_pictures_under_the_same_names_were_not_trained_on(work, tmp_path, capsys):
+    """A folder `test` of someone else's has the names of the run's training pictures; the same pictures are refused."""
+    table = tmp_path / "table.csv"
+    lines = ["path,label,split"]
+    for split in ("train", "test"):
+        for path in sorted((work / "data" / "train").rglob("*.png")):
+            name = path.relative_to(work / "data")
+            lines += [f"{name},{path.parent.name},{split}"] if (split == "test") == (path.stem in "0123") else []
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).resize((30, 20)).save(tmp_path / name)
+    table.write_text("\n".join(lines) + "\n")
+    status, out, err = run(["evaluate", work / "run", "--data.dataset", f"csv:{table}"], capsys)
+    assert status == 0 and "other data" in err and "test split, 8 images" in out
+    (work / "data" / "table.csv").write_text(table.read_text())
+    try:
+        command = ["evaluate", work / "run", "--data.dataset", f"csv:{work / 'data' / 'table.csv'}"]
+        status, _, err = run([*command, "--data.accept_changes"], capsys)
+        assert status == 2 and "8 of the 8 test pictures" in err and "were trained on" in err
+    finally:
+        (work / "data" / "table.csv").unlink()
 
 
 def source(labels):
@@ -292,11 +318,21 @@ def test_a_pattern_makes_a_table_that_is_gone_on_with(three, exported, theirs, t
     assert len(rows_in(table)) == 3
     status, _, err = run(command[:-2], capsys)
     assert status == 2 and "--csv results.csv" in err
+    status, _, err = run([*command[:-1], tmp_path / "none" / "x.csv"], capsys)
+    assert status == 2 and "is no folder that can be written" in err
     status, _, err = run(["evaluate", "zzz*", *command[2:]], capsys)
     assert status == 2 and "no run, file of weights or tag matches 'zzz*'" in err
     table.write_text("a,b\n")
     status, _, err = run(command, capsys)
     assert status == 2 and "has the columns a, b" in err
+
+
+def test_a_pattern_of_runs_takes_their_own_data(work, exported, tmp_path, capsys):
+    status, _, err = run(["evaluate", work / "r*n", "--csv", tmp_path / "out.csv"], capsys)
+    (row,) = rows_in(tmp_path / "out.csv")
+    assert status == 0 and (row["dataset"], row["top1"], row["count"]) == ("", "1.0", "8")
+    status, _, err = run(["evaluate", work / "[ro]*", "--csv", tmp_path / "out.csv"], capsys)
+    assert status == 2 and "say what to evaluate on" in err
 
 
 def test_predict_says_the_accuracy_on_folders_of_classes(work, theirs, capsys):
