@@ -240,6 +240,8 @@ def evaluate_command(
     if table is not None:
         sources.write_predictions(evaluated, table)
     print(to_json(evaluated.result, indent=2) if as_json else sources.format_result(evaluated.result))
+    if table is not None and not as_json:
+        print(f"every prediction: {table}")
     return 0
 
 

@@ -134,7 +134,13 @@ def test_data_of_someone_else_is_matched_by_name(work, theirs, tmp_path, capsys)
     table = tmp_path / "table.csv"
     data = ["--data.dataset", f"folder:{theirs}"]
     status, out, err = run(["evaluate", work / "run", *data, "--csv", table, "--per-class", "--batch", "4"], capsys)
-    assert status == 0 and "a second" in out and "other data than that of the run" in err and "another order" not in err
+    assert (
+        status == 0
+        and "a second" in out
+        and f"every prediction: {table}" in out
+        and "other data than that of the run" in err
+        and "another order" not in err
+    )
     assert "test split, 10 images" in out and "top-1 100.00%" in out
     rows = rows_in(table)
     assert list(rows[0]) == ["example", "label", "predicted", "probability", "right"] and len(rows) == 10
