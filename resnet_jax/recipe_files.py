@@ -43,14 +43,7 @@ def load_recipe(given: str | Path) -> dict[str, Any]:
     content = path.read_bytes()
     if (path, content) in RUN_ALREADY:
         return RUN_ALREADY[path, content]
-    sys.path.insert(0, str(path.parent))
-    try:
-        defined = runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:
-        raise InputError(f"--config {place_of(error, path)}: {type(error).__name__}: {error}") from error
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(path.parent))
+    defined = run_file(path, "--config ")
     if not isinstance(defined.get("config"), Config):
         raise InputError(f"--config {path}: the file must define `config = Config(...)`")
     RUN_ALREADY[path, content] = defined
@@ -59,6 +52,25 @@ def load_recipe(given: str | Path) -> dict[str, Any]:
 
 RUN_ALREADY: dict[tuple[Path, bytes], dict[str, Any]] = {}
 """Recipes that this process has run, by path and content: a command asks for the config and for the parts beside it."""
+
+
+def run_file(path: Path, what: str) -> dict[str, Any]:
+    """Runs a Python file, which can import what lies beside it, and returns what it defines.
+
+    Args:
+      what: begins the message where it cannot be run.
+
+    Raises:
+      InputError: it cannot be run; the message names file, line and error.
+    """
+    sys.path.insert(0, str(path.parent))
+    try:
+        return runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{what}{place_of(error, path)}: {type(error).__name__}: {error}") from error
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(path.parent))
 
 
 def load_named(given: str) -> Any:
@@ -74,14 +86,7 @@ def load_named(given: str) -> Any:
     path = local_path(file, "FILE:NAME")
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; give FILE:NAME, such as net.py:MyNet")
-    sys.path.insert(0, str(path.parent))
-    try:
-        found = runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{place_of(error, path)}: {type(error).__name__}: {error}") from error
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(path.parent))
+    found = run_file(path, "")
     if name not in found:
         own = [word for word in found if not word.startswith("_")]
         near = sorted(own, key=lambda word: SequenceMatcher(None, word, name).ratio(), reverse=True)[:5]

@@ -155,4 +155,5 @@ def test_results_say_where_they_come_from(path):
     short = on["gpu"] and on["gpu"].lower().replace(" ", "-")
     assert path.stem.endswith("-" + (short or measure.short_name(on["processor"], on.get("vectors"), on["cores"])))
     assert {"jax", "jaxlib", "python"} <= set(record["versions"])
-    assert all("error" in row or {"median", "quartiles", "n", "unit"} <= set(row) for row in record["rows"])
+    timed = [row for row in record["rows"] if "target" not in row]  # others say what a compiler counts
+    assert all("error" in row or {"median", "quartiles", "n", "unit"} <= set(row) for row in timed)

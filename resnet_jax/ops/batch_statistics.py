@@ -12,7 +12,7 @@ from jax import lax
 
 from resnet_jax.ops import gpu
 from resnet_jax.ops.convolution import conv2d
-from resnet_jax.ops.custom_kernels import batch_is_sharded, custom_kernels_enabled, sharded_batch
+from resnet_jax.ops.custom_kernels import by_platform, custom_kernels_enabled, sharded_batch, sharded_platform
 
 Array = jax.Array
 Dtype = Any
@@ -93,12 +93,12 @@ def normalized_conv1x1(
     """
     if not custom_kernels_enabled():
         return plain_normalized_conv1x1(x, kernel, scale, bias, epsilon, axis_name)
-    return _normalized_conv1x1(x, kernel, scale, bias, epsilon, axis_name, batch_is_sharded())
+    return _normalized_conv1x1(x, kernel, scale, bias, epsilon, axis_name, sharded_platform())
 
 
 @partial(jax.jit, static_argnums=(4, 5, 6))
 def _normalized_conv1x1(
-    x: Array, kernel: Array, scale: Array, bias: Array, epsilon: float, axis_name: str | None, sharded: bool
+    x: Array, kernel: Array, scale: Array, bias: Array, epsilon: float, axis_name: str | None, sharded_on: str
 ) -> tuple[Array, Array, Array]:
     """Chooses by platform; a kept trace depends on its arguments alone, so the switches are read by the caller."""
 
@@ -106,8 +106,8 @@ def _normalized_conv1x1(
         return gpu.normalized_conv1x1(x, kernel[0, 0], scale, bias, epsilon, axis_name)
 
     default = partial(plain_normalized_conv1x1, epsilon=epsilon, axis_name=axis_name)
-    with sharded_batch(sharded):
-        return lax.platform_dependent(x, kernel, scale, bias, cuda=on_gpu, default=default)
+    with sharded_batch(bool(sharded_on), sharded_on):
+        return by_platform(sharded_on, x, kernel, scale, bias, cuda=on_gpu, default=default)
 
 
 def plain_normalized_conv1x1(

@@ -11,7 +11,7 @@ import jax
 from jax import lax
 
 from resnet_jax.ops import cpu, gpu
-from resnet_jax.ops.custom_kernels import batch_is_sharded, custom_kernels_enabled
+from resnet_jax.ops.custom_kernels import by_platform, custom_kernels_enabled, sharded_platform
 
 Array = jax.Array
 
@@ -32,10 +32,10 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
     Returns:
       [batch, ceil(height / strides), ceil(width / strides), out] in x's dtype.
     """
-    sharded = batch_is_sharded()
-    if not custom_kernels_enabled() or (groups > 1 and sharded):
+    sharded_on = sharded_platform()
+    if not custom_kernels_enabled() or (groups > 1 and sharded_on):
         return plain_conv2d(x, kernel, strides, dilation, groups)
-    return _conv2d(x, kernel, strides, dilation, groups, sharded)
+    return _conv2d(x, kernel, strides, dilation, groups, sharded_on)
 
 
 def plain_conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
@@ -53,14 +53,14 @@ def plain_conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, g
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _conv2d(x: Array, kernel: Array, strides: int, dilation: int, groups: int, sharded: bool) -> Array:
+def _conv2d(x: Array, kernel: Array, strides: int, dilation: int, groups: int, sharded_on: str) -> Array:
     """Chooses by platform. Under `jax.jit`, all equal layers of a network are traced and differentiated once.
 
     A kept trace depends on its arguments alone, so the switches are read by the caller.
     """
     default = partial(plain_conv2d, strides=strides, dilation=dilation, groups=groups)
-    on_cpu = partial(cpu.conv2d, strides=strides, dilation=dilation, groups=groups, sharded=sharded)
+    on_cpu = partial(cpu.conv2d, strides=strides, dilation=dilation, groups=groups, sharded=bool(sharded_on))
     platforms: dict[str, Callable[..., Array]] = {"cpu": on_cpu}
     if gpu.takes_space_to_depth(x, kernel, strides, dilation, groups):
         platforms["cuda"] = gpu.space_to_depth_conv2d
-    return lax.platform_dependent(x, kernel, **platforms, default=default)
+    return by_platform(sharded_on, x, kernel, **platforms, default=default)

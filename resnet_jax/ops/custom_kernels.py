@@ -4,12 +4,16 @@ Both are read while JAX traces a function: what is compiled already keeps the al
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
+
+import jax
+from jax import lax
 
 _enabled = ContextVar("custom_kernels", default=os.environ.get("RESNET_JAX_CUSTOM_KERNELS", "1") != "0")
-_sharded = ContextVar("sharded_batch", default=False)
+_sharded: ContextVar[str] = ContextVar("sharded_batch", default="")  # the platform, or "" for one device
 
 
 @contextmanager
@@ -38,17 +42,23 @@ def custom_kernels_enabled() -> bool:
 
 
 @contextmanager
-def sharded_batch(sharded: bool = True) -> Iterator[None]:
+def sharded_batch(sharded: bool = True, platform: str | None = None) -> Iterator[None]:
     """Says that batches are split over several devices in what is traced inside; a context manager and a decorator.
 
     On CPUs some custom kernels cut a batch into parts or join it with another dimension. Of a batch that `jax.jit`
-    splits over a mesh, images would then travel between devices; inside, those kernels are left out. Results are the
-    same up to rounding. Programs for GPUs and TPUs do not depend on it.
+    splits over a mesh, images would then travel between devices; inside, those kernels are left out. And kernels are
+    chosen for one platform when a function is traced: a choice that is left to the lowering stays in the program as a
+    conditional where it holds a sum over devices, which nothing then orders among the other sums. Results are the same
+    up to rounding.
+
+    Args:
+      sharded: whether they are.
+      platform: of the devices, `cpu`, `gpu` or `tpu`; None takes JAX's default.
 
     Example:
       train_step = jax.jit(sharded_batch(mesh.size > 1)(train_step))
     """
-    token = _sharded.set(sharded)
+    token = _sharded.set((platform or jax.default_backend()) if sharded else "")
     try:
         yield
     finally:
@@ -57,4 +67,23 @@ def sharded_batch(sharded: bool = True) -> Iterator[None]:
 
 def batch_is_sharded() -> bool:
     """Returns whether functions that are traced now are said to take batches split over several devices."""
+    return bool(_sharded.get())
+
+
+def sharded_platform() -> str:
+    """Returns the platform of the devices that batches are said to be split over; "" where they are not."""
     return _sharded.get()
+
+
+def by_platform(platform: str, *args: Any, default: Callable[..., Any], **choices: Callable[..., Any]) -> Any:
+    """Calls the function of a platform.
+
+    Args:
+      platform: of `sharded_platform`; "" leaves the choice to the lowering of the program.
+      args: of the function.
+      default: where no choice is of the platform.
+      choices: by `cpu` and `cuda`.
+    """
+    if not platform:
+        return lax.platform_dependent(*args, default=default, **choices)
+    return choices.get("cuda" if platform == "gpu" else platform, default)(*args)

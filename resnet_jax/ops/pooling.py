@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.ops.custom_kernels import custom_kernels_enabled
+from resnet_jax.ops.custom_kernels import by_platform, custom_kernels_enabled, sharded_platform
 
 Array = jax.Array
 
@@ -27,7 +27,7 @@ def max_pool(x: Array, window: int = 3, strides: int = 2, zero_border: bool = Fa
     if (window, strides) != (3, 2) or not custom_kernels_enabled():
         return plain(x)
     compare = partial(_max_pool_by_comparisons, border=border)
-    return lax.platform_dependent(x, cpu=compare, cuda=compare, default=plain)
+    return by_platform(sharded_platform(), x, cpu=compare, cuda=compare, default=plain)
 
 
 def plain_max_pool(x: Array, window: int, strides: int, border: float) -> Array:

@@ -13,10 +13,9 @@ from resnet_jax.data.on_device import normalize
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.files import path_of
 from resnet_jax.models.registry import channels_of, check_endpoints, create_model, dtype_of
-from resnet_jax.ops import sharded_batch
 from resnet_jax.recipe_files import recorded
 from resnet_jax.training.evaluation import mesh_for
-from resnet_jax.training.sharding import compiler_options, replicated
+from resnet_jax.training.sharding import compiler_options, replicated, sharded_over
 from resnet_jax.weights.load import fit_weights, model_of, preprocessing_of
 from resnet_jax.weights.sources import find_weights
 from resnet_jax.weights.tags import Preprocessing
@@ -81,7 +80,7 @@ def knn(
         pixels = normalize(images, look.mean, look.std, dtype_of(model))
         return model.apply(variables, pixels, train=False, endpoints=True)[1]["features"]
 
-    program = jax.jit(sharded_batch(mesh.size > 1)(pooled), compiler_options=compiler_options())
+    program = jax.jit(sharded_over(mesh)(pooled), compiler_options=compiler_options())
 
     def read(part: Source) -> tuple[np.ndarray, np.ndarray]:
         """Returns features, float32 [n, channels], and labels of the images that can be decoded."""

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from resnet_jax.config import InputError, OptimizerConfig
 from resnet_jax.models.layers import DropPath
 from resnet_jax.models.registry import create_model
-from resnet_jax.ops import sharded_batch, use_custom_kernels
+from resnet_jax.ops import sharded_batch
 from resnet_jax.recipe_files import load_named
 from resnet_jax.training.check_calls import (
     OPTIMIZER,
@@ -193,11 +193,7 @@ def by_compiling(case: Case, notes: Notes, called: Called) -> None:
         notes.left_out |= dict.fromkeys(("devices", "shard_map"), "it needs finite gradients" if broken else alone)
         return
     mesh = make_mesh(case.devices)
-    # A CPU's kernels of ours are branches of a conditional, into which `jit` moves sums over devices, and devices of a
-    # CPU may take those in different orders and wait for each other for ever (jaxlib 0.10.2).
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    over_devices = use_custom_kernels(False)(train_step) if on_cpu else train_step
-    if not notes.add("devices", unlike("devices", called, one, over_devices, mesh)):
+    if not notes.add("devices", unlike("devices", called, one, train_step, mesh)):
         return
     module = case.module.clone(axis_name="data") if has_field(case.module, "axis_name") else case.module
     mapped = make_train_step(module, OPTIMIZER, loss=probe, classes=False, mesh=mesh)

@@ -20,7 +20,6 @@ from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.match_classes import ClassMap, match_classes
 from resnet_jax.files import path_of
 from resnet_jax.models.stacking import block_by_block
-from resnet_jax.ops import sharded_batch
 from resnet_jax.output import say
 from resnet_jax.recipe_files import recorded
 from resnet_jax.training.build import data_of, model_with_parts, sharded_shapes, state_maker
@@ -29,7 +28,7 @@ from resnet_jax.training.linear_probe import Features, head_of
 from resnet_jax.training.metrics import Sums, mean_average_precision, means, wilson
 from resnet_jax.training.parts import NAMES, NO_PARTS, Parts, check_recorded
 from resnet_jax.training.programs import recipe_eval_step
-from resnet_jax.training.sharding import check_batch, compiler_options, make_mesh, replicated
+from resnet_jax.training.sharding import check_batch, compiler_options, make_mesh, replicated, sharded_over
 from resnet_jax.training.state import TrainState
 from resnet_jax.weights.load import names_of_outputs
 
@@ -83,7 +82,7 @@ def make_evaluate(
     """
     source = dataset.split(split)
     step_function = jax.jit(
-        sharded_batch(mesh.size > 1)(recipe_eval_step(config, head_of(model) if features else model, parts)),
+        sharded_over(mesh)(recipe_eval_step(config, head_of(model) if features else model, parts)),
         out_shardings=replicated(mesh),
         compiler_options=compiler_options(),
     )

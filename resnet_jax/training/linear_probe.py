@@ -15,8 +15,7 @@ from resnet_jax.data.loader import BadImages, Batch, eval_batches, renumbered
 from resnet_jax.data.on_device import normalize
 from resnet_jax.models.head import Classifier
 from resnet_jax.models.registry import OURS
-from resnet_jax.ops import sharded_batch
-from resnet_jax.training.sharding import compiler_options, replicated
+from resnet_jax.training.sharding import compiler_options, replicated, sharded_over
 
 Features = Callable[[Any, dict[str, Any]], dict[str, Any]]
 """Variables, and a batch with `image` -> the batch with `feature` in its place, float32 [batch, channel]."""
@@ -45,7 +44,7 @@ def make_features(config: Config, model: Any, mesh: Mesh) -> Features:
         pixels = normalize(images, config.data.mean, config.data.std, model.dtype)
         return body.apply(variables, pixels, train=False)
 
-    program = jax.jit(sharded_batch(mesh.size > 1)(forward), compiler_options=compiler_options())
+    program = jax.jit(sharded_over(mesh)(forward), compiler_options=compiler_options())
 
     def features(variables: Any, batch: dict[str, Any]) -> dict[str, Any]:
         rest = {name: values for name, values in batch.items() if name != "image"}

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from resnet_jax.config import Config, InputError
 from resnet_jax.data import on_device
 from resnet_jax.data.dataset import Dataset, labels_of
-from resnet_jax.ops import sharded_batch
 from resnet_jax.training.finetune import Phase
 from resnet_jax.training.losses import class_weights, make_loss, soft_targets
 from resnet_jax.training.metrics import Sums
@@ -20,7 +19,7 @@ from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.parts import NO_PARTS, Parts
 from resnet_jax.training.pmap import pmap_step
 from resnet_jax.training.several_steps import steps_on_batches, steps_on_device
-from resnet_jax.training.sharding import batch_sharding, compiler_options
+from resnet_jax.training.sharding import batch_sharding, compiler_options, sharded_over
 from resnet_jax.training.state import PyTree, TrainState
 from resnet_jax.training.step import (
     Batch,
@@ -63,7 +62,7 @@ def recipe_step(
     each = mesh if config.parallel.strategy == "shard_map" else None
     options = step_options(config, model, frozen, weights, parts)
     step = make_train_step(model, optimizer, prepare=make_prepare(config, model, parts), mesh=each, **options)
-    return sharded_batch(mesh is not None and mesh.size > 1)(step)
+    return sharded_over(mesh)(step)
 
 
 def step_options(
@@ -208,7 +207,7 @@ def compile_steps(
     if config.parallel.strategy == "pmap":
         model = with_scope(model, config, mesh.size)
         options = step_options(config, model, frozen, weights, parts)
-        update = sharded_batch(mesh.size > 1)(make_train_step(model, optimizer, axis_name="data", **options))
+        update = sharded_over(mesh)(make_train_step(model, optimizer, axis_name="data", **options))
         prepare, draw = make_prepare(config, model, parts), draw_from(config, mesh)
 
         def batch_of(data: Batch, step: jax.Array) -> Batch:

@@ -1,9 +1,9 @@
 """Devices: the mesh, and how arrays lie on it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,7 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from resnet_jax.config import InputError
 from resnet_jax.models.stacking import EQUAL
+from resnet_jax.ops import sharded_batch
 from resnet_jax.training.state import PyTree
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def run_in_caller() -> None:
@@ -76,6 +79,13 @@ def check_batch(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
         raise InputError(
             f"train.batch_size {batch_size} does not divide over {over}; the nearest that does is {nearest}"
         )
+
+
+def sharded_over(mesh: Mesh | None) -> Callable[[Function], Function]:
+    """Returns `ops.sharded_batch`, as a decorator, for a step over the devices of a mesh."""
+    if mesh is None or mesh.size == 1:
+        return sharded_batch(False)
+    return sharded_batch(platform=mesh.devices.flat[0].platform)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -10,7 +10,7 @@ from resnet_jax.ops import gpu, sharded_batch, use_custom_kernels, winograd
 from resnet_jax.ops.convolution import conv2d, plain_conv2d
 from resnet_jax.ops.materialize import materialize, materialized_relu
 from resnet_jax.ops.pooling import max_pool
-from resnet_jax.training.sharding import batch_sharding, make_mesh
+from resnet_jax.training.sharding import batch_sharding, make_mesh, replicated
 
 X = np.random.default_rng(0).normal(1.0, 2.0, size=(4, 9, 9, 32)).astype(np.float32)
 
@@ -278,6 +278,22 @@ def test_no_images_travel_where_a_batch_is_said_to_be_sharded():
     program = jax.jit(sharded_batch(mesh.size > 1)(conv2d)).lower(x, kernel).compile().as_text()
     assert not any(word in program for word in ("all-gather", "all-to-all", "collective-permute"))
     assert "convolution" in program
+
+
+def test_no_sum_over_devices_is_left_in_a_conditional_where_a_batch_is_said_to_be_sharded():
+    """Nothing orders it among the others there: devices could wait for each other in different sums."""
+    mesh = make_mesh(8)
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (16, 8, 8, 16)), batch_sharding(mesh))
+    kernel = jax.device_put(jax.random.normal(jax.random.key(1), (3, 3, 16, 16)), replicated(mesh))
+
+    def loss(kernel, x):
+        return jnp.square(max_pool(materialized_relu(conv2d(materialize(x), kernel)))).sum()
+
+    gradient = jax.jit(sharded_batch()(jax.grad(loss)), out_shardings=replicated(mesh))
+    program = gradient.lower(kernel, x).compile().as_text()
+    assert "all-reduce" in program
+    assert "conditional(" not in program
+    np.testing.assert_allclose(gradient(kernel, x), jax.grad(loss)(kernel, np.asarray(x)), rtol=1e-4, atol=1e-3)
 
 
 def test_the_setting_for_sharded_batches_ends_with_its_block():
