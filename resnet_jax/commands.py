@@ -369,11 +369,11 @@ def predict_command(
             write((path, [(predictor.class_names[k], float(row[k])) for k in best]))
             if folder:
                 draw_cam(predictor, path, int(row.argmax()), folder / f"{i:05d}-{path.stem}.png")
-    if line := counted.line():
-        say(line, error=format != "table")
     for path, reason in bad:
         what = reason if reason == NOT_FINITE else f"cannot be decoded ({reason})"
         print(f"error: {path} {what}", file=sys.stderr)
+    if line := counted.line():
+        say(line, error=format != "table")
     return 1 if bad else 0
 
 

@@ -12,31 +12,6 @@ Row = tuple[Path, list[tuple[str, float]]]
 """A picture, and its classes with their probabilities."""
 
 
-def as_table() -> Callable[[Row], None]:
-    """Writes rows for the eye."""
-    return lambda row: print(f"{row[0]}   " + "   ".join(f"{name} {p:.2%}" for name, p in row[1]), flush=True)
-
-
-def as_json() -> Callable[[Row], None]:
-    """Writes one JSON object a line: `path`, `classes` with `name` and `probability`."""
-
-    def write(row: Row) -> None:
-        classes = [{"name": name, "probability": p} for name, p in row[1]]
-        print(json.dumps({"path": str(row[0]), "classes": classes}), flush=True)
-
-    return write
-
-
-def as_csv() -> Callable[[Row], None]:
-    """Writes comma-separated values: path, rank from 1, class, probability."""
-    writer = csv.writer(sys.stdout)
-    writer.writerow(["path", "rank", "class", "probability"])
-    return lambda row: writer.writerows([str(row[0]), i, name, p] for i, (name, p) in enumerate(row[1], start=1))
-
-
-WRITERS: dict[str, Callable[[], Callable[[Row], None]]] = {"table": as_table, "json": as_json, "csv": as_csv}
-
-
 class RightInFolders:
     """Counts which predictions are right, of pictures in folders that are named after a class of the network.
 
@@ -66,6 +41,31 @@ class RightInFolders:
         low, high = wilson(share, self.count)
         interval = f"[{low * 100:.2f}, {high * 100:.2f}]"
         return f"accuracy {share:.2%} {interval} on {self.count} pictures in folders of classes, at 95 % confidence"
+
+
+def as_table() -> Callable[[Row], None]:
+    """Writes rows for the eye."""
+    return lambda row: print(f"{row[0]}   " + "   ".join(f"{name} {p:.2%}" for name, p in row[1]), flush=True)
+
+
+def as_json() -> Callable[[Row], None]:
+    """Writes one JSON object a line: `path`, `classes` with `name` and `probability`."""
+
+    def write(row: Row) -> None:
+        classes = [{"name": name, "probability": p} for name, p in row[1]]
+        print(json.dumps({"path": str(row[0]), "classes": classes}), flush=True)
+
+    return write
+
+
+def as_csv() -> Callable[[Row], None]:
+    """Writes comma-separated values: path, rank from 1, class, probability."""
+    writer = csv.writer(sys.stdout)
+    writer.writerow(["path", "rank", "class", "probability"])
+    return lambda row: writer.writerows([str(row[0]), i, name, p] for i, (name, p) in enumerate(row[1], start=1))
+
+
+WRITERS: dict[str, Callable[[], Callable[[Row], None]]] = {"table": as_table, "json": as_json, "csv": as_csv}
 
 
 def draw_cam(predictor: Any, path: Path, label: int, file: Path) -> None:
