@@ -300,6 +300,27 @@ def test_valid_labels_and_real_labels(three, tmp_path, capsys):
     assert status == 2 and "dark, light: no such class among the 3 of" in err
 
 
+def test_several_labels_an_image(work, exported, theirs, tmp_path, capsys):
+    """Outputs that say dark for dark pictures and never light; one picture has both labels, one none."""
+    weights = find_weights(str(work / "run"))
+    bias = weights.tensors["fc.bias"] - np.asarray([0, 1e3], np.float32)
+    changed = dataclasses.replace(weights, tensors=dict(weights.tensors) | {"fc.bias": bias}, multilabel=True)
+    save_tensors(tmp_path / "many.safetensors", changed, "safetensors")
+    labels = ["dark", "light;dark", "", "dark"]
+    lines = ["path,label", *(f"{theirs}/dark/{i}.png,{label}" for i, label in enumerate(labels))]
+    (tmp_path / "data.csv").write_text("\n".join(lines) + "\n")
+    command = ["evaluate", tmp_path / "many.safetensors", "--data.dataset", f"csv:{tmp_path / 'data.csv'}"]
+    status, out, err = run([*command, "--csv", tmp_path / "out.csv"], capsys)
+    assert status == 0 and "mean average precision" in out and "top-1 50.00%" in out
+    rows = rows_in(tmp_path / "out.csv")
+    assert [row["label"] for row in rows] == ["dark", "dark;light", "", "dark"]
+    assert [(row["predicted"], row["right"]) for row in rows] == [("dark", x) for x in ("1", "0", "0", "1")]
+    status, _, err = run([*command, "--valid_labels"], capsys)
+    assert status == 2 and "--valid_labels chooses one class an image" in err
+    status, _, err = run(["evaluate", work / "out.safetensors", *command[2:]], capsys)
+    assert status == 2 and "several labels an image" in err
+
+
 def test_a_pattern_makes_a_table_that_is_gone_on_with(three, exported, theirs, tmp_path, capsys):
     (tmp_path / "a.safetensors").write_bytes(exported.read_bytes())
     (tmp_path / "b.safetensors").write_text("damaged")
