@@ -24,10 +24,11 @@ from resnet_jax.models.registry import (
 from resnet_jax.output import first_line
 from resnet_jax.predict.predictor import make_forward
 from resnet_jax.training.sharding import compiler_options
-from resnet_jax.training.state import create_state
+from resnet_jax.training.state import TrainState, create_state
 from resnet_jax.training.step import make_train_step
 from resnet_jax.weights.tags import tags_of
 
+OPTIMIZER = optax.sgd(1e-3, momentum=0.9, nesterov=True)
 WARMUP = 2
 """Calls before those that are timed."""
 
@@ -61,7 +62,7 @@ def bench(
     kinds: tuple[str, ...] = (),
     repeats: int = 10,
 ) -> dict[str, Any]:
-    """Measures a model on the first device, with constant images and parameters of zero, which take as long as others.
+    """Measures a model on the first device, with random parameters and the same random images in each call.
 
     Args:
       name: of the model.
@@ -88,37 +89,38 @@ def bench(
     if isinstance(side, int) and side < stride_of(model):
         raise InputError(f"--image_size {side} is below the stride of {name}, which is {stride_of(model)}")
     height, width = (side, side) if isinstance(side, int) else side
-    images = jnp.zeros((batch, height, width, channels_of(model)), dtype_of(model))
+    shape = (height, width, channels_of(model))
+    images = jax.random.normal(jax.random.key(0), (batch, *shape), dtype_of(model))
+    state = create_state(model, OPTIMIZER, jax.random.key(0, impl="rbg"), shape)
     parameters, macs = cost(model, side)
     row = {"name": name, "image_size": side, "batch": batch, "dtype": dtype, "device": jax.devices()[0].device_kind}
     row |= {"parameters": parameters, "gmacs": macs / 1e9}
     for kind, make in PROGRAMS.items():
         if not kinds or kind in kinds:
-            row[kind] = measured(make(model, images), batch, repeats)
+            row[kind] = measured(make(model, state, images), batch, repeats)
     return row
 
 
 Call = Callable[[], Any]
 
 
-def inference(model: Any, images: jax.Array) -> tuple[Call, int | None, float]:
+def inference(model: Any, state: TrainState, images: jax.Array) -> tuple[Call, int | None, float]:
     """Returns a call of the forward pass, its memory in bytes, and the seconds it took to compile."""
-    variables = zeros(shapes_of(model, images, optax.identity())).variables
-    forward = make_forward(model, variables)
+    forward = make_forward(model, state.variables)
     function, given = (forward.func, forward.args) if isinstance(forward, partial) else (forward, ())
     program, seconds = compiled(function, *given, images)
     memory = memory_of(program)
     if memory is not None and not given:  # the parameters are constants of the program
-        memory += sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+        memory += sum(leaf.nbytes for leaf in jax.tree.leaves(state.variables))
     return lambda: program(*given, images), memory, seconds
 
 
-def training(model: Any, images: jax.Array) -> tuple[Call, int | None, float]:
-    """Returns a call of a training step, its memory in bytes, and the seconds it took to compile."""
-    optimizer = optax.sgd(0.1, momentum=0.9, nesterov=True)
-    state = zeros(shapes_of(model, images, optimizer))
+def training(model: Any, state: TrainState, images: jax.Array) -> tuple[Call, int | None, float]:
+    """Returns a call of a training step, which takes the state's place, its memory in bytes, and the seconds it took to
+    compile.
+    """
     batch = {"image": images, "label": jnp.zeros(len(images), jnp.int32)}
-    step = jax.jit(make_train_step(model, optimizer), donate_argnums=0, compiler_options=compiler_options())
+    step = jax.jit(make_train_step(model, OPTIMIZER), donate_argnums=0, compiler_options=compiler_options())
     program, seconds = compiled(step, state, batch)
     states = [state]
 
@@ -130,18 +132,7 @@ def training(model: Any, images: jax.Array) -> tuple[Call, int | None, float]:
 
 
 PROGRAMS = {"inference": inference, "training": training}
-"""What is measured: kind -> function that makes it from a model and images."""
-
-
-def shapes_of(model: Any, images: jax.Array, optimizer: optax.GradientTransformation) -> Any:
-    """Returns shapes and types of a model's first state."""
-    height, width, channels = images.shape[1:]
-    return jax.eval_shape(lambda: create_state(model, optimizer, jax.random.key(0), (height, width, channels)))
-
-
-def zeros(shapes: Any) -> Any:
-    """Returns arrays of zeros of these shapes and types."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+"""What is measured: kind -> function that makes it from a model, its state and images."""
 
 
 def compiled(function: Any, *given: Any) -> tuple[Any, float]:
@@ -191,13 +182,13 @@ def format_bench(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']}: not measured: {row['error']}"
     side = row["image_size"] if isinstance(row["image_size"], int) else "x".join(map(str, row["image_size"]))
-    what = f"{row['parameters']:,} parameters, {row['gmacs']:.2f} GMACs at {side} pixels"
+    what = f"{row['parameters']:,} parameters, {row['gmacs']:.3g} GMACs at {side} pixels"
     lines = [f"{row['name']}: {what}, batch {row['batch']}, {row['dtype']}, {row['device']}"]
     for kind in PROGRAMS:
         if kind in row:
             found = row[kind]
             first, third = found["quartiles"]
-            memory = "" if found["memory"] is None else f", {found['memory'] / 2**20:,.0f} MiB"
+            memory = "" if found["memory"] is None else f", {found['memory'] / 2**20:,.1f} MiB"
             rate = f"{found['images_per_second']:>12,.1f} images/s"
             spread = f"(quartiles {first:,.1f} to {third:,.1f}, n = {found['n']})"
             lines.append(f"  {kind:<10}{rate} {spread}{memory}, compiled in {found['compile_seconds']:.1f} s")

@@ -42,7 +42,7 @@ def test_the_median_of_calls_after_the_warm_up_counts(monkeypatch):
 
 
 def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(capsys, monkeypatch):
-    def training(model, images):
+    def training(model, state, images):
         if model.stage_sizes[0] == 1:
             raise RuntimeError("RESOURCE_EXHAUSTED: no memory")
         return (lambda: None), 2**20, 0.1
@@ -51,7 +51,7 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(capsys, monkeypatc
     assert main(["bench", "cifar_resnet8", "cifar_resnet14", "cifar_resnet8"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "cifar_resnet8: not measured: RESOURCE_EXHAUSTED: no memory"
-    assert lines[1].startswith("cifar_resnet14: ") and "1 MiB" in lines[2] and len(lines) == 3
+    assert lines[1].startswith("cifar_resnet14: ") and "1.0 MiB" in lines[2] and len(lines) == 3
     for words, message in (
         ([], "name the models"),
         (["resnet5"], "did you mean"),
