@@ -296,14 +296,33 @@ def runs_command(
         print(to_json(rows, indent=2))
     elif not rows:
         print(f"there are no runs under {path}")
-    for row in [] if as_json else rows:
-        form = ".2%" if str(row["metric"]).rpartition("/")[2] in SHARES else ".4f"
-        best = "" if row["best"] is None else format(row["best"], form)
-        known = f"{row['model'] or '?':<20} {row['data'] or '?':<20} step {row['step'] or 0:<8} best {best:<8}"
-        print(f"{row['folder']:<36} {row['state']:<9} {known}")
-        if row["problem"]:
-            print(f"    {row['problem']}")
+    for line in [] if as_json else format_runs(rows):
+        print(line)
     return 0
+
+
+def format_runs(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns the lines that `resnet-jax runs` prints: columns as wide as their longest text, problems below."""
+    from resnet_jax.runs.charts import spoken
+
+    def best(row: dict[str, Any]) -> str:
+        if row["best"] is None:
+            return "no best step"
+        form = ".2%" if row["metric"].rpartition("/")[2] in SHARES else ".4f"
+        return f"best {spoken(row['metric'])} {format(row['best'], form)} at step {row['best_step']}"
+
+    columns = ("folder", "state", "step", "best", "model")
+    texts = [
+        {name: str(row[name] or "?") for name in ("folder", "state", "model", "data")}
+        | {"step": f"step {row['step'] or 0}", "best": best(row)}
+        for row in rows
+    ]
+    widths = {name: max((len(text[name]) for text in texts), default=0) for name in columns}
+    lines = []
+    for row, text in zip(rows, texts, strict=True):
+        lines.append("  ".join([*(text[name].ljust(widths[name]) for name in columns), text["data"]]))
+        lines += [f"    {row['problem']}"] if row["problem"] else []
+    return lines
 
 
 MOST_AT_ONCE = 65_536
@@ -368,7 +387,8 @@ def predict_command(
             best = predictor.predicted_classes(row) if top is None else row.argsort()[::-1][:top]
             write((path, [(predictor.class_names[k], float(row[k])) for k in best]))
             if folder:
-                draw_cam(predictor, path, int(row.argmax()), folder / f"{i:05d}-{path.stem}.png")
+                best_class = int(row.argmax())
+                draw_cam(predictor, path, best_class, float(row[best_class]), folder / f"{i:05d}-{path.stem}.png")
     for path, reason in bad:
         what = reason if reason == NOT_FINITE else f"cannot be decoded ({reason})"
         print(f"error: {path} {what}", file=sys.stderr)
@@ -597,8 +617,11 @@ Numbers = Annotated[
 ]
 
 
+LAB_NAMES = f"all, page (draws figures and page anew from the records in --out), or {', '.join(TITLES)}."
+
+
 def lab_command(
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help=f"all, or {', '.join(TITLES)}.")],
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help=LAB_NAMES)],
     out: str = "lab",
     dataset: str = "digits",
     depths: Numbers = None,
@@ -620,11 +643,14 @@ def lab_command(
         load_config(config)
     prepare_jax()
     from resnet_jax.lab.record import Options
-    from resnet_jax.lab.run import EXPERIMENTS, run, write_page
+    from resnet_jax.lab.run import EXPERIMENTS, redraw, run, write_page
 
     chosen = Options(dataset, depths, seeds, quick)
-    for experiment in EXPERIMENTS if name == "all" else (name,):
-        run(experiment, folder, chosen)
+    if name == "page":
+        redraw(folder)
+    else:
+        for experiment in EXPERIMENTS if name == "all" else (name,):
+            run(experiment, folder, chosen)
     print(write_page(folder))
     return 0
 

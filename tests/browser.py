@@ -1,5 +1,6 @@
 """A real headless Chromium that opens a page of ours."""
 
+import html
 import html.parser
 import shutil
 import subprocess
@@ -53,3 +54,16 @@ def screenshot(page: Path, folder: Path, width: int, height: int) -> np.ndarray:
     path = folder / "shot.png"
     chromium(page, folder, f"--window-size={width},{height}", "--hide-scrollbars", f"--screenshot={path}")
     return np.asarray(Image.open(path).convert("RGB"))
+
+
+def needed_width(page: Path, folder: Path, width: int, part: str = "html") -> int:
+    """How many pixels wide the widest part of the page is in a frame of a width: more than this where it is cut off."""
+    host = folder / f"host-{page.name}"
+    parts = f"document.querySelector('iframe').contentDocument.querySelectorAll('{part}')"
+    script = f"document.title = Math.max(...[...{parts}].map(part => part.scrollWidth))"
+    frame = f'<iframe width="{width}" height="800" style="border: 0" srcdoc="{html.escape(page.read_text("utf-8"))}">'
+    host.write_text(
+        f'<!doctype html><title></title><body onload="{html.escape(script)}">{frame}</iframe></body>', "utf-8"
+    )
+    shown = chromium(host, folder, "--window-size=1280,900", "--dump-dom")
+    return int(shown.stdout.split("<title>")[1].split("</title>")[0])

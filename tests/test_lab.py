@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import pytest
 from resnet_jax import InputError
 from resnet_jax.cli import main
 from resnet_jax.lab import gradients, landscape, lesion, relatives, response
-from resnet_jax.lab.captions import CAPTIONS
+from resnet_jax.lab.captions import CAPTIONS, TITLES
 from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
+from resnet_jax.lab.panels import COLOURS, draw_panels, panel_svg, short, translated, with_spread
 from resnet_jax.lab.record import Notebook, Options
-from resnet_jax.lab.run import EXPERIMENTS, write_page
+from resnet_jax.lab.run import EXPERIMENTS, module_of, write_page
 from resnet_jax.models.blocks import PreactBlock, ResidualBlock
 from resnet_jax.models.registry import count_parameters
-from tests.browser import needs_chromium, screenshot, tags
+from tests.browser import needed_width, needs_chromium, screenshot, tags
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +182,101 @@ def test_every_experiment_has_its_words_and_an_unknown_one_is_named(tmp_path, ca
     assert "did you mean lesion" in capsys.readouterr().err
 
 
+SAME_IN_BOTH = {"plain", "LeCun", "GoogLeNet", "DenseNet-BC"}
+RECORDS = Path(__file__).parents[1] / "docs" / "lab"
+
+
+@pytest.fixture(scope="module", params=EXPERIMENTS)
+def recorded(request):
+    """The module of an experiment and the rows of its committed record."""
+    return module_of(request.param), json.loads((RECORDS / f"{request.param}.json").read_text())["rows"]
+
+
+def test_every_panel_names_its_axes_and_no_legend_covers_anything(recorded):
+    """As drawn into one figure, where legends lie outside the axes."""
+    module, rows = recorded
+    figure = draw_panels(module.panels(rows))
+    drawn = figure.canvas.get_renderer()
+    assert len(figure.subfigs) >= len(module.panels(rows)) >= 2
+    for place, panel in zip(figure.subfigs, module.panels(rows), strict=False):
+        first, *bars = place.axes
+        assert first.get_xlabel() and first.get_ylabel() and all(bar.get_ylabel() for bar in bars)
+        assert place.get_suptitle().translate({10: " ", 160: " "}) == panel.finding[0] and first.get_legend() is None
+        inside = [axes.get_tightbbox(drawn) for axes in place.axes]
+        assert not any(legend.get_window_extent().overlaps(box) for legend in place.legends for box in inside)
+        inside += [legend.get_window_extent() for legend in place.legends]
+        assert all(place.bbox.containsx(x) for box in inside for x in (box.x0, box.x1))
+
+
+def test_panels_of_the_page_are_in_both_languages_and_in_its_colours(recorded):
+    module, rows = recorded
+    for text in (module.takeaway(rows), *(panel.finding for panel in module.panels(rows))):
+        assert len(text) == 2 and text[0] != text[1] and "nan" not in "".join(text)
+    svg = "".join(panel_svg(panel) for panel in module.panels(rows))
+    words = set(re.findall(r"<text[^>]*>([^<]+)</text>", svg))
+    assert not any(re.search(r"[a-z]{3}", word) for word in words - SAME_IN_BOTH), words
+    assert 'lang="ja"' in svg and "var(--c0)" in svg and not any(colour in svg for colour in COLOURS)
+
+
+def test_one_seed_has_no_deviation():
+    assert with_spread([0.5]) == "0.5" and with_spread([1.0, 3.0]) == "2.0 ± 1.0"
+    rows = [{"name": "a", "seed": 0, "parameters": 1, "macs": 1e6, "layers": 3, "kept": 2.0, "images_per_second": 1.0,
+             "train_error": 0.5, "test_error": 0.25}]  # fmt: skip
+    assert relatives.table(rows)[0]["test error, %"] == "25.0"
+    assert "±" in relatives.table([*rows, rows[0] | {"seed": 1}])[0]["test error, %"]
+
+
+def test_the_blocks_that_cannot_be_removed_are_those_of_which_no_record_tells():
+    rows = json.loads((RECORDS / "lesion.json").read_text())["rows"]
+    removed = {row["block"] for row in rows if row["lesion"] == "remove"}
+    assert set(range(1, 10)) - removed == set(lesion.cannot_be_removed(20)) == {4, 7}
+    assert "cannot be removed" in panel_svg(lesion.panels(rows)[0])
+
+
+def test_what_batch_norm_does_is_told_with_the_numbers_of_the_record():
+    rows = json.loads((RECORDS / "gradients.json").read_text())["rows"]
+    found = gradients.takeaway(rows)[0]
+    assert "the dependence on the initial scale, not that on the depth" in found
+    assert f"{gradients.ratio_of(rows, 'plain', 'batch', False, 'He', 56):,.0f} times" in found
+
+
+def test_numbers_are_short():
+    found = [short(x) for x in (3440.2, 14.5, 0.339, 3.7e-13, 0.002, 1.8e6, 1e10, 0.0, np.nan, 1.0)]
+    assert found == ["3,440", "14.5", "0.339", "3.7e-13", "2e-3", "1.8e6", "1e10", "0", "–", "1"]
+
+
+def test_words_are_translated_with_and_without_a_number():
+    assert translated("layers") == "層" and translated("1,004 layers") == "1,004 層" and translated("x 1") == "x 1"
+
+
+def test_figures_and_page_are_drawn_anew_from_records_alone(tmp_path, capsys):
+    assert main(["lab", "page", "--out", str(tmp_path)]) == 2
+    assert "holds no records to draw" in capsys.readouterr().err
+    shutil.copy(RECORDS / "response.json", tmp_path)
+    assert main(["lab", "page", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"response.json", "response.png", "response.svg", "index.html"}
+    record = json.loads((tmp_path / "response.json").read_text())
+    for damage in ({"rows": [{}]}, {"rows": []}, {"options": {}}):
+        (tmp_path / "response.json").write_text(json.dumps(record | damage))
+        capsys.readouterr()
+        with pytest.raises(InputError, match=r"response\.json is damaged .* resnet-jax lab response"):
+            write_page(tmp_path)
+
+
 @needs_chromium
 def test_a_browser_shows_the_page_of_the_committed_records(tmp_path):
-    """Figures, paragraphs in two languages and tables, in a real Chromium without a word on its console."""
-    records = Path(__file__).parents[1] / "docs" / "lab"
-    shutil.copytree(records, tmp_path / "lab")
+    """Charts, paragraphs in two languages and tables, in a real Chromium without a word on its console."""
+    (tmp_path / "lab").mkdir()
+    for record in RECORDS.glob("*.json"):
+        shutil.copy(record, tmp_path / "lab")
     page = tags(write_page(tmp_path / "lab"), tmp_path)
     n = len(EXPERIMENTS)
-    assert page.count["section"] == page.count["img"] == n and page.count["p"] == 2 + 2 * n
+    assert page.count["section"] == page.count["li"] == n and page.count["p"] == 2 + 2 * n and "img" not in page.count
+    assert page.count["svg"] == page.count["figure"] > 2 * n and page.count["input"] == 2
     assert page.rows["relatives-table"] == 1 + len(relatives.RELATIVES)
     assert page.rows["gradients-table"] > 10 and page.rows["degradation-table"] > 4
     pixels = screenshot(tmp_path / "lab" / "index.html", tmp_path, 390, 1600)
     assert pixels.shape == (1600, 390, 3) and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    assert needed_width(tmp_path / "lab" / "index.html", tmp_path, 390) <= 390
+    text = (tmp_path / "lab" / "index.html").read_text()
+    assert all(f'href="#{name}"' in text and TITLES[name][1] in text for name in EXPERIMENTS)

@@ -239,7 +239,7 @@ def test_a_batch_is_shown_as_the_network_sees_it(folder, tmp_path):
     flags = ["--data.dataset", f"folder:{folder}", *SHORT, "--augment.mixup", "1.0", "--data.image_size", "12", "20"]
     assert main(["show-batch", str(tmp_path / "batch.png"), *flags]) == 0
     sheet = Image.open(tmp_path / "batch.png")
-    assert sheet.size == (8 * (20 * 11 + 8), 12 * 11 + 22)
+    assert sheet.size == (8 * (20 * 11 + 8), 12 * 11 + 8 + 2 * 14)  # two classes an image, each in a line
     assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 100
 
 

@@ -132,13 +132,28 @@ def fit(raw: Raw, size: Size, crop: float = 1.0, interpolation: str = "bilinear"
         found = height_width(picture)
         least = math.floor(height / crop), math.floor(width / crop)
         large = _covering(found, least)
-        top, left = round((large[0] - height) / 2), round((large[1] - width) / 2)
+        top, left = _corner(large, (height, width))
         if large[0] * large[1] <= max(MOST_PIXELS, 16 * least[0] * least[1]):
             pixels = np.asarray(resize(picture, large, interpolation, exact=True))
             return pixels[top : top + height, left : left + width]
-        y, x = found[0] / large[0], found[1] / large[1]
-        box = (left * x, top * y, (left + width) * x, (top + height) * y)
+        box = part_seen(found, size, crop)
         return np.asarray(resize(picture, (height, width), interpolation, box, exact=True))
+
+
+def part_seen(found: tuple[int, int], size: Size, crop: float = 1.0) -> tuple[float, float, float, float]:
+    """Returns the part (left, top, right, bottom) that `fit` keeps of an image of height and width `found`, in pixels
+    of that image.
+    """
+    height, width = sides(size)
+    large = _covering(found, (math.floor(height / crop), math.floor(width / crop)))
+    top, left = _corner(large, (height, width))
+    y, x = found[0] / large[0], found[1] / large[1]
+    return left * x, top * y, (left + width) * x, (top + height) * y
+
+
+def _corner(large: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Top and left of the part of height and width `size` in the centre of an image, rounded as torchvision does."""
+    return round((large[0] - size[0]) / 2), round((large[1] - size[1]) / 2)
 
 
 def _covering(found: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Titles and captions of the experiments' figures, in English and Japanese."""
+"""Titles and captions of the experiments' figures and the words in their charts and tables, in English and Japanese."""
 
 TITLES = {
     "degradation": ("Deeper plain networks get worse", "深い plain ネットワークは悪くなる"),
@@ -23,19 +23,27 @@ CAPTIONS = {
     "gradients": (
         "The norm of the loss's gradient at the output of each block, before training. In a plain network without norms every "
         "layer multiplies it: with LeCun's variance it vanishes towards the first layer, with twice He's it explodes. Batch "
-        "normalisation keeps the scale in check, and the shortcut passes the gradient on unchanged around every branch: the "
-        "Jacobian of a block is that of its branch plus the identity, which is checked numerically here.",
+        "normalisation removes the dependence on the initial scale, and the lines of the three scales fall onto one; it does "
+        "not remove that on the depth: in a plain network each block still multiplies the gradient by a factor above 1. The "
+        "shortcut does that: it passes the gradient on unchanged around every branch. The Jacobian of a block is that of its "
+        "branch plus the identity, which is checked numerically here. Without another word a network has batch norm.",
         "学習前に、各ブロックの出力における損失の勾配の大きさを測った。正規化のない plain ネットワークでは層ごとに倍率が"
-        "かかり、LeCun の分散では最初の層に向かって消え、He の 2 倍の分散では爆発する。バッチ正規化は大きさを整え、"
-        "ショートカットはどの枝も迂回して勾配をそのまま伝える。ブロックのヤコビ行列は枝のヤコビ行列に単位行列を足した"
-        "ものであり、ここで数値的にも確かめている。",
+        "かかり、LeCun の分散では最初の層に向かって消え、He の 2 倍の分散では爆発する。バッチ正規化は初期値の大きさへの依存を"
+        "取り除き、三つの大きさの線は一本に重なる。しかし深さへの依存は取り除かない。plain ネットワークでは一つのブロックごとに、"
+        "勾配に 1 より大きい倍率がかかり続ける。それを取り除くのはショートカットで、どの枝も迂回して勾配をそのまま伝える。"
+        "ブロックのヤコビ行列は枝のヤコビ行列に単位行列を足したものであり、ここで数値的にも確かめている。特に断りのない"
+        "ネットワークにはバッチ正規化がある。",
     ),
     "lesion": (
         "Blocks are taken out of a trained network, or change places, with nothing trained again. The residual network loses "
         "little with each: its many paths of different lengths work in parallel. In a plain network there is only one path, "
-        "and a single missing block breaks it.",
+        "and a single missing block breaks it. The first block of the second and of the third stage changes the size of what "
+        "it is given, so that nothing can take its place: these two are not removed, and leave a gap. Bars are standard "
+        "deviations over seeds and random choices.",
         "学習済みのネットワークから、再学習なしにブロックを取り除いたり入れ替えたりする。残差ネットワークでは長さの異なる多数の"
-        "経路が並列に働くため、一つ失っても影響は小さい。plain ネットワークの経路は一本しかなく、一つ欠けると壊れる。",
+        "経路が並列に働くため、一つ失っても影響は小さい。plain ネットワークの経路は一本しかなく、一つ欠けると壊れる。第 2 段と"
+        "第 3 段の最初のブロックは入力の形を変えるので、代わりがない。この二つは取り除かず、図では空けてある。縦棒はシードと"
+        "無作為な選択にわたる標準偏差である。",
     ),
     "response": (
         "The standard deviation of what each branch adds, and its ratio to that of the block's input. The deeper the network, the "
@@ -45,11 +53,11 @@ CAPTIONS = {
     ),
     "memory": (
         "What a compiled training step needs besides the state. Keeping all activations costs memory in proportion to the "
-        "depth; computing blocks again in the backward pass saves memory and costs time. Equal blocks in a loop compile "
-        "as fast for a thousand layers as for twenty.",
+        "depth; computing blocks twice, again in the backward pass, saves memory and costs time. With equal blocks in a loop the "
+        "time to compile hardly depends on the depth.",
         "コンパイル済みの学習 1 ステップに、状態とは別に必要なメモリ。すべての活性を残すと深さに比例して増える。逆伝播の際に"
-        "ブロックを計算し直せば、時間と引き換えに減らせる。同じ形のブロックをループにすれば、千層でも二十層と同じ速さで"
-        "コンパイルできる。",
+        "ブロックを計算し直せば、時間と引き換えに減らせる。同じ形のブロックをループにすれば、コンパイル時間は深さにほとんど"
+        "よらない。",
     ),
     "landscape": (
         "The loss on a plane through the trained network, spanned by two random directions whose filters are scaled to those of "
@@ -74,3 +82,40 @@ CAPTIONS = {
         "ほぼ揃えても、計算量、メモリ、速さは異なる。",
     ),
 }
+
+TABLES = {
+    "degradation": ("Errors at the end, in percent", "最後の誤差 (%)"),
+    "gradients": (
+        "Gradient at the first block over that at the last, before training, for three initial variances",
+        "学習前の、最初のブロックの勾配と最後のブロックの勾配の比 (三つの初期分散)",
+    ),
+    "relatives": ("The networks, what they cost, and their errors", "各ネットワークのコストと誤差"),
+}
+"""What the tables are of."""
+
+WORDS = {
+    "network": "ネットワーク", "layers": "層", "seeds": "シード", "plain": "plain", "residual": "残差",
+    "train error, %": "訓練誤差、%", "test error, %": "テスト誤差、%", "error, %": "誤差、%",
+    "error at the end, %": "最後の誤差、%", "epoch": "エポック", "step": "ステップ", "training images": "訓練画像",
+    "test images": "テスト画像", "plain, training images": "plain、訓練画像", "plain, test images": "plain、テスト画像",
+    "residual, training images": "残差、訓練画像", "residual, test images": "残差、テスト画像",
+    "norm": "正規化", "none": "なし", "batch": "バッチ", "branches start": "枝の初期値", "random": "乱数", "zero": "0",
+    "block": "ブロック", "norm of the gradient": "勾配のノルム", "twice He": "He の 2 倍",
+    "gradient, first block over last": "勾配の比 (最初 / 最後)", "plain, no norm": "plain、正規化なし",
+    "residual, no norm": "残差、正規化なし", "residual from zero": "残差、枝は 0 から", "preact from zero": "前活性、枝は 0 から",
+    "preact": "前活性", "number of the removed block": "取り除くブロックの番号", "blocks removed at random": "無作為に取り除く個数",
+    "pairs of blocks swapped": "入れ替える組の数", "accuracy, %": "正解率、%", "nothing changed": "変更なし",
+    "cannot be removed": "取り除けない", "place of the block, % of the depth": "ブロックの位置 (深さの %)",
+    "deviation of what the branch adds": "枝が加える量の標準偏差", "the same over the input's": "入力の標準偏差との比",
+    "all kept": "すべて残す", "blocks twice": "再計算", "loop": "ループ",
+    "loop, blocks twice": "ループ、再計算", "loop, groups twice": "ループ、群の再計算",
+    "memory, MiB (batch 32)": "メモリ、MiB (バッチ 32)", "time of a step, ms": "1 ステップの時間、ms",
+    "time to compile, s": "コンパイル時間、s", "weight decay": "重み減衰", "drop path": "枝の脱落", "dropout": "ドロップアウト",
+    "mixup": "画像の混合", "label smoothing": "ラベルの平滑化", "regulariser": "正則化", "loss at the end": "最後の損失",
+    "loss": "損失", "first direction": "一つ目の方向", "second direction": "二つ目の方向", "parameters": "パラメータ数",
+    "MMACs an image": "積和 (百万 / 枚)", "KiB kept": "保持 KiB", "images/s": "枚 / 秒",
+    "million multiply-adds an image": "1 枚あたりの積和 (百万)", "KiB kept an image, in training": "学習で 1 枚あたり保持する KiB",
+    "densenet": "DenseNet", "images a second, evaluated": "評価速度 (枚 / 秒)", "GoogLeNet": "GoogLeNet", "ResNet": "ResNet", "DenseNet-BC": "DenseNet-BC", "ResNet, activation first": "ResNet (活性が先)",
+    "ResNet with attention": "注意機構つき ResNet", "transformer": "トランスフォーマー",
+}  # fmt: skip
+"""A word in a chart or a table -> the same in Japanese."""

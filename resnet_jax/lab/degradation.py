@@ -1,12 +1,15 @@
 """Shows that depth raises the training error of plain networks, not of residual ones (He et al. 2015, section 4.2)."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from resnet_jax.config import OptimizerConfig
 from resnet_jax.lab.fit import cifar_net, fit, load, recipe
-from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
+from resnet_jax.lab.panels import COLOURS, Panel, Text, plot_spread, seeds_of, translated, with_spread
+from resnet_jax.lab.record import Notebook, Rows
+from resnet_jax.runs.charts import TEXT
 
 KINDS = ("plain", "residual")
 
@@ -48,30 +51,68 @@ def table(found: Rows) -> Rows:
     for kind, depth in dict.fromkeys((row["kind"], row["depth"]) for row in found):
         line: dict[str, Any] = {"network": kind, "layers": depth}
         for split in ("train", "test"):
-            errors = 100 * np.asarray(last_errors(found, kind, depth, split))
-            line[f"{split} error, %"] = f"{errors.mean():.1f} ± {errors.std():.1f}"
+            errors = last_errors(found, kind, depth, split)
+            line[f"{split} error, %"] = with_spread(100 * error for error in errors)
         lines.append(line | {"seeds": len(errors)})
     return lines
 
 
-def draw(found: Rows) -> Any:
-    """Draws errors over the epochs, and the last errors against the depth; returns the figure."""
-    figure, axes = axes_of(3)
+def percent(found: Rows, kind: str, depth: int) -> str:
+    """Returns the mean of the last training errors, in percent."""
+    return f"{100 * np.mean(last_errors(found, kind, depth)):.1f}"
+
+
+def takeaway(found: Rows) -> Text:
+    """Returns what the experiment found."""
+    depths, (seeds, seeds_ja) = sorted({row["depth"] for row in found}), seeds_of(found)
+    plain, residual = (percent(found, kind, depths[-1]) for kind in KINDS)
+    english = f"With {depths[-1]} layers the plain network errs on {plain} % of its own training images, the residual "
+    japanese = f"{depths[-1]} 層では、plain ネットワークは訓練画像自体の {plain} % を、残差は {residual} % を誤る"
+    if len(depths) == 1:
+        return f"{english}one on {residual} % {seeds}.", f"{japanese}{seeds_ja}。"
+    before, after = (percent(found, kind, depths[0]) for kind in KINDS)
+    return (
+        f"{english}one on {residual} %; with {depths[0]} layers it is {before} % and {after} % {seeds}.",
+        f"{japanese}。{depths[0]} 層ではそれぞれ {before} % と {after} % である{seeds_ja}。",
+    )
+
+
+def panels(found: Rows) -> list[Panel]:
+    """Returns errors over the epochs of either kind, and the last errors against the depth."""
     depths = sorted({row["depth"] for row in found})
-    for axis, kind in zip(axes, KINDS, strict=False):
+    ends = {kind: " → ".join(percent(found, kind, depth) for depth in depths) for kind in KINDS}
+    layers = " → ".join(map(str, depths))
+
+    def curves(axes: Any, kind: str) -> None:
         for colour, depth in zip(COLOURS, depths, strict=False):
             of = [row for row in found if (row["kind"], row["depth"]) == (kind, depth)]
             epochs = sorted({row["epoch"] for row in of})
             for split, style in (("train", "-"), ("test", ":")):
-                middle = [np.mean([row[f"{split}_error"] for row in of if row["epoch"] == e]) for e in epochs]
-                axis.plot(epochs, middle, style, color=colour, label=f"{depth} layers" if split == "train" else None)
-        axis.set(title=f"{kind}: training (line) and test error", xlabel="epoch", ylim=(0, 1))
-        axis.legend(frameon=False)
-    for colour, kind in zip(COLOURS, KINDS, strict=False):
-        for split, style in (("train", "o-"), ("test", "o:")):
-            values = [last_errors(found, kind, depth, split) for depth in depths]
-            middle, spread = [np.mean(v) for v in values], [np.std(v) for v in values]
-            axes[2].errorbar(depths, middle, spread, fmt=style, color=colour, capsize=3, label=f"{kind}, {split}")
-    axes[2].set(title="error at the end", xlabel="layers", xticks=depths)
-    axes[2].legend(frameon=False)
-    return figure
+                middle = [100 * np.mean([row[f"{split}_error"] for row in of if row["epoch"] == e]) for e in epochs]
+                axes.plot(epochs, middle, style, color=colour, label=f"{depth} layers" if split == "train" else None)
+        for split, style in (("training images", "-"), ("test images", ":")):
+            axes.plot([], [], style, color=TEXT, label=split)
+        axes.set(xlabel="epoch", ylabel="error, %", ylim=(0, 100))
+
+    def ending(axes: Any) -> None:
+        for colour, kind in zip(COLOURS, KINDS, strict=False):
+            for split, style, of in (("train", "o-", "training images"), ("test", "s:", "test images")):
+                values = [[100 * error for error in last_errors(found, kind, depth, split)] for depth in depths]
+                plot_spread(axes, depths, values, style, colour, f"{kind}, {of}")
+        axes.set(xlabel="layers", ylabel="error at the end, %", xticks=depths, ylim=(0, None))
+
+    return [
+        *(
+            Panel(
+                (f"{kind}, {layers} layers: training error {ends[kind]} % at the end",
+                 f"{translated(kind)}、{layers} 層: 最後の訓練誤差 {ends[kind]} %"),
+                partial(curves, kind=kind),
+            )
+            for kind in KINDS
+        ),
+        Panel(
+            (f"{layers} layers: training error of plain {ends['plain']} %, of residual {ends['residual']} %",
+             f"{layers} 層の訓練誤差: plain {ends['plain']} %、残差 {ends['residual']} %"),
+            ending,
+        ),
+    ]  # fmt: skip

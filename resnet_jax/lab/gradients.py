@@ -1,6 +1,7 @@
 """Measures the gradient of the loss at the output of every block, and the identity in a block's Jacobian.
 
-Each plain layer multiplies the gradient, so that with depth it vanishes or explodes; a block y = F(x) + x passes it on
+Each plain layer multiplies the gradient, so that with depth it vanishes or explodes. Batch norm removes the dependence
+on the initial scale of the kernels, not that on the depth. A block y = F(x) + x passes it on
 unchanged besides, whatever F does (He et al. 2016, eq. 5).
 """
 
@@ -14,11 +15,13 @@ import numpy as np
 import optax
 
 from resnet_jax.lab.fit import cifar_net, fit, load, network, pixels, recipe, variables_of
-from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
+from resnet_jax.lab.panels import COLOURS, Panel, Text, log_axis, short, translated
+from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.blocks import PreactBlock
 from resnet_jax.models.densenet import DenseLayer
 from resnet_jax.models.layers import ACTIVATIONS, Conv, make_norm
 from resnet_jax.models.resnet import Stem
+from resnet_jax.runs.charts import TEXT
 from resnet_jax.training.state import TrainState, path_map
 
 INITS = {"LeCun": 1.0, "He": 2.0, "twice He": 4.0}
@@ -33,6 +36,15 @@ CASES = (
     ("preact", "batch", True),
 )
 """Kind, norm, and whether branches start at zero (`zero_init_last`), as is the default of this package."""
+CASE_NAMES = {
+    ("plain", "none", False): "plain, no norm",
+    ("plain", "batch", False): "plain",
+    ("residual", "none", False): "residual, no norm",
+    ("residual", "batch", False): "residual",
+    ("residual", "batch", True): "residual from zero",
+    ("preact", "batch", True): "preact from zero",
+}
+"""Case -> how a legend calls it; without another word it has batch norm."""
 
 
 def rows(book: Notebook) -> Rows:
@@ -218,43 +230,104 @@ def table(found: Rows) -> Rows:
         zero = "zero" if row["zero_init_last"] else "random"
         key = (row["kind"], row["norm"], zero, row["depth"])
         line = lines.setdefault(key, dict(zip(("network", "norm", "branches start", "layers"), key, strict=True)))
-        line |= dict.fromkeys(INITS, "") if len(line) == 4 else {}
+        line |= dict.fromkeys(INITS, "–") if len(line) == 4 else {}
         line[row["init"]] = row["ratio"]
     return list(lines.values())
 
 
-def draw(found: Rows) -> Any:
-    """Draws gradients over the blocks without and with norms, first over last against depth, and in training."""
-    figure, axes = axes_of(2, 2)
+def ratio_of(found: Rows, *about: Any) -> float:
+    """Returns the ratio of the network that `about_of` describes; nan where it was not measured."""
+    return next((row["ratio"] for row in ratios(found) if about_of(row) == about), np.nan)
+
+
+def depth_shown(found: Rows) -> int:
+    """Returns the depth at which blocks are drawn: 56 where it was measured, else the greatest."""
     depths = sorted({row["depth"] for row in found if "block" in row and row["kind"] != "densenet"})
-    depth = 56 if 56 in depths else depths[-1]
+    return 56 if 56 in depths else depths[-1]
+
+
+def takeaway(found: Rows) -> Text:
+    """Returns what the experiment found."""
+    depth = depth_shown(found)
+    plain = short(ratio_of(found, "plain", "batch", False, "He", depth))
+    random, zero = (short(ratio_of(found, "residual", "batch", zero, "He", depth)) for zero in (False, True))
+    return (
+        f"Batch norm takes away the dependence on the initial scale, not that on the depth: at {depth} layers the "
+        f"first block of the plain network gets {plain} times the gradient of the last, that of the residual one "
+        f"{random} times, and {zero} times where branches start at zero.",
+        "バッチ正規化が取り除くのは初期値の大きさへの依存であり、深さへの依存ではない。"
+        f"{depth} 層で最初のブロックに届く勾配は最後のブロックの、plain で {plain} 倍、"
+        f"残差で {random} 倍、枝を 0 から始めた残差で {zero} 倍である。",
+    )
+
+
+def panels(found: Rows) -> list[Panel]:
+    """Returns gradients over the blocks without and with norms, first over last against depth, and in training."""
+    depth = depth_shown(found)
+    deepest = max(row["depth"] for row in found if "block" in row)
     names = {("plain", False): "plain", ("residual", False): "residual", ("residual", True): "residual from zero"}
-    for axis, norm in zip(axes, ("none", "batch"), strict=False):
+    bare = [short(ratio_of(found, "plain", "none", False, init, depth)) for init in INITS]
+    normed = [short(ratio_of(found, "plain", "batch", False, init, depth)) for init in INITS]
+    deep = [short(ratio_of(found, "residual", "batch", zero, "He", deepest)) for zero in (False, True)]
+    trained = {
+        kind: [row["first"] / max(row["last"], 1e-30) for row in found if "step" in row and row["kind"] == kind]
+        for kind in ("plain", "residual")
+    }
+    ends = {kind: f"{short(values[0])} → {short(values[-1])}" for kind, values in trained.items()}
+    scales, scales_ja = ", ".join(INITS), "、".join(map(translated, INITS))
+
+    def blocks(axes: Any, norm: str) -> None:
         for colour, ((kind, zero), name) in zip(COLOURS, names.items(), strict=False):
             for init, style in zip(INITS, (":", "-", "--"), strict=True):
-                about = (kind, norm, zero, init, depth)
-                of = [row for row in found if "block" in row and about_of(row) == about]
+                of = [row for row in found if "block" in row and about_of(row) == (kind, norm, zero, init, depth)]
                 values = [row["gradient"] or np.nan for row in of]
-                axis.plot(
-                    [row["block"] for row in of], values, style, color=colour, label=f"{name}, {init}" if of else None
-                )
-        named = "without norms" if norm == "none" else "with batch norm"
-        axis.set(title=f"{depth} layers {named}: gradient at each block", xlabel="block", yscale="log")
-        axis.legend(frameon=False, fontsize=8)
-    table = ratios(found)
-    for colour, (kind, norm, zero) in zip(COLOURS, CASES, strict=False):
-        of = [row for row in table if about_of(row)[:4] == (kind, norm, zero, "He")]
-        label = f"{kind}, norm {norm}{', from zero' if zero else ''}"
-        axes[2].plot([r["depth"] for r in of], [r["ratio"] for r in of], "o-", color=colour, label=label)
-    axes[2].set(title="first over last at the start, He", xlabel="layers", xscale="log", yscale="log")
-    axes[2].legend(frameon=False, fontsize=8)
-    for colour, kind in zip(COLOURS, ("plain", "residual"), strict=False):
-        of = [row for row in found if "step" in row and row["kind"] == kind]
-        ratio = [row["first"] / max(row["last"], 1e-30) for row in of]
-        axes[3].plot([row["step"] for row in of], ratio, "o-", color=colour, label=kind)
-    axes[3].set(title="20 layers in training: first over last", xlabel="step", yscale="log")
-    axes[3].legend(frameon=False)
-    return figure
+                axes.plot([row["block"] for row in of], values, style, color=colour)
+            if of:
+                axes.plot([], [], color=colour, label=name)
+        for init, style in zip(INITS, (":", "-", "--"), strict=True):
+            axes.plot([], [], style, color=TEXT, label=init)
+        axes.set(xlabel="block", ylabel="norm of the gradient", yscale="log")
+        log_axis(axes.yaxis)
+
+    def over_depth(axes: Any) -> None:
+        table = ratios(found)
+        for colour, marker, (kind, norm, zero) in zip(COLOURS, "osD^vP", CASES, strict=False):
+            of = [row for row in table if about_of(row)[:4] == (kind, norm, zero, "He")]
+            label = CASE_NAMES[kind, norm, zero]
+            axes.plot([r["depth"] for r in of], [r["ratio"] for r in of], f"{marker}-", color=colour, label=label)
+        axes.set(xlabel="layers", ylabel="gradient, first block over last", xscale="log", yscale="log")
+        log_axis(axes.xaxis, sorted({row["depth"] for row in table if row["kind"] != "densenet"}))
+        log_axis(axes.yaxis)
+
+    def training(axes: Any) -> None:
+        for colour, marker, (kind, values) in zip(COLOURS, "os", trained.items(), strict=False):
+            steps = [row["step"] for row in found if "step" in row and row["kind"] == kind]
+            axes.plot(steps, values, f"{marker}-", color=colour, label=kind)
+        axes.set(xlabel="step", ylabel="gradient, first block over last", yscale="log")
+        log_axis(axes.yaxis)
+
+    return [
+        Panel(
+            (f"Without norms the initial scale decides: plain, first block over last {', '.join(bare)} ({scales})",
+             f"正規化なしでは初期値の大きさが決める: plain の最初と最後の比は {'、'.join(bare)} ({scales_ja})"),
+            partial(blocks, norm="none"),
+        ),
+        Panel(
+            (f"With batch norm the scale hardly matters, the depth does: plain {', '.join(normed)} ({scales})",
+             f"バッチ正規化では大きさはほぼ無関係、深さは効く: plain の比は {'、'.join(normed)} ({scales_ja})"),
+            partial(blocks, norm="batch"),
+        ),
+        Panel(
+            (f"At {deepest:,} layers: residual with batch norm {deep[0]}, with branches from zero {deep[1]}",
+             f"{deepest:,} 層: バッチ正規化つき残差 {deep[0]}、枝を 0 から始めると {deep[1]}"),
+            over_depth,
+        ),
+        Panel(
+            (f"In training, 20 layers with batch norm: plain {ends['plain']}, residual {ends['residual']}",
+             f"学習中 (20 層、バッチ正規化): plain {ends['plain']}、残差 {ends['residual']}"),
+            training,
+        ),
+    ]  # fmt: skip
 
 
 def about_of(row: dict[str, Any]) -> tuple[Any, ...]:

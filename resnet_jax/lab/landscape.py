@@ -4,6 +4,7 @@ Each filter of a direction has the norm of the network's own filter; biases and 
 the statistics of the batch at every point, so that the statistics fit the changed filters.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
-from resnet_jax.lab.record import Notebook, Rows, axes_of
+from resnet_jax.lab.panels import COLOURS, Panel, Text, log_axis, short, translated
+from resnet_jax.lab.record import Notebook, Rows
+from resnet_jax.runs.charts import log_ticks, plain_number
 from resnet_jax.training.losses import cross_entropy
 from resnet_jax.training.state import path_map
 
@@ -96,22 +99,73 @@ def plane(model: Any, variables: Any, directions: list[Any], batch: Any, classes
     return losses
 
 
-def draw(found: Rows) -> Any:
-    """Draws contours and a surface of each network, on one scale; returns the figure."""
-    figure, axes = axes_of(2, 2)
+def heights_of(found: Rows, kind: str) -> tuple[list[float], list[float], np.ndarray]:
+    """Returns the x and the y of the points, and the loss at each, [y, x]."""
     xs, ys = (sorted({row[name] for row in found}) for name in ("x", "y"))
-    levels = np.geomspace(max(1e-4, min(row["loss"] for row in found)), max(row["loss"] for row in found) + 1e-3, 18)
-    for i, kind in enumerate(KINDS):
-        of = {(row["x"], row["y"]): row["loss"] for row in found if row["kind"] == kind}
-        heights = np.asarray([[of[x, y] for x in xs] for y in ys])
-        flat = axes[2 * i]
-        drawn = flat.contourf(xs, ys, heights, levels=levels, norm="log", cmap="viridis")
-        flat.contour(xs, ys, heights, levels=levels, colors="white", linewidths=0.4)
-        flat.set(title=f"{kind}: loss around the trained network", aspect="equal")
-        figure.colorbar(drawn, ax=flat, format="%.2g")
-        place = axes[2 * i + 1].get_subplotspec()
-        axes[2 * i + 1].remove()
-        surface = figure.add_subplot(place, projection="3d")
-        surface.plot_surface(*np.meshgrid(xs, ys), np.log10(heights), cmap="viridis", linewidth=0)
-        surface.set(title=f"{kind}: log10 of the loss", zlim=(np.log10(levels[0]), np.log10(levels[-1])))
-    return figure
+    of = {(row["x"], row["y"]): row["loss"] for row in found if row["kind"] == kind}
+    return xs, ys, np.asarray([[of[x, y] for x in xs] for y in ys])
+
+
+def share_below(found: Rows, kind: str) -> str:
+    """Returns the share of the plane on which the loss is below 1, in percent."""
+    return f"{100 * np.mean(heights_of(found, kind)[2] < 1):.0f} %"
+
+
+def middle(found: Rows, kind: str) -> float:
+    """Returns the loss of the trained network itself."""
+    xs, ys, heights = heights_of(found, kind)
+    return float(heights[np.argmin(np.abs(ys)), np.argmin(np.abs(xs))])
+
+
+def takeaway(found: Rows) -> Text:
+    """Returns what the experiment found."""
+    depth, (plain, residual) = found[0]["depth"], (share_below(found, kind) for kind in KINDS)
+    return (
+        f"With {depth} layers the loss stays below 1 on {plain} of the plane around the plain network and on "
+        f"{residual} of that around the residual one.",
+        f"{depth} 層では、損失が 1 より小さいのは plain の周りの平面の {plain}、"
+        f"残差ネットワークの周りの平面の {residual} である。",
+    )
+
+
+def panels(found: Rows) -> list[Panel]:
+    """Returns contours of each network on one scale, and the loss along the first direction."""
+    least, most = min(row["loss"] for row in found), max(row["loss"] for row in found)
+    levels = np.geomspace(max(1e-4, least), most + 1e-3, 18)
+
+    def contours(axes: Any, kind: str) -> None:
+        xs, ys, heights = heights_of(found, kind)
+        drawn = axes.contourf(xs, ys, heights, levels=levels, norm="log", cmap="viridis")
+        axes.contour(xs, ys, heights, levels=levels, colors="white", linewidths=0.4)
+        axes.set(xlabel="first direction", ylabel="second direction", aspect="equal")
+        axes.set(xticks=[-1, -0.5, 0, 0.5, 1], yticks=[-1, -0.5, 0, 0.5, 1])
+        axes.grid(False)
+        bar = axes.figure.colorbar(drawn, ax=axes, label="loss", ticks=log_ticks(levels[0], levels[-1]))
+        bar.ax.yaxis.set_major_formatter(plain_number)
+        bar.ax.minorticks_off()
+        bar.outline.set_visible(False)
+
+    def slices(axes: Any) -> None:
+        for colour, marker, kind in zip(COLOURS, "os", KINDS, strict=False):
+            xs, ys, heights = heights_of(found, kind)
+            axes.plot(xs, heights[np.argmin(np.abs(ys))], f"{marker}-", color=colour, label=kind)
+        axes.set(xlabel="first direction", ylabel="loss", yscale="log", xticks=[-1, -0.5, 0, 0.5, 1])
+        log_axis(axes.yaxis)
+
+    values = {kind: (short(middle(found, kind)), share_below(found, kind)) for kind in KINDS}
+    depth, plain, residual = found[0]["depth"], values["plain"][0], values["residual"][0]
+    return [
+        *(
+            Panel(
+                (f"{kind}, {depth} layers: loss {loss} in the middle, below 1 on {share} of the plane",
+                 f"{translated(kind)}、{depth} 層: 中央の損失 {loss}、1 より小さい範囲 {share}"),
+                partial(contours, kind=kind),
+            )
+            for kind, (loss, share) in values.items()
+        ),
+        Panel(
+            (f"Along the first direction, from {plain} (plain) and {residual} (residual) in the middle",
+             f"一つ目の方向に沿った損失: 中央で plain {plain}、残差 {residual}"),
+            slices,
+        ),
+    ]  # fmt: skip

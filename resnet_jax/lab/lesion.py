@@ -1,5 +1,6 @@
 """Removes and swaps blocks of a trained network: residual ones survive it (Veit et al. 2016, arXiv:1605.06431)."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.lab.fit import cifar_net, fit, load, recipe, variables_of
-from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
+from resnet_jax.lab.panels import COLOURS, Panel, Text, plot_spread, seeds_of
+from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.blocks import ResidualBlock
+from resnet_jax.runs.charts import GRID, TEXT
 from resnet_jax.training.programs import recipe_eval_step
 
 KINDS = ("plain", "residual")
@@ -115,25 +118,66 @@ def swapped(variables: Any, size: int, pairs: int, rng: np.random.Generator) -> 
     return moved
 
 
-def draw(found: Rows) -> Any:
-    """Draws accuracy without each block, without several, and with swapped blocks; returns the figure."""
-    figure, axes = axes_of(3)
-    for colour, kind in zip(COLOURS, KINDS, strict=False):
-        of = [row for row in found if row["kind"] == kind]
-        whole = np.mean([row["accuracy"] for row in of if row["lesion"] == "none"])
-        for axis, lesion, by in (
-            (axes[0], "remove", "block"),
-            (axes[1], "random", "blocks"),
-            (axes[2], "swap", "blocks"),
-        ):
-            points = sorted({row[by] for row in of if row["lesion"] == lesion})
-            values = [[row["accuracy"] for row in of if row["lesion"] == lesion and row[by] == p] for p in points]
-            axis.errorbar(points, [np.mean(v) for v in values], [np.std(v) for v in values], fmt="o-", color=colour,
-                          capsize=2, label=kind)  # fmt: skip
-            axis.axhline(whole, color=colour, linestyle=":", linewidth=1)
-    titles = ("accuracy without one block", "without several at random", "with pairs of blocks swapped")
-    for axis, title, name in zip(axes, titles, ("block", "blocks removed", "pairs"), strict=True):
-        axis.set(title=title, xlabel=name, ylim=(0, 1.02))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(frameon=False)
-    return figure
+def mean_accuracy(found: Rows, kind: str, lesion: str, blocks: int | None = None) -> float:
+    """Returns the mean accuracy with a lesion, in percent; `blocks` is how many blocks or pairs it concerns."""
+    of = [row for row in found if (row["kind"], row["lesion"]) == (kind, lesion) and blocks in (None, row["blocks"])]
+    return float(100 * np.mean([row["accuracy"] for row in of])) if of else np.nan
+
+
+def takeaway(found: Rows) -> Text:
+    """Returns what the experiment found."""
+    depth, (seeds, seeds_ja) = found[0]["depth"], seeds_of(found)
+    plain, residual = (mean_accuracy(found, kind, "none") - mean_accuracy(found, kind, "remove") for kind in KINDS)
+    return (
+        f"One block taken out of {depth} layers costs the residual network {residual:.1f} points of accuracy in the "
+        f"mean, the plain one {plain:.1f} {seeds}.",
+        f"{depth} 層からブロックを一つ取り除くと、正解率は平均して残差ネットワークで {residual:.1f} ポイント、plain で "
+        f"{plain:.1f} ポイント下がる{seeds_ja}。",
+    )
+
+
+def cannot_be_removed(depth: int) -> list[int]:
+    """Returns the numbers of the blocks that cannot be removed: the first of the second and of the third stage."""
+    size = (depth - 2) // 6
+    return [size + 1, 2 * size + 1]
+
+
+def panels(found: Rows) -> list[Panel]:
+    """Returns the accuracy without each block, without several, and with swapped blocks."""
+    depth = found[0]["depth"]
+    missing = cannot_be_removed(depth)
+
+    def lesioned(axes: Any, lesion: str, by: str, name: str) -> None:
+        for colour, marker, kind in zip(COLOURS, "os", KINDS, strict=False):
+            of = [row for row in found if (row["kind"], row["lesion"]) == (kind, lesion)]
+            points = sorted({row[by] for row in of} | (set(missing) if lesion == "remove" else set()))
+            values = [[100 * row["accuracy"] for row in of if row[by] == p] for p in points]
+            plot_spread(axes, points, values, f"{marker}-", colour, kind)
+            axes.axhline(mean_accuracy(found, kind, "none"), color=colour, linestyle=":", linewidth=1)
+        axes.plot([], [], ":", color=TEXT, label="nothing changed")
+        if lesion == "remove":
+            for i, place in enumerate(missing):
+                axes.axvspan(place - 0.4, place + 0.4, color=GRID, label=None if i else "cannot be removed")
+        axes.set(xlabel=name, ylabel="accuracy, %", ylim=(0, 102))
+        axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 5, 10]))
+
+    from matplotlib.ticker import MaxNLocator
+
+    made = []
+    for lesion, by, name, (english, japanese) in (
+        ("remove", "block", "number of the removed block", ("Without one block", "ブロックを一つ取り除く")),
+        ("random", "blocks", "blocks removed at random", ("Without {} blocks", "ブロックを {} 個取り除く")),
+        ("swap", "blocks", "pairs of blocks swapped", ("With {} pairs swapped", "{} 組を入れ替える")),
+    ):
+        counts = [row["blocks"] for row in found if row["lesion"] == lesion]
+        if not counts:
+            continue
+        most = max(counts)
+        plain, residual = (f"{mean_accuracy(found, kind, lesion, most):.0f} %" for kind in KINDS)
+        whole = [f"{mean_accuracy(found, kind, 'none'):.0f} %" for kind in KINDS]
+        finding = (
+            f"{english.format(most)}: plain {whole[0]} → {plain}, residual {whole[1]} → {residual}",
+            f"{japanese.format(most)}: plain {whole[0]} → {plain}、残差 {whole[1]} → {residual}",
+        )
+        made.append(Panel(finding, partial(lesioned, lesion=lesion, by=by, name=name)))
+    return made

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
+from resnet_jax.lab.panels import COLOURS, Panel, Text, log_axis, short
+from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.training.build import build_model, in_form, state_maker
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import recipe_step
@@ -81,24 +82,58 @@ def step_of(config: Config, size: int) -> tuple[Any, Any, Any]:
     return step.lower(state, batch), state, batch
 
 
-def draw(found: Rows) -> Any:
-    """Draws memory, time of a step and time of compilation against the depth; returns the figure."""
-    from matplotlib.ticker import LogLocator
+def value(found: Rows, way: str, depth: int, name: str) -> float:
+    """Returns a measure of one network in the unit of the charts; nan where it was not measured."""
+    return next((row[name] / UNITS[name] for row in found if (row["way"], row["depth"]) == (way, depth)), np.nan)
 
-    figure, axes = axes_of(3)
+
+def takeaway(found: Rows) -> Text:
+    """Returns what the experiment found."""
+    depth = max(row["depth"] for row in found)
+    kept, again = (value(found, way, depth, "temporary") for way in ("loop", "loop, blocks twice"))
+    once, twice = (value(found, way, depth, "step_seconds") for way in ("loop", "loop, blocks twice"))
+    slower = f"{100 * (twice / once - 1):+.0f} %"
+    return (
+        f"At {depth} layers a step needs {short(kept)} MiB with all activations kept, and {short(again)} MiB where "
+        f"blocks are computed twice, which changes its time by {slower}.",
+        f"{depth} 層の 1 ステップに必要なメモリは、活性をすべて残すと {short(kept)} MiB、ブロックを計算し直すと "
+        f"{short(again)} MiB で、時間の変化は {slower} である。",
+    )
+
+
+def panels(found: Rows) -> list[Panel]:
+    """Returns memory, time of a step and time of compilation against the depth."""
     depths = sorted({row["depth"] for row in found})
-    for colour, way in zip(COLOURS, WAYS, strict=False):
-        of = sorted((row for row in found if row["way"] == way), key=lambda row: row["depth"])
-        for axis, (name, unit) in zip(axes, UNITS.items(), strict=True):
-            points = [(row["depth"], row[name] / unit) for row in of]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", color=colour, label=way)
-    titles = (f"MiB within a step, batch {BATCH}", "milliseconds a step", "seconds to compile")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set(title=title, xlabel="layers", xscale="log", yscale="log")
-        axis.set_xticks(depths, map(str, depths))
-        axis.minorticks_off()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS), frameon=False)
-    return figure
+
+    def against_depth(axes: Any, name: str, label: str) -> None:
+        for colour, marker, way in zip(COLOURS, "osD^v", WAYS, strict=False):
+            of = sorted((row for row in found if row["way"] == way), key=lambda row: row["depth"])
+            values = [row[name] / UNITS[name] for row in of]
+            axes.plot([row["depth"] for row in of], values, f"{marker}-", color=colour, label=way)
+        axes.set(xlabel="layers", ylabel=label, xscale="log", yscale="log")
+        log_axis(axes.xaxis, depths)
+        log_axis(axes.yaxis)
+
+    def over(way: str, name: str) -> str:
+        return " → ".join(short(value(found, way, depth, name)) for depth in depths)
+
+    span, span_ja = " → ".join(map(str, depths)) + " layers", " → ".join(map(str, depths)) + " 層"
+    memory, cheap = (over(way, "temporary") for way in ("loop", "loop, blocks twice"))
+    step, compiling = over("loop", "step_seconds"), over("loop", "compile_seconds")
+    return [
+        Panel(
+            (f"{span}: memory {memory} MiB, with blocks twice {cheap} MiB",
+             f"{span_ja}: メモリ {memory} MiB、再計算では {cheap} MiB"),
+            partial(against_depth, name="temporary", label=f"memory, MiB (batch {BATCH})"),
+        ),
+        Panel(
+            (f"{span}: a step in a loop takes {step} ms",
+             f"{span_ja}: ループの 1 ステップは {step} ms"),
+            partial(against_depth, name="step_seconds", label="time of a step, ms"),
+        ),
+        Panel(
+            (f"{span}: a loop compiles in {compiling} s",
+             f"{span_ja}: ループのコンパイルは {compiling} s"),
+            partial(against_depth, name="compile_seconds", label="time to compile, s"),
+        ),
+    ]  # fmt: skip

@@ -96,9 +96,14 @@ def save(folder: Path, name: str, options: Options, rows: Rows, figure: Any, sec
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+    save_figure(folder, name, figure)
+    return record
+
+
+def save_figure(folder: Path, name: str, figure: Any) -> None:
+    """Writes a figure as `<name>.png` and `.svg` into a folder."""
     figure.savefig(folder / f"{name}.png", dpi=110)
     figure.savefig(folder / f"{name}.svg")
-    return record
 
 
 def commit() -> str | None:
@@ -108,20 +113,3 @@ def commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-COLOURS = ("#0b62a4", "#d1495b", "#3a7d44", "#e59f1c", "#6b4fa0", "#4f5d73", "#1aa6a6", "#b06f4d")
-
-
-def axes_of(columns: int, rows: int = 1, width: float = 4.6, height: float = 3.4) -> tuple[Any, list[Any]]:
-    """Returns a figure and its axes, row by row, in the style of the lab; `width` and `height` of each in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for one in axes:
-        one.grid(alpha=0.3)
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes

@@ -1,13 +1,15 @@
 """Measures training and test error of a deep network on a small training set, with and without regularisers."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from resnet_jax.config import AugmentConfig, OptimizerConfig
 from resnet_jax.lab.fit import cifar_net, fit, load, recipe
-from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
+from resnet_jax.lab.panels import COLOURS, Panel, Text, listed, seeds_of
+from resnet_jax.lab.record import Notebook, Rows
 
 WAYS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -47,17 +49,52 @@ def rows(book: Notebook) -> Rows:
     return found
 
 
-def draw(found: Rows) -> Any:
-    """Draws the last errors and losses with each regulariser; returns the figure."""
-    figure, axes = axes_of(2, width=5.6)
+def means_of(found: Rows, name: str) -> dict[str, float]:
+    """Returns the mean over the seeds of a column, for each regulariser."""
+    ways = dict.fromkeys(row["way"] for row in found)
+    return {way: float(np.mean([row[name] for row in found if row["way"] == way])) for way in ways}
+
+
+def lowest(means: dict[str, float]) -> Text:
+    """Returns the names of those with the lowest value."""
+    return listed(way for way, mean in means.items() if np.isclose(mean, min(means.values())))
+
+
+def takeaway(found: Rows) -> Text:
+    """Returns what the experiment found."""
+    errors, (seeds, seeds_ja) = means_of(found, "test_error"), seeds_of(found)
+    (best, best_ja), low = lowest(errors), 100 * min(errors.values())
+    none = 100 * errors["none"]
+    return (
+        f"The lowest test error, {low:.1f} %, is that of: {best}; without a regulariser it is {none:.1f} % {seeds}.",
+        f"テスト誤差が最も低いのは {best_ja} の {low:.1f} % で、正則化なしでは {none:.1f} % である{seeds_ja}。",
+    )
+
+
+def panels(found: Rows) -> list[Panel]:
+    """Returns the last errors and losses with each regulariser."""
     ways = list(dict.fromkeys(row["way"] for row in found))
-    for axis, names in zip(axes, (("train_error", "test_error"), ("train_loss", "test_loss")), strict=True):
-        for shift, colour, name in zip((-0.2, 0.2), COLOURS, names, strict=False):
-            values = [[row[name] for row in found if row["way"] == way] for way in ways]
-            middle, spread = [np.mean(v) for v in values], [np.std(v) for v in values]
-            place, label = np.arange(len(ways)) + shift, name.replace("_", " ")
-            axis.barh(place, middle, 0.38, xerr=spread, color=colour, label=label)
-        axis.set(yticks=range(len(ways)), yticklabels=ways, title=f"{names[0].split('_')[1]} at the end")
-        axis.invert_yaxis()
-        axis.legend(frameon=False)
-    return figure
+
+    def bars(axes: Any, quantity: str, unit: float, label: str) -> None:
+        for shift, colour, split in zip((-0.2, 0.2), COLOURS, ("train", "test"), strict=False):
+            values = [[unit * row[f"{split}_{quantity}"] for row in found if row["way"] == way] for way in ways]
+            spread = [np.std(v) for v in values] if len(values[0]) > 1 else None
+            name = "training images" if split == "train" else "test images"
+            place = np.arange(len(ways)) + shift
+            axes.barh(place, [np.mean(v) for v in values], 0.38, xerr=spread, color=colour, label=name)
+        axes.set(yticks=range(len(ways)), yticklabels=ways, xlabel=label, ylabel="regulariser")
+        axes.invert_yaxis()
+
+    errors, losses = means_of(found, "test_error"), means_of(found, "test_loss")
+    (error, error_ja), (loss, loss_ja) = lowest(errors), lowest(losses)
+    low, least = 100 * min(errors.values()), min(losses.values())
+    return [
+        Panel(
+            (f"Lowest test error, {low:.1f} %: {error}", f"最も低いテスト誤差 {low:.1f} %: {error_ja}"),
+            partial(bars, quantity="error", unit=100, label="error at the end, %"),
+        ),
+        Panel(
+            (f"Lowest test loss, {least:.2f}: {loss}", f"最も低いテスト損失 {least:.2f}: {loss_ja}"),
+            partial(bars, quantity="loss", unit=1, label="loss at the end"),
+        ),
+    ]

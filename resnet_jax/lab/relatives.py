@@ -5,6 +5,7 @@ Models of a user's own (`register_model`) stand beside them.
 
 import time
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ import numpy as np
 
 from resnet_jax.config import OptimizerConfig
 from resnet_jax.lab.fit import EVALUATED, evaluator, fit, load, network, pixels, recipe, variables_of
-from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
+from resnet_jax.lab.panels import COLOURS, Panel, Text, listed, log_axis, plot_spread, seeds_of, short, with_spread
+from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.registry import cost, own_models
 
 WIDE = {"stage_sizes": (3, 3, 3)}
@@ -88,34 +90,75 @@ def kept_bytes(model: Any, variables: Any, images: jax.Array) -> int:
 
 
 def table(found: Rows) -> Rows:
-    """Returns the means over the seeds, with the standard deviation of the test error."""
+    """Returns the means over the seeds, with the standard deviation of the test error where there are several."""
     lines: Rows = []
     for name in dict.fromkeys(row["name"] for row in found):
         of = [row for row in found if row["name"] == name]
         mean = {key: float(np.mean([row[key] for row in of])) for key in of[0] if key not in ("name", "layers")}
-        errors = 100 * np.asarray([row["test_error"] for row in of])
         lines.append({
             "network": name, "layers": of[0]["layers"] or "?", "parameters": of[0]["parameters"],
             "MMACs an image": f"{mean['macs'] / 1e6:.1f}", "KiB kept": round(mean["kept"] / 2**10),
             "images/s": round(mean["images_per_second"]), "train error, %": f"{100 * mean['train_error']:.1f}",
-            "test error, %": f"{errors.mean():.1f} ± {errors.std():.1f}", "seeds": len(of),
+            "test error, %": with_spread(100 * row["test_error"] for row in of), "seeds": len(of),
         })  # fmt: skip
     return lines
 
 
-def draw(found: Rows) -> Any:
-    """Draws test error against arithmetic, memory and speed; returns the figure."""
-    figure, axes = axes_of(3)
+def means_of(found: Rows, key: str, unit: float = 1.0) -> dict[str, float]:
+    """Returns the mean over the seeds of a column, for each network."""
+    names = dict.fromkeys(row["name"] for row in found)
+    return {name: float(np.mean([row[key] for row in found if row["name"] == name])) / unit for name in names}
+
+
+def extremes(means: dict[str, float]) -> tuple[Text, Text]:
+    """Returns the names of those with the lowest and with the highest value."""
+    low, high = (
+        listed(name for name, mean in means.items() if np.isclose(mean, best))
+        for best in (min(means.values()), max(means.values()))
+    )
+    return low, high
+
+
+def takeaway(found: Rows) -> Text:
+    """Returns what the experiment found."""
+    errors, (seeds, seeds_ja) = means_of(found, "test_error", 0.01), seeds_of(found)
+    (best, best_ja), (worst, worst_ja) = extremes(errors)
+    low, high = (f"{end(errors.values()):.1f}" for end in (min, max))
+    return (
+        f"Of about equal size, after equally many epochs, the lowest test error ({low} %) is that of {best}, the "
+        f"highest ({high} %) that of {worst} {seeds}.",
+        f"ほぼ同じ大きさ、同じエポック数で、テスト誤差が最も低いのは {best_ja} ({low} %)、"
+        f"最も高いのは {worst_ja} ({high} %) である{seeds_ja}。",
+    )
+
+
+def panels(found: Rows) -> list[Panel]:
+    """Returns test error against arithmetic, memory and speed."""
     names = list(dict.fromkeys(row["name"] for row in found))
-    shown = (("macs", 1e6, "million multiply-adds an image"), ("kept", 2**10, "KiB kept an image, in training"),
-             ("images_per_second", 1, "images a second, evaluated"))  # fmt: skip
-    for axis, (key, unit, title) in zip(axes, shown, strict=True):
-        for colour, name in zip(COLOURS, names, strict=False):
-            of = [row for row in found if row["name"] == name]
-            errors = [row["test_error"] for row in of]
-            label = f"{name}, {of[0]['parameters'] / 1e3:.0f} k"
-            place = np.mean([row[key] for row in of]) / unit
-            axis.errorbar(place, np.mean(errors), np.std(errors), fmt="o", color=colour, label=label, capsize=3)
-        axis.set(title="test error", xlabel=title, xscale="log", ylim=(0, None))
-    axes[0].legend(frameon=False, fontsize=8)
-    return figure
+
+    def against(axes: Any, key: str, unit: float, label: str) -> None:
+        places = means_of(found, key, unit)
+        for colour, marker, name in zip(cycle(COLOURS), cycle("osD^vPX*"), names, strict=False):
+            errors = [100 * row["test_error"] for row in found if row["name"] == name]
+            plot_spread(axes, [places[name]], [errors], marker, colour, name)
+        axes.set(xlabel=label, ylabel="test error, %", xscale="log")
+        axes.margins(0.1)
+        log_axis(axes.xaxis)
+        if min(row["test_error"] for row in found) > 0:
+            log_axis(axes.yaxis)
+
+    def panel(key: str, unit: float, label: str, what: Text) -> Panel:
+        means = means_of(found, key, unit)
+        (low, low_ja), (high, high_ja) = extremes(means)
+        least, most = (short(end(means.values())) for end in (min, max))
+        finding = (
+            f"{what[0]}: {least} ({low}) to {most} ({high})",
+            f"{what[1]}: {least} ({low_ja}) から {most} ({high_ja})",
+        )
+        return Panel(finding, partial(against, key=key, unit=unit, label=label))
+
+    return [
+        panel("macs", 1e6, "million multiply-adds an image", ("Million multiply-adds", "積和 (百万)")),
+        panel("kept", 2**10, "KiB kept an image, in training", ("KiB kept", "保持する KiB")),
+        panel("images_per_second", 1, "images a second, evaluated", ("Images a second", "毎秒の枚数")),
+    ]

@@ -1,5 +1,6 @@
 """Measures how close blocks are to the identity: outputs of branches against their inputs (He et al. 2015, Fig. 7)."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -7,7 +8,8 @@ import jax
 import numpy as np
 
 from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
-from resnet_jax.lab.record import COLOURS, Notebook, Rows, axes_of
+from resnet_jax.lab.panels import COLOURS, Panel, Text, seeds_of, short
+from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.blocks import ResidualBlock
 
 
@@ -67,19 +69,49 @@ def responses(model: Any, variables: Any, images: jax.Array) -> Rows:
     ]  # fmt: skip
 
 
-def draw(found: Rows) -> Any:
-    """Draws the deviation of the branches over the blocks, and its ratio to the input's; returns the figure."""
-    figure, axes = axes_of(2)
-    for colour, depth in zip(COLOURS, sorted({row["depth"] for row in found}), strict=False):
-        of = [row for row in found if row["depth"] == depth]
-        blocks = sorted({row["block"] for row in of})
-        for axis, name in zip(axes, ("deviation", "ratio"), strict=True):
+def mean_ratios(found: Rows) -> dict[int, str]:
+    """Returns the mean of `ratio` over the blocks of each depth, as text."""
+    depths = sorted({row["depth"] for row in found})
+    return {depth: short(np.mean([row["ratio"] for row in found if row["depth"] == depth])) for depth in depths}
+
+
+def takeaway(found: Rows) -> Text:
+    """Returns what the experiment found."""
+    means, (seeds, seeds_ja) = mean_ratios(found), seeds_of(found)
+    return (
+        "What a block adds, over what it is given, is on average "
+        + ", ".join(f"{value} with {depth} layers" for depth, value in means.items())
+        + f" {seeds}.",
+        "ブロックが加える量の入力に対する比は平均して、"
+        + "、".join(f"{depth} 層で {value}" for depth, value in means.items())
+        + f" である{seeds_ja}。",
+    )
+
+
+def panels(found: Rows) -> list[Panel]:
+    """Returns the deviation of the branches over the blocks, and its ratio to the input's."""
+    means = mean_ratios(found)
+
+    def over_blocks(axes: Any, name: str, label: str) -> None:
+        for colour, marker, depth in zip(COLOURS, "osD^vPX*", means, strict=False):
+            of = [row for row in found if row["depth"] == depth]
+            blocks = sorted({row["block"] for row in of})
             middle = [np.mean([row[name] for row in of if row["block"] == b]) for b in blocks]
-            axis.plot(
-                [b / blocks[-1] for b in blocks], middle, "o-", color=colour, markersize=3, label=f"{depth} layers"
-            )
-    axes[0].set(title="deviation of what a branch puts out", xlabel="block, share of the depth")
-    axes[1].set(title="the same over that of the block's input", xlabel="block, share of the depth")
-    for axis in axes:
-        axis.legend(frameon=False)
-    return figure
+            share = [100 * b / blocks[-1] for b in blocks]
+            axes.plot(share, middle, f"{marker}-", color=colour, label=f"{depth} layers")
+        axes.set(xlabel="place of the block, % of the depth", ylabel=label, xlim=(0, 103), ylim=(0, None))
+
+    deviations = [row["deviation"] for row in found]
+    low, high = short(min(deviations)), short(max(deviations))
+    layers, values = ", ".join(map(str, means)), ", ".join(means.values())
+    return [
+        Panel(
+            (f"What a branch adds deviates by {low} to {high}", f"枝が加える量の標準偏差は {low} から {high}"),
+            partial(over_blocks, name="deviation", label="deviation of what the branch adds"),
+        ),
+        Panel(
+            (f"Mean ratio to the block's input: {values} with {layers} layers",
+             f"ブロックの入力に対する比の平均: {layers} 層で {values}"),
+            partial(over_blocks, name="ratio", label="the same over the input's"),
+        ),
+    ]  # fmt: skip

@@ -469,7 +469,7 @@ def shown_means(values: dict[str, Any]) -> list[str]:
     if "real_accuracy" in values:
         shown.append(f"ReaL {in_percent(values, 'real_accuracy')} of {values['real_count']}")
     rest = [name for name in values if name not in (*SHOWN, *NOT_SHOWN) and not name.startswith("real_")]
-    return shown + [f"{name} {values[name]:.4f}" for name in rest if not name.endswith(("_right", "_interval"))]
+    return shown + [f"{name} {values[name]:.4f}" for name in rest if isinstance(values[name], float)]
 
 
 def in_percent(values: dict[str, Any], name: str) -> str:

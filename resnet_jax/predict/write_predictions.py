@@ -68,14 +68,32 @@ def as_csv() -> Callable[[Row], None]:
 WRITERS: dict[str, Callable[[], Callable[[Row], None]]] = {"table": as_table, "json": as_json, "csv": as_csv}
 
 
-def draw_cam(predictor: Any, path: Path, label: int, file: Path) -> None:
-    """Writes the picture as the network sees it, coloured by what speaks for a class."""
+def draw_cam(predictor: Any, path: Path, label: int, probability: float, file: Path) -> None:
+    """Writes a picture in its own size and beside it the same picture, coloured by what speaks for a class; below them
+    the class with its probability, and that there is no evidence where nothing in the picture speaks for it.
+    """
     import jax.numpy as jnp
     import numpy as np
+    from PIL import Image, ImageDraw
 
-    from resnet_jax.data.show import overlay
+    from resnet_jax.data.decode import decode
+    from resnet_jax.data.show import as_shown, overlay, side_by_side, sized
+    from resnet_jax.data.transforms import part_seen
     from resnet_jax.predict.gradcam import grad_cam
 
-    seen = predictor.prepare(str(path))
+    seen, look = predictor.prepare(str(path)), predictor.preprocessing
     (heat,) = grad_cam(predictor.model, predictor.variables, predictor.normalized([seen]), jnp.asarray([label]))
-    overlay(seen, np.asarray(heat)).save(file)
+    picture = as_shown(np.asarray(decode(str(path), predictor.channels)))
+    shown = sized(picture)
+    y, x = shown.shape[0] / picture.shape[0], shown.shape[1] / picture.shape[1]
+    part = part_seen(picture.shape[:2], look.eval_image_size, look.eval_crop)
+    left, top, right, bottom = (round(edge * scale) for edge, scale in zip(part, (x, y, x, y), strict=True))
+    coloured = overlay(shown, np.asarray(heat), (left, top, right, bottom))
+    name = predictor.class_names[label]
+    lines = [f"{name} {100 * probability:.1f} %"]
+    if not np.any(heat):
+        lines.append(f"Grad-CAM: no evidence, nothing in the picture speaks for {name}")
+    if (left, top, right, bottom) != (0, 0, coloured.width, coloured.height):
+        ImageDraw.Draw(coloured).rectangle((left, top, right - 1, bottom - 1), outline="white")
+        lines.append("frame: what the network sees")
+    side_by_side(Image.fromarray(shown), coloured, lines).save(file)

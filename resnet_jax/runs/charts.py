@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.files import write_whole
+from resnet_jax.runs.folder import read_summary
 from resnet_jax.runs.trackers import points, read_lines
+from resnet_jax.training.manifest import best_of
+from resnet_jax.training.metrics import wilson
 
 Points = Sequence[tuple[float, float]]
 
@@ -29,7 +32,7 @@ def draw_curves(workdir: Path) -> Path:
     """
     from matplotlib.figure import Figure
 
-    lines = read_lines(workdir / "metrics.jsonl")
+    lines, summary, chosen = read_lines(workdir / "metrics.jsonl"), read_summary(workdir) or {}, chosen_step(workdir)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     styles = (
         ("train", "train", GREY),
@@ -39,24 +42,72 @@ def draw_curves(workdir: Path) -> Path:
         ("ema/test", "test, moving average", RED),
     )
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        log = quantity == "loss"
+        log, counted = quantity == "loss", False
         for prefix, label, colour in styles:
             drawn = [point for point in points(lines, f"{prefix}/{quantity}") if not log or point[1] > 0]
             if drawn:
                 marker = "D" if prefix.endswith("test") else "o" if len(drawn) == 1 else "-"
                 x, y = zip(*drawn, strict=True)
-                axes.plot(x, y, marker, label=label, color=colour, linewidth=1.5)
-        tidy(axes, "step", log)
-        axes.set_title(quantity, loc="left")
-        if axes.lines and not log:
-            axes.legend(frameon=False)
+                count = 0 if log or prefix == "train" else summary.get(prefix, {}).get("count", 0)
+                counted = counted or bool(count)
+                name = f"{label}, {count:,} images" if count else label
+                axes.plot(x, y, marker, label=name, color=colour, linewidth=1.5)
+                draw_intervals(axes, drawn, count, colour)
+        if chosen is not None and axes.lines:
+            draw_choice(axes, *chosen)
+        tidy(axes, "step", log, y_name=f"{quantity} (95 % interval)" if counted else quantity, share=not log)
+    if axes.lines:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     write_whole(workdir / "curves.png", picture.getvalue())
     return workdir / "curves.png"
 
 
-def line_chart(title: str, series: Mapping[str, Points], x_name: str, log: bool = False) -> str:
+def chosen_step(workdir: Path) -> tuple[int, str] | None:
+    """Returns the step that a run selected, and by which split and metric; None where it selected none."""
+    best = best_of(workdir)
+    return None if best is None else (best["step"], f"chosen by {spoken(best['metric']).removesuffix(AVERAGE)}")
+
+
+AVERAGE = " (moving average)"
+
+
+def spoken(metric: str) -> str:
+    """Returns the name of a metric as people say it: `ema/validation/macro_f1` is `validation macro f1 (moving
+    average)`.
+    """
+    *average, split, name = metric.split("/")
+    return f"{split} {name.replace('_', ' ')}" + AVERAGE * bool(average)
+
+
+def draw_choice(axes: Any, step: int, words: str) -> None:
+    """Draws a line where the step was chosen."""
+    axes.axvline(step, color=TEXT, linewidth=1, linestyle=(0, (2, 3)), label=words, zorder=0)
+
+
+def draw_intervals(axes: Any, line: Points, count: int, colour: str) -> None:
+    """Draws the 95 % interval about each point of a line of shares that were counted on `count` images; none for 0."""
+    if not count:
+        return
+    low, high = zip(*(wilson(min(1.0, max(0.0, y)), count) for _, y in line), strict=True)
+    x = [x for x, _ in line]
+    if len(line) == 1:
+        axes.vlines(x, low, high, color=colour, linewidth=1.2)
+    else:
+        axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def line_chart(
+    title: str,
+    series: Mapping[str, Points],
+    x_name: str,
+    log: bool = False,
+    y_name: str = "",
+    share: bool = False,
+    counts: Mapping[str, int] | None = None,
+    chosen: tuple[int, str] | None = None,
+) -> str:
     """Returns an SVG element with up to three lines over a common x axis of whole numbers; "" without a point.
 
     Args:
@@ -64,6 +115,10 @@ def line_chart(title: str, series: Mapping[str, Points], x_name: str, log: bool 
       series: name in the legend -> points (x, y) with rising x; a single point is drawn as a dot.
       x_name: the label of the x axis.
       log: whether the y axis is logarithmic; points at 0 and below are then left out.
+      y_name: the label of the y axis.
+      share: whether y are fractions, written in percent.
+      counts: name of a line -> how many images its shares were counted on; their 95 % interval is drawn.
+      chosen: an x where something was chosen, and the words for the legend.
     """
     drawn = {name: [point for point in line if not log or point[1] > 0] for name, line in series.items()}
     if not any(drawn.values()):
@@ -73,7 +128,11 @@ def line_chart(title: str, series: Mapping[str, Points], x_name: str, log: bool 
         if line:
             x, y = zip(*line, strict=True)
             axes.plot(x, y, "o" if len(line) == 1 else "-", label=name, color=colour, linewidth=1.6, markersize=5)
-    tidy(axes, x_name, log)
+            draw_intervals(axes, line, (counts or {}).get(name, 0), colour)
+    if chosen is not None:
+        draw_choice(axes, *chosen)
+    named = f"{y_name} (95 % interval)" if any((counts or {}).values()) else y_name
+    tidy(axes, x_name, log, y_name=named, share=share)
     if len(series) > 1:
         figure.legend(loc="outside lower left", ncols=2, frameon=False, labelcolor=TEXT, handlelength=1.2)
     return as_svg(figure, title)
@@ -83,7 +142,8 @@ def reliability_chart(rows: Sequence[Mapping[str, float]]) -> str:
     """Returns an SVG element with accuracy against confidence; a calibrated network lies on the diagonal.
 
     Args:
-      rows: groups of predictions, each with `confidence`, `accuracy` and `count`; a dot's area grows with the count.
+      rows: groups of predictions, each with `confidence`, `accuracy` and `count`; a dot's area grows with the count,
+        which is written above, and a line is the 95 % interval of its accuracy.
     """
     figure, axes = chart()
     most = max(row["count"] for row in rows)
@@ -91,9 +151,28 @@ def reliability_chart(rows: Sequence[Mapping[str, float]]) -> str:
     for row in rows:
         size = math.sqrt(15 + 120 * row["count"] / most)
         axes.plot(row["confidence"], row["accuracy"], "o", color=BLUE, markersize=size, clip_on=False)
-    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
-    tidy(axes, "confidence", whole=False)
+        draw_intervals(axes, [(row["confidence"], row["accuracy"])], int(row["count"]), BLUE)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    for place, count in apart([(row["confidence"], int(row["count"])) for row in rows]):
+        text = str(count) if count < 1000 else f"{count / 1000:.3g}k"
+        axes.text(place, 1.04, text, ha="center", va="bottom", fontsize=6.5, color=TEXT)
+    axes.text(-0.03, 1.04, "count", ha="right", va="bottom", fontsize=6.5, color=TEXT)
+    tidy(axes, "confidence", whole=False, y_name="accuracy (95 % interval)", share=True)
+    axes.xaxis.set_major_formatter(percent)
+    axes.tick_params(axis="x", pad=7)
     return as_svg(figure, "Accuracy against confidence")
+
+
+def apart(places: Sequence[tuple[float, int]], least: float = 0.066) -> list[tuple[float, int]]:
+    """Returns texts with their places in [0, 1], of rising x, moved so that neighbours are at least `least` apart."""
+    moved = [x for x, _ in places]
+    for _ in range(100):
+        for i in range(len(moved) - 1):
+            if (lack := least - (moved[i + 1] - moved[i])) > 0:
+                moved[i], moved[i + 1] = moved[i] - lack / 2, moved[i + 1] + lack / 2
+        moved = [min(x, 1 - least * (len(moved) - 1 - i)) for i, x in enumerate(moved)]
+        moved = [max(x, least * i) for i, x in enumerate(moved)]
+    return [(x, text) for x, (_, text) in zip(moved, places, strict=True)]
 
 
 def chart() -> tuple[Any, Any]:
@@ -104,7 +183,7 @@ def chart() -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def tidy(axes: Any, x_name: str, log: bool = False, whole: bool = True) -> None:
+def tidy(axes: Any, x_name: str, log: bool = False, whole: bool = True, y_name: str = "", share: bool = False) -> None:
     """Gives axes with lines in them ticks at round numbers, a light grid and no frame.
 
     Args:
@@ -112,11 +191,13 @@ def tidy(axes: Any, x_name: str, log: bool = False, whole: bool = True) -> None:
       x_name: the label of the x axis.
       log: whether the y axis is logarithmic.
       whole: whether ticks of the x axis lie at whole numbers alone.
+      y_name: the label of the y axis.
+      share: whether y are fractions, written in percent.
     """
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlabel(x_name)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND, integer=whole))
+    axes.set(xlabel=x_name, ylabel=y_name)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=ROUND, integer=whole, min_n_ticks=3))
     axes.xaxis.set_major_formatter(whole_number if whole else plain_number)
     if log:
         axes.set_yscale("log")
@@ -124,7 +205,7 @@ def tidy(axes: Any, x_name: str, log: bool = False, whole: bool = True) -> None:
         axes.minorticks_off()
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
-    axes.yaxis.set_major_formatter(plain_number)
+    axes.yaxis.set_major_formatter(percent if share else plain_number)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
@@ -145,6 +226,11 @@ def plain_number(value: float, position: object = None) -> str:
     return f"{value or 0:.4g}"
 
 
+def percent(value: float, position: object = None) -> str:
+    """Returns the text of a tick at a fraction, in percent."""
+    return f"{plain_number(round(100 * value, 9))} %"
+
+
 def log_ticks(low: float, high: float) -> list[float]:
     """Returns round numbers in [low, high], 0 < low < high, for an axis that is logarithmic, smallest first.
 
@@ -160,8 +246,14 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [float(tick) for tick in MaxNLocator(4, steps=ROUND).tick_values(low, high) if low <= tick <= high]
 
 
-def as_svg(figure: Any, title: str) -> str:
-    """Returns a figure as an SVG element to be put into HTML, its colours and font those of the page."""
+def as_svg(figure: Any, title: str, colours: Mapping[str, str] = PAGE_COLOURS) -> str:
+    """Returns a figure as an SVG element to be put into HTML, its font that of the page.
+
+    Args:
+      figure: a `matplotlib.figure.Figure`.
+      title: read out by screen readers.
+      colours: colour in the figure -> the variable of the page's style that takes its place.
+    """
     import matplotlib
 
     text = io.StringIO()
@@ -174,6 +266,6 @@ def as_svg(figure: Any, title: str) -> str:
     svg = re.sub(
         r' xmlns(:xlink)?="[^"]*"|(?<=<g) id="[^"]*"', "", svg
     )  # in HTML one is needless, the other not unique
-    for colour, name in PAGE_COLOURS.items():
+    for colour, name in colours.items():
         svg = svg.replace(colour, f"var({name})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)

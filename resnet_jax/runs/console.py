@@ -72,10 +72,10 @@ class Console:
           step: the number of steps done.
           numbers: by their names in metrics.jsonl; names that are not shown are ignored.
         """
-        if "test/loss" in numbers:
+        if any(name.startswith(("test/", "ema/test/")) for name in numbers):
             return
         self._numbers |= numbers
-        ended = step == self._total and (not self._evaluates or "validation/loss" in numbers)
+        ended = step == self._total and (not self._evaluates or any(name.startswith("validation/") for name in numbers))
         if not self._began:  # the first numbers come after compilation
             self._start, self._began = step, time.perf_counter()
         if self._live is not None:

@@ -183,10 +183,12 @@ def versions() -> dict[str, str]:
 
 def runs_under(folder: Path) -> list[dict[str, Any]]:
     """Returns the runs under a folder, at any depth, in a bucket in it and right below it: `folder`, `model`, `data`,
-    `step`, `steps`, `best`, `state`, `problem`, by name.
+    `step`, `metric`, `best`, `best_step`, `state`, `problem`, by name.
 
-    `state` is `running`, `finished`, `stopped` (the same command goes on), `invalid` (the recipe is JSON, but
-    impossible), or `damaged` (a file cannot be read, or no checkpoint is sound); `problem` then says what is wrong.
+    `state` is `running`, `finished`, `stopped` (the same command goes on), `failed` (a start that left no checkpoint
+    and no line of metrics), `invalid` (the recipe is JSON, but impossible), or `damaged` (a file cannot be read, or no
+    checkpoint is sound); `problem` then says what is wrong. `best` is the value of `metric` for which the step
+    `best_step` was chosen.
     """
     patterns = ("config.json", "*/config.json") if in_bucket(folder) else ("**/config.json",)
     found = sorted(path.parent for pattern in patterns for path in folder.glob(pattern))
@@ -200,7 +202,7 @@ def is_run(folder: Path) -> bool:
 
 def describe_run(folder: Path) -> dict[str, Any]:
     """Returns one row of `runs_under`."""
-    row: dict[str, Any] = dict.fromkeys(("model", "data", "step", "metric", "best", "problem"))
+    row: dict[str, Any] = dict.fromkeys(("model", "data", "step", "metric", "best", "best_step", "problem"))
     row["folder"] = str(folder)
     running = live_holder(folder / "lock") is not None
     try:
@@ -209,9 +211,10 @@ def describe_run(folder: Path) -> dict[str, Any]:
         there = steps_in(checkpoints_of(folder))
         problems = {step: damage(folder / "checkpoints" / str(step), contents=False) for step in there}
         steps = [step for step in there if problems[step] is None]
-        best = best_of(folder) or {"metric": None, "value": None}
-        row |= {"step": max(steps, default=0), "metric": best["metric"], "best": best["value"]}
-        _, torn = split_lines(folder / "metrics.jsonl")
+        row["step"] = max(steps, default=0)
+        if best := best_of(folder):
+            row |= {"metric": best["metric"], "best": best["value"], "best_step": best["step"]}
+        lines, torn = split_lines(folder / "metrics.jsonl")
         if torn:
             row["problem"] = f"{folder / 'metrics.jsonl'} has {len(torn)} lines that cannot be read"
         summary = finished(folder, row["step"])
@@ -225,6 +228,11 @@ def describe_run(folder: Path) -> dict[str, Any]:
         return row | {"state": "running"}
     if there and not steps:
         return row | {"state": "damaged"}
+    if not there and not lines and not torn:
+        return row | {
+            "state": "failed",
+            "problem": "the start failed: it left no checkpoint and no line of metrics",
+        }
     return row | {"state": "finished" if summary else "stopped"}
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.config import InputError, to_dict
+from resnet_jax.config import Config, InputError, to_dict
 from resnet_jax.data.dataset import default_split
 from resnet_jax.data.folders import printable
 from resnet_jax.data.on_device import normalize
-from resnet_jax.data.show import as_shown, overlay
+from resnet_jax.data.show import as_shown, overlay, sized
 from resnet_jax.data.transforms import fit
 from resnet_jax.files import to_json, write_whole
 from resnet_jax.models.densenet import DenseNet
@@ -23,17 +23,17 @@ from resnet_jax.models.googlenet import GoogLeNet
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.output import say
 from resnet_jax.predict.gradcam import grad_cam
-from resnet_jax.runs.charts import line_chart, reliability_chart
+from resnet_jax.runs.charts import chosen_step, line_chart, reliability_chart, spoken
 from resnet_jax.runs.folder import read_summary
 from resnet_jax.runs.trackers import points, read_lines
 from resnet_jax.training.evaluation import FinishedRun, Predictions, open_run, served
 from resnet_jax.training.manifest import best_of
-from resnet_jax.training.metrics import fit_calibration, measure, probabilities
+from resnet_jax.training.metrics import fit_calibration, measure, probabilities, wilson
 from resnet_jax.training.parts import NO_PARTS, Parts
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration
 
 MISTAKES, THUMBNAIL = 12, 112
-"""How many mistakes are shown, and the height that their images have at least, in pixels."""
+"""How many mistakes are shown, and the height that their images have at least, in pixels; twice as much at most."""
 MOST_CLASSES = 40
 """With more classes than this the page lists the most frequent confusions in place of the whole matrix."""
 CALIBRATED = {
@@ -82,16 +82,17 @@ def make_report(
         write_whole(folder / "calibration.json", to_json({"step": step} | measured["calibration"]) + "\n")
     write_whole(folder / "measures.json", to_json(kept, indent=1) + "\n")
     page = template().render(
-        title=f"{run.config.model.name} on {run.config.data.dataset}",
+        title=title_of(run.config),
+        verdict=verdict(plain, split, means["loss"]),
         folder=folder.name,
         step=step,
         averaged=run.state.ema is not None,
         images={name: len(source) for name, source in run.dataset.splits().items()},
         number_of_classes=len(run.class_names),
         split=split,
-        chosen_by=best["metric"] if best is not None and best["step"] == step else None,
-        tiles=_tiles(plain, measured.get("kept", {}), means["loss"], list(run.parts.metrics)),
-        curves=_curves(lines, list(run.parts.metrics)),
+        chosen_by=spoken(best["metric"]) if best is not None and best["step"] == step else None,
+        figures=key_figures(plain, measured.get("kept", {}), means["loss"], list(run.parts.metrics)),
+        curves=_curves(lines, list(run.parts.metrics), _counts(run), chosen_step(folder)),
         run=_run(lines, folder),
         undecodable=sorted(run.bad.names)[:50],
         recipe=json.dumps(to_dict(run.config), indent=2),
@@ -115,12 +116,12 @@ def of_classes(run: FinishedRun, split: str, means: dict[str, Any]) -> dict[str,
     plain = measure(predictions.logits, predictions.labels, names)
     calibrated = measure(predictions.logits, predictions.labels, names, calibration)
     page = {
-        "classes": calibrated["classes"],
+        "classes": [row | {"interval": interval_of(row["recall"], row["support"])} for row in calibrated["classes"]],
         "class_names": names,
         **confusion_of(calibrated, names),
         "calibrated": CALIBRATED[fitted_on, split],
         "reliability_chart": reliability_chart(plain["reliability"]),
-        "reliability": plain["reliability"],
+        "reliability": [row | {"interval": wilson(row["accuracy"], row["count"])} for row in plain["reliability"]],
         "mistakes": _mistakes(run, split, predictions, calibration),
     }
     kept = {"calibrated": calibrated, "temperature": calibration.temperature, "calibrated_on": fitted_on}
@@ -134,71 +135,122 @@ def template() -> Any:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"percent": _percent, "number": _number}
+    environment.filters |= {"percent": _percent, "number": _number, "interval": _interval}
     return environment.from_string(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
 
 
-def _tiles(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: list[str]) -> dict[str, str]:
-    """Returns the figures on top of the page: name -> text, "" where there is none.
+def title_of(config: Config) -> str:
+    """Returns what a person would call a run: its data without the folders above it, and its model."""
+    kind, _, place = config.data.dataset.partition(":")
+    if kind in ("folder", "csv"):
+        place = place.rstrip("/").rpartition("/")[2]
+    return f"{place or kind} with {config.model.name}"
+
+
+def verdict(plain: dict[str, Any], split: str, loss: float) -> str:
+    """Returns one sentence on what a run came to."""
+    count = f"{plain['count']:,} {split} images"
+    if "accuracy" not in plain:
+        return f"The loss on {count} is {_number(loss)}."
+    share = f"{_percent(plain['accuracy'])} of {count}"
+    low, high = wilson(plain["accuracy"], plain["count"])
+    what = "have all their labels right" if "map" in plain else "are named right"
+    return f"{share} {what} (95\N{NO-BREAK SPACE}% interval {_interval((low, high))})."
+
+
+def key_figures(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: list[str]) -> list[dict[str, Any]]:
+    """Returns the rows of the table on top of the page: `name`, `value` as text, `note`, and `interval` where it is a
+    share of images.
 
     Args:
       plain: measures of the probabilities as the network gives them.
-      kept: `calibrated` measures and the `temperature`, where there are classes.
+      kept: `calibrated` measures, the `temperature`, and the split `calibrated_on`, where there are classes.
       own: names of metrics of the user's own.
     """
-    rest = {"loss": _number(loss)} | {name: _number(plain[name]) for name in own}
-    if not kept:
-        return rest
-    errors = [_percent(measures["ece"]) for measures in (plain, kept["calibrated"])]
-    return {
-        "accuracy": _percent(plain["accuracy"]),
-        "top 5": _percent(plain.get("top5")),
-        "mean average precision": _percent(plain.get("map")),
-        "macro recall": _percent(plain["macro_recall"]),
-        "macro F1": _percent(plain["macro_f1"]),
-        "AUC, one class against the rest": _number(plain["auc"]),
-        **rest,
-        "calibration error, before and after fitting the temperature": " → ".join(errors),
-        "temperature": _number(kept["temperature"]),
-    }
+    rest = [("loss", _number(loss), "mean over the images"), *((name, _number(plain[name]), "") for name in own)]
+    rows: list[tuple[str, str, str]] = []
+    if kept:
+        count = plain["count"]
+        rows = [
+            ("accuracy", _percent(plain["accuracy"]), f"{round(plain['accuracy'] * count):,} of {count:,} images"),
+            ("top 5", _percent(plain.get("top5")), "the label is among the five likeliest classes"),
+            ("mean average precision", _percent(plain.get("map")), "mean over the classes"),
+            ("macro recall", _percent(plain["macro_recall"]), "mean over the classes, rare ones like frequent ones"),
+            ("macro F1", _percent(plain["macro_f1"]), "mean over the classes"),
+            ("AUC", _number(plain["auc"]), "one class against the rest, mean; 0.5 is chance"),
+        ]
+    rows += rest
+    if kept:
+        before, after = (_percent(measures["ece"]) for measures in (plain, kept["calibrated"]))
+        what = "mean distance of confidence and accuracy"
+        if kept["calibrated_on"] is None:
+            rows.append(("calibration error", before, what))
+        else:
+            rows.append(
+                ("calibration error", f"{before} → {after}", f"{what}, before and after fitting the temperature")
+            )
+            rows.append(
+                ("temperature", _number(kept["temperature"]), "above 1 the network was too certain, below 1 not enough")
+            )
+    shares = {"accuracy": plain.get("accuracy"), "top 5": plain.get("top5")}
+    return [
+        {"name": name, "value": value, "note": note, "interval": interval_of(shares.get(name), plain["count"])}
+        for name, value, note in rows
+        if value
+    ]
 
 
-def _curves(lines: list[dict[str, Any]], own: list[str]) -> dict[str, str]:
+def interval_of(share: float | None, count: int) -> tuple[float, float] | None:
+    """Returns the 95 % interval of a share of images; None where there is none."""
+    return None if share is None or not count else wilson(share, count)
+
+
+def _counts(run: FinishedRun) -> dict[str, int]:
+    """Returns how many images the curves' shares were counted on: label of a line -> count."""
+    count = len(run.dataset.validation) if run.dataset.validation is not None else 0
+    return {"validation": count, "validation, moving average": count}
+
+
+def _curves(
+    lines: list[dict[str, Any]], own: list[str], counts: dict[str, int], chosen: tuple[int, str] | None
+) -> dict[str, str]:
     """Returns charts of the lines of metrics.jsonl: title -> SVG, "" where there is nothing to draw; `own` are the
-    names of the user's own metrics.
+    names of the user's own metrics, `counts` and `chosen` as `line_chart` takes them.
     """
     kinds = {"train": "train", "validation": "validation", "validation, moving average": "ema/validation"}
 
     def curves(quantity: str) -> dict[str, Any]:
         return {label: points(lines, f"{kind}/{quantity}") for label, kind in kinds.items()}
 
+    rate = {"learning rate": points(lines, "learning_rate")}
     return {
-        "Loss": line_chart("Loss", curves("loss"), "step", log=True),
-        "Accuracy": line_chart("Accuracy", curves("accuracy"), "step"),
-        **{name: line_chart(name, curves(name), "step") for name in own},
-        "Learning rate": line_chart("Learning rate", {"learning rate": points(lines, "learning_rate")}, "step"),
+        "Loss": line_chart("Loss", curves("loss"), "step", log=True, y_name="loss", chosen=chosen),
+        "Accuracy": line_chart(
+            "Accuracy", curves("accuracy"), "step", y_name="accuracy", share=True, counts=counts, chosen=chosen
+        ),
+        **{name: line_chart(name, curves(name), "step", y_name=name, chosen=chosen) for name in own},
+        "Learning rate": line_chart("Learning rate", rate, "step", y_name="learning rate"),
     }
 
 
 def confusion_of(measures: dict[str, Any], names: tuple[str, ...]) -> dict[str, list[Any]]:
-    """Returns the confusion matrix as rows of cells, or with many classes the most frequent confusions; both are empty
-    where images have several labels.
+    """Returns the confusion matrix as rows of cells, without rows for many classes, and the most frequent confusions;
+    both are empty where images have several labels.
     """
-    empty: dict[str, list[Any]] = {"confusion": [], "confused": []}
     if "confusion" not in measures:
-        return empty
+        return {"confusion": [], "confused": []}
     matrix = np.asarray(measures["confusion"])
+    wrong = matrix * (1 - np.eye(len(names), dtype=int))
+    pairs = [divmod(int(i), len(names)) for i in np.argsort(-wrong, axis=None, kind="stable")[:30]]
+    confused = [{"truth": names[a], "predicted": names[b], "count": wrong[a, b]} for a, b in pairs if wrong[a, b]]
     if len(names) > MOST_CLASSES:
-        wrong = matrix * (1 - np.eye(len(names), dtype=int))
-        pairs = [divmod(int(i), len(names)) for i in np.argsort(-wrong, axis=None)[:30]]
-        confused = [{"truth": names[a], "predicted": names[b], "count": wrong[a, b]} for a, b in pairs if wrong[a, b]]
-        return empty | {"confused": confused}
+        return {"confusion": [], "confused": confused}
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     rows = [
         [{"count": count, "share": share} for count, share in zip(*row, strict=True)]
         for row in zip(matrix.tolist(), shares.tolist(), strict=True)
     ]
-    return empty | {"confusion": rows}
+    return {"confusion": rows, "confused": confused}
 
 
 def worst(predictions: Predictions, temperature: float) -> list[tuple[int, int, float]]:
@@ -233,24 +285,21 @@ def _mistakes(run: FinishedRun, split: str, predictions: Predictions, calibratio
         heats = list(np.asarray(grad_cam(model, variables, images, jnp.asarray([label for _, label, _ in chosen]))))
     cards = []
     for (i, label, confidence), index, pixels, heat in zip(chosen, indices, seen, heats, strict=True):
-        truth = predictions.labels[i]
+        truth, shown = predictions.labels[i], sized(as_shown(pixels), THUMBNAIL, 2 * THUMBNAIL)
         true = ", ".join(names[k] for k in np.flatnonzero(truth)) if truth.ndim else names[truth]
         card = {"predicted": names[label], "confidence": confidence, "truth": true or "nothing"}
-        card |= {"source": Path(source.describe(index)).name, "image": _data_uri(as_shown(pixels))}
-        cards.append(card | {"heat": None if heat is None else _data_uri(overlay(pixels, heat))})
+        card |= {"source": Path(source.describe(index)).name, "image": _data_uri(shown)}
+        card |= {"heat": None if heat is None else _data_uri(overlay(shown, heat))}
+        cards.append(card | {"no_evidence": heat is not None and not np.any(heat)})
     return cards
 
 
 def _data_uri(pixels: Any) -> str:
-    """Returns a picture, PIL's or uint8 [height, width, 3], as the data URI of a JPEG, enlarged if it is small."""
+    """Returns a picture, PIL's or uint8 [height, width, 3], as the data URI of a JPEG."""
     from PIL import Image
 
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    factor = max(1, -(-THUMBNAIL // image.height))
-    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
+    Image.fromarray(np.asarray(pixels)).save(file, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -273,7 +322,11 @@ def _run(lines: list[dict[str, Any]], folder: Path) -> dict[str, str]:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
+    return "" if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"{100 * ends[0]:.1f} to {_percent(ends[1])}"
 
 
 def _number(value: float | None) -> str:

@@ -10,7 +10,7 @@ from resnet_jax.config import Config, InputError
 from resnet_jax.data.dataset import with_outputs
 from resnet_jax.data.loader import BadImages, sampling_table, train_batches, whole_split
 from resnet_jax.data.on_device import per_channel
-from resnet_jax.data.show import as_shown
+from resnet_jax.data.show import as_shown, broken, font
 from resnet_jax.training.build import complete, data_of, model_with_parts
 from resnet_jax.training.parts import NO_PARTS, Parts, named_after
 from resnet_jax.training.programs import draw_from, make_prepare
@@ -20,6 +20,8 @@ from resnet_jax.weights.load import names_of_outputs
 
 MOST, COLUMNS, HIGH = 64, 8, 128
 """How many images are drawn at most, how many in a row, and how high each is at least, in pixels."""
+LETTERS, MOST_LINES = 11, 6
+"""Height of the letters of a caption in pixels, and how many lines it has at most."""
 
 
 def show_batch(config: Config, file: Path, parts: Parts = NO_PARTS) -> Path:
@@ -48,7 +50,9 @@ def show_batch(config: Config, file: Path, parts: Parts = NO_PARTS) -> Path:
     prepared = make_prepare(config, model, parts)(batch, step_key(config.train.seed, step))
     images = np.asarray(prepared["image"], np.float32)
     if "target" in prepared:
-        captions = [caption(row, names) for row in np.asarray(prepared["target"], np.float32)]
+        multilabel = np.ndim(batch["label"]) == 2
+        shares = unsmoothed(np.asarray(prepared["target"], np.float32), config.train.label_smoothing, multilabel)
+        captions = [caption(row, names, multilabel) for row in shares]
     else:
         labels = jax.device_get(prepared["label"])
         captions = [str(jax.tree.map(lambda values, i=i: values[i], labels)) for i in range(len(images))]
@@ -57,13 +61,23 @@ def show_batch(config: Config, file: Path, parts: Parts = NO_PARTS) -> Path:
     return draw_grid(pixels[:MOST], captions, file)
 
 
-def caption(target: np.ndarray, names: tuple[str, ...]) -> str:
-    """Returns the classes of a soft target, float [classes], strongest first, each with its share unless that is 1.
+def unsmoothed(targets: np.ndarray, smoothing: float, multilabel: bool) -> np.ndarray:
+    """Returns the shares of the classes in targets, float [batch, classes], without what label smoothing spread."""
+    spread = smoothing / (2 if multilabel else targets.shape[1])
+    return (targets - spread) / max(1.0 - smoothing, 1e-6)
 
-    Classes of less than half the share of the strongest are left out, and all but three.
+
+def caption(shares: np.ndarray, names: tuple[str, ...], multilabel: bool = False) -> str:
+    """Returns the classes of an image, from their shares, float [classes]: a line for each, greatest first.
+
+    Where images are mixed each has its share in percent; an image of a single class, and one of several labels that is
+    not mixed, has names alone. Classes of less than a hundredth are left out, and all but three.
     """
-    top = [k for k in np.argsort(-target, kind="stable")[:3] if target[k] > 0.5 * target.max()]
-    return " ".join(names[k] if target[k] > 0.99 else f"{names[k]} {target[k]:.2f}" for k in top)
+    chosen = [k for k in np.argsort(-shares, kind="stable")[:3] if shares[k] >= 0.01]
+    mixed = any(shares[k] < 0.99 for k in chosen)
+    if multilabel and not chosen:
+        return "no label"
+    return "\n".join(f"{100 * shares[k]:.0f} % {names[k]}" if mixed else names[k] for k in chosen)
 
 
 def draw_grid(pixels: np.ndarray, captions: list[str], file: Path) -> Path:
@@ -71,7 +85,7 @@ def draw_grid(pixels: np.ndarray, captions: list[str], file: Path) -> Path:
 
     Args:
       pixels: float [size, height, width, channel] in [0, 1].
-      captions: a text for each image; long ones are cut.
+      captions: a text for each image, of one or several lines; what is too long for its line goes on in the next.
       file: where the picture is written.
 
     Raises:
@@ -81,16 +95,21 @@ def draw_grid(pixels: np.ndarray, captions: list[str], file: Path) -> Path:
 
     height, width = pixels.shape[1:3]
     factor = max(1, -(-HIGH // height))
-    cell = (width * factor + 8, height * factor + 22)
+    letters = font(LETTERS)
+    texts = [[part for line in text.split("\n") for part in broken(line, letters, width * factor)] for text in captions]
+    texts = [lines[:MOST_LINES] for lines in texts[: len(pixels)]]
+    line = LETTERS + 3
+    cell = (width * factor + 8, height * factor + 8 + line * max(map(len, texts), default=1))
     rows = -(-len(pixels) // COLUMNS)
     sheet = Image.new("RGB", (cell[0] * min(COLUMNS, len(pixels)), cell[1] * rows), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (picture, text) in enumerate(zip(pixels, captions, strict=False)):
+    for i, (picture, lines) in enumerate(zip(pixels, texts, strict=True)):
         shown = (picture * 255).round().astype(np.uint8) if picture.shape[-1] == 3 else as_shown(picture)
         left, top = i % COLUMNS * cell[0] + 4, i // COLUMNS * cell[1] + 2
         large = Image.fromarray(shown).resize((width * factor, height * factor), Image.Resampling.NEAREST)
         sheet.paste(large, (left, top))
-        pen.text((left, top + height * factor + 3), text[: max(6, width * factor // 6)], fill="black")
+        for k, text in enumerate(lines):
+            pen.text((left, top + height * factor + 2 + k * line), text, fill="black", font=letters)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(file)

@@ -17,6 +17,7 @@ from resnet_jax.cli import main
 from resnet_jax.config import Config, DataConfig, TrainConfig
 from resnet_jax.data.transforms import fit
 from resnet_jax.predict.predictor import Predictor, find_files, predict_files
+from resnet_jax.predict.write_predictions import draw_cam
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import find_weights
 
@@ -88,13 +89,33 @@ def test_the_command_answers_and_lists_what_it_cannot_read(run, capsys, tmp_path
     assert all(abs(sum(c["probability"] for c in row["classes"]) - 1) < 1e-5 for row in rows)
     assert "broken.jpg cannot be decoded (UnidentifiedImageError" in err
     cams = sorted((tmp_path / "cams").iterdir())
-    with Image.open(cams[0]) as cam:
-        assert len(cams) == 11 and cam.size == (12, 12)
+    with Image.open(cams[0]) as cam, Image.open(dark) as picture:
+        assert len(cams) == 11 and cam.width == 2 * 18 * 11 + 8  # twice the picture of 18 x 15, enlarged
+        first, second = (np.asarray(cam)[:165, left : left + 198] for left in (0, 206))
+        np.testing.assert_array_equal(first, np.asarray(picture).repeat(11, 0).repeat(11, 1))
+        assert not np.array_equal(second, first)
     assert main(["predict", str(run / "run"), str(dark), "--format", "csv"]) == 0
     table = list(csv.reader(capsys.readouterr().out.splitlines()))
     assert table[0] == ["path", "rank", "class", "probability"] and table[1][:3] == [str(dark), "1", "dark"]
     assert main(["predict", str(run / "run"), str(dark)]) == 0
     assert capsys.readouterr().out.split()[:2] == [str(dark), "dark"]
+
+
+@pytest.mark.parametrize("evidence", [0.0, 1.0])
+def test_a_map_comes_with_class_and_probability_and_says_where_there_is_no_evidence(
+    run, evidence, tmp_path, monkeypatch
+):
+    heat = np.zeros((1, 3, 3), np.float32)
+    heat[:, 1, 1] = evidence
+    monkeypatch.setattr("resnet_jax.predict.gradcam.grad_cam", lambda *a: heat)
+    told = []
+    monkeypatch.setattr("resnet_jax.data.show.side_by_side", lambda a, b, lines: told.extend(lines) or b)
+    picture = run / "data" / "light" / "03.png"
+    draw_cam(Predictor.from_run(run / "run"), picture, 1, 0.934, tmp_path / "cam.png")
+    assert told[0] == "light 93.4 %" and told[-1] == "frame: what the network sees"
+    assert ("no evidence, nothing in the picture speaks for light" in "".join(told)) == (evidence == 0)
+    with Image.open(tmp_path / "cam.png") as cam:
+        assert cam.size == (18 * 10, 17 * 10)
 
 
 def test_probabilities_that_are_not_finite_are_an_error_and_never_written(run, capsys):

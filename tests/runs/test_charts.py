@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_jax.runs.charts import draw_curves, line_chart, log_ticks, reliability_chart
+from resnet_jax.runs.charts import (
+    apart,
+    chart,
+    chosen_step,
+    draw_curves,
+    draw_intervals,
+    line_chart,
+    log_ticks,
+    reliability_chart,
+)
+from resnet_jax.training.metrics import wilson
 
 ATTACK = '"><script>alert(1)</script>'
 
@@ -99,3 +109,53 @@ def test_curves_are_drawn_of_few_numbers_too(lines, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with Image.open(draw_curves(tmp_path)) as picture:
         assert picture.size == (1080, 432)
+
+
+def words(svg):
+    return [text.text for text in ElementTree.fromstring(svg).iter("text")]
+
+
+def test_an_axis_of_shares_is_in_percent_and_says_what_it_is():
+    svg = line_chart("a", {"a": [(0, 0.25), (5, 1.0)]}, "step", y_name="accuracy", share=True)
+    assert "100 %" in words(svg) and "accuracy" in words(svg) and "step" in words(svg)
+
+
+@pytest.mark.parametrize("line", [[(3, 0.5)], [(0, 0.5), (5, 0.5)]])
+def test_few_images_have_a_wide_interval(line):
+    def height(count):
+        _, axes = chart()
+        draw_intervals(axes, line, count, "#0b62a4")
+        return sum(drawn.get_paths()[0].get_extents().height for drawn in axes.collections)
+
+    assert height(0) == 0.0 and height(10) == pytest.approx(0.5268, abs=1e-3) and 0.05 < height(1000) < 0.07
+    for count in (0, 10):
+        svg = line_chart("a", {"a": line}, "step", y_name="accuracy", share=True, counts={"a": count})
+        assert ("accuracy (95 % interval)" in words(svg)) == bool(count)
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"), [(8, 8, 0.6756, 1.0), (0, 8, 0.0, 0.3244), (5, 10, 0.2366, 0.7634)]
+)
+def test_intervals_are_those_of_wilson(right, count, low, high):
+    assert wilson(right / count, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_chosen_step_is_marked_with_the_split_that_chose_it(tmp_path):
+    assert chosen_step(tmp_path) is None
+    best = {"step": 3, "metric": "ema/validation/macro_f1", "value": 0.5}
+    (tmp_path / "best.json").write_text(json.dumps(best))
+    assert chosen_step(tmp_path) == (3, "chosen by validation macro f1")
+    svg = line_chart("a", {"a": [(0, 1.0), (5, 2.0)], "b": []}, "step", chosen=chosen_step(tmp_path))
+    assert "chosen by validation macro f1" in words(svg)
+
+
+def test_calibration_says_how_many_predictions_each_dot_is_of():
+    rows = [{"confidence": x, "accuracy": 0.5, "count": n} for x, n in ((0.4, 7), (0.41, 12345), (1.0, 300))]
+    found = words(reliability_chart(rows))
+    assert {"7", "12.3k", "300", "count", "accuracy (95 % interval)", "confidence"} <= set(found)
+
+
+@pytest.mark.parametrize("places", [[0.0, 0.01, 0.02], [0.97, 0.98, 1.0], [i / 15 for i in range(15)], [0.5]])
+def test_texts_of_neighbours_are_moved_apart(places):
+    moved = [place for place, _ in apart([(place, 1) for place in places])]
+    assert np.all(np.diff(moved) > 0.05) and min(moved) >= -1e-9 and max(moved) <= 1 + 1e-9

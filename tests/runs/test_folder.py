@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from resnet_jax.commands import format_runs
 from resnet_jax.config import Config, to_dict
 from resnet_jax.runs.folder import open_workdir, runs_under
 from resnet_jax.runs.trackers import Tracker, read_lines
@@ -38,9 +39,29 @@ def test_runs_of_every_state_are_listed(tmp_path):
     (tmp_path / "impossible" / "config.json").write_text(json.dumps(recipe))
     rows = {os.path.basename(row["folder"]): row for row in runs_under(tmp_path)}
     states = {name: row["state"] for name, row in rows.items()}
-    assert states == {"damaged": "damaged", "broken": "damaged", "impossible": "invalid", "new": "stopped"}
+    assert states == {"damaged": "damaged", "broken": "damaged", "impossible": "invalid", "new": "failed"}
     assert rows["impossible"]["problem"].endswith("no possible recipe: train.batch_size must be at least 1, and is -4")
+    assert "the start failed" in rows["new"]["problem"]
     assert open_workdir(tmp_path / "new", Config()) == tmp_path / "new"
+    (tmp_path / "new" / "metrics.jsonl").write_text('{"step": 5, "train/loss": 1.0}\n')
+    assert {row["state"] for row in runs_under(tmp_path) if row["folder"].endswith("new")} == {"stopped"}
+
+
+def test_the_list_of_runs_says_what_best_is_in_columns_that_hold():
+    row = {"model": "cifar_resnet8", "data": "digits", "step": 40, "problem": None}
+    best = {"metric": "ema/validation/accuracy", "best": 0.9125, "best_step": 30}
+    long = {"folder": "runs/" + "x" * 60, "state": "failed", "problem": "it ended", "step": None, "data": None}
+    none = dict.fromkeys(("metric", "best", "best_step"))
+    loss = {"metric": "validation/loss", "best": 0.25, "best_step": 7}
+    rows = [best | {"folder": "a", "state": "finished"}, none | long, loss | {"folder": "b", "state": "stopped"}]
+    lines = format_runs([row | other for other in rows])
+    assert "best validation accuracy (moving average) 91.25% at step 30" in lines[0]
+    assert "best validation loss 0.2500 at step 7" in lines[3] and "no best step" in lines[1]
+    assert lines[2] == "    it ended" and lines[1].startswith("runs/" + "x" * 60 + "  failed    step 0 ")
+    starts = {
+        word: {line.index(word) for line in (lines[0], lines[1], lines[3])} for word in ("step ", "cifar_resnet8")
+    }
+    assert all(len(places) == 1 for places in starts.values()), lines
 
 
 def events_in(path):

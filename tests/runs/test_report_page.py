@@ -1,21 +1,26 @@
 """The page's template, with values as `make_report` gives them."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 
-from resnet_jax.runs.report_page import confusion_of, template, worst
+from resnet_jax.config import Config, DataConfig
+from resnet_jax.runs.report_page import confusion_of, key_figures, template, title_of, verdict, worst
 from resnet_jax.training.evaluation import Predictions
 
-from ..browser import Tags
+from ..browser import Tags, needed_width, needs_chromium
 
 NAME = '<b onclick="x">&'
-ROW = {"name": NAME, "precision": 0.5, "recall": None, "f1": 0.25, "support": 1234, "auc": None}
+ROW = {"name": NAME, "precision": 0.5, "recall": None, "f1": 0.25, "support": 1234, "auc": None, "interval": None}
 PLAIN = {
     "title": NAME, "folder": NAME, "step": 7, "averaged": False, "images": {"train": 9, "test": 3},
-    "number_of_classes": 2, "split": "test", "chosen_by": None, "tiles": {"accuracy": "50.0%", "top 5": ""},
+    "number_of_classes": 2, "split": "test", "chosen_by": None, "verdict": NAME,
+    "figures": [{"name": NAME, "value": "50.0 %", "note": NAME, "interval": (0.2, 0.8)}],
     "curves": {"Loss": "<svg></svg>", "Accuracy": ""}, "classes": [ROW, ROW], "calibrated": "", "reliability_chart": "",
-    "reliability": [{"confidence": 0.5, "accuracy": 0.4, "count": 2}], "mistakes": [], "run": {NAME: NAME},
-    "undecodable": [], "recipe": NAME,
+    "reliability": [{"confidence": 0.5, "accuracy": 0.4, "count": 2, "interval": None}], "mistakes": [],
+    "run": {NAME: NAME}, "undecodable": [], "recipe": NAME,
 }  # fmt: skip
 
 
@@ -47,11 +52,66 @@ def test_images_with_several_labels_have_no_confusion():
 @pytest.mark.parametrize("heat", [None, "data:image/jpeg;base64,xx"])
 def test_mistakes_are_shown_with_and_without_what_raised_their_score(heat):
     mistake = {"image": "data:image/jpeg;base64,yy", "heat": heat, "predicted": NAME, "confidence": 0.9, "truth": NAME}
+    mistake["no_evidence"] = heat is not None
     text, found = page({}, ("a", "b"), mistakes=[mistake | {"source": NAME}] * 2)
     assert found.count["img"] == (4 if heat else 2) and ("Grad-CAM" in text) == (heat is not None)
+    assert ("no region speaks for" in text) == (heat is not None)
+
+
+def test_a_mistake_is_told_in_the_words_of_the_reader():
+    mistake = {"image": "data:,", "heat": None, "no_evidence": False, "predicted": "1", "truth": "8", "source": "x"}
+    text, _ = page({}, ("a", "b"), mistakes=[mistake | {"confidence": 0.849}])
+    words = " ".join(re.sub(r"<[^>]*>", "", text).replace("&nbsp;", " ").split())
+    assert "predicted 1 (85 %), labelled 8" in words
 
 
 def test_the_worst_mistakes_are_those_of_which_the_network_is_most_certain():
     logits = np.asarray([[4, 0, 0], [0, 2, 0], [0, 0, 3], [0, 1, 0]], np.float32)
     found = worst(Predictions(np.arange(4), logits, np.asarray([0, 0, 0, 2])), 1.0)
     assert [(index, label) for index, label, _ in found] == [(2, 2), (1, 1), (3, 1)] and found[0][2] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [("digits", "digits"), ("folder:/a/b/my photos/", "my photos"), ("csv:/a/table.csv", "table.csv")],
+)
+def test_a_run_is_called_by_its_data_without_the_folders_above_it(dataset, name):
+    config = dataclasses.replace(Config(), data=DataConfig(dataset=dataset))
+    assert title_of(config) == f"{name} with {config.model.name}"
+
+
+def test_the_verdict_says_how_many_images_and_how_sure():
+    said = verdict({"accuracy": 1.0, "count": 8}, "validation", 0.1).replace("\N{NO-BREAK SPACE}", " ")
+    assert said == "100.0 % of 8 validation images are named right (95 % interval 67.6 to 100.0 %)."
+    assert "labels right" in verdict({"accuracy": 0.5, "count": 8, "map": 0.5}, "test", 0.1)
+    assert verdict({"count": 8}, "test", 0.25) == "The loss on 8 test images is 0.25."
+
+
+def test_key_figures_have_an_interval_where_they_are_shares_of_images():
+    plain = {"accuracy": 0.5, "count": 10, "macro_recall": 0.5, "macro_f1": 0.5, "auc": None, "ece": 0.1, "mine": 2.0}
+    kept = {"calibrated": {"ece": 0.05}, "temperature": 1.5, "calibrated_on": "validation"}
+    rows = {row["name"]: row for row in key_figures(plain, kept, 0.7, ["mine"])}
+    assert {name for name, row in rows.items() if row["interval"]} == {"accuracy"} and "AUC" not in rows
+    assert rows["accuracy"]["interval"] == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert rows["accuracy"]["note"] == "5 of 10 images" and "→" in rows["calibration error"]["value"]
+    rows = {row["name"]: row for row in key_figures(plain, kept | {"calibrated_on": None}, 0.7, [])}
+    assert "temperature" not in rows and "→" not in rows["calibration error"]["value"]
+    assert [row["name"] for row in key_figures({"count": 3, "mine": 1.0}, {}, 0.7, ["mine"])] == ["loss", "mine"]
+
+
+@needs_chromium
+@pytest.mark.parametrize("classes", [3, 10, 40])
+def test_no_column_is_cut_on_a_phone(classes, tmp_path):
+    """Of names as people give them to folders; with many classes the confusions are listed in place of the matrix."""
+    names = tuple(f"Altdeutscher Schäferhund {i}" for i in range(classes))
+    interval = (0.123, 0.999)
+    row = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 12345, "auc": 0.9876, "interval": interval}
+    figure = {"name": "mean average precision", "value": "27.1 % → 5.7 %", "note": "mean over the classes " * 3}
+    bin_ = {"confidence": 1.0, "accuracy": 1.0, "count": 12345, "interval": interval}
+    matrix = np.full((classes, classes), 7)
+    values = {"classes": [row | {"name": name} for name in names], "figures": [figure | {"interval": interval}] * 2}
+    text, _ = page({"confusion": matrix.tolist()}, names, **values, reliability=[bin_], number_of_classes=classes)
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    assert needed_width(tmp_path / "page.html", tmp_path, 390) <= 390
+    assert needed_width(tmp_path / "page.html", tmp_path, 1100) <= 1100
+    assert needed_width(tmp_path / "page.html", tmp_path, 1100, "table") <= 1100
