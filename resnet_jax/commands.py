@@ -239,7 +239,7 @@ def evaluate_command(
         evaluated = sources.evaluate_source(source, wanted, progress)
     if table is not None:
         sources.write_predictions(evaluated, table)
-    print(to_json(evaluated.result, indent=2) if as_json else sources.format_result(evaluated.result))
+    print(to_json(evaluated.result, indent=2) if as_json else sources.format_result(evaluated))
     if table is not None and not as_json:
         print(f"every prediction: {table}")
     return 0

@@ -79,8 +79,9 @@ class Evaluated:
     """What an evaluation found.
 
     Attributes:
-      result: as `result_of`, with `step` of a run or `model` of other weights, `images_per_second`, `parameters` and
-        `image_size`; with ReaL labels also `real_accuracy` and the like.
+      result: as `result_of`, with `step` of a run or `model` of other weights, `parameters` and `image_size`; with ReaL
+        labels also `real_accuracy` and the like.
+      images_per_second: of reading and the network together, after the first batch.
       source: the examples.
       class_names: of the columns of the logits.
       predictions: of what is served; None unless `Wanted.on_host`.
@@ -88,6 +89,7 @@ class Evaluated:
     """
 
     result: dict[str, Any]
+    images_per_second: float
     source: Source
     class_names: tuple[str, ...]
     predictions: Predictions | None
@@ -223,8 +225,8 @@ def evaluate_source(
     of = {"model": run.config.model.name} if from_weights else {"step": int(run.state.step)}
     size = run.config.data.eval_image_size or run.config.data.image_size
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
-    more = {"images_per_second": rate, "parameters": parameters, "image_size": size}
-    return Evaluated(of | result | more, examples, run.class_names, predictions, calibration)
+    more = {"parameters": parameters, "image_size": size}
+    return Evaluated(of | result | more, rate, examples, run.class_names, predictions, calibration)
 
 
 def of_valid_labels(predictions: Predictions) -> dict[str, Any]:
@@ -409,7 +411,7 @@ def row_of(name: str, wanted: Wanted, progress: Any) -> dict[str, Any]:
         "low": low,
         "high": high,
         "count": means["count"],
-        "images_per_second": round(result["images_per_second"], 2),
+        "images_per_second": round(evaluated.images_per_second, 2),
         "parameters": result["parameters"],
         "image_size": "x".join(map(str, dict.fromkeys(sides(result["image_size"])))),
         "real": means.get("real_accuracy", ""),
@@ -441,12 +443,12 @@ SHOWN = {"accuracy": "top-1", "top5": "top-5"}
 NOT_SHOWN = ("loss", "count", "classes", "macro_recall", "macro_f1", "map")
 
 
-def format_result(result: dict[str, Any]) -> str:
+def format_result(evaluated: Evaluated) -> str:
     """Returns the table that `resnet-jax evaluate` prints."""
+    result, rate = evaluated.result, evaluated.images_per_second
     split = result["split"]
     of = f"step {result['step']}" if "step" in result else result["model"]
-    rate = f", {result['images_per_second']:,.1f} a second" if "images_per_second" in result else ""
-    rows = [f"{of}, {split} split, {result[split]['count']} images{rate}"]
+    rows = [f"{of}, {split} split, {result[split]['count']} images, {rate:,.1f} a second"]
     for kind, label in ((split, "parameters"), (f"ema/{split}", "their moving average")):
         if kind in result:
             rows.append(f"{label:<21} {'   '.join(shown_means(result[kind]))}")
