@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,7 +27,7 @@ from resnet_jax.predict.gradcam import grad_cam
 from resnet_jax.runs.charts import chosen_step, line_chart, reliability_chart, spoken
 from resnet_jax.runs.folder import read_summary
 from resnet_jax.runs.trackers import points, read_lines
-from resnet_jax.training.evaluation import FinishedRun, Predictions, open_run, served
+from resnet_jax.training.evaluation import FinishedRun, Predictions, everywhere, open_run, served
 from resnet_jax.training.manifest import best_of
 from resnet_jax.training.metrics import fit_calibration, measure, probabilities, wilson
 from resnet_jax.training.parts import NO_PARTS, Parts
@@ -54,7 +55,8 @@ CALIBRATED = {
 def make_report(
     folder: Path, checkpoint: str | None = None, dataset: str | None = None, parts: Parts = NO_PARTS
 ) -> Path:
-    """Writes `report.html`, `measures.json` and `calibration.json` into a run's folder; returns the page's path.
+    """Writes `report.html`, `measures.json` and `calibration.json` into a run's folder; returns the page's path. Of
+    several processes all must call it, and the first writes.
 
     The network is measured on the test split, or on the validation split if there is no test split. Temperature and
     thresholds are fitted on the validation split; without one, probabilities stay as the network gives them.
@@ -76,6 +78,8 @@ def make_report(
     means = served(run.evaluate(split) or {}, split)[1]
     step, best, lines = int(run.state.step), best_of(folder), read_lines(folder / "metrics.jsonl")
     measured = of_classes(run, split, means) if run.class_names else {"plain": {"count": means["count"]}}
+    if jax.process_index() != 0:  # it has helped to evaluate
+        return folder / "report.html"
     plain = measured["plain"] | {name: means[name] for name in run.parts.metrics}
     kept = {"step": step, "split": split, "loss": means["loss"]} | plain | measured.get("kept", {})
     if run.class_names and not run.other:
@@ -281,7 +285,7 @@ def _mistakes(run: FinishedRun, split: str, predictions: Predictions, calibratio
     heats = [None] * len(chosen)
     if isinstance(model, ResNet | DenseNet | GoogLeNet):
         images = normalize(jnp.asarray(np.stack(seen)), config.data.mean, config.data.std, model.dtype)
-        variables = run.state.averages or run.state.variables
+        variables = jax.device_get(everywhere(run.state.averages or run.state.variables, run.mesh))
         heats = list(np.asarray(grad_cam(model, variables, images, jnp.asarray([label for _, label, _ in chosen]))))
     cards = []
     for (i, label, confidence), index, pixels, heat in zip(chosen, indices, seen, heats, strict=True):

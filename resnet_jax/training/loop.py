@@ -224,19 +224,23 @@ class NotSaved(RuntimeError):
 
 def show(folder: Path, config: Config, parts: Parts) -> None:
     """Draws the curves of a run that has ended and makes the page on it, where a start before this one did not. What
-    goes wrong with them is said, since the run itself is safe.
+    goes wrong with them is said, since the run itself is safe. All processes evaluate for the page; the first writes.
     """
-    if jax.process_index() != 0:
-        return
-    makers: dict[str, Callable[[Path], Path]] = {"curves.png": draw_curves}
-    if config.log.report and jax.process_count() == 1:
-        makers["report.html"] = partial(make_report, parts=parts)
-    for name, make in makers.items():
+    makers: dict[str, Callable[[Path], Path]] = {"report.html": partial(make_report, parts=parts)}
+    makers = makers if config.log.report else {}
+    if jax.process_index() == 0:
+        made_already = {name: newer(folder / name, folder / "summary.json") for name in ("curves.png", "report.html")}
+        makers |= {"curves.png": draw_curves}
+    else:
+        made_already = {}
+    for name in sorted(makers):
         try:
-            if not newer(folder / name, folder / "summary.json"):
-                made = make(folder)
-                if name == "report.html":
-                    say(f"the report: {made}")
+            there = made_already.get(name, False)
+            if broadcast_from_first(there) if name == "report.html" else there:
+                continue
+            made = makers[name](folder)
+            if name == "report.html":
+                say(f"the report: {made}")
         except Exception as error:
             command = f"resnet-jax report {shlex.quote(str(folder))}"
             say(f"WARNING: there is no {name} ({type(error).__name__}: {error}); try {command}", error=True)

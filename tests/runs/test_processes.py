@@ -139,7 +139,12 @@ def test_two_processes_go_on_with_the_run_of_one_and_train_what_one_trains(tmp_p
     shutil.copytree(newer.with_name(str(sound)), newer)
     largest = max((path for path in newer.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.write_bytes(b"?" + largest.read_bytes()[1:])
-    finish(start(tmp_path / "run", 2, 2, lambda i: ["--parallel.strategy", "pmap"], "environment"))
+    finish(start(tmp_path / "run", 2, 2, lambda i: ["--parallel.strategy", "pmap", "--log.report"], "environment"))
+    kept = json.loads((tmp_path / "run" / "measures.json").read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert kept["count"] == 360  # both have evaluated for the page, which the first has written
+    assert kept["accuracy"] == pytest.approx(summary["ema/test"]["accuracy"], abs=1e-6)
+    assert (tmp_path / "run" / "report.html").is_file()
     assert (tmp_path / "run" / "damaged" / f"{sound + 1}-0").is_dir()
     same_as(tmp_path / "run", whole)
 
