@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,7 +55,9 @@ Checkpoint = Annotated[
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json", help="Print JSON.")]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Name = Annotated[str | None, tyro.conf.arg(help="The model, where the source does not say.")]
-WhereData = Annotated[str | None, tyro.conf.arg(name="data.dataset", help="Where the run's data lies now.")]
+WhereData = Annotated[
+    str | None, tyro.conf.arg(name="data.dataset", help="Other data than the run's, or where that lies now.")
+]
 OwnModels = Annotated[
     str | None, tyro.conf.arg(metavar="FILE", help="A recipe's file, of which the models are taken that it registers.")
 ]
@@ -180,58 +183,96 @@ def show_batch_command(
 
 
 def evaluate_command(
-    workdir: RunFolder,
+    source: Source,
     split: Literal["validation", "test"] | None = None,
     checkpoint: Checkpoint = None,
     dataset: WhereData = None,
+    name: Name = None,
     config: PartsFlag = None,
     accept_changes: Annotated[Switch, tyro.conf.arg(name="data.accept_changes")] = False,
+    classes: str | None = None,
+    valid_labels: Switch = False,
+    real: str | None = None,
+    csv: str | None = None,
+    batch: int | None = None,
     per_class: Switch = False,
     as_json: Json = False,
 ) -> int:
-    """Evaluates a run's checkpoint.
+    """Evaluates a run, a tag or a file of weights; or a row for each that a pattern such as 'resnet50*' matches.
 
     Args:
       split: By default test, where the data has it.
-      accept_changes: Evaluate also where the data has changed.
+      accept_changes: Evaluate also where the run's data has changed.
+      classes: A file that says which class of the network each folder of the data is: JSON, or lines of folder and
+        class. Without it they are matched by name.
+      valid_labels: Only the classes of the data can be predicted, as is usual for ImageNet-A and -R.
+      real: ReaL labels: a JSON list of the valid classes' numbers of each image, in the order of file names.
+      csv: A file to write: every prediction; of a pattern the table of results, which the same command goes on with.
+      batch: Images that go through the network at once.
       per_class: Print the accuracy of each class too.
     """
+    if batch is not None and not 1 <= batch <= MOST_AT_ONCE:
+        raise InputError(f"--batch must lie between 1 and {MOST_AT_ONCE:,}")
+    table = None if csv is None else file_to_write(csv)
+    if table is not None and not os.access(table.parent, os.W_OK):
+        raise InputError(f"--csv {table}: {table.parent} is no folder that can be written")
     prepare_jax()
-    from resnet_jax.training.evaluation import evaluate_run
+    from resnet_jax.data.match_classes import read_class_map, read_real_labels
+    from resnet_jax.predict import evaluate_sources as sources
 
-    folder, parts = path_of(workdir, "WORKDIR"), own_parts(config)
-    result = evaluate_run(folder, checkpoint, split, per_class, dataset, accept_changes, parts)
-    print(to_json(result, indent=2) if as_json else format_result(result))
+    many = sources.is_pattern(source)
+    if many and table is None:
+        raise InputError(f"name the table for all that {source} matches: --csv results.csv")
+    wanted = sources.Wanted(
+        dataset,
+        split,
+        name,
+        checkpoint,
+        accept_changes,
+        None if classes is None else read_class_map(local_path(classes, "--classes")),
+        valid_labels,
+        None if real is None else read_real_labels(local_path(real, "--real")),
+        batch,
+        per_class,
+        table is not None and not many,
+        own_parts(config),
+    )
+    with progress_bar("batches") as progress:
+        if many:
+            assert table is not None
+            show = None if as_json else lambda row: print(sources.format_row(row), flush=True)
+            rows = sources.evaluate_matching(source, wanted, table, show, progress)
+            if as_json:
+                print(to_json(rows, indent=2))
+            return int(any(row["error"] for row in rows))
+        evaluated = sources.evaluate_source(source, wanted, progress)
+    if table is not None:
+        sources.write_predictions(evaluated, table)
+    print(to_json(evaluated.result, indent=2) if as_json else sources.format_result(evaluated))
+    if table is not None and not as_json:
+        print(f"every prediction: {table}")
     return 0
 
 
-SHOWN = {"accuracy": "top-1", "top5": "top-5"}
-"""How measures of an evaluation are called in its table, where metrics of the user's own stand too."""
 SHARES = ("accuracy", "macro_recall", "macro_f1", "map")
-NOT_SHOWN = ("loss", "count", "classes", *SHARES)
 
 
-def format_result(result: dict[str, Any]) -> str:
-    """Returns the table that `resnet-jax evaluate` prints."""
-    split = result["split"]
-    rows = [f"step {result['step']}, {split} split, {result[split]['count']} images"]
-    for kind, label in ((split, "parameters"), (f"ema/{split}", "their moving average")):
-        if kind in result:
-            values = result[kind]
-            shown = [f"loss {values['loss']:.4f}"]
-            shown += [f"{word} {values[name]:.2%}" for name, word in SHOWN.items() if name in values]
-            shown += [
-                f"{name} {value:.4f}"
-                for name, value in values.items()
-                if name not in (*SHOWN, *NOT_SHOWN) and isinstance(value, float)
-            ]
-            rows.append(f"{label:<21} {'   '.join(shown)}")
-    if result["skipped_images"]:
-        rows.append(f"not counted, since they cannot be decoded: {', '.join(result['skipped_images'])}")
-    for name, values in result[split].get("classes", {}).items():
-        accuracy = "no images" if values["accuracy"] is None else f"{values['accuracy']:7.2%} of {values['count']}"
-        rows.append(f"  {name:<24} {accuracy}")
-    return "\n".join(rows)
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int], Callable[[], None]]]:
+    """Yields a function that begins a bar of so many steps on a terminal's standard error, and returns what is called
+    after each.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+
+        def begin(total: int) -> Callable[[], None]:
+            for task in progress.task_ids:
+                progress.remove_task(task)
+            return partial(progress.advance, progress.add_task(what, total=total))
+
+        yield begin
 
 
 def verify_command(
@@ -356,12 +397,9 @@ def predict_command(
     folder = None if cam is None else local_path(cam, "--cam")
     if folder and folder.exists() and not folder.is_dir():
         raise InputError(f"--cam {folder} is a file: name a folder")
-    from rich.console import Console
-    from rich.progress import Progress
-
     from resnet_jax.models.vit import ViT
     from resnet_jax.predict.predictor import NOT_FINITE, Predictor, find_files, predict_files
-    from resnet_jax.predict.write_predictions import WRITERS, draw_cam
+    from resnet_jax.predict.write_predictions import WRITERS, RightInFolders, draw_cam
 
     if named_by_path(source) and not path_of(source, "SOURCE").exists():
         raise InputError(f"{source}: there is no such run, folder or file")
@@ -375,13 +413,15 @@ def predict_command(
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     write, bad = WRITERS[format](), []
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("pictures", total=len(pictures))
+    counted = RightInFolders(predictor, paths)
+    with progress_bar("pictures") as begin:
+        advance = begin(len(pictures))
         for i, (path, row, reason) in enumerate(predict_files(predictor, pictures, batch)):
-            progress.advance(task)
+            advance()
             if row is None:
                 bad.append((path, reason))
                 continue
+            counted.add(path, row)
             best = predictor.predicted_classes(row) if top is None else row.argsort()[::-1][:top]
             write((path, [(predictor.class_names[k], float(row[k])) for k in best]))
             if folder:
@@ -390,6 +430,8 @@ def predict_command(
     for path, reason in bad:
         what = reason if reason == NOT_FINITE else f"cannot be decoded ({reason})"
         print(f"error: {path} {what}", file=sys.stderr)
+    if line := counted.line():
+        say(line, error=format != "table")
     return 1 if bad else 0
 
 
@@ -508,6 +550,47 @@ def models_command(
     if as_json:
         print(json.dumps(rows, indent=2))
     return 0
+
+
+def bench_command(
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL...")],
+    batch: int = 32,
+    image_size: int | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    only: Literal["inference", "training"] | None = None,
+    repeats: int = 10,
+    config: OwnModels = None,
+    as_json: Json = False,
+) -> int:
+    """Measures models on this machine: images a second of inference and training, memory, multiply-adds.
+
+    Args:
+      models: Names, or patterns such as 'resnet18*'.
+      batch: Images at once.
+      image_size: Side of an image in pixels; by default that of the model's weights.
+      dtype: Of activations and convolutions.
+      only: Measure this alone.
+      repeats: Timed calls, of which the median counts.
+    """
+    if not models:
+        raise InputError("name the models: resnet-jax bench MODEL...")
+    if not 1 <= batch <= MOST_AT_ONCE or not 1 <= repeats <= MOST_AT_ONCE:
+        raise InputError(f"--batch and --repeats must lie between 1 and {MOST_AT_ONCE:,}")
+    if image_size is not None and not 1 <= image_size <= 2**14:
+        raise InputError(f"--image_size must lie between 1 and {2**14:,}")
+    if config is not None:
+        load_config(config)
+    prepare_jax()
+    from resnet_jax.predict.bench import bench_or_reason, format_bench, models_of
+
+    rows = []
+    for name in models_of(models):
+        rows.append(bench_or_reason(name, batch, image_size, dtype, () if only is None else (only,), repeats))
+        if not as_json:
+            print(format_bench(rows[-1]), flush=True)
+    if as_json:
+        print(to_json(rows, indent=2))
+    return int(any("error" in row for row in rows))
 
 
 def describe_model(name: str) -> dict[str, Any]:
@@ -646,6 +729,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "knn": knn_command,
     "export": export_command,
     "models": models_command,
+    "bench": bench_command,
     "check": check_command,
     "lab": lab_command,
 }

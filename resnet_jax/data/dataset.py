@@ -138,7 +138,10 @@ class Dataset:
         """Returns how many classes a label counts, or how many 0 and 1 it holds; None where labels are no classes."""
         if not self.class_names:
             return None
-        return len(self.train[0][1]) if self.multilabel else len(self.class_names)
+        if not self.multilabel:
+            return len(self.class_names)
+        label: Any = next(iter(self.splits().values()))[0][1]
+        return len(label)
 
     def split(self, name: str) -> Source:
         """Returns a split by its name.

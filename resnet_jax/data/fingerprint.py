@@ -173,6 +173,18 @@ def changes(old: Fingerprint, new: Fingerprint) -> dict[str, Change]:
     return found
 
 
+def shares_of(old: Fingerprint, new: Fingerprint) -> tuple[float, float | None]:
+    """Returns which share of the examples has names that were there before, in any split; and, of those whose size or
+    hash was noted before and now, which share has the same, None where there are none: by the second other pictures
+    under the same names are found.
+    """
+    before, now = (np.concatenate([_NONE, *found.values()]) for found in (old, new))
+    noted, seen = before[before[:, 2] >= 0], now[now[:, 2] >= 0]
+    _, a, b = np.intersect1d(noted[:, 0], seen[:, 0], return_indices=True)
+    same = float((noted[a, 2] == seen[b, 2]).mean()) if len(a) else None
+    return float(np.isin(now[:, 0], before[:, 0]).mean()), same
+
+
 def trained_on(old: Fingerprint, new: Fingerprint, split: str) -> int:
     """Counts the examples of a split, as it is now, that were in the training split of a run."""
     return int(np.isin(new[split][:, 0], old.get("train", _NONE)[:, 0]).sum())

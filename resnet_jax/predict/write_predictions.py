@@ -2,13 +2,45 @@
 
 import csv
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = tuple[Path, list[tuple[str, float]]]
 """A picture, and its classes with their probabilities."""
+
+
+class RightInFolders:
+    """Counts which predictions are right, of pictures in folders that are named after a class of the network.
+
+    Attributes:
+      right, count: pictures so far.
+    """
+
+    def __init__(self, predictor: Any, paths: Sequence[str]) -> None:
+        """Takes the predictor, and the paths that were asked for: nothing is counted where none of them is a folder."""
+        self.right = self.count = 0
+        asked = not predictor.multilabel and any(os.path.isdir(os.path.expanduser(path)) for path in paths)
+        self.names = predictor.class_names if asked else ()
+
+    def add(self, path: Path, row: Any) -> None:
+        """Adds a picture and its probabilities [classes]."""
+        if path.parent.name in self.names:
+            self.count += 1
+            self.right += self.names[int(row.argmax())] == path.parent.name
+
+    def line(self) -> str:
+        """Returns a line with the accuracy and its interval; empty where no folder is named after a class."""
+        from resnet_jax.training.metrics import wilson
+
+        if not self.count:
+            return ""
+        share = self.right / self.count
+        low, high = wilson(share, self.count)
+        interval = f"[{low * 100:.2f}, {high * 100:.2f}]"
+        return f"accuracy {share:.2%} {interval} on {self.count} pictures in folders of classes, at 95 % confidence"
 
 
 def as_table() -> Callable[[Row], None]:

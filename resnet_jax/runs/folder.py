@@ -158,7 +158,7 @@ def finish(
     summary |= {"device": device, "versions": versions()} | ({"hook_errors": hook_errors} if hook_errors else {})
     if jax.process_index() == 0:
         write_whole(folder / "summary.json", to_json(summary, indent=2) + "\n")
-        for line in outcome(summary):
+        for line in (*outcome(summary), served_line(summary)):
             say(line)
         say(f"the run lies in {folder}; see it with: resnet-jax evaluate {shlex.quote(str(folder))} --per-class")
     return summary
@@ -182,6 +182,19 @@ def outcome(summary: dict[str, Any]) -> list[str]:
         named = ", ".join([first, *(f"{name} {values[name]:.4f}" for name in others)])
         lines.append(f"{named} ({of}{chosen})")
     return lines or [f"step {step}: there is no validation or test split to measure on"]
+
+
+def served_line(summary: dict[str, Any]) -> str:
+    """Returns a line that says which checkpoint of a run that has ended the commands take, and why."""
+    step, best, last = summary["selected"], summary["best"], summary["steps"]
+    what = "the moving average of step" if any(name.startswith("ema/") for name in summary) else "step"
+    if best is None:
+        return f"served: {what} {step}, the last one, since nothing was selected on a validation split"
+    if step != best["step"]:
+        return f"served: {what} {step}, the last one, since the best one ({best['step']}) cannot be read"
+    why = f"the best by {best['metric']} ({best['value']:.4f})"
+    other = ", which is the last one too" if step == last else f"; --checkpoint latest takes step {last}"
+    return f"served: {what} {step}, {why}{other}"
 
 
 def device_name(mesh: Mesh) -> str:

@@ -66,7 +66,8 @@ def make_report(
       folder: the folder of a run.
       checkpoint: `best`, `latest` or a step, as `evaluate_run` takes it. A moving average of the parameters is used in
         place of the parameters if the run has one.
-      dataset: where the run's data lies now, if it has moved; as `data.dataset` of a recipe.
+      dataset: where the run's data lies now, if it has moved, as `data.dataset` of a recipe; or other data, of which no
+        `calibration.json` is written.
       parts: those of the user's own that the run was trained with.
 
     Raises:
@@ -82,7 +83,7 @@ def make_report(
         return folder / "report.html"
     plain = measured["plain"] | {name: means[name] for name in run.parts.metrics}
     kept = {"step": step, "split": split, "loss": means["loss"]} | plain | measured.get("kept", {})
-    if run.class_names:
+    if run.class_names and not run.other:
         write_whole(folder / "calibration.json", to_json({"step": step} | measured["calibration"]) + "\n")
     write_whole(folder / "measures.json", to_json(kept, indent=1) + "\n")
     page = template().render(

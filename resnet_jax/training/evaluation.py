@@ -13,18 +13,19 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError
 from resnet_jax.data.dataset import Dataset, default_split, listed, with_outputs
-from resnet_jax.data.fingerprint import changes, described, fingerprint
+from resnet_jax.data.fingerprint import changes, described, fingerprint, shares_of
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import trained_on as count_trained_on
 from resnet_jax.data.loader import BadImages, eval_batches
+from resnet_jax.data.match_classes import ClassMap, match_classes
 from resnet_jax.files import path_of
 from resnet_jax.models.stacking import block_by_block
 from resnet_jax.output import say
 from resnet_jax.recipe_files import recorded
 from resnet_jax.training.build import data_of, model_with_parts, sharded_shapes, state_maker
-from resnet_jax.training.checkpoints import read_checkpoint
+from resnet_jax.training.checkpoints import Record, read_checkpoint
 from resnet_jax.training.linear_probe import Features, head_of
-from resnet_jax.training.metrics import Sums, mean_average_precision, means
+from resnet_jax.training.metrics import Sums, mean_average_precision, means, wilson
 from resnet_jax.training.parts import NAMES, NO_PARTS, Parts, check_recorded
 from resnet_jax.training.programs import recipe_eval_step
 from resnet_jax.training.sharding import check_batch, compiler_options, make_mesh, replicated, sharded_over
@@ -196,20 +197,18 @@ def evaluate_run(
     accept_changes: bool = False,
     parts: Parts = NO_PARTS,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run's folder on a split of its recipe's data.
+    """Evaluates a checkpoint of a run's folder on a split of its recipe's data, or on other data.
 
     Args:
       checkpoint: `best`, `latest` or a step; None takes the best one where the run selected one, else the latest.
       split: `validation` or `test`; None takes test where the data has it.
       per_class: add `classes`: name -> accuracy (None without images) and count.
-      dataset: where the data lies now, in place of the recipe's `data.dataset`.
-      accept_changes: evaluate although the data elsewhere is not that of the run.
+      dataset: what to evaluate on in place of the recipe's `data.dataset`: where that lies now, or other data.
+      accept_changes: evaluate although the run's data has changed where `dataset` says it lies.
       parts: those of the user's own that the run was trained with.
 
     Returns:
-      `step`, `split`, and under the split's name, and `ema/` with it where the run kept averages, loss, count, metrics
-      of the user's own, and where there are classes accuracy, macro_recall, macro_f1 and, with more than five classes,
-      top5; and `skipped_images`.
+      `step`, and what `result_of` does.
 
     Raises:
       InputError: the folder holds no run or no such checkpoint, the data has no such split, or it was trained on.
@@ -217,15 +216,44 @@ def evaluate_run(
     run = open_run(folder, checkpoint, dataset=dataset, accept_changes=accept_changes, parts=parts)
     split = split or default_split(run.dataset)
     run.check_unseen(split)
-    result: dict[str, Any] = dict(run.evaluate(split) or {})
-    for values in result.values():
-        accuracy, counts = values.pop("class_accuracy", []), values.pop("class_count", [])
-        if per_class:
+    return {"step": int(run.state.step)} | result_of(run, split, run.evaluate(split) or {}, per_class)
+
+
+def result_of(run: "FinishedRun", split: str, found: Result, per_class: bool = False) -> dict[str, Any]:
+    """Returns what an evaluation found, to be shown or written as JSON.
+
+    Args:
+      found: of `run.evaluate(split)`.
+      per_class: as for `evaluate_run`.
+
+    Returns:
+      `split`, and under the split's name, and `ema/` with it where the run kept averages, loss, count, metrics of the
+      user's own, and where there are classes accuracy, macro_recall, macro_f1 and, with more than five classes, top5;
+      for accuracy and top5 also the number that is right, such as `accuracy_right`, and the interval of 95 %
+      confidence, such as `accuracy_interval`; and `skipped_images`.
+    """
+    result: dict[str, Any] = {}
+    for kind, means_of in found.items():
+        values = {name: value for name, value in means_of.items() if name not in LISTS}
+        values |= with_intervals(values)
+        if per_class and "class_accuracy" in means_of:
+            lists = (means_of["class_accuracy"], means_of["class_count"])
             values["classes"] = {
                 name: {"accuracy": None if n == 0 else a, "count": n}
-                for name, a, n in zip(run.class_names, accuracy, counts, strict=True)
+                for name, a, n in zip(run.class_names, *lists, strict=True)
             }
-    return {"step": int(run.state.step), "split": split} | result | {"skipped_images": sorted(run.bad.names)}
+        result[kind] = values
+    return {"split": split} | result | {"skipped_images": sorted(run.bad.names)}
+
+
+def with_intervals(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the number of images that are right, and the interval of 95 % confidence, of each accuracy there is."""
+    found: dict[str, Any] = {}
+    for name in ("accuracy", "top5"):
+        if name in values:
+            found[f"{name}_right"] = round(values[name] * values["count"])
+            found[f"{name}_interval"] = list(wilson(values[name], values["count"]))
+    return found
 
 
 @dataclass(frozen=True)
@@ -236,6 +264,7 @@ class FinishedRun:
       trained_on: how many examples of each other split are among those that the run was trained on.
       keep: evaluations hold the predictions.
       parts: the user's own.
+      other: the data is not that of the run.
     """
 
     config: Config
@@ -248,10 +277,11 @@ class FinishedRun:
     trained_on: dict[str, int]
     keep: bool
     parts: Parts
+    other: bool = False
 
-    def evaluate(self, split: str) -> Result | None:
+    def evaluate(self, split: str, stopped: Callable[[], bool] | None = None) -> Result | None:
         """Returns what `make_evaluate` does, of a split."""
-        given = (self.config, self.model, self.dataset, split, self.mesh, self.bad)
+        given = (self.config, self.model, self.dataset, split, self.mesh, self.bad, stopped)
         return make_evaluate(*given, keep=self.keep, parts=self.parts)(self.state)
 
     def check_unseen(self, split: str) -> None:
@@ -259,7 +289,8 @@ class FinishedRun:
         if count := self.trained_on.get(split):
             raise InputError(
                 f"{count:,} of the {len(self.dataset.split(split)):,} {split} pictures of {self.config.data.dataset} "
-                "were trained on by this run: a figure on them would say nothing. Give the data as it was"
+                "were trained on by this run: a figure on them would say nothing. Give the data as it was; other "
+                "pictures of the same names are taken with --data.accept_changes"
             )
 
 
@@ -278,11 +309,18 @@ def open_run(
     dataset: str | None = None,
     accept_changes: bool = False,
     parts: Parts = NO_PARTS,
+    classes: ClassMap | None = None,
+    batch: int | None = None,
 ) -> FinishedRun:
     """Opens what a run's folder holds, to be looked at; arguments as for `evaluate_run`.
 
+    Args:
+      classes: which class of the run each class of other data is; None goes by their names.
+      batch: images that go through the network at once; None takes the recipe's.
+
     Raises:
-      InputError: the folder holds no run or no such checkpoint, or other data than the run's.
+      InputError: the folder holds no run or no such checkpoint, the run's data has changed where `dataset` says it
+        lies, or other data has classes that the run lacks.
     """
     folder = path_of(folder, "WORKDIR")
     config = recorded(folder)
@@ -293,24 +331,66 @@ def open_run(
         say(f"WARNING: {note}", error=True)
     if dataset is not None:
         config, parts = replace(config, data=replace(config.data, dataset=dataset)), replace(parts, dataset=None)
+    if batch is not None:
+        config = replace(config, train=replace(config.train, batch_size=batch, accumulate_steps=1))
     mesh = mesh_for(config.train.batch_size)
-    found = data_of(config, parts, prepare=False)
-    seen, now = load_fingerprint(folder), fingerprint(found)
-    if seen is not None and (changed := changes(seen, now)):
+    seen = load_fingerprint(folder)
+    other, strangers = False, False
+    if dataset is not None and seen is not None:
+        whole = all_of(config, parts)
+        known, same = shares_of(seen, fingerprint(whole))
+        strangers = same is not None and same < 0.5
+        other = strangers or known < 0.5
+    if other:
+        found = whole
+        config = replace(config, data=replace(config.data, on_device=False))
+        say(f"{dataset} is other data than that of the run in {folder}", error=True)
+    else:
+        found = data_of(config, parts, prepare=False)
+    now = fingerprint(found)
+    if seen is not None and not other and (changed := changes(seen, now)):
         note = f"{config.data.dataset} is not as the run in {folder} was given it ({described(changed)})"
         if dataset is not None and not accept_changes:
             raise InputError(f"{note}; give the same data, or take this with --data.accept_changes")
         say(f"WARNING: {note}", error=True)
-    module, parts = model_with_parts(config, parts, len(found.class_names))
-    model: Any = block_by_block(module)
-    found = with_outputs(found, parts.outputs_of(model))
+    trained = {} if seen is None else {name: count_trained_on(seen, now, name) for name in now if name != "train"}
+    if strangers or (other and accept_changes):
+        trained = {}
     without_rules = replace(config.optimizer, decay_rules=((".*", 0.0),), rate_rules=())  # a stranger's are not run
     plain = replace(config, optimizer=without_rules)
-    template = sharded_shapes(state_maker(plain, model, lambda step: 0.0, parts.optimizer), mesh)
-    state, record = read_checkpoint(folder, lambda _: template, checkpoint)
+    made: dict[str, Any] = {}
+
+    def shapes(record: Record) -> Any:
+        data = found
+        if (other or classes is not None) and record["class_names"]:
+            names = tuple(record["class_names"])
+            given: dict[str, Any] = {"multilabel": record["multilabel"], "given": classes}
+            data, line = match_classes(found, names, f"the run in {folder}", **given)
+            if line:
+                say(line, error=True)
+        module, own = model_with_parts(config, parts, len(data.class_names))
+        model: Any = block_by_block(module)
+        made.update(model=model, parts=own, dataset=with_outputs(data, own.outputs_of(model)))
+        return sharded_shapes(state_maker(plain, model, lambda step: 0.0, own.optimizer), mesh)
+
+    state, record = read_checkpoint(folder, shapes, checkpoint)
+    model, parts, found = made["model"], made["parts"], made["dataset"]
     names = names_of_outputs(parts.outputs_of(model), found.class_names, config.data.dataset)
     if record["class_names"] != list(names):
         raise InputError(f"{config.data.dataset} has other classes than the run: {listed(found.class_names)}")
     bad = BadImages("skip", channels=config.data.channels)
-    trained = {} if seen is None else {name: count_trained_on(seen, now, name) for name in now if name != "train"}
-    return FinishedRun(config, found, model, mesh, names, state, bad, trained, keep, parts)
+    return FinishedRun(config, found, model, mesh, names, state, bad, trained, keep, parts, other)
+
+
+def all_of(config: Config, parts: Parts = NO_PARTS) -> Dataset:
+    """Returns data of which nothing was held out, to evaluate on: where it has neither a validation nor a test split,
+    all of it is the test split.
+
+    Raises:
+      InputError: as for `data_of`.
+    """
+    whole = replace(config, data=replace(config.data, validation_fraction=0.0))
+    found = data_of(whole, parts, prepare=False)
+    if found.validation is not None or found.test is not None:
+        return found
+    return replace(found, train=None, test=found.train)

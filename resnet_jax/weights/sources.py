@@ -124,10 +124,10 @@ def fetched(path: Path) -> Path:
 
 
 def _download(repository: str, name: str) -> Path:
-    import huggingface_hub
+    import huggingface_hub.utils.logging
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    huggingface_hub.utils.logging.set_verbosity_error()  # of its logger, which has its own level once it is imported
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or ".." in repository:
         raise InputError(f"{repository!r} is no name of a repository; it looks like OWNER/NAME")
     try:

@@ -276,6 +276,7 @@ def test_a_run_notes_the_parts_of_a_recipe_file(own_run):
     "command",
     [
         "evaluate RUN",
+        "evaluate RUN --checkpoint latest --csv out.csv",
         "report RUN",
         "predict RUN a.png",
         "export RUN out.stablehlo",

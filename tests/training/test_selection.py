@@ -225,7 +225,7 @@ def test_a_resume_with_another_library_that_resizes_is_warned(crop, tmp_path, ca
         before = names[now]
 
 
-def test_the_data_may_lie_elsewhere_and_other_data_is_refused(grown, tmp_path, capsys):
+def test_the_data_may_lie_elsewhere_changed_data_is_refused_and_other_data_said(grown, tmp_path, capsys):
     (grown / "data").rename(grown / "moved")
     try:
         with pytest.raises(InputError, match="there is no such folder"):
@@ -234,14 +234,20 @@ def test_the_data_may_lie_elsewhere_and_other_data_is_refused(grown, tmp_path, c
         assert main(["evaluate", str(grown / "run"), "--data.dataset", elsewhere, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["split"] == "validation"
         assert main(["report", str(grown / "run"), "--data.dataset", elsewhere]) == 0
+        added = grown / "moved" / "dark" / "new.png"
+        picture(added, 40, 999)
+        with pytest.raises(InputError, match=r"give the same data, or take this with --data.accept_changes"):
+            evaluate_run(grown / "run", dataset=elsewhere)
+        assert evaluate_run(grown / "run", dataset=elsewhere, accept_changes=True)["validation"]["count"] > 6
+        added.unlink()
         summary = loop.train(recipe(elsewhere, steps=20), grown / "run")
         assert summary["steps"] == 20
     finally:
         (grown / "moved").rename(grown / "data")
     other = make_splits(tmp_path / "other", {"train": 8, "val": 3})
-    with pytest.raises(InputError, match=r"give the same data, or take this with --data.accept_changes"):
-        evaluate_run(grown / "run", dataset=f"folder:{other}")
-    assert evaluate_run(grown / "run", dataset=f"folder:{other}", accept_changes=True)["validation"]["count"] == 6
+    capsys.readouterr()
+    assert evaluate_run(grown / "run", dataset=f"folder:{other}")["validation"]["count"] == 6
+    assert "is other data than that of the run" in capsys.readouterr().err
 
 
 def test_a_split_that_was_trained_on_is_not_evaluated(tmp_path):
