@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from resnet_jax.config import Config, InputError, Size, known, known_size, sides, works_on_host
@@ -144,7 +145,7 @@ def resolve(config: Config, parts: Parts = NO_PARTS, before: Config | None = Non
     elif data.mean is None or data.std is None or data.on_device is None:
         dataset = dataset or data_of(config, parts)
         if data.mean is None or data.std is None:
-            mean, std, count = measure(dataset.train, config)
+            mean, std, count = as_on_the_first(*measure(dataset.train, config))
             what = f"measured on {count:,} of {len(dataset.train):,} training pictures"
             take({"data.mean": mean, "data.std": std}, what)
         fits, why = fits_device(config, len(dataset.train))
@@ -295,6 +296,19 @@ def measure(source: Source, config: Config) -> tuple[tuple[float, ...], tuple[fl
     std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
     std = np.where(std > 1e-6 * np.maximum(1.0, abs(mean)), std, 1.0)
     return tuple(float(f"{x:.4g}") for x in mean), tuple(float(f"{x:.4g}") for x in std), count
+
+
+def as_on_the_first(
+    mean: tuple[float, ...], std: tuple[float, ...], count: int
+) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+    """Returns what the first process has measured, in all of them: on others a picture may be one that is broken."""
+    if jax.process_count() == 1:
+        return mean, std, count
+    from jax.experimental import multihost_utils
+
+    found = multihost_utils.broadcast_one_to_all(np.asarray([count, *mean, *std], np.float32)).tolist()
+    values, channels = [float(f"{x:.4g}") for x in found[1:]], len(mean)
+    return tuple(values[:channels]), tuple(values[channels:]), round(found[0])
 
 
 def fits_device(config: Config, count: int) -> tuple[bool, str]:

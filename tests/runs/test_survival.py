@@ -252,7 +252,7 @@ def test_what_is_drawn_of_a_run_comes_last_and_is_made_up_for(tmp_path):
     finish(faulty(die, tmp_path), -signal.SIGKILL)
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 40
     assert not (tmp_path / "curves.png").exists() and not (tmp_path / "report.html").exists()
-    fail = "def fail(folder):\n    raise ValueError('no fonts')\nloop.draw_curves = loop.make_report = fail"
+    fail = "def fail(folder, **parts):\n    raise ValueError('no fonts')\nloop.draw_curves = loop.make_report = fail"
     out, err = finish(faulty(fail, tmp_path, "--log.report"))
     assert "the run is finished" in out
     for name in ("curves.png", "report.html"):
