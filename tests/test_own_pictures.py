@@ -233,7 +233,8 @@ def test_pictures_that_are_not_rgb(tmp_path, kind, capsys):
     capsys.readouterr()
     assert main(["predict", str(tmp_path / "run"), str(tmp_path / "data" / "high")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 16 and all("high" in line.split("   ")[1] for line in lines)
+    assert len(lines) == 17 and all("high" in line.split("   ")[1] for line in lines[:16])
+    assert lines[16].startswith("accuracy 100.00%"), lines[16]
 
 
 def test_a_batch_is_shown_as_the_network_sees_it(folder, tmp_path):

@@ -291,7 +291,12 @@ def measure(source: Source, config: Config) -> tuple[tuple[float, ...], tuple[fl
         count, pixels = count + 1, pixels + len(values)
         total, squares = total + values.sum(0), squares + (values**2).sum(0)
     if not count:
-        raise InputError(f"none of the training images can be decoded, such as {source.describe(0)}")
+        try:
+            decode(source[0][0], channels)
+            reason = "it can be now"
+        except BadImage as error:
+            reason = str(error)
+        raise InputError(f"none of the training images can be decoded, such as {source.describe(0)} ({reason})")
     mean = total / pixels
     std = np.sqrt(np.maximum(squares / pixels - mean**2, 0))
     std = np.where(std > 1e-6 * np.maximum(1.0, abs(mean)), std, 1.0)
