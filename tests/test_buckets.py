@@ -152,7 +152,7 @@ def test_of_two_starts_at_once_one_trains_and_its_run_is_reported(bucket, capsys
     assert f"{folder}/report.html" in capsys.readouterr().out
     measured, summary = (json.loads((folder / name).read_text()) for name in ("measures.json", "summary.json"))
     assert measured["accuracy"] == pytest.approx(summary["ema/test"]["accuracy"])
-    assert f"{100 * measured['accuracy']:.1f} %" in (folder / "report.html").read_text()
+    assert f"{100 * measured['accuracy']:.1f}\N{NO-BREAK SPACE}%" in (folder / "report.html").read_text()
     assert (folder / "calibration.json").exists()
 
 
