@@ -1,4 +1,4 @@
-"""The training and the evaluation step as pure functions. The only file of training that takes a gradient.
+"""The training and the evaluation step as pure functions; no other file takes the gradient of training.
 
 `make_train_step` composes small functions: a gradient, of parts of the batch if need be (`accumulated`), averaged over
 devices (`averaged`), taken at a worse point nearby (`sharpness_aware`), then the optimizer, the moving average, and
