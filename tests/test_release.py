@@ -99,10 +99,14 @@ def test_workflows_run_what_is_run_here():
     assert jobs["tests"]["strategy"]["matrix"]["python"] == pythons and pythons[0] == PROJECT["requires-python"][2:]
     here = re.findall(r"^bash (\.ci/.*)$", (ROOT / ".ci" / "run").read_text(), re.M)
     assert {".ci/lint", ".ci/leg 3.11 oldest", ".ci/leg 3.13 newest"} <= set(here) <= {c[5:] for c in commands}
-    listed = [
-        line.partition("::")[0] for line in (ROOT / ".ci" / "leg_tests").read_text().splitlines() if line[0] != "#"
-    ]
-    assert listed and all((ROOT / path).is_file() for path in listed)
+
+
+@pytest.mark.parametrize("name", ["tests_of_versions", "tests_of_extras"])
+def test_what_a_leg_runs_is_there(name):
+    lines = (ROOT / ".ci" / name).read_text().splitlines()[1:]
+    assert lines
+    for path, _, test in (line.partition("::") for line in lines):
+        assert f"def {test or 'test_'}" in (ROOT / path).read_text(), (path, test)
 
 
 def test_a_python_that_is_not_there_is_left_out_with_a_word():

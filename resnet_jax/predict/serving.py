@@ -115,14 +115,10 @@ def write_onnx(served: Any, shape: tuple[int, ...], dtype: Any, metadata: dict[s
     Raises:
       InputError: jax2onnx is not installed, or does not know an operation of the network.
     """
-    try:
+    with from_extra("onnx", ".onnx, unlike .stablehlo,"):
         import onnx
         import onnxruntime
         from jax2onnx import to_onnx
-    except ImportError as error:
-        raise InputError(
-            f"ONNX needs jax2onnx and what it takes ({error.name} is missing): pip install jax2onnx, or take .stablehlo"
-        ) from error
     try:
         with use_custom_kernels(False):
             graph = to_onnx(served, [jax.ShapeDtypeStruct(("batch", *shape), dtype)], model_name="resnet_jax")
