@@ -17,8 +17,8 @@ PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 KINDS = {
     "nvidia-h200": "NVIDIA H200",
-    "cpu2-amd-avx512": "AMD/AVX-512",
-    "cpu2-intel-avx512": "Intel/AVX-512",
+    "cpu2-amd-avx512": "AMD/AVX512",
+    "cpu2-intel-avx512": "Intel/AVX512",
     "cpu2-amd-avx2": "AMD/AVX2",
     "cpu2-amd": "AMD",
 }
@@ -102,9 +102,11 @@ def number(value: float) -> str:
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Returns a table in Markdown: the first column on the left, figures on the right."""
-    columns = list(columns)
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    """Returns a table in Markdown; columns with a figure in them stand on the right."""
+    columns, rows = list(columns), [list(row) for row in rows]
+    figures = [any(row[i][:1].isdigit() for row in rows) for i in range(len(columns))]
+    rule = ["---:" if i and figure else "---" for i, figure in enumerate(figures)]
+    lines = [columns, rule, *rows]
     return "\n".join("|" + "|".join(line) + "|" for line in lines)
 
 
@@ -191,7 +193,7 @@ def speed(records: Records) -> str:
         torch = row_of(record, case, "torch eager") or row_of(record, case, "torch")
         others = [torch, *(row_of(record, case, other) for other in ("torch.compile", "Flax's example"))]
         ratios = [shown(r, "ours_over_this", "{:.2f}") for r in others]
-        where = kind if record["hardware"]["gpu"] else f"{record['hardware']['cores']} cores, {kind}"
+        where = kind if record["hardware"]["gpu"] else f"{kind}, {record['hardware']['cores']} cores"
         source = f"[{record['commit']}](benchmarks/results/{name}.json)"
         rows.append([case.replace(" batch", ", batch"), where, number(ours["median"]), *ratios, source])
     return table(["", "hardware", "images/s", "PyTorch", "torch.compile", "Flax's example", "record"], rows)

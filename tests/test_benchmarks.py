@@ -185,5 +185,5 @@ def test_another_figure_or_script_changes_the_tables():
     records |= {"overhead-cpu2-amd-avx512": overhead | {"rows": longer}, "own-cpu2-amd-avx512": {"rows": [swept]}}
     after = tables.filled(before, records)
     assert "|the same, five a call, µs|7777|" in after
-    assert "|own: digits|8 runs at once|AMD/AVX-512|2.5 runs/s|3|" in after
+    assert "|own: digits|8 runs at once|AMD/AVX512|2.5 runs/s|3|" in after
     assert tables.filled(after, tables.read_records()) == before
