@@ -176,12 +176,14 @@ def key_figures(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: l
     rows: list[tuple[str, str, str]] = []
     if kept:
         count = plain["count"]
+        empty = sum(row["support"] == 0 for row in plain.get("classes", ()))
+        over = "mean over the classes" + (f", of which {empty:,} without images count as 0" if empty else "")
         rows = [
             ("accuracy", _percent(plain["accuracy"]), f"{round(plain['accuracy'] * count):,} of {count:,} images"),
             ("top 5", _percent(plain.get("top5")), "the label is among the five likeliest classes"),
             ("mean average precision", _percent(plain.get("map")), "mean over the classes"),
-            ("macro recall", _percent(plain["macro_recall"]), "mean over the classes, rare ones like frequent ones"),
-            ("macro F1", _percent(plain["macro_f1"]), "mean over the classes"),
+            ("macro recall", _percent(plain["macro_recall"]), f"{over}, rare ones like frequent ones"),
+            ("macro F1", _percent(plain["macro_f1"]), over),
             ("AUC", _auc(plain["auc"]), "one class against the rest, mean; 0.5 is chance"),
         ]
     rows += rest
