@@ -329,7 +329,7 @@ def _run(lines: list[dict[str, Any]], folder: Path) -> dict[str, str]:
     if summary:
         rows |= {"device": summary["device"], "steps": f"{summary['steps']:,}"}
         rows["seconds since the last start"] = f"{summary['seconds']:,.1f}"
-        rows["versions"] = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+        rows |= summary["versions"]
     return rows
 
 
