@@ -49,6 +49,14 @@ MEASURES = (
 )
 """Rows of the table `measures`: label, script, case, contender, field of the record's row, format."""
 
+FINDINGS = (
+    ("wrong labels", "labels", "all classes"),
+    ("wrong labels, by the confident joint", "labels", "off the confident joint's diagonal"),
+    ("twins, all pairs", "twins", "all pairs across splits"),
+    ("twins, pairs with a planted picture", "twins", "pairs with a planted picture"),
+)
+"""Rows of the table `findings`: label, case and contender in the records of `inspect`."""
+
 SPEED = (
     ("train_step-nvidia-h200", "train resnet50 bfloat16 batch 256"),
     ("train_step-cpu2-amd-avx512", "train resnet50 float32 batch 16"),
@@ -184,6 +192,16 @@ def tpu(records: Records) -> str:
     return table(["", "GFLOP", "GB accessed", "peak, MiB"], rows)
 
 
+def findings(records: Records) -> str:
+    """What `resnet-jax inspect` found of wrong labels and twins that were planted."""
+    rows = []
+    for record in of_script(records, "inspect").values():
+        for label, case, contender in FINDINGS:
+            r = row_of(record, case, contender)
+            rows += [[label, f"{r['precision']:.1%}", f"{r['chance']:.2g}", str(r["n"])]] if r else []
+    return table(["planted", "precision", "by chance", "n"], rows) if rows else ""
+
+
 def speed(records: Records) -> str:
     """The few rows of the project's README."""
     rows = []
@@ -210,7 +228,7 @@ def others(records: Records) -> str:
             figure = f"{number(r['median'])} {r['unit']}"
             cells = [r.get("contender", "–"), kind, figure, str(r["n"])]
             rows.append([f"{script}: {r['case']}", *cells])
-    return table(["script: case", "contender", "hardware", "median", "n"], rows) if rows else "None."
+    return table(["script: case", "contender", "hardware", "median", "n"], rows) if rows else ""
 
 
 def sources(records: Records) -> str:
@@ -229,11 +247,12 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "accuracies": accuracies,
     "depth": depth,
     "tpu": tpu,
+    "findings": findings,
     "speed": speed,
     "others": others,
     "records": sources,
 }
-NAMED = {"train_step", "inference", "epoch", "finetune", "imbalance", "depth", "tpu_cost"} | {
+NAMED = {"train_step", "inference", "epoch", "finetune", "imbalance", "depth", "tpu_cost", "inspect"} | {
     script for _, script, *_ in MEASURES
 }
 """Scripts whose records have a place in a table other than `others`."""

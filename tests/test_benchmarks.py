@@ -155,7 +155,8 @@ def test_results_say_where_they_come_from(path):
     short = on["gpu"] and on["gpu"].lower().replace(" ", "-")
     assert path.stem.endswith("-" + (short or measure.short_name(on["processor"], on.get("vectors"), on["cores"])))
     assert {"jax", "jaxlib", "python"} <= set(record["versions"])
-    timed = [row for row in record["rows"] if "target" not in row]  # others say what a compiler counts
+    counted = {"target", "precision", "found"}  # what a compiler counts, or what was found
+    timed = [row for row in record["rows"] if not counted & set(row)]
     assert all("error" in row or {"median", "quartiles", "n", "unit"} <= set(row) for row in timed)
 
 
@@ -176,14 +177,17 @@ def test_every_record_is_named_with_the_commit_that_it_measured():
 
 def test_another_figure_or_script_changes_the_tables():
     records = tables.read_records()
-    page = "<!-- table: measures -->\n<!-- end -->\n<!-- table: others -->\n<!-- end -->\n"
+    page = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("measures", "others", "findings"))
     before = tables.filled(page, records)
-    assert "|the same, warm cache, s|4.0|" in before and "None." in before
+    assert "|the same, warm cache, s|4.0|" in before and "|contender|" not in before
     overhead = records["overhead-cpu2-amd-avx512"]
     longer = [row | {"median": 7777.0} for row in overhead["rows"]]
     swept = {"case": "digits", "contender": "8 runs at once", "median": 2.5, "unit": "runs/s", "n": 3}
+    twins = {"case": "twins", "contender": "all pairs across splits", "precision": 0.9, "chance": 1e-5, "n": 50}
     records |= {"overhead-cpu2-amd-avx512": overhead | {"rows": longer}, "own-cpu2-amd-avx512": {"rows": [swept]}}
+    records |= {"inspect-cpu2-amd-avx512": {"rows": [twins]}}
     after = tables.filled(before, records)
+    assert "|twins, all pairs|90.0%|1e-05|50|" in after
     assert "|the same, five a call, µs|7777|" in after
     assert "|own: digits|8 runs at once|AMD/AVX512|2.5 runs/s|3|" in after
     assert tables.filled(after, tables.read_records()) == before
