@@ -82,7 +82,7 @@ def test_parts_of_ones_own_train_in_our_loop(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_it_names_is_there(page):
     links = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", page.read_text())
-    assert links or page.name == "CONTRIBUTING.md"
+    assert links or page.parent.name != "benchmarks"
     for name in links:
         assert (page.parent / name).exists() or (name.startswith("docs/") and not SITE), name
 
