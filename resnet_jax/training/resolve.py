@@ -327,7 +327,7 @@ def fits_device(config: Config, count: int) -> tuple[bool, str]:
     return taken < ON_DEVICE_BYTES, f"the training images take {taken / 2**20:,.1f} MiB"
 
 
-def shown_value(value: Any) -> str:
+def shown_value(value: object) -> str:
     """Returns a value as a line of a start shows it."""
     return " ".join(f"{x:g}" for x in value) if isinstance(value, tuple) else str(value)
 
