@@ -140,7 +140,7 @@ def template() -> Any:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"percent": _percent, "auc": _auc, "interval": _interval}
+    environment.filters |= {"percent": _percent, "number": _number, "auc": _auc, "interval": _interval}
     return environment.from_string(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
 
 
