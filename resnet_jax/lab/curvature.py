@@ -127,10 +127,10 @@ def rates_of(found: Rows, norm: str) -> list[float]:
     return sorted({row["learning_rate"] for row in found if row["norm"] == norm}, reverse=True)
 
 
-def at_the_edge(found: Rows, norm: str) -> tuple[int, int, float, float]:
+def at_the_edge(found: Rows, norm: str) -> tuple[int, int, list[float]]:
     """Returns of the networks with a norm how many trainings reached 2 / learning rate, how many there are, and the
-    median and the largest of the sharpness over 2 / learning rate: of those that reached it from there on, or of all
-    where none did.
+    sharpness over 2 / learning rate at each point of them: of those that reached it from there on, or of all where none
+    did.
     """
     trainings = [
         [row["eigenvalue1"] * rate / 2 for row in of_network(found, kind, norm, rate)]
@@ -138,24 +138,25 @@ def at_the_edge(found: Rows, norm: str) -> tuple[int, int, float, float]:
     ]
     firsts = [next((i for i, ratio in enumerate(ratios) if ratio >= REACHED), None) for ratios in trainings]
     after = [ratio for ratios, i in zip(trainings, firsts, strict=True) if i is not None for ratio in ratios[i:]]
-    values = after or [ratio for ratios in trainings for ratio in ratios]
     reached = sum(i is not None for i in firsts)
-    return reached, len(trainings), float(np.median(values)), max(values)
+    return reached, len(trainings), after or [ratio for ratios in trainings for ratio in ratios]
 
 
 def edge_of(found: Rows, norm: str) -> Text:
     """Returns what the sharpness did of networks with a norm."""
-    reached, count, median, most = at_the_edge(found, norm)
+    reached, count, ratios = at_the_edge(found, norm)
     if not reached:
         return (
-            f"in none of {count} trainings does the sharpness reach 2 / learning rate; at most it is {most:.2f} of it",
-            f"{count} 回の学習のどれでも鋭さは 2 / 学習率に届かず、最大でその {most:.2f} 倍である",
+            f"in none of {count} trainings does the sharpness reach 2 / learning rate; at most it is {max(ratios):.2f} "
+            "of it",
+            f"{count} 回の学習のどれでも鋭さは 2 / 学習率に届かず、最大でその {max(ratios):.2f} 倍である",
         )
+    low, high = np.percentile(ratios, (25, 75))
     return (
-        f"in {reached} of {count} trainings the sharpness reaches 2 / learning rate; from there on it is {median:.2f} "
-        f"times that in the median, {most:.2f} at most",
-        f"{count} 回中 {reached} 回の学習で鋭さが 2 / 学習率に届き、その後は中央値でその {median:.2f} 倍、"
-        f"最大 {most:.2f} 倍である",
+        f"in {reached} of {count} trainings the sharpness reaches 2 / learning rate; from there on half of its values "
+        f"lie between {low:.2f} and {high:.2f} times that",
+        f"{count} 回中 {reached} 回の学習で鋭さが 2 / 学習率に届き、その後は値の半分がその {low:.2f} 倍から "
+        f"{high:.2f} 倍の間にある",
     )
 
 
