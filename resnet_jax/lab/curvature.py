@@ -38,6 +38,8 @@ LARGEST = 3
 """How many eigenvalues are recorded from the top."""
 REACHED = 0.95
 """From this share of 2 / learning rate on, the sharpness counts as having reached it."""
+Programs = tuple[Any, Any, Any, Any]
+"""Model, batch, step, and measures, as `network_and_programs` returns them."""
 
 
 def rows(book: Notebook) -> Rows:
@@ -53,10 +55,12 @@ def rows(book: Notebook) -> Rows:
     steps, points = (160, 8) if options.quick else (300, 15)
     found: Rows = []
     for norm, kind in product(RATES, KINDS):
-        programs: list[Any] = []
+        programs: list[Programs] = []
         for rate in RATES[norm][: 1 if options.quick else None]:
 
-            def one(kind: str = kind, norm: str = norm, rate: float = rate, programs: list[Any] = programs) -> Rows:
+            def one(
+                kind: str = kind, norm: str = norm, rate: float = rate, programs: list[Programs] = programs
+            ) -> Rows:
                 if not programs:
                     programs.append(network_and_programs(kind, norm, depth, data))
                 about = {"kind": kind, "norm": norm, "depth": depth, "learning_rate": rate}
@@ -71,7 +75,7 @@ def squared_error(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
     return 0.5 * jnp.square(logits - jax.nn.one_hot(batch["label"], logits.shape[-1])).sum(-1)
 
 
-def network_and_programs(kind: str, norm: str, depth: int, data: Data) -> tuple[Any, Any, Any, Any]:
+def network_and_programs(kind: str, norm: str, depth: int, data: Data) -> Programs:
     """Returns a narrow network, all images as one batch, a compiled training step, and the compiled measures.
 
     The step takes its learning rate from the state of the optimizer, so that it is compiled once for all rates.
