@@ -1,7 +1,8 @@
 """Curvature of a loss: products with its Hessian, extreme eigenvalues, trace and spectral density, without the matrix.
 
 Every function takes `loss(params) -> scalar`, any function of a tree of float32 or float64 arrays that JAX can
-differentiate twice, and is pure: a function of its arguments and the key, to be called inside `jax.jit`.
+differentiate twice, and is pure: a function of its arguments and the key, to be called inside `jax.jit`. GPUs and TPUs
+round the factors of float32 products: `jax.default_matmul_precision("highest")` around the call keeps them.
 
 Example:
   def loss(params):  # of a network whose norms take the statistics of the batch, as in training
@@ -9,7 +10,7 @@ Example:
       logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
       return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-  sharpness = jax.jit(lambda params: hessian_eigenvalues(loss, params, jax.random.key(0))[0])(state.params)
+  sharpness = jax.jit(lambda params: rj.analysis.hessian_eigenvalues(loss, params, jax.random.key(0))[0])(state.params)
 
 Sources: Pearlmutter 1994 (products), Hutchinson 1990 (trace), Ghorbani, Krishnan and Xiao 2019 (arXiv:1901.10159,
 Lanczos with full reorthogonalisation and stochastic Lanczos quadrature for networks).
