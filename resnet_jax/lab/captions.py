@@ -76,13 +76,14 @@ CAPTIONS = {
         "line has not reached it in these few steps. "
         "Eigenvalues are those of Lanczos' method, with all basis vectors kept orthogonal; the trace is a mean over a few "
         "random vectors, and its bars are standard errors. With batch norm the statistics are those of the batch, and the "
-        "learning rates are larger, so that the edge lies within reach of a short training.",
+        "learning rates are larger, so that the edge lies within reach of a short training. Dashed lines belong to the smaller "
+        "learning rate; loss, trace and the other eigenvalues are those at the larger one.",
         "勾配降下法に沿って測った訓練損失のヘッセ行列。毎ステップ 256 枚の画像すべてを使い、なめらかな活性化関数 (SiLU) をもつ細い"
         "ネットワークを二乗誤差で学習した。最大の固有値を鋭さと呼ぶ。二次関数なら、鋭さが 2 / r を超えると大きさ r のステップは"
         "発散する。Cohen ら (2021) によれば、ネットワークはおよそそこまで鋭くなり、その後は損失がステップごとには下がらない"
         "「安定性の縁」で学習を続ける。線の下で終わる曲線は、この短い学習ではそこに届いていない。固有値は、基底をすべて直交に保つランチョス法による。トレースは少数の"
         "乱数ベクトルにわたる平均で、縦棒はその標準誤差である。バッチ正規化ではバッチの統計量を使い、短い学習で縁に届くように"
-        "学習率を大きくしてある。",
+        "学習率を大きくしてある。破線は小さい方の学習率、損失とトレースとその他の固有値は大きい方の学習率のものである。",
     ),
     "regularisation": (
         "A deep network memorises a small training set. Training and test error at the end, with weight decay, dropped branches "

@@ -18,7 +18,7 @@ import optax
 
 from resnet_jax.analysis import hessian_trace, lanczos
 from resnet_jax.lab.fit import Data, cifar_net, load, pixels, recipe
-from resnet_jax.lab.panels import COLOURS, Panel, Text, log_axis, short
+from resnet_jax.lab.panels import COLOURS, Panel, Text, log_axis
 from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.runs.charts import TEXT
 from resnet_jax.training.sharding import compiler_options
@@ -173,12 +173,12 @@ def takeaway(found: Rows) -> Text:
     )
 
 
-def ends_of(found: Rows, name: str) -> Text:
+def ends_of(found: Rows, name: str, digits: int) -> Text:
     """Returns a measure before training and at the last step, of each network at its largest learning rate."""
 
     def ends(kind: str, norm: str) -> str:
         of = of_network(found, kind, norm, rates_of(found, norm)[0])
-        return f"{short(of[0][name])} → {short(of[-1][name])}"
+        return f"{of[0][name]:.{digits}f} → {of[-1][name]:.{digits}f}"
 
     english, japanese = (("no norm", "batch norm"), ("正規化なし", "バッチ正規化"))
     return (
@@ -192,7 +192,7 @@ def ends_of(found: Rows, name: str) -> Text:
 def last_spectrum(found: Rows, norm: str) -> tuple[str, str]:
     """Returns the third over the first and the smallest eigenvalue of the residual network at the last step."""
     last = of_network(found, "residual", norm, rates_of(found, norm)[0])[-1]
-    return f"{last['eigenvalue3'] / last['eigenvalue1']:.2f}", short(last["smallest"])
+    return f"{last['eigenvalue3'] / last['eigenvalue1']:.2f}", f"{last['smallest']:.3f}"
 
 
 def panels(found: Rows) -> list[Panel]:
@@ -206,11 +206,11 @@ def panels(found: Rows) -> list[Panel]:
                 values = [row["eigenvalue1"] for row in of]
                 axes.plot([row["step"] for row in of], values, marker + style, color=colour, markersize=3)
             axes.axhline(2 / rate, color=TEXT, linestyle=style, linewidth=1)
-            axes.annotate(f"2 / {rate:g}", (1.17 * most, 2 / rate), (0, 2), textcoords="offset points", ha="right")
+            axes.text(1.25 * most, 2 / rate, f"2 / {rate:g}", ha="right", va="bottom", fontsize=8.5)
         for colour, marker, kind in zip(COLOURS, "os", KINDS, strict=False):
             axes.plot([], [], f"{marker}-", color=colour, label=kind)
         axes.plot([], [], color=TEXT, label="2 / learning rate")
-        axes.set(xlabel="step", ylabel="sharpness", xlim=(-0.04 * most, 1.18 * most), ylim=(0, None))
+        axes.set(xlabel="step", ylabel="sharpness", xlim=(-0.04 * most, 1.26 * most), ylim=(0, None))
 
     def along(axes: Any, name: str, label: str) -> None:
         for colour, marker, (norm, kind) in zip(COLOURS, "osD^", product(RATES, KINDS), strict=False):
@@ -231,7 +231,7 @@ def panels(found: Rows) -> list[Panel]:
             axes.plot([row["step"] for row in of], values, f"{marker}-", color=colour, markersize=3, label=label)
         axes.set(xlabel="step", ylabel="eigenvalue of the Hessian")
 
-    (loss, loss_ja), (trace, trace_ja) = ends_of(found, "loss"), ends_of(found, "trace")
+    (loss, loss_ja), (trace, trace_ja) = ends_of(found, "loss", 3), ends_of(found, "trace", 0)
     made = []
     for norm, (name, name_ja) in NAMES.items():
         text, text_ja = edge_of(found, norm)
