@@ -14,7 +14,7 @@ from pathlib import Path
 from resnet_jax import __version__
 from resnet_jax.files import bucket_problem
 from resnet_jax.output import fail, first_line
-from resnet_jax.typed import InputError
+from resnet_jax.typed import InputError, from_extra
 
 LARGE_PAGES = "RESNET_JAX_LARGE_PAGES"
 """Environment variable: 0 leaves memory to the system."""
@@ -64,8 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"resnet-jax {__version__}")
         return 0
-    from resnet_jax.commands import COMMANDS, call
-
+    try:
+        with from_extra("train", "resnet-jax"):
+            from resnet_jax.commands import COMMANDS, call
+    except InputError as error:
+        return fail(str(error))
     if arguments[0] == "help":
         arguments = [*arguments[1:2], "--help"]
     if not arguments[0].startswith("-") and arguments[0] not in COMMANDS:

@@ -20,6 +20,7 @@ from resnet_jax.config import Config, ParallelConfig, to_dict
 from resnet_jax.recipe_files import load_config
 from resnet_jax.recipe_flags import spelt_out
 from resnet_jax.training import loop
+from resnet_jax.typed import DISTRIBUTION
 
 from .conftest import ROOT
 from .small import parse_recipe, save_small_network
@@ -379,7 +380,7 @@ def test_a_batch_norm_that_sees_one_value_a_channel_is_a_warning(capsys, tmp_pat
 
 
 def test_the_version_is_told(capsys):
-    assert run(["--version"], capsys)[:2] == (0, f"resnet-jax {metadata.version('resnet_jax')}\n")
+    assert run(["--version"], capsys)[:2] == (0, f"resnet-jax {metadata.version(DISTRIBUTION)}\n")
 
 
 def test_shells_can_complete_commands_and_flags(capsys):

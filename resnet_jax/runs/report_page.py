@@ -31,6 +31,7 @@ from resnet_jax.training.evaluation import FinishedRun, Predictions, everywhere,
 from resnet_jax.training.manifest import best_of
 from resnet_jax.training.metrics import fit_calibration, measure, probabilities, wilson
 from resnet_jax.training.parts import NO_PARTS, Parts
+from resnet_jax.typed import from_extra
 from resnet_jax.weights.sources import preprocessing_in
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration
 
@@ -135,7 +136,8 @@ def of_classes(run: FinishedRun, split: str, means: dict[str, Any]) -> dict[str,
 
 def template() -> Any:
     """Returns the page's template, a `jinja2.Template` that escapes every value."""
-    import jinja2
+    with from_extra("report", "the report"):
+        import jinja2
 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined

@@ -74,6 +74,7 @@ from resnet_jax.training.sharding import (
     state_sharding,
 )
 from resnet_jax.training.state import TrainState
+from resnet_jax.typed import DISTRIBUTION
 from resnet_jax.weights.load import names_of_outputs
 
 
@@ -215,7 +216,7 @@ def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
     if config.augment.crop == "random_resized" and (other := other_resizer(folder)):
         say(
             f"WARNING: the training pictures of the run in {folder} were resized by {other}, and now are by "
-            f"{resizer()}: pixels may differ by 1 of 255. The extra resnet_jax[fast] installs cykooz.resizer",
+            f"{resizer()}: pixels may differ by 1 of 255. The extra {DISTRIBUTION}[fast] installs cykooz.resizer",
             error=True,
         )
     save_fingerprint(now, folder)
