@@ -6,6 +6,8 @@ A name of the public face is imported when it is first asked for: what needs no 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from resnet_jax.typed import from_extra
+
 if TYPE_CHECKING:
     from resnet_jax import analysis
     from resnet_jax.config import Config, InputError
@@ -86,7 +88,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"{__name__}.analysis")
     for home, names in _HOMES.items():
         if name in names:
-            value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+            with from_extra("train", f"{__name__}.{name}"):
+                value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -4,6 +4,8 @@ from importlib import metadata
 
 import pytest
 
+from resnet_jax.typed import DISTRIBUTION
+
 LIGHT = """
 import sys
 import resnet_jax as rj
@@ -27,7 +29,7 @@ def test_a_checkout_on_the_path_needs_no_installation():
     """Machines with a GPU are often given a copy of the files alone."""
     code = "from importlib import metadata as m; m.distribution = None; import resnet_jax as rj; print(rj.__version__)"
     printed = subprocess.check_output([sys.executable, "-c", code], text=True)
-    assert printed == metadata.version("resnet_jax") + "\n"
+    assert printed == metadata.version(DISTRIBUTION) + "\n"
 
 
 def test_every_name_is_there_when_asked_for():
