@@ -359,7 +359,7 @@ def fit(
     table, classes = sampling_table(run.dataset, config.data.sampling), run.dataset.label_classes()
     features = make_features(config, run.model, mesh) if computes_features_once(config) else None
     from_device = config.data.on_device or features is not None
-    most = steps_per_call(config, from_device)
+    most = steps_per_call(config, from_device, run.parts.model is not None)
     on_device: Any = None
     if features is not None:
         frozen = partial(features, {"params": state.params, "batch_stats": state.batch_stats})
