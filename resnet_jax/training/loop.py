@@ -100,7 +100,7 @@ def train(
         batch statistics, dropout and other collections.
       dataset: `Dataset(train=..., validation=None, test=None, class_names=None)`, or a function that returns one.
       loss: `loss(logits, batch) -> float32 [batch]`, of a batch with `image`, `label` and, where labels are classes,
-        soft `target`s after smoothing and mixing. Labels that are no classes need one.
+        a soft `target` after smoothing and mixing. Labels that are no classes need one.
       optimizer: an optax transformation, or a function that makes one of the recipe's learning rate by step.
       metrics: name -> `metric(logits, batch) -> [batch]`, whose mean is logged; `train.metric` may name one.
       hooks: objects with methods of `runs.hooks.Hook`.

@@ -67,7 +67,8 @@ def features(
       stages: their numbers, in the order of the maps, such as (2, 3, 4); 0 is the stem, None all stages.
       key: draws random parameters in place of pretrained ones.
       frozen: batch norms use their running statistics, also with `train=True`, and nothing of them trains.
-      name, in_channels, **overrides: as for `load_pretrained`.
+      name, in_channels: as for `load_pretrained`.
+      **overrides: fields of the module, as for `create_model`.
 
     Returns:
       A module, with `names`, `channels` and `strides` of the maps, and its variables `{"params", "batch_stats"}` in
