@@ -15,7 +15,8 @@ import generate
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-REPOSITORY = next((url for url in PROJECT.get("urls", {}).values() if re.fullmatch(r"https://github.com/[^/]+/[^/]+", url)), None)
+ADDRESSES = PROJECT.get("urls", {}).values()
+REPOSITORY = next((url for url in ADDRESSES if re.fullmatch(r"https://github.com/[^/]+/[^/]+", url)), None)
 """Where the source lies on the web; None leaves the links to it out."""
 TESTS = generate.tests_by_name()
 
@@ -56,12 +57,12 @@ napoleon_use_rtype = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 
-def source_role(name, rawtext, text, lineno, inliner, options=None, content=None):
+def link_file(name, rawtext, text, lineno, inliner, options=None, content=None):
     """Links a file of the repository: {repo}`path`."""
     return linked(text, text, (ROOT / text).exists(), "file", rawtext, lineno, inliner)
 
 
-def test_role(name, rawtext, text, lineno, inliner, options=None, content=None):
+def link_test(name, rawtext, text, lineno, inliner, options=None, content=None):
     """Links a test by its name: {test}`test_name`."""
     path, line = TESTS.get(text, ("", 0))
     return linked(text, f"{path}#L{line}", text in TESTS, "test", rawtext, lineno, inliner)
@@ -86,8 +87,10 @@ def add_notebook_links(app, docname, source):
     links = [f'<a href="{file}" download>Download as .ipynb</a>']
     if REPOSITORY:
         owner = REPOSITORY.removeprefix("https://github.com/")
-        links.insert(0, f'<a href="https://colab.research.google.com/github/{owner}/blob/gh-pages/{file}">Open in Colab</a>')
-    source[0] = re.sub(r"^(# .+\n)", rf'\1\n<p class="notebook">{" ".join(links)}</p>\n', source[0], count=1, flags=re.M)
+        colab = f"https://colab.research.google.com/github/{owner}/blob/gh-pages/{file}"
+        links.insert(0, f'<a href="{colab}">Open in Colab</a>')
+    below = f'\n<p class="notebook">{" ".join(links)}</p>\n'
+    source[0] = re.sub(r"^# .+\n", lambda title: title[0] + below, source[0], count=1, flags=re.M)
 
 
 def write_notebooks(app, exception):
@@ -99,7 +102,7 @@ def write_notebooks(app, exception):
 def setup(app):
     """Generates pages, and adds the roles and the notebooks."""
     generate.write_pages(REPOSITORY)
-    app.add_role("repo", source_role)
-    app.add_role("test", test_role)
+    app.add_role("repo", link_file)
+    app.add_role("test", link_test)
     app.connect("source-read", add_notebook_links)
     app.connect("build-finished", write_notebooks)

@@ -12,13 +12,16 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+PACKAGE = ROOT / "resnet_jax"
 OUT = DOCS / "generated"
 
 HE2015 = "[He et al. 2015](https://arxiv.org/abs/1512.03385)"
 FAMILIES = (
-    ("ResNet, wide ResNet, ResNeXt", "PLAIN", f"{HE2015}; deep stems (c, d, s, t) [He et al. 2018](https://arxiv.org/abs/1812.01187); "
+    ("ResNet, wide ResNet, ResNeXt", "PLAIN", f"{HE2015}; deep stems (c, d, s, t) "
+     "[He et al. 2018](https://arxiv.org/abs/1812.01187); "
      "[Zagoruyko and Komodakis 2016](https://arxiv.org/abs/1605.07146); [Xie et al. 2016](https://arxiv.org/abs/1611.05431)"),
-    ("Channel attention: SE, ECA, ResNet-RS", "CHANNEL_ATTENTION", "[Hu et al. 2017](https://arxiv.org/abs/1709.01507); "
+    ("Channel attention: SE, ECA, ResNet-RS", "CHANNEL_ATTENTION",
+     "[Hu et al. 2017](https://arxiv.org/abs/1709.01507); "
      "[Wang et al. 2019](https://arxiv.org/abs/1910.03151); [Bello et al. 2021](https://arxiv.org/abs/2103.07579)"),
     ("Anti-aliased", "ANTI_ALIASED", "[Zhang 2019](https://arxiv.org/abs/1904.11486)"),
     ("Activation first, Big Transfer", "PREACTIVATED", "[He et al. 2016](https://arxiv.org/abs/1603.05027); "
@@ -27,7 +30,8 @@ FAMILIES = (
     ("GoogLeNet", "GOOGLENETS", "[Szegedy et al. 2014](https://arxiv.org/abs/1409.4842), as torchvision has it"),
     ("Attention inside a ResNet", "SELF_ATTENTION", "[Srinivas et al. 2021](https://arxiv.org/abs/2101.11605)"),
     ("Vision transformer", "VITS", "[Dosovitskiy et al. 2020](https://arxiv.org/abs/2010.11929)"),
-    ("For CIFAR and other small images", "CIFAR", f"{HE2015}, section 4.2; [He et al. 2016](https://arxiv.org/abs/1603.05027); "
+    ("For CIFAR and other small images", "CIFAR",
+     f"{HE2015}, section 4.2; [He et al. 2016](https://arxiv.org/abs/1603.05027); "
      "[Zagoruyko and Komodakis 2016](https://arxiv.org/abs/1605.07146)"),
 )  # fmt: skip
 """Heading, name of a table in `resnet_jax/models/table.py`, and where its networks come from."""
@@ -75,11 +79,12 @@ def zoo() -> str:
         rows = []
         for model in getattr(tables, name):
             row = described.pop(model)
-            tags = ", ".join(
-                f"[{tag['tag'].partition('.')[2] or tag['tag']}](https://huggingface.co/timm/{tag['tag']})" for tag in row["tags"]
-            )
+            tags = [tag["tag"] for tag in row["tags"]]
+            weights = [f"[{tag.partition('.')[2] or tag}](https://huggingface.co/timm/{tag})" for tag in tags]
             size = row["size"] if isinstance(row["size"], int) else row["size"][0]
-            rows.append([f"`{model}`", f"{row['parameters'] / 1e6:,.2f}", f"{row['gmacs']:,.2f}", str(size), tags])
+            rows.append(
+                [f"`{model}`", f"{row['parameters'] / 1e6:,.2f}", f"{row['gmacs']:,.2f}", str(size), ", ".join(weights)]
+            )
         lines = table(["name", "parameters, millions", "GMACs", "at pixels", "weights"], rows)
         text.append(lines.replace("---: |\n", "--- |\n", 1))
     if described:
@@ -92,7 +97,7 @@ def costs() -> dict[str, dict[str, Any]]:
     from resnet_jax.commands import describe_model
     from resnet_jax.models.registry import list_models
 
-    sources = sorted((ROOT / "resnet_jax" / "models").glob("*.py")) + [ROOT / "resnet_jax" / "weights" / "tags.jsonl"]
+    sources = [*sorted((PACKAGE / "models").glob("*.py")), PACKAGE / "weights" / "tags.jsonl"]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     kept = OUT / "zoo.json"
     if kept.exists() and (found := json.loads(kept.read_text()))["key"] == key:
@@ -183,7 +188,8 @@ def lab(language: str) -> str:
     for name in run.recorded_in(DOCS / "lab"):
         section = run.section(DOCS / "lab", name)
         figures = "".join(
-            f"<figure><figcaption>{own(panel['finding'])}</figcaption>{panel['svg']}</figure>" for panel in section["panels"]
+            f"<figure><figcaption>{own(panel['finding'])}</figcaption>{panel['svg']}</figure>"
+            for panel in section["panels"]
         )
         rows = "".join(
             "<tr>" + "".join(f"<{tag}>{own(texts)}</{tag}>" for texts in row) + "</tr>"
@@ -202,7 +208,8 @@ def lab(language: str) -> str:
 
 def records(name: str) -> dict[str, dict[str, Any]]:
     """Returns file name -> record of a benchmark, one for each kind of hardware."""
-    return {path.name: json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob(f"{name}-*.json"))}
+    paths = sorted((ROOT / "benchmarks" / "results").glob(f"{name}-*.json"))
+    return {path.name: json.loads(path.read_text()) for path in paths}
 
 
 def means(name: str, of: str) -> str:
@@ -222,11 +229,11 @@ def depth() -> str:
     """Returns what a step of nets of 20 to 1202 layers costs in a loop."""
     text = []
     for file, record in records("depth").items():
-        rows = [
-            [row["case"], row["contender"], f"{row['compile_seconds']:.1f}", f"{row['temporary_mib']:.0f}", f"{row['median']:.2f}"]
-            for row in record["rows"]
-            if "compile_seconds" in row
-        ]
+        rows = []
+        for row in record["rows"]:
+            if "compile_seconds" in row:
+                figures = (f"{row['compile_seconds']:.1f}", f"{row['temporary_mib']:.0f}", f"{row['median']:.2f}")
+                rows.append([row["case"], row["contender"], *figures])
         head = ["network", "how", "compile, s", "memory beside the state, MiB", "a step, s"]
         text.append(table(head, rows) + f"\nRecord: {{repo}}`benchmarks/results/{file}`.\n")
     return "\n".join(text)
@@ -262,7 +269,8 @@ def tests_by_name() -> dict[str, tuple[str, int]]:
 
 def executed_pages() -> list[Path]:
     """Returns the pages that are notebooks."""
-    return [path for path in sorted(DOCS.glob("*.md")) if path.read_text(encoding="utf-8").startswith("---\nfile_format: mystnb")]
+    begins = "---\nfile_format: mystnb"
+    return [path for path in sorted(DOCS.glob("*.md")) if path.read_text(encoding="utf-8").startswith(begins)]
 
 
 def write_notebooks(folder: Path, repository: str | None) -> None:

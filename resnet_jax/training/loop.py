@@ -116,6 +116,16 @@ def train(
       FolderLost: the folder is gone, or another run's; the state is saved elsewhere if it can be.
       NotSaved: the run came to its end, and the disk did not take its last checkpoint or summary.
       Stalled: the data gave nothing for `data.timeout` seconds.
+
+    Example:
+      The digits for three epochs, then six more; and a module, data and a metric of your own::
+
+        config = rj.Config(train=TrainConfig(epochs=3))
+        summary = rj.train(config, "runs/a")
+        print(summary["ema/test"]["accuracy"])
+
+        data = rj.Dataset(train=(images, labels), test=(more_images, more_labels))
+        rj.train(rj.Config(), "runs/own", model=MyNet(), dataset=data, metrics={"margin": margin})
     """
     began = time.perf_counter()
     check_guard(config.data.workers)
