@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 from docutils import nodes
+from sphinx.addnodes import pending_xref
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of this process and of the notebooks
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,7 +36,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "use_fullscreen_button": False,
     "use_download_button": False,
-    "article_header_end": ["search-button", "toggle-secondary-sidebar"],
+    "navbar_persistent": [],  # no second search above the page
 }
 if REPOSITORY:
     html_theme_options |= {"repository_url": REPOSITORY, "use_repository_button": True, "path_to_docs": "docs"}
@@ -59,24 +60,26 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 def link_file(name, rawtext, text, lineno, inliner, options=None, content=None):
     """Links a file of the repository: {repo}`path`."""
-    return linked(text, text, (ROOT / text).exists(), "file", rawtext, lineno, inliner)
+    literal = nodes.literal(text, text)
+    if not (ROOT / text).exists():
+        return unknown("file", rawtext, lineno, inliner)
+    if REPOSITORY is None:
+        return [literal], []
+    return [nodes.reference("", "", literal, refuri=f"{REPOSITORY}/blob/main/{text}")], []
 
 
 def link_test(name, rawtext, text, lineno, inliner, options=None, content=None):
-    """Links a test by its name: {test}`test_name`."""
-    path, line = TESTS.get(text, ("", 0))
-    return linked(text, f"{path}#L{line}", text in TESTS, "test", rawtext, lineno, inliner)
+    """Links a test by its name to its source on the page of proofs: {test}`test_name`."""
+    if text not in TESTS:
+        return unknown("test", rawtext, lineno, inliner)
+    about = {"refdomain": "std", "reftype": "ref", "refexplicit": True, "reftarget": text, "refwarn": True}
+    return [pending_xref(rawtext, nodes.literal(text, text), refdoc=inliner.document.settings.env.docname, **about)], []
 
 
-def linked(text, place, there, kind, rawtext, lineno, inliner):
-    """Returns a link to a place in the repository; the build says where there is no such place."""
-    if not there:
-        message = inliner.reporter.warning(f"there is no {kind} {text}", line=lineno)
-        return [inliner.problematic(rawtext, rawtext, message)], [message]
-    literal = nodes.literal(text, text)
-    if REPOSITORY is None:
-        return [literal], []
-    return [nodes.reference("", "", literal, refuri=f"{REPOSITORY}/blob/main/{place}")], []
+def unknown(kind, rawtext, lineno, inliner):
+    """Warns that there is no such file or test."""
+    message = inliner.reporter.warning(f"there is no such {kind}: {rawtext}", line=lineno)
+    return [inliner.problematic(rawtext, rawtext, message)], [message]
 
 
 def add_notebook_links(app, docname, source):
@@ -84,12 +87,12 @@ def add_notebook_links(app, docname, source):
     if not source[0].startswith("---\nfile_format: mystnb"):
         return
     file = f"notebooks/{docname}.ipynb"
-    links = [f'<a href="{file}" download>Download as .ipynb</a>']
+    colab, words = "https://colab.research.google.com/", "Open Colab, to upload it there"
     if REPOSITORY:
         owner = REPOSITORY.removeprefix("https://github.com/")
-        colab = f"https://colab.research.google.com/github/{owner}/blob/gh-pages/{file}"
-        links.insert(0, f'<a href="{colab}">Open in Colab</a>')
-    below = f'\n<p class="notebook">{" ".join(links)}</p>\n'
+        colab, words = f"{colab}github/{owner}/blob/gh-pages/{file}", "Open in Colab"
+    links = f'<a href="{file}" download>Download as .ipynb</a> <a href="{colab}">{words}</a>'
+    below = f'\n<p class="notebook">{links}</p>\n'
     source[0] = re.sub(r"^# .+\n", lambda title: title[0] + below, source[0], count=1, flags=re.M)
 
 

@@ -54,6 +54,7 @@ def write_pages(repository: str | None) -> None:
         "transfer.md": means("finetune", "accuracy on test pictures"),
         "imbalance.md": means("imbalance", "macro recall"),
         "depth.md": depth(),
+        "proofs.md": proofs(),
         "changelog.md": relinked(ROOT / "CHANGELOG.md", repository),
         "benchmarks.md": relinked(ROOT / "benchmarks" / "README.md", repository),
     }
@@ -265,6 +266,18 @@ def tests_by_name() -> dict[str, tuple[str, int]]:
             if test := re.match(r"def (test_\w+)", line):
                 found[test[1]] = (str(path.relative_to(ROOT)), number)
     return found
+
+
+def proofs() -> str:
+    """Returns the source of each test that a page names."""
+    pages = "".join(path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md")))
+    text, tests = [], tests_by_name()
+    named = set(re.findall(r"\{test\}`(\w+)`", pages)) & set(tests)
+    for path in dict.fromkeys(tests[name][0] for name in sorted(named, key=tests.get)):
+        text.append(f"## {path}\n")
+        for name in sorted((name for name in named if tests[name][0] == path), key=lambda name: tests[name][1]):
+            text.append(f"({name})=\n### {name}\n\n```{{literalinclude}} ../{path}\n:pyobject: {name}\n```\n")
+    return "\n".join(text)
 
 
 def executed_pages() -> list[Path]:
