@@ -420,7 +420,7 @@ def fit(
     known = None if isinstance(run.parts.optimizer, optax.GradientTransformation) else schedule
     with Reporter(run.folder, config, plan, known, step, progress, latest, hooks) as reporter:
         if progress.eval_pending and validate is not None:
-            say(f"step {step} is evaluated first, which the stop before left undone")
+            say(f"step {step} is evaluated first: the run stopped before its result was saved")
             evaluate_step(run, state, step, progress, validate, reporter, bad)
         while step < end and progress.no_better < patience and not ending:
             phase = bisect_right(starts, step) - 1

@@ -72,7 +72,7 @@ def restored_step(folder):
 
 def test_no_checkpoint_is_said(tmp_path):
     assert restored_step(tmp_path) is None
-    with pytest.raises(InputError, match="holds no checkpoint; the run ended before its first one"):
+    with pytest.raises(InputError, match="holds no checkpoint; the run has not written one yet"):
         read_checkpoint(tmp_path, state_like)
 
 

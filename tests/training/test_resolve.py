@@ -116,6 +116,16 @@ def test_weights_of_a_flag_bring_their_model_in_place_of_the_recipes():
     assert (config.model.name, config.data.image_size) == ("cifar_resnet20", 8)
 
 
+def test_what_is_misspelt_is_said_before_weights_are_fetched_and_pictures_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(resolve, "find_weights", lambda source: pytest.fail("weights were looked for"))
+    monkeypatch.setattr(resolve, "measure", lambda *_: pytest.fail("pictures were measured"))
+    wrong = Config(model=ModelConfig(pretrained="X"), data=DataConfig(dataset=f"folder:{tmp_path / 'none'}"))
+    with pytest.raises(InputError, match="none"):
+        resolve.resolve(wrong)
+    with pytest.raises(InputError, match="did you mean resnet"):
+        resolve.resolve(Config(model=ModelConfig(name="resnet81", pretrained="X")))
+
+
 def test_a_switch_that_may_be_open_is_still_a_switch():
     for flags, expected in (
         (["--data.on_device"], True),
