@@ -25,6 +25,10 @@ project, author = "resnet_jax", "the authors of resnet_jax"
 copyright = author
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["generated", "lab", "_build"]
+nitpicky = True
+nitpick_ignore_regex = [  # what other libraries document, and types of ours that results have
+    (r"py:.*", r"(?!resnet_jax\.).*|resnet_jax\.(config|weights\.tags|training|models)\.[\w.]+"),
+]
 default_role = "code"  # single backticks in docstrings
 
 html_theme = "sphinx_book_theme"

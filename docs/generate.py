@@ -44,6 +44,7 @@ def write_pages(repository: str | None) -> None:
       repository: address of the source on the web; None leaves the links to it out.
     """
     pages = {
+        "front.md": front(),
         "zoo.md": zoo(),
         "recipes.md": recipes(),
         "commands.md": commands(),
@@ -179,32 +180,51 @@ def flag(section: str, field: ast.AnnAssign, about: str) -> str:
 def lab(language: str) -> str:
     """Returns the experiments of `docs/lab` with their charts, drawn from the records, in English or Japanese."""
     from resnet_jax.lab import run
-    from resnet_jax.lab.panels import DARK, LIGHT
 
-    def own(texts: tuple[str, str]) -> str:
-        return html.escape(texts[language == "ja"])
-
-    dark = f'html[data-theme="dark"] .lab {{ {DARK} }}'
-    text = [f"```{{raw}} html\n<style>.lab {{ {LIGHT} }} {dark}</style>\n```\n"]
+    text = [colours()]
     for name in run.recorded_in(DOCS / "lab"):
         section = run.section(DOCS / "lab", name)
-        figures = "".join(
-            f"<figure><figcaption>{own(panel['finding'])}</figcaption>{panel['svg']}</figure>"
-            for panel in section["panels"]
-        )
-        rows = "".join(
-            "<tr>" + "".join(f"<{tag}>{own(texts)}</{tag}>" for texts in row) + "</tr>"
-            for row, tag in ((row, "td" if i else "th") for i, row in enumerate(section["table"]))
-        )
-        made = html.escape(f"{section['dataset']}. {section['made_by']}")
+        heads = ("td" if number else "th" for number in range(len(section["table"])))
+        rows = [
+            "<tr>" + "".join(f"<{head}>{own(texts, language)}</{head}>" for texts in row) + "</tr>"
+            for row, head in zip(section["table"], heads, strict=True)
+        ]
+        table = f'<div class="pst-scrollable-table-container"><table class="table">{"".join(rows)}</table></div>'
         body = (
-            f'<div class="lab {language}"><p class="takeaway">{own(section["takeaway"])}</p>'
-            f'<div class="panels">{figures}</div><p>{own(section["captions"])}</p>'
-            + (f'<div class="pst-scrollable-table-container"><table class="table">{rows}</table></div>' if rows else "")
-            + f"<p><small>{made}</small></p></div>"
+            f'<div class="lab {language}"><p class="takeaway">{own(section["takeaway"], language)}</p>'
+            + charts(section["panels"], language)
+            + f"<p>{own(section['captions'], language)}</p>{table if rows else ''}"
+            + f"<p><small>{html.escape(section['dataset'])}. {html.escape(section['made_by'])}</small></p></div>"
         )
         text.append(f"## {section['titles'][language == 'ja']}\n\n```{{raw}} html\n{body}\n```\n")
     return "\n".join(text)
+
+
+def front() -> str:
+    """Returns the figure of the first page: training error of plain and of residual networks, from its record."""
+    from resnet_jax.lab import run
+
+    section = run.section(DOCS / "lab", "degradation")
+    panels, takeaway = charts(section["panels"][:2], "en"), own(section["takeaway"], "en")
+    return f'{colours()}\n```{{raw}} html\n<div class="lab en">{panels}<p><em>{takeaway}</em></p></div>\n```\n'
+
+
+def colours() -> str:
+    """Returns the colours of the lab's charts as variables of the page's style."""
+    from resnet_jax.lab.panels import DARK, LIGHT
+
+    return f'```{{raw}} html\n<style>.lab {{ {LIGHT} }} html[data-theme="dark"] .lab {{ {DARK} }}</style>\n```\n'
+
+
+def charts(panels: list[dict[str, Any]], language: str) -> str:
+    """Returns charts side by side, each below what it shows."""
+    shown = [f"<figcaption>{own(panel['finding'], language)}</figcaption>{panel['svg']}" for panel in panels]
+    return f'<div class="panels">{"".join(f"<figure>{figure}</figure>" for figure in shown)}</div>'
+
+
+def own(texts: tuple[str, str], language: str) -> str:
+    """Returns a text in a language, as HTML."""
+    return html.escape(texts[language == "ja"])
 
 
 def records(name: str) -> dict[str, dict[str, Any]]:
