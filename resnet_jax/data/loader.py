@@ -21,6 +21,7 @@ from resnet_jax.data.transforms import augment, fit
 from resnet_jax.data.watch import Stalled, awaited, check_guard, end_with_parent, name_what_hangs
 from resnet_jax.output import say
 from resnet_jax.training.sharding import shard_batch
+from resnet_jax.typed import from_extra
 
 SHOWN = 3
 """Images that cannot be decoded and are named on standard error."""
@@ -237,8 +238,9 @@ def _batches(
       InputError: an image cannot be decoded and the policy of `bad` is `error`.
       Stalled: nothing came for `timeout` seconds, or a worker process died.
     """
-    import grain
-    from absl import flags
+    with from_extra("train", "the loader"):
+        import grain
+        from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain 0.2.18 reads a flag when it starts workers

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from resnet_jax import __version__
 from resnet_jax.config import Config, InputError, differences, to_dict
 from resnet_jax.files import in_bucket, path_of, read_json, to_json, write_whole
-from resnet_jax.output import say
+from resnet_jax.output import say, wrapped
 from resnet_jax.recipe_files import WrongRecipe, read_recipe, recorded
 from resnet_jax.runs.lock import BucketLock, Lock, hold, live_holder
 from resnet_jax.runs.signals import FolderLost, Stopped
@@ -165,9 +165,9 @@ def finish(
     summary |= {"device": device, "versions": versions()} | ({"hook_errors": hook_errors} if hook_errors else {})
     if jax.process_index() == 0:
         write_whole(folder / "summary.json", to_json(summary, indent=2) + "\n")
-        for line in (*outcome(summary), served_line(summary)):
-            say(line)
-        say(f"the run lies in {folder}; see it with: resnet-jax evaluate {shlex.quote(str(folder))} --per-class")
+        for line in ("", *outcome(summary), served_line(summary)):
+            say(wrapped(line))
+        say(f"\nthe run lies in {folder}; next, type\n  resnet-jax evaluate {shlex.quote(str(folder))} --per-class")
     return summary
 
 

@@ -189,7 +189,7 @@ def test_a_start_that_failed_binds_nothing(photographs, tmp_path, monkeypatch, c
     assert summary["steps"] == 2 and recorded(tmp_path).model.name == "cifar_resnet8"
     assert "data.mean 0." in out and "measured on" in out and "; data.on_device True (the training images take" in out
     assert "schedule.warmup_epochs 2 is" in out and "shortened to 0" in out
-    assert "\nstep 1/2  epoch 0." in out and "  loss " in out.partition("\nstep 1/2")[2].splitlines()[0]
+    assert "\nstep 1/2  epoch 0." in out and "  train loss " in out.partition("\nstep 1/2")[2].splitlines()[0]
 
 
 def test_a_picture_that_never_comes_is_named_while_it_is_measured(monkeypatch):
