@@ -26,9 +26,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Runs `main` as the console script, in a process that has large pages of memory, and keeps them.
 
     glibc reads `MEMORY` only when a process starts, so the process replaces itself once, unless the environment sets
-    `GLIBC_TUNABLES` or `RESNET_JAX_LARGE_PAGES=0`. A step of resnet50 on two cores is 8 to 12 % faster with it (rows
-    `system's memory` and `small pages` of `benchmarks/results/train_step-cpu2-*.json`). Garbage is looked for less
-    often than Python's default, because what imports and traces make lives on.
+    `GLIBC_TUNABLES` or `RESNET_JAX_LARGE_PAGES=0`. What it brings a training step on two cores is in the rows `system's
+    memory` of `benchmarks/results/train_step-cpu2-*.json`. Garbage is looked for less often than Python's default,
+    because what imports and traces make lives on.
     """
     for number in (0, 1, 2):  # else a file of ours would get the number of a closed output, and what is printed to it
         try:

@@ -419,7 +419,8 @@ def test_a_run_from_the_shell(tmp_path, capsys, monkeypatch):
     shell = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
     train = subprocess.run([sys.executable, ROOT / "train.py", *flags], **shell)
     assert train.returncode == 0, train.stderr
-    assert "resnet-jax evaluate run" in train.stdout
+    assert "training cifar_resnet8 on 1 x cpu: 6 steps, 0.166 epochs\n" in train.stdout
+    assert "next, type\n  resnet-jax evaluate run --per-class\n" in train.stdout
     assert "step 6/6" in train.stdout
     assert "CACHE MISS" in train.stderr
     second = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--workdir", "second"], **shell)

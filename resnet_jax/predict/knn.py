@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.typing import VariableDict
 
 from resnet_jax.config import AugmentConfig, Config, InputError, TrainConfig
 from resnet_jax.data.dataset import Source, default_split
@@ -75,7 +76,7 @@ def knn(
     mesh = mesh_for(batch_size)
     variables = jax.device_put(fit_weights(model, weights.tensors, source), replicated(mesh))
 
-    def pooled(variables: Any, images: jax.Array) -> jax.Array:
+    def pooled(variables: VariableDict, images: jax.Array) -> jax.Array:
         pixels = normalize(images, look.mean, look.std, dtype_of(model))
         return model.apply(variables, pixels, train=False, endpoints=True)[1]["features"]
 
