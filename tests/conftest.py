@@ -22,7 +22,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 gc.set_threshold(50_000)  # as the command does
-
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the runs that tests start would ignore it, too
 
 
