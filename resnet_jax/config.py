@@ -468,7 +468,14 @@ class LogConfig:
 @dataclass(frozen=True)
 class Config:
     """A whole recipe. What is None is resolved where a run begins; with nothing given it is the recipe
-    `digits_resnet20`: a small residual network on scikit-learn's handwritten digits."""
+    `digits_resnet20`: a small residual network on scikit-learn's handwritten digits.
+
+    Example:
+      >>> from resnet_jax.config import OptimizerConfig, TrainConfig
+      >>> config = rj.Config(train=TrainConfig(epochs=10), optimizer=OptimizerConfig(learning_rate=0.05))
+      >>> config.train.epochs, config.data.dataset
+      (10, 'digits')
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

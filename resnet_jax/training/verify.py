@@ -126,6 +126,12 @@ def verify(
     Raises:
       InputError: the folder holds no run or no sound checkpoint, a run is under way in it, or its data or parts are not
         there.
+
+    Example::
+
+      report = rj.verify("runs/a", "all")
+      print(report)
+      assert report.ok
     """
     folder = path_of(run, "run")
     config = recorded(folder)
