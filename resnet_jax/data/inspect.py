@@ -14,6 +14,10 @@ CROPPED = 1 / 16
 NEAR_BITS, NEAR_COSINE, NEIGHBOURS = 16, 0.9, 5
 """A pair is compared pixel by pixel where at most so many of the 63 bits of its hashes differ, or where one is among
 the so many nearest of the other and the cosine of their features is at least this."""
+CANDIDATES = 50
+"""Pictures that each is compared with pixel by pixel, on average and in each way, at most."""
+ALWAYS = 0.99
+"""Correlation from which a pair is always the same picture."""
 GRID = 16
 """Side, in pixels, at which two pictures are laid over each other."""
 ROWS = 1024
@@ -125,13 +129,14 @@ def near_pairs(pixels: np.ndarray, features: np.ndarray | None = None, least: fl
     """Finds pictures that are nearly the same, as they are, mirrored, recompressed or cropped by a little.
 
     Candidates are pairs whose perceptual hashes are close, and nearest neighbours by features. Each is then laid over
-    the other, as it is and mirrored, whole and without a margin, and their correlation is taken. Time grows with the
-    square of the number of pictures.
+    the other, as it is and mirrored, whole and without a margin, and their differences between neighbouring pixels are
+    correlated. Where pictures are alike anyway, as digits are, a pair has to be more alike: 3 robust deviations above
+    the median of each picture's most similar one. Time grows with the square of the number of pictures.
 
     Args:
       pixels: uint8 [n, side, side, 3].
       features: float [n, channels]; None goes by the hashes alone.
-      least: correlation from which a pair is the same picture.
+      least: correlation from which a pair may be the same picture.
 
     Returns:
       The pairs, the most alike first.
@@ -139,34 +144,44 @@ def near_pairs(pixels: np.ndarray, features: np.ndarray | None = None, least: fl
     whole, inner = hashes_of(grey_of(pixels))
     unit = None if features is None else unit_rows(features)
     found = [_near_by_hash(whole, inner)] + ([] if unit is None else [_near_by_features(unit)])
-    codes = np.unique(np.concatenate(found))
-    pairs = np.stack(np.divmod(codes, len(pixels)), 1)
+    first, second = np.divmod(np.unique(np.concatenate(found)), len(pixels))
     laid = [over_each_other(pixels, margin) for margin in (0, margin_of(pixels.shape[1]))]
+    alike, mirrored = np.zeros(len(first), np.float32), np.zeros(len(first), bool)
+    for start in range(0, len(first), ROWS):
+        i, j = first[start : start + ROWS], second[start : start + ROWS]
+        ways = np.stack([*_likeness(laid, i, j), *_likeness(laid, i, j, mirrored=True)])
+        same = (pixels[i] == pixels[j]).all((1, 2, 3))
+        alike[start : start + ROWS] = np.where(same, 1.0, ways.max(0))
+        mirrored[start : start + ROWS] = (ways.argmax(0) >= len(ways) // 2) & ~same
+    closest = np.zeros(len(pixels), np.float32)
+    np.maximum.at(closest, first, alike)
+    np.maximum.at(closest, second, alike)
+    middle = np.median(closest)
+    usual = middle + 3 * 1.4826 * np.median(np.abs(closest - middle))
     rows = []
-    for start in range(0, len(pairs), ROWS):
-        first, second = pairs[start : start + ROWS].T
-        ways = np.stack([*_likeness(laid, first, second), *_likeness(laid, first, second, mirrored=True)])
-        same = (pixels[first] == pixels[second]).all((1, 2, 3))
-        best, mirrored = ways.max(0), ways.argmax(0) >= len(ways) // 2
-        best, mirrored = np.where(same, 1.0, best), mirrored & ~same
-        for k in np.flatnonzero(best >= least):
-            i, j = int(first[k]), int(second[k])
-            others = mirrored_hash(np.stack([whole[j], inner[j]])) if mirrored[k] else np.stack([whole[j], inner[j]])
-            bits = min((whole[i] ^ others[0]).sum(), (inner[i] ^ others[0]).sum(), (whole[i] ^ others[1]).sum())
-            cosine = float("nan") if unit is None else float(unit[i] @ unit[j])
-            rows.append(Pair(i, j, round(float(best[k]), 4), bool(mirrored[k]), int(bits), cosine))
+    for k in np.flatnonzero(alike >= np.clip(usual, least, max(least, ALWAYS))):
+        i, j = int(first[k]), int(second[k])
+        others = np.stack([whole[j], inner[j]])
+        others = mirrored_hash(others) if mirrored[k] else others
+        bits = min((whole[i] ^ others[0]).sum(), (inner[i] ^ others[0]).sum(), (whole[i] ^ others[1]).sum())
+        cosine = float("nan") if unit is None else float(unit[i] @ unit[j])
+        rows.append(Pair(i, j, round(float(alike[k]), 4), bool(mirrored[k]), int(bits), cosine))
     return sorted(rows, key=lambda pair: (-pair.likeness, pair.first, pair.second))
 
 
 def _near_by_hash(whole: np.ndarray, inner: np.ndarray) -> np.ndarray:
-    """Returns first * n + second, int64, of the pairs that are near by their hashes in any of four ways."""
-    count, signs = len(whole), [2.0 * bits.astype(np.float32) - 1 for bits in (whole, mirrored_hash(whole))]
-    known = np.concatenate(signs).T
+    """Returns first * n + second, int64, of the pairs that are near by their hashes in any of four ways; by fewer bits
+    than `NEAR_BITS` where each picture would have more than `CANDIDATES`.
+    """
+    count, size = whole.shape
+    signs = [2.0 * bits.astype(np.float32) - 1 for bits in (whole, mirrored_hash(whole), inner)]
+    known = np.concatenate(signs[:2]).T
+    some = signs[0][:: -(-count // ROWS)] @ known  # size - 2 * distance
+    near = next(n for n in range(NEAR_BITS, -1, -1) if n == 0 or (some >= size - 2 * n).sum() <= CANDIDATES * len(some))
     found = []
-    for bits in (whole, inner):
+    for bits in signs[::2]:
         for start in range(0, count, ROWS):
-            product = (2.0 * bits[start : start + ROWS].astype(np.float32) - 1) @ known  # 63 - 2 * distance
-            i, j = np.nonzero(product >= bits.shape[1] - 2 * NEAR_BITS)
+            i, j = np.nonzero(bits[start : start + ROWS] @ known >= size - 2 * near)
             i, j = i + start, j % count
             found.append((np.minimum(i, j) * count + np.maximum(i, j))[i != j])
     return np.unique(np.concatenate(found)).astype(np.int64)

@@ -195,7 +195,9 @@ def inspect_data(
     config = network.config if network else Config(data=as_it_lies)
     data = load_dataset(config.data, config.train.seed, hold_out=network is not None and network.selects)
     channels = config.data.channels
-    pictures = read_pictures(data.splits(), None if not data.class_names else data.label_classes(), channels, most, seed)
+    pictures = read_pictures(
+        data.splits(), None if not data.class_names else data.label_classes(), channels, most, seed
+    )
     notes = list(data.notes[1:])
     if (total := sum(map(len, data.splits().values()))) > most:
         notes.append(f"{most:,} of {total:,} pictures were drawn at random and looked at")
@@ -246,7 +248,7 @@ def inspect_data(
 def read_pictures(
     splits: Mapping[str, Source], classes: int | None, channels: int, most: int, seed: int = 0
 ) -> Pictures:
-    """Decodes the pictures of all splits, squeezed to squares of `SIDE` pixels, or of their own size where that is less.
+    """Decodes the pictures of all splits, squeezed to squares of `SIDE` pixels, or of their own size if that is less.
 
     Args:
       splits: name -> source.
@@ -393,7 +395,11 @@ def patch_features(pixels: np.ndarray, kernels: int = KERNELS, seed: int = 0) ->
 
     def pooled(maps: jax.Array) -> jax.Array:
         half = (maps.shape[1] + 1) // 2
-        parts = [maps[:, y, x].mean((1, 2)) for y in (slice(half), slice(-half, None)) for x in (slice(half), slice(-half, None))]
+        parts = [
+            maps[:, y, x].mean((1, 2))
+            for y in (slice(half), slice(-half, None))
+            for x in (slice(half), slice(-half, None))
+        ]
         return jnp.concatenate(parts, -1)
 
     @jax.jit
