@@ -520,8 +520,11 @@ def inspect_command(
     """
     if folds < 2 or not 1 <= batch <= MOST_AT_ONCE or pictures < 2:
         raise InputError(f"--folds and --pictures must be at least 2, and --batch between 1 and {MOST_AT_ONCE:,}")
-    run = source is not None and (path_of(source, "SOURCE") / "checkpoints").is_dir()
-    folder = path_of(source, "SOURCE") if run and out is None else local_path(out or "inspect", "--out")
+    run = None if source is None else path_of(source, "SOURCE")
+    if out is None and run is not None and (run / "checkpoints").is_dir():
+        folder = run
+    else:
+        folder = local_path(out or "inspect", "--out")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file: name a folder")
     if config is not None:

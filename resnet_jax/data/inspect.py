@@ -103,7 +103,8 @@ def over_each_other(pixels: np.ndarray, margin: int) -> np.ndarray:
     """
     inside = pixels[:, margin : pixels.shape[1] - margin, margin : pixels.shape[2] - margin]
     rows = _shrinking(inside.shape[1])
-    small = np.einsum("gh,nhwc,kw->ngkc", rows, inside.astype(np.float32), rows, optimize=True)
+    parts = (inside[start : start + ROWS].astype(np.float32) for start in range(0, len(inside), ROWS))
+    small = np.concatenate([np.einsum("gh,nhwc,kw->ngkc", rows, part, rows, optimize=True) for part in parts])
     across, down = (np.diff(small, axis=axis, append=np.take(small, [-1], axis)) for axis in (2, 1))
     edges = np.concatenate([across, down], -1)
     return edges / np.sqrt((edges**2).sum((1, 2, 3), keepdims=True) + edges[0].size)  # one grey level of noise
@@ -160,12 +161,12 @@ def near_pairs(pixels: np.ndarray, features: np.ndarray | None = None, least: fl
     usual = middle + 3 * 1.4826 * np.median(np.abs(closest - middle))
     rows = []
     for k in np.flatnonzero(alike >= np.clip(usual, least, max(least, ALWAYS))):
-        i, j = int(first[k]), int(second[k])
-        others = np.stack([whole[j], inner[j]])
+        a, b = int(first[k]), int(second[k])
+        others = np.stack([whole[b], inner[b]])
         others = mirrored_hash(others) if mirrored[k] else others
-        bits = min((whole[i] ^ others[0]).sum(), (inner[i] ^ others[0]).sum(), (whole[i] ^ others[1]).sum())
-        cosine = float("nan") if unit is None else float(unit[i] @ unit[j])
-        rows.append(Pair(i, j, round(float(alike[k]), 4), bool(mirrored[k]), int(bits), cosine))
+        bits = min((whole[a] ^ others[0]).sum(), (inner[a] ^ others[0]).sum(), (whole[a] ^ others[1]).sum())
+        cosine = float("nan") if unit is None else float(unit[a] @ unit[b])
+        rows.append(Pair(a, b, round(float(alike[k]), 4), bool(mirrored[k]), int(bits), cosine))
     return sorted(rows, key=lambda pair: (-pair.likeness, pair.first, pair.second))
 
 

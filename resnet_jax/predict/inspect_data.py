@@ -368,7 +368,7 @@ def patch_features(pixels: np.ndarray, kernels: int = KERNELS, seed: int = 0) ->
     """
     rng = np.random.default_rng(seed)
     side = pixels.shape[1]
-    size = max(3, round(side * 6 / 32))
+    size = min(side, max(3, round(side * 6 / 32)))
     windows = np.lib.stride_tricks.sliding_window_view(pixels, (size, size), axis=(1, 2))
 
     def drawn(count: int) -> np.ndarray:

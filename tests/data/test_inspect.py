@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from resnet_jax.cli import main
-from resnet_jax.config import DataConfig, InputError
+from resnet_jax.config import DataConfig, InputError, TrainConfig
 from resnet_jax.data.dataset import ArraySource, Dataset
 from resnet_jax.data.inspect import (
     Pair,
@@ -35,6 +35,7 @@ from resnet_jax.runs import inspect_page
 from resnet_jax.runs.report_page import read_inspection
 
 from ..browser import Tags, needed_width, needs_chromium
+from ..conftest import ROOT
 from ..small import digits, save_small_network
 
 
@@ -304,7 +305,7 @@ def test_the_command_writes_a_page_and_a_table_to_act_on(trial, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "twins across splits" in printed and f"{out / 'inspect.html'} and {out / 'inspect.csv'}" in printed
     assert "left out, since they cannot be decoded: " in printed and "00.png" in printed
-    rows = list(csv.DictReader((out / "inspect.csv").open()))
+    rows = list(csv.DictReader((out / "inspect.csv").read_text().splitlines()))
     assert tuple(rows[0]) == inspect_page.COLUMNS
     (across,) = [row for row in rows if row["finding"] == "twins across splits"]
     assert across["picture"] == str(trial / "train" / "smooth" / "03.png") and across["split"] == "train"
@@ -359,7 +360,7 @@ def test_a_run_that_has_learnt_the_labels_does_not_judge_them(tmp_path, capsys):
     config = dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, name="cifar_resnet8"),
-        train=dataclasses.replace(base.train, epochs=None, steps=2, batch_size=16, ema_decay=None),
+        train=TrainConfig(steps=2, batch_size=16, ema_decay=None),
         log=dataclasses.replace(base.log, tensorboard=False, report=False),
     )
     run = tmp_path / "run"
@@ -372,7 +373,7 @@ def test_a_run_that_has_learnt_the_labels_does_not_judge_them(tmp_path, capsys):
     report = (run / "report.html").read_text()
     tags = Tags()
     tags.feed(report)
-    assert "Data on trial" in report and 'href="inspect.html"' in report and tags.rows["inspection"] == 7
+    assert "Data on trial" in report and 'href="inspect.html"' in report and tags.rows["inspection"] == 6
 
 
 def test_data_without_one_class_each_is_looked_at_for_the_rest(tmp_path, monkeypatch):
@@ -398,6 +399,11 @@ def test_what_is_wrong_is_said_in_words(tmp_path, capsys):
     assert "is a file: name a folder" in error("--data.dataset", "digits", "--out", str(tmp_path / "file"))
     assert "there is no such folder" in error("--data.dataset", f"folder:{tmp_path / 'none'}")
     assert "there is no such" in error(str(tmp_path / "none.safetensors"), "--data.dataset", "digits")
+
+
+def test_the_page_for_readers_names_every_column():
+    text = (ROOT / "docs" / "inspect.md").read_text()
+    assert [name for name in inspect_page.COLUMNS if f"`{name}`" not in text] == []
 
 
 def test_what_is_no_record_of_an_inspection_is_left_out(tmp_path):
