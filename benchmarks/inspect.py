@@ -120,7 +120,8 @@ def measured(found: Any, truth: dict[str, str], twins: dict[str, tuple]) -> list
         of_kind = [path for path, (_, how) in twins.items() if how == kind]
         rows.append({"case": "twins", "contender": kind, "found": len(seen & set(of_kind)), "n": len(of_kind)})
     before = [pair for pair in across if not {paths[pair.first], paths[pair.second]} & set(twins)]
-    listed = [["/".join(Path(paths[i]).parts[-3:]) for i in (pair.first, pair.second)] + [pair.likeness] for pair in before[:30]]
+    short = ["/".join(Path(path).parts[-3:]) for path in paths]
+    listed = [[short[pair.first], short[pair.second], pair.likeness] for pair in before[:30]]
     what = {"case": "twins", "contender": "of the pictures before planting", "found": len(before)}
     rows.append(what | {"pairs": listed})
     return rows

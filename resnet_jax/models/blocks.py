@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.attention import channel_attention
-from resnet_jax.models.layers import BatchNorm, Conv, ConvNorm, DropPath
+from resnet_jax.models.layers import BatchNorm, Conv, ConvNorm, DropPath, ModuleDef
 from resnet_jax.ops.materialize import materialize, materialized_relu
 from resnet_jax.ops.pooling import anti_alias, average_pool
 
@@ -36,8 +35,8 @@ class Shortcut(nn.Module):
     kind: str = "B"
     dilation: int = 1
     kernel: int = 1
-    conv: Callable[..., Any] = Conv
-    norm: Callable[..., Any] | None = BatchNorm
+    conv: ModuleDef = Conv
+    norm: ModuleDef | None = BatchNorm
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -99,8 +98,8 @@ class ResidualBlock(nn.Module):
     anti_alias: str = "none"
     drop_path: float = 0.0
     zero_init_last: bool = True
-    conv: Callable[..., Any] = Conv
-    norm: Callable[..., Any] = BatchNorm
+    conv: ModuleDef = Conv
+    norm: ModuleDef = BatchNorm
     act: Callable[[Array], Array] = nn.relu
 
     @nn.compact
@@ -166,8 +165,8 @@ class PreactBlock(nn.Module):
     attention_ratio: float = 1 / 16
     drop_path: float = 0.0
     zero_init_last: bool = True
-    conv: Callable[..., Any] = Conv
-    norm: Callable[..., Any] = BatchNorm
+    conv: ModuleDef = Conv
+    norm: ModuleDef = BatchNorm
     act: Callable[[Array], Array] = nn.relu
 
     @nn.compact
@@ -200,7 +199,7 @@ class PreactBlock(nn.Module):
         return materialize(y + shortcut_of(self, None)(start))
 
 
-def shortcut_of(block: ResidualBlock | PreactBlock, norm: Callable[..., Any] | None) -> Shortcut:
+def shortcut_of(block: ResidualBlock | PreactBlock, norm: ModuleDef | None) -> Shortcut:
     """Makes the shortcut of a block. To be called in a compact module."""
     return Shortcut(
         block.features,

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from resnet_jax.ops.batch_statistics import (
     batch_moments,
@@ -20,7 +21,9 @@ from resnet_jax.ops.batch_statistics import (
 from resnet_jax.ops.convolution import conv2d
 
 Array = jax.Array
-Dtype = Any
+Dtype = DTypeLike
+ModuleDef = Callable[..., nn.Module]
+"""Makes a layer: a class, or one with some of its fields given."""
 Initializer = Callable[..., Array]
 
 he_normal_fan_out: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -71,8 +74,8 @@ class Conv(nn.Module):
 class NormVariables(NamedTuple):
     """Holds what a batch norm owns, each float32 [channel]: running statistics, as Flax variables, and parameters."""
 
-    mean: Any
-    var: Any
+    mean: nn.Variable[Array]
+    var: nn.Variable[Array]
     scale: Array
     bias: Array
 
@@ -248,7 +251,7 @@ class DropPath(nn.Module):
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
-NORMS: dict[str, Any] = {
+NORMS: dict[str, ModuleDef] = {
     "batch": BatchNorm,
     "frozen_batch": partial(BatchNorm, frozen=True),
     "group": GroupNorm,
@@ -257,7 +260,7 @@ NORMS: dict[str, Any] = {
 }
 
 
-def make_norm(model: Any, epsilon: float = 1e-5) -> Any:
+def make_norm(model: nn.Module, epsilon: float = 1e-5) -> ModuleDef:
     """Returns the class of a model's norm with everything but its name set.
 
     Args:

@@ -5,7 +5,7 @@ import fnmatch
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 OURS = frozenset(MODELS)
 """Names of the models of this package; all others are users' own."""
 
-Maker = TypeVar("Maker", bound=Callable[..., Any])
+Maker = TypeVar("Maker", bound=Callable[..., nn.Module])
 
 
 def register_model(name: str) -> Callable[[Maker], Maker]:
@@ -74,19 +74,19 @@ def register_model(name: str) -> Callable[[Maker], Maker]:
     return register
 
 
-def _place(make: Any) -> tuple[Any, Any]:
+def _place(make: Callable[..., nn.Module]) -> tuple[Any, Any]:
     """Returns where something is defined."""
     return getattr(make, "__module__", None), getattr(make, "__qualname__", make)
 
 
-def _parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def _parameters(make: Callable[..., nn.Module]) -> dict[str, inspect.Parameter]:
     """Returns what a class or function is called with; of a module its fields."""
     found = inspect.signature(make).parameters
     module = isinstance(make, type) and issubclass(make, nn.Module)
     return {name: parameter for name, parameter in found.items() if not (module and name in ("parent", "name"))}
 
 
-def _takes(make: Callable[..., Any], name: str) -> bool:
+def _takes(make: Callable[..., nn.Module], name: str) -> bool:
     """Returns whether a class or function can be called with an argument of this name."""
     parameters = _parameters(make)
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -130,7 +130,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     return module
 
 
-def _plain(field: str, value: Any) -> bool:
+def _plain(field: str, value: object) -> bool:
     """Returns whether a field has the value with which modules without this field compute anyway."""
     return (field == "dtype" and value == jnp.float32) or (field == "in_channels" and value == 3)
 
@@ -142,12 +142,12 @@ def default_classes(name: str) -> int:
     return default if isinstance(default, int) else 1000
 
 
-def channels_of(model: Any) -> int:
+def channels_of(model: nn.Module) -> int:
     """Returns the number of channels of a model's images."""
     return getattr(model, "in_channels", 3)
 
 
-def dtype_of(model: Any) -> Any:
+def dtype_of(model: nn.Module) -> Any:
     """Returns the type in which a model computes, and takes its images."""
     return getattr(model, "dtype", None) or jnp.float32
 
@@ -165,14 +165,14 @@ def model_fields(recipe: ModelConfig) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(recipe, name)) != getattr(default, name)}
 
 
-def nearest(word: str, words: Any) -> str:
+def nearest(word: str, words: Iterable[str]) -> str:
     """Returns a sentence that names the words most like a wrong one, or all where none is."""
     near = difflib.get_close_matches(word, list(words), n=3, cutoff=0.4)
     return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(sorted(words))}."
 
 
 @lru_cache(maxsize=256)
-def variable_shapes(model: Any) -> Any:
+def variable_shapes(model: nn.Module) -> Any:
     """Returns shapes and types of a model's variables; nothing is allocated, and equal blocks are traced once."""
     traced = shortened(model)
     size = getattr(model, "image_size", 64)
@@ -187,7 +187,7 @@ def variable_shapes(model: Any) -> Any:
     return shapes
 
 
-def shortened(model: Any) -> Any:
+def shortened(model: nn.Module) -> nn.Module:
     """Returns a ResNet with the first two blocks of each stage, which all later ones equal; other models unchanged."""
     if type(model) is not ResNet or model.scan:
         return model
@@ -207,7 +207,7 @@ class Feature(NamedTuple):
     stride: int
 
 
-def feature_info(model: Any) -> list[Feature]:
+def feature_info(model: nn.Module) -> list[Feature]:
     """Describes the maps that `model.apply(..., endpoints=True)` returns beside the logits.
 
     Raises:
@@ -224,7 +224,7 @@ def feature_info(model: Any) -> list[Feature]:
     return [Feature(name, outputs[name].shape[-1], 256 // outputs[name].shape[1]) for name in names]
 
 
-def check_endpoints(model: Any) -> None:
+def check_endpoints(model: nn.Module) -> None:
     """Raises InputError where a model does not give what is within it."""
     kind = type(model)
     if "endpoints" not in inspect.signature(kind.__call__).parameters:
@@ -234,7 +234,7 @@ def check_endpoints(model: Any) -> None:
         )
 
 
-def stride_of(model: Any) -> int:
+def stride_of(model: nn.Module) -> int:
     """Returns how many times larger than its last map a model's image is; 1 for a module of a user's own."""
     if isinstance(model, ViT):
         return model.patch
@@ -255,7 +255,7 @@ class Cost(NamedTuple):
     macs: int
 
 
-def cost(model: Any, size: Size) -> Cost:
+def cost(model: nn.Module, size: Size) -> Cost:
     """Counts a model's parameters, and the multiply-adds of an image of that size, as timm's tables do.
 
     Convolutions, dense layers, products of attention and norms count; an element costs 2 in batch normalisation, 5 in

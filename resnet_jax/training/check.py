@@ -291,7 +291,7 @@ def gradient_breaks_in(case: Case, called: Called, state: TrainState) -> str | N
         calls = 0
         ended.clear()
 
-        def tap(name: str, value: Any) -> Any:
+        def tap(name: str, value: object) -> Any:
             if not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)):
                 return value
             if shapes is not None:

@@ -33,7 +33,7 @@ def predicted_classes(logits: Array, multilabel: bool) -> Array:
     )
 
 
-def are_classes(logits: Any, batch: dict[str, Any]) -> bool:
+def are_classes(logits: jax.Array, batch: dict[str, Any]) -> bool:
     """Returns whether a batch's `label` says the class of each example, by shapes and types: an integer each, or
     integers of the shape of the logits [batch, classes].
     """
@@ -56,7 +56,7 @@ def one_each(values: Any, count: int, name: str) -> Array:
     return values.astype(jnp.float32)
 
 
-def sums_of(metrics: Mapping[str, Metric], logits: Any, batch: dict[str, Any], mask: Array | None = None) -> Sums:
+def sums_of(metrics: Mapping[str, Metric], logits: jax.Array, batch: dict[str, Any], mask: Array | None = None) -> Sums:
     """Returns the sum of each metric over a batch, or over its examples where `mask` bool [batch] is true."""
     count, sums = len(batch["image"]), {}
     for name, metric in metrics.items():
@@ -65,7 +65,7 @@ def sums_of(metrics: Mapping[str, Metric], logits: Any, batch: dict[str, Any], m
     return sums
 
 
-def train_sums(losses: Array, logits: Any, batch: dict[str, Any], classes: bool) -> Sums:
+def train_sums(losses: Array, logits: jax.Array, batch: dict[str, Any], classes: bool) -> Sums:
     """Returns sums over a batch: `loss`, `count`, and with `classes` `accuracy`, which counts examples that are right,
     in all of their labels.
     """

@@ -147,7 +147,7 @@ def names_of_outputs(outputs: int | None, given: Sequence[str] | None, source: s
     return (*first, *(f"class {i}" for i in range(len(first), outputs)))
 
 
-def fit_weights(model: Any, tensors: Tensors, source: str, head: Any = None) -> Any:
+def fit_weights(model: nn.Module, tensors: Tensors, source: str, head: Any = None) -> Any:
     """Converts tensors to variables of a model, with stem and head fitted to it; the log notes a new head.
 
     Args:

@@ -330,11 +330,16 @@ def test_a_full_or_read_only_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
     wait_for(lambda: max(steps_in(inside / "run" / "checkpoints")) > saved, process)
     place = f"{disk}/run/checkpoints"
     enter = ["nsenter", "-t", str(process.pid), "-U", "-m", "--preserve-credentials", "sh", "-c"]
-    subprocess.run([*enter, f"mount --bind {place} {place} && mount -o remount,bind,ro {place}"], check=True)
+
+    def once_no_file_is_open(command):
+        wait_for(lambda: subprocess.run([*enter, command], stderr=subprocess.DEVNULL).returncode == 0, process)
+
+    subprocess.run([*enter, f"mount --bind {place} {place}"], check=True)
+    once_no_file_is_open(f"mount -o remount,bind,ro {place}")
     while not any("Read-only file system" in line for line in lines):
         lines.append(process.stderr.readline())
         assert lines[-1], process.communicate()
-    subprocess.run([*enter, f"umount {place}"], check=True)
+    once_no_file_is_open(f"umount {place}")
     finish(process)
     predicted = "".join(lines)
     assert (
