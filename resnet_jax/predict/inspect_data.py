@@ -5,7 +5,7 @@ of a network, or of one layer of patches that needs no training and no labels (C
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -191,8 +191,9 @@ def inspect_data(
     if source is None and dataset is None:
         raise InputError("give the data, such as --data.dataset folder:PATH, or a run, which names its own")
     network = None if source is None else Network(source, name, checkpoint, dataset, data_dir, batch_size)
-    as_it_lies = DataConfig(dataset=str(dataset), data_dir=data_dir, validation_fraction=0.0)
-    config = network.config if network else Config(data=as_it_lies)
+    config = network.config if network else Config(data=DataConfig(dataset=str(dataset), data_dir=data_dir))
+    if network is None or network.run is None:  # the splits are those of the data, nothing is held out
+        config = replace(config, data=replace(config.data, validation_fraction=0.0))
     data = load_dataset(config.data, config.train.seed, hold_out=network is not None and network.selects)
     channels = config.data.channels
     pictures = read_pictures(
