@@ -482,7 +482,7 @@ def out_of_fold(
     for k in range(fold.max() + 1):
         there, here = fold != k, fold == k
         inner = gram[np.ix_(there, there)] if by_kernel else gram - known[here].T @ known[here]
-        inner[np.diag_indices(len(inner))] += RIDGE if by_kernel else RIDGE * there.sum() / known.shape[1]
+        inner[np.diag_indices(len(inner))] += RIDGE
         wanted = targets[there] if by_kernel else known[there].T @ targets[there]
         weights = solve(inner, wanted, assume_a="pos", overwrite_a=True)
         scores[here] = (gram[np.ix_(here, there)] if by_kernel else known[here]) @ weights
