@@ -14,7 +14,15 @@ DISTRIBUTION = "residual-jax"
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message names it and the remedy. Commands end with status 2."""
+    """Something the user gave is wrong; the message names it and the remedy. Commands end with status 2.
+
+    Example:
+      >>> try:
+      ...     rj.create_model("resnet05")
+      ... except rj.InputError as error:
+      ...     print(str(error)[:33])
+      no model is called 'resnet05'; di
+    """
 
 
 def require(right: bool, message: str) -> None:

@@ -28,6 +28,11 @@ class Shortcut(nn.Module):
       dilation: of the stage; above 1 the average of `D` keeps the size.
       kernel: size of the projection of `B` and `C` where the image shrinks or the stage is dilated.
       norm: put behind a projection; None for none, as in pre-activation nets.
+
+    Example:
+      >>> shortcut = Shortcut(32, strides=2, kind="A")
+      >>> shortcut.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 16)), train=False)[0].shape
+      (1, 4, 4, 32)
     """
 
     features: int
@@ -81,6 +86,13 @@ class ResidualBlock(nn.Module):
       zero_init_last: the branch starts as zero (the last scale is 0), so the block starts as its shortcut.
       conv: called with features, kernel size, strides, dilation, groups, and a name, as `Conv`.
       norm: called with a name, and `scale_init` where it starts at zero, as `BatchNorm`.
+
+    Example:
+      >>> block = ResidualBlock(32, kernels=BOTTLENECK, strides=2)
+      >>> x = jnp.zeros((1, 8, 8, 16))
+      >>> y, variables = block.init_with_output(jax.random.key(0), x, train=False)
+      >>> y.shape
+      (1, 4, 4, 32)
     """
 
     features: int
@@ -149,6 +161,11 @@ class PreactBlock(nn.Module):
     A shortcut that projects starts from the first activation, any other from x itself, so that no norm and no
     activation lies on the identity path (He et al. 2016). Fields and shapes are those of `ResidualBlock`, but there is
     no `anti_alias`; `zero_init_last` zeroes the last convolution.
+
+    Example:
+      >>> y, _ = PreactBlock(16).init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 16)), train=False)
+      >>> y.shape
+      (1, 8, 8, 16)
     """
 
     features: int

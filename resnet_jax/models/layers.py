@@ -44,6 +44,10 @@ class Conv(nn.Module):
       kernel_size, strides, dilation, groups: as in `conv2d`; the kernel is square.
       standardized: the kernel of each output channel gets mean 0 and variance 1 first (Qiao et al. 2019).
       dtype: in which the convolution computes, and of the result.
+
+    Example:
+      >>> Conv(8, 3, strides=2).init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))[0].shape
+      (1, 4, 4, 8)
     """
 
     features: int
@@ -97,6 +101,13 @@ class BatchNorm(nn.Module):
         the groups. None: over all of the batch.
       axis_name: of the mapped axis.
       dtype: of the result.
+
+    Example:
+      >>> norm, x = BatchNorm(momentum=0.75), jnp.ones((2, 4, 4, 8))
+      >>> variables = norm.init(jax.random.key(0), x, train=False)
+      >>> y, moved = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+      >>> moved["batch_stats"]["mean"][0]  # 0.75 times 0, and 0.25 times 1
+      Array(0.25, dtype=float32)
     """
 
     momentum: float = 0.9
@@ -149,6 +160,11 @@ class ConvNorm(nn.Module):
     Attributes:
       conv: a `Conv`, or any module `conv(x)` in its place.
       norm: a `BatchNorm`, or any module `norm(x, train)`.
+
+    Example:
+      >>> layer = ConvNorm(Conv(8, 3, name="conv1"), BatchNorm(name="norm1"))
+      >>> layer.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)[0].shape
+      (1, 8, 8, 8)
     """
 
     conv: nn.Module
@@ -184,6 +200,12 @@ class GroupNorm(nn.Module):
 
     Raises:
       ValueError: the channels do not divide into the groups.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
+      >>> y, _ = GroupNorm(groups=4).init_with_output(jax.random.key(0), x)
+      >>> y.shape
+      (2, 4, 4, 8)
     """
 
     groups: int = 32
@@ -239,6 +261,12 @@ class DropPath(nn.Module):
     """Zeroes a random share of the images of a batch when training, and scales up the rest (Huang et al. 2016).
 
     Draws from the `dropout` random numbers.
+
+    Example:
+      >>> keys = {"dropout": jax.random.key(0)}
+      >>> y = DropPath(0.5).apply({}, jnp.ones((8, 1)), train=True, rngs=keys)
+      >>> sorted(set(y.ravel().tolist()))
+      [0.0, 2.0]
     """
 
     rate: float

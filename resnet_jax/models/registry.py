@@ -55,6 +55,17 @@ def register_model(name: str) -> Callable[[Maker], Maker]:
 
     Raises:
       InputError: the name is taken or impossible, or what is registered takes no `num_classes`.
+
+    Example:
+      >>> @rj.register_model("mean_colour")
+      ... class MeanColour(nn.Module):
+      ...     num_classes: int = 10
+      ...
+      ...     @nn.compact
+      ...     def __call__(self, images, train=False):
+      ...         return nn.Dense(self.num_classes, name="head")(images.mean((1, 2)))
+      >>> rj.create_model("mean_colour", num_classes=3).num_classes
+      3
     """
 
     def register(make: Maker) -> Maker:
@@ -93,7 +104,12 @@ def _takes(make: Callable[..., nn.Module], name: str) -> bool:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Returns the names of the models that match a shell pattern such as `resnext*`, sorted."""
+    """Returns the names of the models that match a shell pattern such as `resnext*`, sorted.
+
+    Example:
+      >>> rj.list_models("resnet18*")
+      ['resnet18', 'resnet18d']
+    """
     return sorted(fnmatch.filter(MODELS, pattern))
 
 
@@ -107,6 +123,13 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
     Raises:
       InputError: the name or a field is unknown; the message has the nearest ones.
+
+    Example:
+      >>> model = rj.create_model("cifar_resnet20", num_classes=4, act="silu")
+      >>> images = jnp.zeros((2, 32, 32, 3))
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+      >>> variables["params"]["head"]["kernel"].shape
+      (64, 4)
     """
     if name not in MODELS:
         raise InputError(
@@ -212,6 +235,10 @@ def feature_info(model: nn.Module) -> list[Feature]:
 
     Raises:
       InputError: the model has tokens and no maps, or is a module of your own without `endpoints`.
+
+    Example:
+      >>> rj.feature_info(rj.create_model("cifar_resnet20"))[-1]
+      Feature(name='stage3', channels=64, stride=4)
     """
     if isinstance(model, ViT):
         raise InputError("a transformer has tokens of one width throughout, and no maps")

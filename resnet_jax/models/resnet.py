@@ -161,6 +161,11 @@ class ResNet(nn.Module):
       in_channels: of the images.
       num_classes: None or 0 returns the pooled features [batch, channel] instead of logits.
       dtype: float32 or bfloat16.
+
+    Example:
+      A ResNet-26 of twice the width, with channel attention, for grey images::
+
+        model = ResNet((2, 2, 2, 2), base_width=128, attention="se", in_channels=1, num_classes=10)
     """
 
     stage_sizes: tuple[int, ...]

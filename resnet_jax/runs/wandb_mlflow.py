@@ -34,6 +34,10 @@ class WandbHook:
 
     Raises:
       InputError: wandb is not installed.
+
+    Example::
+
+      rj.train(config, "runs/a", hooks=[rj.WandbHook(project="digits", tags=["first"])])
     """
 
     def __init__(self, project: str | None = None, name: str | None = None, **init: Any) -> None:
@@ -96,6 +100,10 @@ class MlflowHook:
 
     Raises:
       InputError: MLflow is not installed.
+
+    Example::
+
+      rj.train(config, "runs/a", hooks=[rj.MlflowHook(experiment="digits", tracking_uri="sqlite:///mlflow.db")])
     """
 
     def __init__(self, experiment: str | None = None, tracking_uri: str | None = None) -> None:

@@ -102,7 +102,7 @@ def train(
         batch statistics, dropout and other collections.
       dataset: `Dataset(train=..., validation=None, test=None, class_names=None)`, or a function that returns one.
       loss: `loss(logits, batch) -> float32 [batch]`, of a batch with `image`, `label` and, where labels are classes,
-        soft `target`s after smoothing and mixing. Labels that are no classes need one.
+        a soft `target` after smoothing and mixing. Labels that are no classes need one.
       optimizer: an optax transformation, or a function that makes one of the recipe's learning rate by step.
       metrics: name -> `metric(logits, batch) -> [batch]`, whose mean is logged; `train.metric` may name one.
       hooks: objects with methods of `runs.hooks.Hook`.
@@ -118,6 +118,16 @@ def train(
       FolderLost: the folder is gone, or another run's; the state is saved elsewhere if it can be.
       NotSaved: the run came to its end, and the disk did not take its last checkpoint or summary.
       Stalled: the data gave nothing for `data.timeout` seconds.
+
+    Example:
+      The digits for three epochs, then six more; and a module, data and a metric of your own::
+
+        config = rj.Config(train=TrainConfig(epochs=3))
+        summary = rj.train(config, "runs/a")
+        print(summary["ema/test"]["accuracy"])
+
+        data = rj.Dataset(train=(images, labels), test=(more_images, more_labels))
+        rj.train(rj.Config(), "runs/own", model=MyNet(), dataset=data, metrics={"margin": margin})
     """
     began = time.perf_counter()
     check_guard(config.data.workers)
@@ -359,7 +369,7 @@ def fit(
     table, classes = sampling_table(run.dataset, config.data.sampling), run.dataset.label_classes()
     features = make_features(config, run.model, mesh) if computes_features_once(config) else None
     from_device = config.data.on_device or features is not None
-    most = steps_per_call(config, from_device)
+    most = steps_per_call(config, from_device, run.parts.model is not None)
     on_device: Any = None
     if features is not None:
         frozen = partial(features, {"params": state.params, "batch_stats": state.batch_stats})

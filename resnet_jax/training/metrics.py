@@ -90,6 +90,11 @@ def eval_sums(losses: Array, logits: Array, labels: Array, mask: Array) -> Sums:
     Returns:
       `loss`, `accuracy`, `top5` (only where there are more than five classes and one label), `count`, and for each
       class [classes] `class_right`, `class_count` and `class_predicted`: those that are both, in truth, by prediction.
+
+    Example:
+      >>> sums = eval_sums(jnp.ones(2), jnp.eye(2), jnp.array([0, 0]), jnp.array([True, True]))
+      >>> int(sums["accuracy"]), int(sums["count"])
+      (1, 2)
     """
     classes, multilabel = logits.shape[-1], labels.ndim == 2
     member = labels > 0 if multilabel else jax.nn.one_hot(labels, classes, dtype=bool)
@@ -131,6 +136,10 @@ def means(sums: Sums | list[Sums]) -> dict[str, Any]:
 
     Raises:
       ValueError: there is no example.
+
+    Example:
+      >>> rj.means([{"loss": 3.0, "count": 2}, {"loss": 3.0, "count": 1}])["loss"]  # of two batches
+      2.0
     """
     total = add(sums if isinstance(sums, list) else [sums])
     count = float(total["count"])
@@ -217,6 +226,11 @@ def measure(
       `support`, `auc`), `reliability` (rows of `confidence`, `accuracy`, `count`); with one label an image `confusion`
       [truth][prediction] and, with more than five classes, `top5`; multilabel `map`. None where there is nothing to
       measure.
+
+    Example:
+      >>> found = measure(np.eye(3) * 4, np.array([0, 1, 1]), ("cat", "dog", "owl"))
+      >>> round(found["accuracy"], 3), found["confusion"]
+      (0.667, [[1, 0, 0], [0, 1, 1], [0, 0, 0]])
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
@@ -266,6 +280,10 @@ def _auc(truth: np.ndarray, p: np.ndarray) -> float | None:
 def wilson(share: float, count: int) -> tuple[float, float]:
     """Returns the interval that holds the true share with 95 % confidence, where `share` of `count` examples was found
     (Wilson 1927). Unlike the normal approximation it stays within [0, 1] and holds for few examples.
+
+    Example:
+      >>> [round(end, 3) for end in wilson(0.9, 100)]
+      [0.826, 0.945]
     """
     z = 1.959964  # of the normal distribution, at 97.5 %
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)

@@ -36,6 +36,13 @@ def to_torch(model: nn.Module, variables: VariableDict) -> dict[str, np.ndarray]
 
     Returns:
       Name -> NumPy array, with the type of the variable; kernels are [out, in, height, width], or [out, in].
+
+    Example:
+      >>> model = rj.create_model("cifar_resnet8", stage_sizes=(1, 1))
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> tensors = rj.to_torch(model, variables)
+      >>> tensors["conv1.weight"].shape
+      (16, 3, 3, 3)
     """
     flat = flatten_dict(unstack_blocks(variables))
     tensors = {}
@@ -63,6 +70,13 @@ def from_torch(model: nn.Module, tensors: Tensors, head: Any = None) -> Any:
     Raises:
       InputError: tensors are missing, left over, of another shape, not floating-point or not finite; all of them are
         listed. Or the head is not one linear layer.
+
+    Example:
+      >>> model = rj.create_model("cifar_resnet8", stage_sizes=(1, 1))
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> again = rj.from_torch(model, rj.to_torch(model, variables))
+      >>> jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), dict(variables), again))
+      True
     """
     tensors, wanted = state_dict_names(model, tensors), entries(model)
     classes = getattr(model, "num_classes", None)
