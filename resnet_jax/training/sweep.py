@@ -114,7 +114,7 @@ def sweep(
             found["members"] = sorted(rows.values(), key=lambda row: row["name"])
             write_whole(folder / FILE, to_json(found, indent=1) + "\n")
 
-        note((), ())
+        note([], [])
         groups = grouped(make_members(combinations, folder, parts))
         for number, members in enumerate(groups):
             left = [member for member in members if member.name not in rows]
@@ -214,8 +214,8 @@ def checked_values(values: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         checked = [typed(value, hints[field], name) for value in given]
         if not checked:
             raise InputError(f"{name} has no values: give at least one")
-        if twice := next((value for i, value in enumerate(checked) if value in checked[:i]), None):
-            raise InputError(f"{name} has the value {twice} twice: leave one out")
+        if twice := [value for i, value in enumerate(checked) if value in checked[:i]]:
+            raise InputError(f"{name} has the value {twice[0]} twice: leave one out")
         found[name] = json.loads(to_json(checked))
     return found
 

@@ -9,12 +9,14 @@ import contextlib
 import copy
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -250,7 +252,8 @@ class Programs:
       inputs: of all members, [members, ...].
       data, held_out: the examples to train on and those of validation, on every device.
       batches: of the validation split of each member.
-      width: members that are trained at a time.
+      width: members of a call.
+      at_once: calls that are under way together: on a CPU one for each core, since one of them fills no more.
     """
 
     train: Any
@@ -261,6 +264,7 @@ class Programs:
     batches: list[int]
     most: int
     width: int
+    at_once: int
     mesh: Mesh
 
 
@@ -298,14 +302,19 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts, per_devi
             datasets[id(one.run.dataset)] = arrays_of(one.run, one.bad)
     order = list(datasets)
     train, places = shared_examples([{n: x for n, x in datasets[i][0].items() if n != "table"} for i in order])
-    tables = [place if (t := datasets[i][0].get("table")) is None else place[t] for i, place in zip(order, places, strict=True)]
+    tables = [
+        place if (t := datasets[i][0].get("table")) is None else place[t]
+        for i, place in zip(order, places, strict=True)
+    ]
     held_out, where = shared_examples([datasets[i][1] for i in order])
     size, batch = max(map(len, tables)), config.train.batch_size
     batches = [len(place) // batch for place in where]
 
     def inputs_of(one: Going) -> PyTree:
         i, run = order.index(id(one.run.dataset)), one.run
-        numbers = {n: np.asarray(value_of(run.config, n), np.uint32 if n == "train.seed" else np.float32) for n in varied}
+        numbers = {
+            n: np.asarray(value_of(run.config, n), np.uint32 if n == "train.seed" else np.float32) for n in varied
+        }
         rates = rates_by_step(one.schedule, run.plan.total)
         weights = weights_of_classes(run.config, run.dataset, parts.outputs_of(module))
         return {
@@ -351,7 +360,9 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts, per_devi
             variables["ema/validation"] = state.averages
 
         def measured() -> dict[str, Sums]:
-            return {kind: step(values, examples | {"mask": given["mask"][number]})[0] for kind, values in variables.items()}
+            return {
+                kind: step(values, examples | {"mask": given["mask"][number]})[0] for kind, values in variables.items()
+            }
 
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measured))
         return jax.lax.cond(active, measured, lambda: nothing)
@@ -360,15 +371,23 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts, per_devi
     trains, evaluates = on_members(train_one), on_members(evaluate_one)
     options: dict[str, Any] = {"compiler_options": compiler_options()}
     everywhere = NamedSharding(mesh, P())
+
+    def train_members(states: Any, given: Any, n: Any, data: Any) -> Any:
+        return trains((states, given, n), data)
+
+    def evaluate_members(states: Any, given: Any, active: Any, data: Any, number: Any) -> Any:
+        return evaluates((states, given, active), (data, number))
+
     return Programs(
-        jax.jit(lambda states, given, n, data: trains((states, given, n), data), donate_argnums=0, **options),
-        jax.jit(lambda states, given, on, data, i: evaluates((states, given, on), (data, i)), **options),
+        jax.jit(train_members, donate_argnums=0, **options),
+        jax.jit(evaluate_members, **options),
         inputs,
         jax.device_put(train, everywhere),
         jax.device_put(held_out, everywhere),
         [batches[order.index(id(one.run.dataset))] for one in group],
         most,
         mesh.size * per_device,
+        (os.cpu_count() or 1) if jax.default_backend() == "cpu" and mesh.size == 1 else 2,
         mesh,
     )
 
@@ -381,7 +400,8 @@ def replace_strategy(config: Config) -> Config:
 def with_drop_rates(module: Any, numbers: Mapping[str, Any]) -> Any:
     """Returns a module with the drop rates that are inputs."""
     rates = {name.partition(".")[2]: value for name, value in numbers.items() if name.startswith("model.")}
-    return module.clone(**rates) if rates else module
+    own = {name: value for name, value in rates.items() if hasattr(module, name)}
+    return module.clone(**own) if own else module
 
 
 def arrays_of(run: Run, bad: BadImages) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
@@ -483,8 +503,10 @@ def train_together(
             checkpoints.save(passed(group), tree, {"members": [record_of(one) for one in group]})
 
         marks = min(one.progress.step // one.run.plan.save_every for one in group)
+        at_once = 1  # the first call compiles
         while any(one.active() for one in group):
-            moved = advance(group, programs, rounds, given)
+            moved = advance(group, programs, rounds, given, at_once)
+            at_once = programs.at_once
             for one, sums, n in moved:
                 take_steps(one, sums, n)
             evaluate_due(group, {one.member.name for one, _, _ in moved}, programs, rounds, given)
@@ -513,7 +535,7 @@ def start_members(members: Sequence[Member], parts: Parts, stop: Stop) -> tuple[
     config = members[0].config
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     images_per_statistic(config, 1)
-    own, module = parts, None
+    own, module = parts, cast(Any, None)
     for member in members:
         config = member.config
         key = to_json([to_dict(config)["data"], config.train.seed])
@@ -609,22 +631,24 @@ def passed(group: Sequence[Going]) -> int:
 
 
 def advance(
-    group: Sequence[Going], programs: Programs, rounds: list[Any], given: Sequence[Any]
+    group: Sequence[Going], programs: Programs, rounds: list[Any], given: Sequence[Any], at_once: int
 ) -> list[tuple[Going, Sums, int]]:
-    """Runs the next call of every member that has steps to go; returns each with its sums and number of steps."""
-    width, made = programs.width, []
-    for i in range(len(rounds)):
-        now = group[i * width : (i + 1) * width]
-        n = np.zeros(width, np.int32)
+    """Runs the next call of every member that has steps to go, `at_once` under way together; returns each with its sums
+    and number of steps.
+    """
+    width = programs.width
+
+    def call(i: int) -> list[tuple[Going, Sums, int]]:
+        now, n = group[i * width : (i + 1) * width], np.zeros(width, np.int32)
         n[: len(now)] = [one.steps(programs.most) for one in now]
-        if n.any():
-            rounds[i], sums = programs.train(rounds[i], given[i], n, programs.data)
-            made.append((now, n, sums))
-    found = []
-    for now, n, sums in made:
+        if not n.any():
+            return []
+        rounds[i], sums = programs.train(rounds[i], given[i], n, programs.data)
         values = jax.device_get(sums)
-        found += [(one, {k: v[j] for k, v in values.items()}, int(n[j])) for j, one in enumerate(now) if n[j]]
-    return found
+        return [(one, {k: v[j] for k, v in values.items()}, int(n[j])) for j, one in enumerate(now) if n[j]]
+
+    with ThreadPoolExecutor(at_once) as threads:
+        return [one for found in threads.map(call, range(len(rounds))) for one in found]
 
 
 def take_steps(one: Going, sums: Sums, n: int) -> None:
@@ -659,11 +683,14 @@ def evaluate_due(
             continue
         results = evaluate_round(states, given[i], programs, due, programs.batches[first : first + programs.width])
         for slot, state in due.items():
-            one = now[slot]
-            one.progress.skipped_updates = dict(one.reporter.skipped)
-            with one.reporter.paused():
-                found = results[slot]
-                evaluate_step(one.run, state, one.progress.step, one.progress, lambda _, r=found: r, one.reporter, one.bad)
+            select(now[slot], state, results[slot])
+
+
+def select(one: Going, state: Any, result: Result) -> None:
+    """Takes the evaluation of a member's step as a run alone takes it, and keeps the state where it is the best."""
+    one.progress.skipped_updates = dict(one.reporter.skipped)
+    with one.reporter.paused():
+        evaluate_step(one.run, state, one.progress.step, one.progress, lambda _: result, one.reporter, one.bad)
 
 
 def evaluate_round(
