@@ -112,7 +112,7 @@ def effect_chart(found: Mapping[str, Any], name: str) -> str:
         line = sorted((place[to_key(s["values"][name])], s["mean"], s["spread"] or 0.0) for s in best)
         at, mean, spread = (np.asarray(part) for part in zip(*line, strict=True))
         form = "o-" if numbers else "o"
-        axes.errorbar(at, mean, spread, fmt=form, color=BLUE, linewidth=1.6, markersize=5, label="the best others")
+        axes.errorbar(at, mean, spread, fmt=form, color=BLUE, linewidth=1.6, markersize=5, label="best setting")
     of_chosen = [(a, row) for a, row in zip(x, rows, strict=True) if row["name"] == found["chosen"]]
     for at_x, row in of_chosen:
         axes.plot(at_x, row["value"], "D", color=RED, markersize=6, label="chosen")

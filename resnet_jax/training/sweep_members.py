@@ -48,11 +48,11 @@ from resnet_jax.training.build import (
     with_weights,
 )
 from resnet_jax.training.checkpoints import Checkpoints, Record
-from resnet_jax.training.evaluation import Result, selecting_metric
+from resnet_jax.training.evaluation import Result, gathered, selecting_metric
 from resnet_jax.training.finetune import make_phases
 from resnet_jax.training.linear_probe import computes_features_once
 from resnet_jax.training.loop import Run, check_pictures, evaluate_step
-from resnet_jax.training.metrics import Sums, means
+from resnet_jax.training.metrics import Sums, mean_average_precision, means
 from resnet_jax.training.optimizers import make_optimizer, make_schedule
 from resnet_jax.training.parts import Parts, record
 from resnet_jax.training.programs import (
@@ -248,7 +248,8 @@ class Programs:
 
     Attributes:
       train: (states, inputs, n, data) -> (states, sums); states, inputs and n int32 [members] by member.
-      evaluate: (states, inputs, active, data, batch) -> sums of that batch, of those that are active, by split.
+      evaluate: (states, inputs, active, data, batch) -> sums of that batch by split, of those that are active, and
+        where images have several labels logits, labels and mask.
       inputs: of all members, [members, ...].
       data, held_out: the examples to train on and those of validation, on every device.
       batches: of the validation split of each member.
@@ -291,7 +292,7 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts, per_devi
       per_device: members that go through a device together.
     """
     runs = [one.run for one in group]
-    config, module = replace_strategy(runs[0].config), runs[0].model
+    config, module, multilabel = replace_strategy(runs[0].config), runs[0].model, runs[0].dataset.multilabel
     devices = jax.devices()[: config.parallel.devices]
     mesh = Mesh(np.asarray(devices[: -(-len(group) // per_device)]), ("members",))
     varied = [name for name in INPUTS if len({to_json(value_of(run.config, name)) for run in runs}) > 1]
@@ -337,7 +338,7 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts, per_devi
         state, given, n = one
         recipe = with_inputs(config, given["numbers"])
         optimizer = make_optimizer(recipe.optimizer, lambda step: given["rates"][step], phase.rates, parts.optimizer)
-        model = with_drop_rates(module, given["numbers"])
+        model = module if parts.model is not None else with_drop_rates(module, given["numbers"])
         step = recipe_step(recipe, model, optimizer, None, frozen, given.get("weights"), parts)
 
         def draw(data: Any, at: jax.Array) -> Any:
@@ -350,7 +351,7 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts, per_devi
         nothing = {name: jnp.zeros(1) for name in names}
         return jax.lax.cond(n > 0, lambda: steps(state, data, n), lambda: (state, nothing))
 
-    def evaluate_one(one: Any, shared: Any) -> dict[str, Sums]:
+    def evaluate_one(one: Any, shared: Any) -> dict[str, Any]:
         state, given, active = one
         data, number = shared
         step = sharded_over(None)(recipe_eval_step(with_inputs(config, given["numbers"]), module, parts))
@@ -359,10 +360,12 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts, per_devi
         if state.averages is not None:
             variables["ema/validation"] = state.averages
 
-        def measured() -> dict[str, Sums]:
-            return {
-                kind: step(values, examples | {"mask": given["mask"][number]})[0] for kind, values in variables.items()
-            }
+        def measured() -> dict[str, Any]:
+            batch, found = examples | {"mask": given["mask"][number]}, {}
+            for kind, values in variables.items():
+                sums, logits = step(values, batch)
+                found[kind] = (sums, (logits, batch["label"], batch["mask"]) if multilabel else ())
+            return found
 
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measured))
         return jax.lax.cond(active, measured, lambda: nothing)
@@ -400,8 +403,7 @@ def replace_strategy(config: Config) -> Config:
 def with_drop_rates(module: Any, numbers: Mapping[str, Any]) -> Any:
     """Returns a module with the drop rates that are inputs."""
     rates = {name.partition(".")[2]: value for name, value in numbers.items() if name.startswith("model.")}
-    own = {name: value for name, value in rates.items() if hasattr(module, name)}
-    return module.clone(**own) if own else module
+    return module.clone(**rates) if rates else module
 
 
 def arrays_of(run: Run, bad: BadImages) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
@@ -569,8 +571,8 @@ def start_members(members: Sequence[Member], parts: Parts, stop: Stop) -> tuple[
 
 
 NO_VALIDATION = (
-    "a sweep chooses by the validation split, and there is none: set data.validation_fraction above 0, or give the data "
-    "one, and leave train.metric none out"
+    "a sweep chooses by the validation split, and there is none: set data.validation_fraction above 0, or give the "
+    "data one, and leave train.metric none out"
 )
 
 
@@ -697,14 +699,23 @@ def evaluate_round(
     states: Any, given: Any, programs: Programs, due: Mapping[int, Any], batches: Sequence[int]
 ) -> dict[int, Result]:
     """Returns what `make_evaluate` does for the members of a round that are due, by their place in it."""
-    sums: dict[int, dict[str, list[Sums]]] = {slot: {} for slot in due}
+    parts: dict[int, dict[str, list[Any]]] = {slot: {} for slot in due}
     for number in range(max(batches[slot] for slot in due)):
         active = np.asarray([slot in due and number < batches[slot] for slot in range(programs.width)])
         values = jax.device_get(programs.evaluate(states, given, active, programs.held_out, np.int32(number)))
         for slot in np.flatnonzero(active).tolist():
             for kind, part in values.items():
-                sums[slot].setdefault(kind, []).append({name: value[slot] for name, value in part.items()})
-    return {slot: {kind: means(parts) for kind, parts in kinds.items()} for slot, kinds in sums.items()}
+                parts[slot].setdefault(kind, []).append(jax.tree.map(lambda x, slot=slot: x[slot], part))
+    return {slot: {kind: means_of(found) for kind, found in kinds.items()} for slot, kinds in parts.items()}
+
+
+def means_of(parts: Sequence[tuple[Sums, Any]]) -> dict[str, Any]:
+    """Returns the means of an evaluation from the sums of its batches, and what was predicted where there are any."""
+    found = means([sums for sums, _ in parts])
+    if parts[0][1]:
+        predictions = gathered([outputs for _, outputs in parts])
+        found["map"] = mean_average_precision(predictions.logits, predictions.labels)
+    return found
 
 
 def standing(group: Sequence[Going]) -> str:

@@ -19,13 +19,16 @@ from resnet_jax.config import (
     ParallelConfig,
     TrainConfig,
 )
+from resnet_jax.data.dataset import Dataset
 from resnet_jax.data.order import example_index, grid_of
 from resnet_jax.recipe_flags import take_varied
 from resnet_jax.runs.folder import read_summary, runs_under
 from resnet_jax.runs.trackers import read_lines
+from resnet_jax.training import sweep as sweep_module
 from resnet_jax.training import sweep_members
 from resnet_jax.training.checkpoints import Checkpoints
 from resnet_jax.training.loop import train
+from resnet_jax.training.resolve import with_values
 from resnet_jax.training.sweep import outcome, sweep
 
 from ..small import digits
@@ -39,11 +42,12 @@ class Net(nn.Module):
     """Small, with all that a step may carry: running statistics and dropout."""
 
     drop_rate: float = 0.2
+    outputs: int = 10
 
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.relu(nn.BatchNorm(not train, momentum=0.9)(nn.Conv(8, (3, 3), strides=2)(x)))
-        return nn.Dense(10)(nn.Dropout(self.drop_rate, deterministic=not train)(x.mean((1, 2))))
+        return nn.Dense(self.outputs)(nn.Dropout(self.drop_rate, deterministic=not train)(x.mean((1, 2))))
 
 
 def recipe(devices=1, **train):
@@ -88,11 +92,14 @@ def assert_equal_to_its_run(member, tmp_path, config, rounding=0.0, **parts):
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
-def test_members_in_turn_on_one_device_are_their_runs_bit_for_bit(tmp_path, caplog):
-    values = {"optimizer.learning_rate": [0.1, 0.3], "train.seed": [0, 3]}
-    with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
+def test_members_in_turn_on_one_device_are_their_runs_bit_for_bit(tmp_path, monkeypatch):
+    values, lines = {"optimizer.learning_rate": [0.1, 0.3], "train.seed": [0, 3]}, []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("jax"), "handlers", [handler])
+    with jax.log_compiles():
         found = sweep(recipe(), values, tmp_path / "sweep", model=Net())
-    assert sum("Finished XLA compilation of jit(train_members)" in record.message for record in caplog.records) == 1
+    assert sum(line.startswith("Compiling jit(train_members)") for line in lines) == 1
     assert [row["values"] for row in found["members"]] == [
         {"optimizer.learning_rate": rate, "train.seed": seed} for rate in (0.1, 0.3) for seed in (0, 3)
     ]
@@ -117,28 +124,31 @@ def test_members_over_devices_are_their_runs_to_rounding(per_device, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
-def test_every_number_that_is_an_input_has_the_bits_of_a_constant(tmp_path):
-    values = {
-        "optimizer.momentum": [0.5, 0.9],
-        "train.label_smoothing": [0.1, 0.3],
-        "train.ema_decay": [0.5, 0.9],
-        "schedule.name": ["step", "one_cycle"],
-        "model.drop_rate": [0.1, 0.3],
-    }
-    base = recipe(epochs=0.5)
+def test_every_number_that_is_an_input_has_the_bits_of_a_constant(tmp_path, monkeypatch):
+    one = {"optimizer.momentum": 0.5, "train.label_smoothing": 0.3, "train.ema_decay": 0.5, "model.drop_rate": 0.3}
+    other = {"optimizer.momentum": 0.9, "train.label_smoothing": 0.1, "train.ema_decay": 0.9, "model.drop_rate": 0.1}
+    one, other = one | {"schedule.name": "step"}, other | {"schedule.name": "one_cycle"}
+    base = recipe(epochs=0.4)
     base = dataclasses.replace(base, model=ModelConfig(name="cifar_resnet8"))
-    found = sweep(base, {name: two[::-1] for name, two in values.items()}, tmp_path / "sweep")
-    assert len(found["members"]) == 32 and not list((tmp_path / "sweep").glob("together*"))
-    row = found["members"][-1]
-    assert row["values"] == {name: two[0] for name, two in values.items()}
-    config = dataclasses.replace(
-        base,
-        model=ModelConfig(name="cifar_resnet8", drop_rate=0.1),
-        optimizer=dataclasses.replace(base.optimizer, momentum=0.5),
-        schedule=dataclasses.replace(base.schedule, name="step"),
-        train=dataclasses.replace(base.train, label_smoothing=0.1, ema_decay=0.5),
-    )
-    assert_equal_to_its_run(tmp_path / "sweep/members" / row["name"], tmp_path, config)
+    pair = [(values, with_values(base, values)) for values in (one, other)]  # not the 32 members of their grid
+    monkeypatch.setattr(sweep_module, "grid", lambda config, varied: pair)
+    found = sweep(base, {name: [one[name], other[name]] for name in one}, tmp_path / "sweep")
+    assert not (tmp_path / "sweep" / "together").exists()
+    place = tmp_path / "sweep" / "members" / found["members"][0]["name"]
+    assert_equal_to_its_run(place, tmp_path, pair[0][1])
+
+
+def test_images_with_several_labels_are_compared_by_their_precision(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (150, 3))
+    images = (rng.integers(0, 90, (150, 8, 8, 3)) + 50 * labels[:, None, None, :]).astype(np.uint8)
+    data = Dataset((images[:100], labels[:100]), (images[100:], labels[100:]), None, ("a", "b", "c"), multilabel=True)
+    base = recipe(epochs=1, loss="binary")
+    net = Net(outputs=3)
+    found = sweep(base, {"train.seed": [0, 1]}, tmp_path / "sweep", model=net, dataset=data)
+    assert [row["metric"] for row in found["members"]] == ["ema/validation/map"] * 2 and found["test"] is None
+    place = tmp_path / "sweep/members" / found["members"][0]["name"]
+    assert_equal_to_its_run(place, tmp_path, base, model=net, dataset=data)
 
 
 class Halt(Exception):
