@@ -90,7 +90,7 @@ def compared(sweep: Path, singles: dict[tuple[float, int], Path]) -> dict[str, A
 def main() -> None:
     """Trains all, the single starts in two halves with the sweeps between them."""
     flags = options(__doc__ or "")
-    epochs, most = ("2", 2) if flags.quick else ("4", 4)
+    epochs, most = ("1", 2) if flags.quick else ("2", 4)
     recipe = ["--train.epochs", epochs, "--log.no_report", "--log.no_tensorboard"]
     rates, seeds = RATES[:most], SEEDS[:most]
     values = [f"--optimizer.learning_rate={','.join(map(str, rates))}", f"--train.seed=0..{seeds[-1]}"]
@@ -111,7 +111,7 @@ def main() -> None:
         place = str(folder / name.replace(" ", "-"))
         command = ["sweep", *recipe, *values, "--workdir", place]
         seconds[name], printed = timed(command, f"{place}-cache", devices, COUNT)
-        compiled[name] = int(re.findall(r"COMPILED (\\d+)", printed)[0])
+        compiled[name] = int(re.findall(r"COMPILED (\d+)", printed)[0])
     for rate in rates[most // 2 :]:
         for seed in seeds:
             start(rate, seed)
