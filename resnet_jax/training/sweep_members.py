@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -247,7 +246,7 @@ class Programs:
     """What the members of a group are trained and evaluated by.
 
     Attributes:
-      train: (states, inputs, n, data) -> (states, sums); states, inputs and n int32 [members] by member.
+      train: (states, inputs, n, data) -> (states, sums), jitted; states, inputs and n int32 [members] by member.
       evaluate: (states, inputs, active, data, batch) -> sums of that batch by split, of those that are active, and
         where images have several labels logits, labels and mask.
       inputs: of all members, [members, ...].
@@ -370,8 +369,7 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts, per_devi
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measured))
         return jax.lax.cond(active, measured, lambda: nothing)
 
-    on_members = partial(each_member, mesh=mesh, per_device=per_device)
-    trains, evaluates = on_members(train_one), on_members(evaluate_one)
+    trains, evaluates = (each_member(function, mesh, per_device) for function in (train_one, evaluate_one))
     options: dict[str, Any] = {"compiler_options": compiler_options()}
     everywhere = NamedSharding(mesh, P())
 
@@ -429,13 +427,18 @@ def stacked(trees: Sequence[Any]) -> Any:
 
 def put_rounds(trees: Any, programs: Programs) -> list[Any]:
     """Returns a tree [members, ...] in parts of `width` members on their devices; the last is filled up."""
-    sharding, rounds = NamedSharding(programs.mesh, P("members")), []
+    rounds = []
     for first in range(0, len(jax.tree.leaves(trees)[0]), programs.width):
         part = jax.tree.map(lambda x, i=first: x[i : i + programs.width], trees)
         lack = programs.width - len(jax.tree.leaves(part)[0])
         filled = jax.tree.map(lambda x, n=lack: np.concatenate([x, *[x[-1:]] * n]), part)
-        rounds.append(jax.device_put(filled, sharding))
+        rounds.append(on_members(filled, programs.mesh))
     return rounds
+
+
+def on_members(tree: Any, mesh: Mesh) -> Any:
+    """Returns a tree [members, ...] on the devices of its members."""
+    return jax.device_put(tree, NamedSharding(mesh, P("members")))
 
 
 def state_of(states: Any, slot: int) -> Any:
@@ -505,10 +508,10 @@ def train_together(
             checkpoints.save(passed(group), tree, {"members": [record_of(one) for one in group]})
 
         marks = min(one.progress.step // one.run.plan.save_every for one in group)
-        at_once = 1  # the first call compiles
+        first = on_members(np.zeros(programs.width, np.int32), programs.mesh)
+        train = programs.train.lower(rounds[0], given[0], first, programs.data).compile()
         while any(one.active() for one in group):
-            moved = advance(group, programs, rounds, given, at_once)
-            at_once = programs.at_once
+            moved = advance(group, programs, train, rounds, given)
             for one, sums, n in moved:
                 take_steps(one, sums, n)
             evaluate_due(group, {one.member.name for one, _, _ in moved}, programs, rounds, given)
@@ -633,10 +636,12 @@ def passed(group: Sequence[Going]) -> int:
 
 
 def advance(
-    group: Sequence[Going], programs: Programs, rounds: list[Any], given: Sequence[Any], at_once: int
+    group: Sequence[Going], programs: Programs, train: Any, rounds: list[Any], given: Sequence[Any]
 ) -> list[tuple[Going, Sums, int]]:
-    """Runs the next call of every member that has steps to go, `at_once` under way together; returns each with its sums
-    and number of steps.
+    """Runs the next call of every member that has steps to go; returns each with its sums and number of steps.
+
+    Args:
+      train: the program of `programs`, compiled: threads that call it trace nothing.
     """
     width = programs.width
 
@@ -645,11 +650,11 @@ def advance(
         n[: len(now)] = [one.steps(programs.most) for one in now]
         if not n.any():
             return []
-        rounds[i], sums = programs.train(rounds[i], given[i], n, programs.data)
+        rounds[i], sums = train(rounds[i], given[i], on_members(n, programs.mesh), programs.data)
         values = jax.device_get(sums)
         return [(one, {k: v[j] for k, v in values.items()}, int(n[j])) for j, one in enumerate(now) if n[j]]
 
-    with ThreadPoolExecutor(at_once) as threads:
+    with ThreadPoolExecutor(programs.at_once) as threads:
         return [one for found in threads.map(call, range(len(rounds))) for one in found]
 
 
