@@ -6,7 +6,10 @@ A name of the public face is imported when it is first asked for: what needs no 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from resnet_jax.typed import from_extra
+
 if TYPE_CHECKING:
+    from resnet_jax import analysis
     from resnet_jax.config import Config, InputError
     from resnet_jax.data.dataset import Dataset
     from resnet_jax.models.registry import create_model, feature_info, list_models, register_model
@@ -35,6 +38,7 @@ __all__ = [
     "Predictor",
     "WandbHook",
     "__version__",
+    "analysis",
     "check",
     "create_model",
     "create_state",
@@ -83,9 +87,12 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """A name of the public face, out of its file."""
+    if name == "analysis":
+        return import_module(f"{__name__}.analysis")
     for home, names in _HOMES.items():
         if name in names:
-            value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+            with from_extra("train", f"{__name__}.{name}"):
+                value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from resnet_jax import __version__
 from resnet_jax.files import bucket_problem
 from resnet_jax.output import fail, first_line
-from resnet_jax.typed import InputError
+from resnet_jax.typed import InputError, from_extra
 
 LARGE_PAGES = "RESNET_JAX_LARGE_PAGES"
 """Environment variable: 0 leaves memory to the system."""
@@ -26,9 +26,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Runs `main` as the console script, in a process that has large pages of memory, and keeps them.
 
     glibc reads `MEMORY` only when a process starts, so the process replaces itself once, unless the environment sets
-    `GLIBC_TUNABLES` or `RESNET_JAX_LARGE_PAGES=0`. A step of resnet50 on two cores is 8 to 12 % faster with it (rows
-    `system's memory` and `small pages` of `benchmarks/results/train_step-cpu2-*.json`). Garbage is looked for less
-    often than Python's default, because what imports and traces make lives on.
+    `GLIBC_TUNABLES` or `RESNET_JAX_LARGE_PAGES=0`. What it brings a training step on two cores is in the rows `system's
+    memory` of `benchmarks/results/train_step-cpu2-*.json`. Garbage is looked for less often than Python's default,
+    because what imports and traces make lives on.
     """
     for number in (0, 1, 2):  # else a file of ours would get the number of a closed output, and what is printed to it
         try:
@@ -64,8 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"resnet-jax {__version__}")
         return 0
-    from resnet_jax.commands import COMMANDS, call
-
+    try:
+        with from_extra("train", "resnet-jax"):
+            from resnet_jax.commands import COMMANDS, call
+    except InputError as error:
+        return fail(str(error))
     if arguments[0] == "help":
         arguments = [*arguments[1:2], "--help"]
     if not arguments[0].startswith("-") and arguments[0] not in COMMANDS:

@@ -160,7 +160,7 @@ class DataConfig:
     where the training images take less than 1 GiB and nothing works on the host."""
     workers: int = option(0, "[0, 1024]", may_change_on_resume=True)
     """Processes that decode; 0 decodes in threads of this process."""
-    on_bad_image: Literal["error", "skip"] = "error"
+    on_bad_image: Literal["error", "skip"] = option("error", may_change_on_resume=True)
     """What to do with an image that cannot be decoded; skipped ones are counted and listed in the summary."""
     timeout: float = option(600.0, "(0, MOST]", may_change_on_resume=True)
     """Seconds after which a loader that gives nothing ends the run, naming the image it is at."""
@@ -352,9 +352,9 @@ class TrainConfig:
     """Parts in which a batch goes through, to save memory; batch normalisation then sees one part at a time."""
     steps_per_call: int | None = option(None, "[1, 1000]")
     """Most steps that one compiled call runs; a call ends where something is logged, saved or evaluated. None: 5 with
-    the data on the device, else 2 on a CPU and 1 elsewhere. More share the host's time for a call, which counts for
-    small networks, and let a signal wait longer. It is part of the recipe because each number is a compiled program of
-    its own, which may round otherwise: a resumed run keeps it."""
+    the data on the device, else 2 on a CPU and 1 elsewhere; 1 for a model of your own on a CPU. More share the host's
+    time for a call, which counts for small networks, and let a signal wait longer. It is part of the recipe because
+    each number is a compiled program of its own, which may round otherwise: a resumed run keeps it."""
     eval_every_epochs: float = option(5.0, "(0, MOST]")
     """Evaluate on the validation split this often, and at the end."""
     metric: str = "auto"
@@ -468,7 +468,14 @@ class LogConfig:
 @dataclass(frozen=True)
 class Config:
     """A whole recipe. What is None is resolved where a run begins; with nothing given it is the recipe
-    `digits_resnet20`: a small residual network on scikit-learn's handwritten digits."""
+    `digits_resnet20`: a small residual network on scikit-learn's handwritten digits.
+
+    Example:
+      >>> from resnet_jax.config import OptimizerConfig, TrainConfig
+      >>> config = rj.Config(train=TrainConfig(epochs=10), optimizer=OptimizerConfig(learning_rate=0.05))
+      >>> config.train.epochs, config.data.dataset
+      (10, 'digits')
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

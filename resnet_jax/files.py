@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.typed import InputError, typed
+from resnet_jax.typed import DISTRIBUTION, InputError, typed
 
 REMOTE = re.compile(r"([A-Za-z][\w+.-]+):/")
 """How a path that is not on this machine begins; a Path has made one slash of two."""
@@ -50,7 +50,7 @@ def parse_path(given: str | Path, what: str) -> Path:
     if scheme[1] != "gs":
         raise InputError(f"{what} {given}: of remote paths only gs://BUCKET/PATH is supported; or name a local path")
     if importlib.util.find_spec("gcsfs") is None:
-        raise InputError(f"{what} {given}: buckets need gcsfs: pip install 'resnet_jax[gcs]'")
+        raise InputError(f'{what} {given}: buckets need gcsfs: pip install "{DISTRIBUTION}[gcs]"')
     if not BUCKET.match(str(given)):
         raise InputError(f"{what} {given}: give the bucket's name, as in gs://BUCKET/PATH")
     import fsspec

@@ -1,7 +1,9 @@
 """Lines for the user, on outputs that may be closed or full."""
 
 import contextlib
+import shutil
 import sys
+import textwrap
 
 
 def say(text: str, error: bool = False) -> None:
@@ -12,6 +14,17 @@ def say(text: str, error: bool = False) -> None:
     """
     with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def wrapped(text: str) -> str:
+    """Returns a text as lines that break between words at the width of the terminal, those after the first indented;
+    unchanged where standard output is none.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stdout is not None and sys.stdout.isatty():
+            width = max(20, shutil.get_terminal_size().columns)
+            return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return text
 
 
 def fail(message: str, status: int = 2) -> int:

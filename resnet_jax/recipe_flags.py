@@ -112,7 +112,7 @@ def with_common_flags(section: str, kind: type) -> type:
     """Returns a section of the recipe of which `--help` shows the fields in `COMMON` alone, each in a sentence."""
     common, hints, docs = COMMON.get(section, ()), get_type_hints(kind), docs_of_fields(kind.__base__)
     shown = {
-        f.name: Annotated[hints[f.name], tyro.conf.arg(help=docs[f.name].partition(". ")[0].rstrip(".") + ".")]
+        f.name: Annotated[hints[f.name], tyro.conf.arg(help=re.split(r"(?<!al)\. ", docs[f.name])[0].rstrip(".") + ".")]
         if f.name in common
         else Annotated[hints[f.name], tyro.conf.Suppress]
         for f in fields(kind)

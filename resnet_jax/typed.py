@@ -5,17 +5,50 @@ import math
 import sys
 import types
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+DISTRIBUTION = "residual-jax"
+"""What pip installs this package by."""
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message names it and the remedy. Commands end with status 2."""
+    """Something the user gave is wrong; the message names it and the remedy. Commands end with status 2.
+
+    Example:
+      >>> try:
+      ...     rj.create_model("resnet05")
+      ... except rj.InputError as error:
+      ...     print(str(error)[:33])
+      no model is called 'resnet05'; di
+    """
 
 
 def require(right: bool, message: str) -> None:
     """Raises InputError with this message where something is not right."""
     if not right:
         raise InputError(message)
+
+
+@contextmanager
+def from_extra(extra: str, what: str) -> Iterator[None]:
+    """Names what to install where an import in its block finds no module.
+
+    Args:
+      extra: that of `pyproject.toml` which has the module.
+      what: what needs it, as in "the report".
+
+    Raises:
+      InputError: a module of another package is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "resnet_jax"):
+            raise
+        raise InputError(f'{what} needs the package {missing}: pip install "{DISTRIBUTION}[{extra}]"') from error
 
 
 GREATEST = 2**63

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import epoch, inference, measure, train_step
+from benchmarks import epoch, inference, measure, tables, train_step
 from benchmarks.limits import forward_flops
 from resnet_jax.models.registry import create_model
 
@@ -155,5 +155,39 @@ def test_results_say_where_they_come_from(path):
     short = on["gpu"] and on["gpu"].lower().replace(" ", "-")
     assert path.stem.endswith("-" + (short or measure.short_name(on["processor"], on.get("vectors"), on["cores"])))
     assert {"jax", "jaxlib", "python"} <= set(record["versions"])
-    timed = [row for row in record["rows"] if "target" not in row]  # others say what a compiler counts
+    counted = {"target", "precision", "found"}  # what a compiler counts, or what was found
+    timed = [row for row in record["rows"] if not counted & set(row)]
     assert all("error" in row or {"median", "quartiles", "n", "unit"} <= set(row) for row in timed)
+
+
+@pytest.mark.parametrize("path", tables.PAGES, ids=lambda p: p.parent.name)
+def test_tables_of_the_pages_are_what_the_script_makes_of_the_records(path):
+    page = path.read_text()
+    assert "<!-- table: " in page
+    assert page == tables.filled(page, tables.read_records()), "run python -m benchmarks.tables"
+
+
+def test_every_record_is_named_with_the_commit_that_it_measured():
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    assert set(tables.TABLES) - {"speed"} == set(re.findall(r"<!-- table: (\w+) -->", page))
+    for name, record in tables.read_records().items():
+        assert f"[{record['commit']}](results/{name}.json)" in page
+    assert set(re.findall(r"results/([\w-]+)\.json", page)) == set(tables.read_records())
+
+
+def test_another_figure_or_script_changes_the_tables():
+    records = tables.read_records()
+    page = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("measures", "others", "findings"))
+    before = tables.filled(page, records)
+    assert "|the same, warm cache, s|4.0|" in before and "|contender|" not in before
+    overhead = records["overhead-cpu2-amd-avx512"]
+    longer = [row | {"median": 7777.0} for row in overhead["rows"]]
+    swept = {"case": "digits", "contender": "8 runs at once", "median": 2.5, "unit": "runs/s", "n": 3}
+    twins = {"case": "twins", "contender": "all pairs across splits", "precision": 0.9, "chance": 1e-5, "n": 50}
+    records |= {"overhead-cpu2-amd-avx512": overhead | {"rows": longer}, "own-cpu2-amd-avx512": {"rows": [swept]}}
+    records |= {"inspect-cpu2-amd-avx512": {"rows": [twins]}}
+    after = tables.filled(before, records)
+    assert "|twins, all pairs|90.0%|1e-05|50|" in after
+    assert "|the same, five a call, µs|7777|" in after
+    assert "|own: digits|8 runs at once|AMD/AVX512|2.5 runs/s|3|" in after
+    assert tables.filled(after, tables.read_records()) == before

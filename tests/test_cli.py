@@ -20,6 +20,7 @@ from resnet_jax.config import Config, ParallelConfig, to_dict
 from resnet_jax.recipe_files import load_config
 from resnet_jax.recipe_flags import spelt_out
 from resnet_jax.training import loop
+from resnet_jax.typed import DISTRIBUTION
 
 from .conftest import ROOT
 from .small import parse_recipe, save_small_network
@@ -379,7 +380,7 @@ def test_a_batch_norm_that_sees_one_value_a_channel_is_a_warning(capsys, tmp_pat
 
 
 def test_the_version_is_told(capsys):
-    assert run(["--version"], capsys)[:2] == (0, f"resnet-jax {metadata.version('resnet_jax')}\n")
+    assert run(["--version"], capsys)[:2] == (0, f"resnet-jax {metadata.version(DISTRIBUTION)}\n")
 
 
 def test_shells_can_complete_commands_and_flags(capsys):
@@ -418,7 +419,8 @@ def test_a_run_from_the_shell(tmp_path, capsys, monkeypatch):
     shell = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
     train = subprocess.run([sys.executable, ROOT / "train.py", *flags], **shell)
     assert train.returncode == 0, train.stderr
-    assert "resnet-jax evaluate run" in train.stdout
+    assert "training cifar_resnet8 on 1 x cpu: 6 steps, 0.166 epochs\n" in train.stdout
+    assert "next, type\n  resnet-jax evaluate run --per-class\n" in train.stdout
     assert "step 6/6" in train.stdout
     assert "CACHE MISS" in train.stderr
     second = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--workdir", "second"], **shell)

@@ -4,6 +4,8 @@ from importlib import metadata
 
 import pytest
 
+from resnet_jax.typed import DISTRIBUTION
+
 LIGHT = """
 import sys
 import resnet_jax as rj
@@ -27,13 +29,13 @@ def test_a_checkout_on_the_path_needs_no_installation():
     """Machines with a GPU are often given a copy of the files alone."""
     code = "from importlib import metadata as m; m.distribution = None; import resnet_jax as rj; print(rj.__version__)"
     printed = subprocess.check_output([sys.executable, "-c", code], text=True)
-    assert printed == metadata.version("resnet_jax") + "\n"
+    assert printed == metadata.version(DISTRIBUTION) + "\n"
 
 
 def test_every_name_is_there_when_asked_for():
     import resnet_jax
 
-    names = set(resnet_jax.__all__) - {"__version__"}
+    names = set(resnet_jax.__all__) - {"__version__", "analysis"}
     assert names == {name for home in resnet_jax._HOMES.values() for name in home} and names < set(dir(resnet_jax))
     assert all(getattr(resnet_jax, name).__name__ == name for name in names)
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):

@@ -15,7 +15,7 @@ import pytest
 
 from resnet_jax import InputError
 from resnet_jax.cli import main
-from resnet_jax.lab import gradients, landscape, lesion, relatives, response
+from resnet_jax.lab import curvature, gradients, landscape, lesion, relatives, response
 from resnet_jax.lab.captions import CAPTIONS, TITLES
 from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
 from resnet_jax.lab.panels import COLOURS, draw_panels, panel_svg, short, translated, with_spread
@@ -23,6 +23,7 @@ from resnet_jax.lab.record import Notebook, Options
 from resnet_jax.lab.run import EXPERIMENTS, module_of, write_page
 from resnet_jax.models.blocks import PreactBlock, ResidualBlock
 from resnet_jax.models.registry import count_parameters
+from resnet_jax.training.state import create_state
 from tests.browser import needed_width, needs_chromium, screenshot, tags
 
 
@@ -138,6 +139,40 @@ def test_directions_have_the_norms_of_the_filters(digits):
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
     assert float(losses[0]) == pytest.approx(float(expected), rel=1e-4)
     assert losses[1] != losses[0]
+
+
+def test_the_curvature_is_measured_along_gradient_descent_of_the_same_loss(digits, monkeypatch):
+    """A step goes down the gradient of the measured loss; the measures are those of the explicit functions."""
+    for name, value in (("IMAGES", 12), ("ITERATIONS", 4), ("SAMPLES", 2)):
+        monkeypatch.setattr(curvature, name, value)
+    model, batch, step, measured = curvature.network_and_programs("residual", "batch", 8, digits)
+    rows = curvature.descent(model, batch, step, measured, 0.05, seed=0, steps=2, points=2)
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["loss"] < rows[1]["loss"] < rows[0]["loss"]
+    state = create_state(model, curvature.descent_with(0.05), jax.random.key(0), (8, 8, 3))
+
+    @jax.jit
+    def loss(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, _ = model.apply(variables, batch["image"], train=True, mutable=["batch_stats"])
+        return 0.5 * ((logits - jnp.eye(10)[batch["label"]]) ** 2).sum() / 12
+
+    assert rows[0]["loss"] == pytest.approx(float(loss(state.params)), rel=1e-5)
+    after = jax.tree.map(lambda p, g: p - 0.05 * g, state.params, jax.jit(jax.grad(loss))(state.params))
+    assert rows[1]["loss"] == pytest.approx(float(loss(after)), rel=1e-5)
+    assert rows[0]["eigenvalue1"] >= rows[0]["eigenvalue2"] >= rows[0]["eigenvalue3"] > rows[0]["smallest"]
+
+
+def test_the_edge_is_told_from_where_the_sharpness_reaches_it():
+    def training(kind, rate, sharpness):
+        about = {"kind": kind, "norm": "none", "learning_rate": rate}
+        return [about | {"step": i, "eigenvalue1": value} for i, value in enumerate(sharpness)]
+
+    rows = training("plain", 0.5, [1.0, 3.8, 4.4, 4.0]) + training("residual", 0.5, [1.0, 2.0])
+    reached, count, ratios = curvature.at_the_edge(rows, "none")
+    assert (reached, count) == (1, 2) and ratios == pytest.approx([0.95, 1.1, 1.0])
+    assert "in 1 of 2 trainings" in curvature.edge_of(rows, "none")[0]
+    assert "in none of 2 trainings" in curvature.edge_of(rows[:1] + rows[4:], "none")[0]
+    assert "at most it is 0.50 of it" in curvature.edge_of(rows[:1] + rows[4:], "none")[0]
 
 
 def test_relatives_are_of_about_equal_size(digits):

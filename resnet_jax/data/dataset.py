@@ -120,6 +120,10 @@ class Dataset:
         where labels are no classes, but numbers or arrays for a loss of your own.
       multilabel: an image may have several labels, or none.
       notes: lines that say what was found, held out and left out.
+
+    Example:
+      >>> images, labels = np.zeros((6, 8, 8, 3), np.uint8), np.array([0, 1, 0, 1, 0, 1])
+      >>> data = rj.Dataset(train=(images[:4], labels[:4]), test=(images[4:], labels[4:]), class_names=("cat", "dog"))
     """
 
     train: Any

@@ -13,6 +13,7 @@ import numpy as np
 from resnet_jax.config import DataConfig, InputError
 from resnet_jax.data.dataset import Dataset, listed, row_of, split_of
 from resnet_jax.files import local_path
+from resnet_jax.typed import from_extra
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*){0,2}")
 """NAME, OWNER/NAME or OWNER/NAME/CONFIGURATION."""
@@ -79,10 +80,8 @@ def hugging_face_dataset(spec: str, config: DataConfig, prepare: bool) -> Datase
       InputError: `datasets` is not installed; there is no such dataset, or it cannot be read; the column of the images
         or of the labels cannot be found, or is none; or an example of the training split has no label.
     """
-    try:
+    with from_extra("hf", f"data.dataset {spec}"):
         from datasets import Image, ReadInstruction
-    except ImportError as error:
-        raise InputError(f"data.dataset {spec} needs the package datasets: pip install 'resnet_jax[hf]'") from error
 
     kind, _, rest = spec.partition(":")
     given, _, wanted = rest.partition(":")

@@ -19,7 +19,12 @@ from resnet_jax.data.decode import BadImage, decode
 from resnet_jax.data.order import balanced_table, example_index, is_mirrored
 from resnet_jax.data.transforms import augment, fit
 from resnet_jax.data.watch import Stalled, awaited, check_guard, end_with_parent, name_what_hangs
+from resnet_jax.output import say
 from resnet_jax.training.sharding import shard_batch
+from resnet_jax.typed import from_extra
+
+SHOWN = 3
+"""Images that cannot be decoded and are named on standard error."""
 
 Batch = dict[str, np.ndarray]
 
@@ -51,10 +56,18 @@ class BadImages:
         for index in indices[indices >= 0].tolist():
             if self.policy == "error":
                 raise InputError(
-                    f"{source.describe(index)} cannot be decoded ({self._reason(source, index)}); "
-                    "mend or remove it, or go on without such images with --data.on_bad_image skip"
+                    f"{source.describe(index)} cannot be decoded ({self._reason(source, index)}); mend it, or go on "
+                    "without such images with --data.on_bad_image skip; to go on after it was removed, give "
+                    "--data.accept_changes"
                 )
-            self.names.add(source.describe(index))
+            name = source.describe(index)
+            if name not in self.names and len(self.names) < SHOWN:
+                more = "; of further ones summary.json has the names" if len(self.names) == SHOWN - 1 else ""
+                say(
+                    f"WARNING: {name} cannot be decoded ({self._reason(source, index)}) and is left out{more}",
+                    error=True,
+                )
+            self.names.add(name)
 
     def _reason(self, source: Source, index: int) -> str:
         try:
@@ -225,8 +238,9 @@ def _batches(
       InputError: an image cannot be decoded and the policy of `bad` is `error`.
       Stalled: nothing came for `timeout` seconds, or a worker process died.
     """
-    import grain
-    from absl import flags
+    with from_extra("train", "the loader"):
+        import grain
+        from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain 0.2.18 reads a flag when it starts workers

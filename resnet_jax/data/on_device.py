@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from resnet_jax.data.order import example_index, is_mirrored
 
@@ -56,7 +57,7 @@ def flip(mirrored: Array, images: Array) -> Array:
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
-def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype) -> Array:
+def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: DTypeLike) -> Array:
     """Computes (pixel - mean) / std, channel by channel, in `dtype`; uint8 pixels are divided by 255 first.
 
     Args:

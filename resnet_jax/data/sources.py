@@ -22,6 +22,7 @@ from resnet_jax.data.dataset import (
 from resnet_jax.data.folders import folder_dataset, table_dataset
 from resnet_jax.data.hugging_face import hugging_face_dataset
 from resnet_jax.files import path_of
+from resnet_jax.typed import from_extra
 
 CHECKED_LABELS = 1000
 """How many labels of a split that lies on the disk are looked at before the first step; the loader checks the rest."""
@@ -166,7 +167,8 @@ class TfdsSource:
 
 def _tfds(spec: str, config: DataConfig, prepare: bool) -> Dataset:
     """`NAME` or `NAME:SPLIT`; validation and test are the splits of these names, where they have labels."""
-    import tensorflow_datasets as tfds
+    with from_extra("tfds", f"data.dataset tfds:{spec}"):
+        import tensorflow_datasets as tfds
 
     match = re.fullmatch(r"([^:]+(?::\d[\d.]*)?)(?::(.+))?", spec)
     if match is None:

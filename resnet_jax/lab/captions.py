@@ -7,6 +7,7 @@ TITLES = {
     "response": ("How close blocks are to the identity", "ブロックは恒等写像にどれだけ近いか"),
     "memory": ("What depth costs", "深さの代償"),
     "landscape": ("The loss around a trained network", "学習後の損失地形"),
+    "curvature": ("How sharp the loss becomes", "損失はどこまで鋭くなるか"),
     "regularisation": ("Regularisers on a small set", "少ないデータと正則化"),
     "relatives": ("The relatives", "親戚たち"),
 }
@@ -67,6 +68,23 @@ CAPTIONS = {
         "統計量を使う。谷の広さとなめらかさを比べてほしい。二十層ではほとんど差がない。plain との違いは深さとともに現れ、"
         "深い plain ネットワークは谷そのものを見つけられなくなる。",
     ),
+    "curvature": (
+        "The Hessian of the training loss along gradient descent, every step on all of 256 images, in narrow networks with "
+        "smooth activations (SiLU) and squared error. The largest eigenvalue is called the sharpness. On a quadratic, steps "
+        "of size r diverge as soon as it exceeds 2 / r. Cohen et al. (2021) found that networks sharpen until about there, and "
+        "then train on at that edge of stability, with a loss that no longer falls at every step. A curve may reach "
+        "its line from below or from above; one that ends below has not reached it in these few steps. "
+        "Eigenvalues are those of Lanczos' method, with all basis vectors kept orthogonal; the trace is a mean over a few "
+        "random vectors, and its bars are standard errors. With batch norm the statistics are those of the batch, and the "
+        "learning rates are larger, so that the edge lies within reach of a short training. Dashed lines belong to the smaller "
+        "learning rate; loss, trace and the other eigenvalues are those at the larger one.",
+        "勾配降下法に沿って測った訓練損失のヘッセ行列。毎ステップ 256 枚の画像すべてを使い、なめらかな活性化関数 (SiLU) をもつ細い"
+        "ネットワークを二乗誤差で学習した。最大の固有値を鋭さと呼ぶ。二次関数なら、鋭さが 2 / r を超えると大きさ r のステップは"
+        "発散する。Cohen ら (2021) によれば、ネットワークはおよそそこまで鋭くなり、その後は損失がステップごとには下がらない"
+        "「安定性の縁」で学習を続ける。曲線は下からも上からも線に届きうる。線の下で終わる曲線は、この短い学習ではそこに届いていない。固有値は、基底をすべて直交に保つランチョス法による。トレースは少数の"
+        "乱数ベクトルにわたる平均で、縦棒はその標準誤差である。バッチ正規化ではバッチの統計量を使い、短い学習で縁に届くように"
+        "学習率を大きくしてある。破線は小さい方の学習率、損失とトレースとその他の固有値は大きい方の学習率のものである。",
+    ),
     "regularisation": (
         "A deep network memorises a small training set. Training and test error at the end, with weight decay, dropped branches "
         "(drop path), dropout, mixed images (mixup), smoothed labels, and without any regulariser. None of them is sure to help; in the quick run on the "
@@ -115,6 +133,10 @@ WORDS = {
     "loss": "損失", "first direction": "一つ目の方向", "second direction": "二つ目の方向", "parameters": "パラメータ数",
     "MMACs an image": "積和 (百万 / 枚)", "KiB kept": "保持 KiB", "images/s": "枚 / 秒",
     "million multiply-adds an image": "1 枚あたりの積和 (百万)", "KiB kept an image, in training": "学習で 1 枚あたり保持する KiB",
+    "sharpness": "鋭さ", "2 / learning rate": "2 / 学習率", "training loss": "訓練損失",
+    "trace of the Hessian": "ヘッセ行列のトレース", "eigenvalue of the Hessian": "ヘッセ行列の固有値",
+    "largest": "最大", "second": "2 番目", "third": "3 番目", "smallest": "最小", "plain, batch norm": "plain、バッチ正規化",
+    "residual, batch norm": "残差、バッチ正規化",
     "densenet": "DenseNet", "images a second, evaluated": "評価速度 (枚 / 秒)", "GoogLeNet": "GoogLeNet", "ResNet": "ResNet", "DenseNet-BC": "DenseNet-BC", "ResNet, activation first": "ResNet (活性が先)",
     "ResNet with attention": "注意機構つき ResNet", "transformer": "トランスフォーマー",
 }  # fmt: skip

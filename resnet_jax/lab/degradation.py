@@ -1,7 +1,7 @@
 """Shows that depth raises the training error of plain networks, not of residual ones (He et al. 2015, section 4.2)."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +10,9 @@ from resnet_jax.lab.fit import cifar_net, fit, load, recipe
 from resnet_jax.lab.panels import COLOURS, Panel, Text, plot_spread, seeds_of, translated, with_spread
 from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.runs.charts import TEXT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KINDS = ("plain", "residual")
 
@@ -83,7 +86,7 @@ def panels(found: Rows) -> list[Panel]:
     ends = {kind: " → ".join(percent(found, kind, depth) for depth in depths) for kind in KINDS}
     layers = " → ".join(map(str, depths))
 
-    def curves(axes: Any, kind: str) -> None:
+    def curves(axes: "Axes", kind: str) -> None:
         for colour, depth in zip(COLOURS, depths, strict=False):
             of = [row for row in found if (row["kind"], row["depth"]) == (kind, depth)]
             epochs = sorted({row["epoch"] for row in of})
@@ -94,7 +97,7 @@ def panels(found: Rows) -> list[Panel]:
             axes.plot([], [], style, color=TEXT, label=split)
         axes.set(xlabel="epoch", ylabel="error, %", ylim=(0, 100))
 
-    def ending(axes: Any) -> None:
+    def ending(axes: "Axes") -> None:
         for colour, kind in zip(COLOURS, KINDS, strict=False):
             for split, style, of in (("train", "o-", "training images"), ("test", "s:", "test images")):
                 values = [[100 * error for error in last_errors(found, kind, depth, split)] for depth in depths]

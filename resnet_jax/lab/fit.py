@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import VariableDict
 
 from resnet_jax.config import (
     AugmentConfig,
@@ -161,7 +162,7 @@ def evaluator(model: nn.Module, config: Config) -> Callable[[Any, dict[str, np.n
     """Returns `evaluate(variables, split) -> means` over at most EVALUATED images of a split; it is compiled once."""
     program = jax.jit(recipe_eval_step(config, model), compiler_options=compiler_options())
 
-    def evaluate(variables: Any, split: dict[str, np.ndarray]) -> dict[str, Any]:
+    def evaluate(variables: VariableDict, split: dict[str, np.ndarray]) -> dict[str, Any]:
         count, parts = min(EVALUATED, len(split["label"])), []
         for start in range(0, count, EVAL_BATCH):
             place = np.minimum(np.arange(start, start + EVAL_BATCH), count - 1)

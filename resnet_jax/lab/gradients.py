@@ -6,7 +6,7 @@ unchanged besides, whatever F does (He et al. 2016, eq. 5).
 """
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,9 @@ from resnet_jax.models.layers import ACTIVATIONS, Conv, make_norm
 from resnet_jax.models.resnet import Stem
 from resnet_jax.runs.charts import TEXT
 from resnet_jax.training.state import TrainState, path_map
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INITS = {"LeCun": 1.0, "He": 2.0, "twice He": 4.0}
 """Name -> variance of a kernel times its fan-in."""
@@ -96,7 +99,7 @@ def with_variance(variables: Any, gain: float) -> Any:
     return variables | {"params": path_map(scaled, variables["params"])}
 
 
-def gradients_along(model: Any, variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+def gradients_along(model: nn.Module, variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the norm of the gradient of the loss at the output of each block, [blocks].
 
     Norms take the statistics of the batch. The equal blocks of a stage run in a loop, in the forward and the backward
@@ -276,7 +279,7 @@ def panels(found: Rows) -> list[Panel]:
     ends = {kind: f"{short(values[0])} → {short(values[-1])}" for kind, values in trained.items()}
     scales, scales_ja = ", ".join(INITS), "、".join(map(translated, INITS))
 
-    def blocks(axes: Any, norm: str) -> None:
+    def blocks(axes: "Axes", norm: str) -> None:
         for colour, ((kind, zero), name) in zip(COLOURS, names.items(), strict=False):
             for init, style in zip(INITS, (":", "-", "--"), strict=True):
                 of = [row for row in found if "block" in row and about_of(row) == (kind, norm, zero, init, depth)]
@@ -289,7 +292,7 @@ def panels(found: Rows) -> list[Panel]:
         axes.set(xlabel="block", ylabel="norm of the gradient", yscale="log")
         log_axis(axes.yaxis)
 
-    def over_depth(axes: Any) -> None:
+    def over_depth(axes: "Axes") -> None:
         table = ratios(found)
         for colour, marker, (kind, norm, zero) in zip(COLOURS, "osD^vP", CASES, strict=False):
             of = [row for row in table if about_of(row)[:4] == (kind, norm, zero, "He")]
@@ -299,7 +302,7 @@ def panels(found: Rows) -> list[Panel]:
         log_axis(axes.xaxis, sorted({row["depth"] for row in table if row["kind"] != "densenet"}))
         log_axis(axes.yaxis)
 
-    def training(axes: Any) -> None:
+    def training(axes: "Axes") -> None:
         for colour, marker, (kind, values) in zip(COLOURS, "os", trained.items(), strict=False):
             steps = [row["step"] for row in found if "step" in row and row["kind"] == kind]
             axes.plot(steps, values, f"{marker}-", color=colour, label=kind)

@@ -5,11 +5,14 @@ the statistics of the batch at every point, so that the statistics fit the chang
 """
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax.typing import VariableDict
 
 from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
 from resnet_jax.lab.panels import COLOURS, Panel, Text, log_axis, short, translated
@@ -17,6 +20,9 @@ from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.runs.charts import log_ticks, plain_number
 from resnet_jax.training.losses import cross_entropy
 from resnet_jax.training.state import path_map
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KINDS = ("plain", "residual")
 
@@ -54,7 +60,7 @@ def rows(book: Notebook) -> Rows:
     return found
 
 
-def filter_normalised(key: jax.Array, params: Any) -> Any:
+def filter_normalised(key: jax.Array, params: optax.Params) -> Any:
     """Returns a random direction, a tree as `params`, whose filters have the norms of those of `params`.
 
     It is 0 for all leaves that are no kernels.
@@ -72,7 +78,7 @@ def filter_normalised(key: jax.Array, params: Any) -> Any:
     return path_map(direction, params)
 
 
-def plane(model: Any, variables: Any, directions: list[Any], batch: Any, classes: int) -> Any:
+def plane(model: nn.Module, variables: VariableDict, directions: list[Any], batch: Any, classes: int) -> Any:
     """Returns `losses(xs, y)`, which computes the loss at the points of a line, spread over all devices.
 
     Args:
@@ -133,7 +139,7 @@ def panels(found: Rows) -> list[Panel]:
     least, most = min(row["loss"] for row in found), max(row["loss"] for row in found)
     levels = np.geomspace(max(1e-4, least), most + 1e-3, 18)
 
-    def contours(axes: Any, kind: str) -> None:
+    def contours(axes: "Axes", kind: str) -> None:
         xs, ys, heights = heights_of(found, kind)
         drawn = axes.contourf(xs, ys, heights, levels=levels, norm="log", cmap="viridis")
         axes.contour(xs, ys, heights, levels=levels, colors="white", linewidths=0.4)
@@ -145,7 +151,7 @@ def panels(found: Rows) -> list[Panel]:
         bar.ax.minorticks_off()
         bar.outline.set_visible(False)
 
-    def slices(axes: Any) -> None:
+    def slices(axes: "Axes") -> None:
         for colour, marker, kind in zip(COLOURS, "os", KINDS, strict=False):
             xs, ys, heights = heights_of(found, kind)
             axes.plot(xs, heights[np.argmin(np.abs(ys))], f"{marker}-", color=colour, label=kind)

@@ -1,12 +1,13 @@
 """Removes and swaps blocks of a trained network: residual ones survive it (Veit et al. 2016, arXiv:1605.06431)."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import VariableDict
 
 from resnet_jax.lab.fit import cifar_net, fit, load, recipe, variables_of
 from resnet_jax.lab.panels import COLOURS, Panel, Text, plot_spread, seeds_of
@@ -14,6 +15,9 @@ from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.blocks import ResidualBlock
 from resnet_jax.runs.charts import GRID, TEXT
 from resnet_jax.training.programs import recipe_eval_step
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KINDS = ("plain", "residual")
 
@@ -41,7 +45,7 @@ def rows(book: Notebook) -> Rows:
     return found
 
 
-def lesions(model: Any, variables: Any, data: Any, depth: int) -> Rows:
+def lesions(model: nn.Module, variables: VariableDict, data: Any, depth: int) -> Rows:
     """Returns the accuracies of a trained network with blocks removed and swapped, as rows."""
     size = (depth - 2) // 6
     same = [
@@ -69,7 +73,7 @@ def lesions(model: Any, variables: Any, data: Any, depth: int) -> Rows:
     return found
 
 
-def gated_accuracy(model: Any, data: Any, blocks: list[tuple[int, int]]) -> Any:
+def gated_accuracy(model: nn.Module, data: Any, blocks: list[tuple[int, int]]) -> Any:
     """Returns `accuracy(variables, gates)` on test images, where a block with gate 0 returns its input.
 
     Args:
@@ -83,7 +87,7 @@ def gated_accuracy(model: Any, data: Any, blocks: list[tuple[int, int]]) -> Any:
     batch = {name: jnp.asarray(values[:count]) for name, values in data.test.items()} | {"mask": jnp.ones(count, bool)}
 
     @jax.jit
-    def right(variables: Any, gates: jax.Array) -> jax.Array:
+    def right(variables: VariableDict, gates: jax.Array) -> jax.Array:
         def tap(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             out = call(*args, **kwargs)
             name = "/".join(context.module.path)
@@ -98,7 +102,7 @@ def gated_accuracy(model: Any, data: Any, blocks: list[tuple[int, int]]) -> Any:
     return lambda variables, gates: float(right(variables, jnp.asarray(gates, jnp.float32)))
 
 
-def swapped(variables: Any, size: int, pairs: int, rng: np.random.Generator) -> Any:
+def swapped(variables: VariableDict, size: int, pairs: int, rng: np.random.Generator) -> Any:
     """Returns variables in which random pairs of blocks of the same stage are swapped, each block at most once.
 
     Args:
@@ -147,7 +151,7 @@ def panels(found: Rows) -> list[Panel]:
     depth = found[0]["depth"]
     missing = cannot_be_removed(depth)
 
-    def lesioned(axes: Any, lesion: str, by: str, name: str) -> None:
+    def lesioned(axes: "Axes", lesion: str, by: str, name: str) -> None:
         for colour, marker, kind in zip(COLOURS, "os", KINDS, strict=False):
             of = [row for row in found if (row["kind"], row["lesion"]) == (kind, lesion)]
             points = sorted({row[by] for row in of} | (set(missing) if lesion == "remove" else set()))

@@ -4,7 +4,7 @@ computed again in the backward pass (Chen et al. 2016), and with equal blocks in
 
 import time
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import recipe_step
 from resnet_jax.training.resolve import filled
 from resnet_jax.training.sharding import compiler_options, uncached
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WAYS: dict[str, dict[str, Any]] = {
     "all kept": {},
@@ -108,7 +111,7 @@ def panels(found: Rows) -> list[Panel]:
     """Returns memory, time of a step and time of compilation against the depth."""
     depths = sorted({row["depth"] for row in found})
 
-    def against_depth(axes: Any, name: str, label: str) -> None:
+    def against_depth(axes: "Axes", name: str, label: str) -> None:
         for colour, marker, way in zip(COLOURS, "osD^v", WAYS, strict=False):
             of = sorted((row for row in found if row["way"] == way), key=lambda row: row["depth"])
             values = [row[name] / UNITS[name] for row in of]

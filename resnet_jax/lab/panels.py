@@ -4,12 +4,15 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from resnet_jax.lab.captions import WORDS
 from resnet_jax.runs.charts import GRID, PAGE_COLOURS, TEXT, as_svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Text = tuple[str, str]
 """In English and Japanese."""
@@ -130,7 +133,7 @@ def log_axis(axis: Any, places: Iterable[float] | None = None) -> None:
 
 
 def plot_spread(
-    axes: Any, x: Any, groups: Iterable[Iterable[float]], style: str, colour: str, label: str | None = None
+    axes: "Axes", x: Any, groups: Iterable[Iterable[float]], style: str, colour: str, label: str | None = None
 ) -> None:
     """Draws means of groups of values with their standard deviations, which a group of one value does not have."""
     arrays = [np.asarray(list(values), float) for values in groups]

@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from resnet_jax.files import write_whole
 from resnet_jax.runs.folder import versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
 """A table: each row maps names of columns to values that JSON can hold."""
@@ -68,7 +71,7 @@ class Notebook:
         return rows
 
 
-def save(folder: Path, name: str, options: Options, rows: Rows, figure: Any, seconds: float) -> dict[str, Any]:
+def save(folder: Path, name: str, options: Options, rows: Rows, figure: "Figure", seconds: float) -> dict[str, Any]:
     """Writes `<name>.json`, `.csv`, `.png` and `.svg` into a folder; returns the record, which is the JSON's content.
 
     Args:
@@ -100,7 +103,7 @@ def save(folder: Path, name: str, options: Options, rows: Rows, figure: Any, sec
     return record
 
 
-def save_figure(folder: Path, name: str, figure: Any) -> None:
+def save_figure(folder: Path, name: str, figure: "Figure") -> None:
     """Writes a figure as `<name>.png` and `.svg` into a folder."""
     figure.savefig(folder / f"{name}.png", dpi=110)
     figure.savefig(folder / f"{name}.svg")

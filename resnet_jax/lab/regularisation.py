@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +10,9 @@ from resnet_jax.config import AugmentConfig, OptimizerConfig
 from resnet_jax.lab.fit import cifar_net, fit, load, recipe
 from resnet_jax.lab.panels import COLOURS, Panel, Text, listed, seeds_of
 from resnet_jax.lab.record import Notebook, Rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WAYS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -75,7 +78,7 @@ def panels(found: Rows) -> list[Panel]:
     """Returns the last errors and losses with each regulariser."""
     ways = list(dict.fromkeys(row["way"] for row in found))
 
-    def bars(axes: Any, quantity: str, unit: float, label: str) -> None:
+    def bars(axes: "Axes", quantity: str, unit: float, label: str) -> None:
         for shift, colour, split in zip((-0.2, 0.2), COLOURS, ("train", "test"), strict=False):
             values = [[unit * row[f"{split}_{quantity}"] for row in found if row["way"] == way] for way in ways]
             spread = [np.std(v) for v in values] if len(values[0]) > 1 else None

@@ -6,16 +6,20 @@ Models of a user's own (`register_model`) stand beside them.
 import time
 from functools import partial
 from itertools import cycle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+import optax
 
 from resnet_jax.config import OptimizerConfig
 from resnet_jax.lab.fit import EVALUATED, evaluator, fit, load, network, pixels, recipe, variables_of
 from resnet_jax.lab.panels import COLOURS, Panel, Text, listed, log_axis, plot_spread, seeds_of, short, with_spread
 from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.registry import cost, own_models
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WIDE = {"stage_sizes": (3, 3, 3)}
 RELATIVES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -77,8 +81,8 @@ def one(
 def kept_bytes(model: Any, variables: Any, images: jax.Array) -> int:
     """Returns how many bytes of activations are kept between forward and backward pass, computed from shapes alone."""
 
-    def backward(params: Any, images: jax.Array) -> Any:
-        def loss(params: Any) -> jax.Array:
+    def backward(params: optax.Params, images: jax.Array) -> Any:
+        def loss(params: optax.Params) -> jax.Array:
             given = variables | {"params": params}
             rngs = {"dropout": jax.random.key(0)}
             return model.apply(given, images, train=True, mutable=["batch_stats"], rngs=rngs)[0].sum()
@@ -136,7 +140,7 @@ def panels(found: Rows) -> list[Panel]:
     """Returns test error against arithmetic, memory and speed."""
     names = list(dict.fromkeys(row["name"] for row in found))
 
-    def against(axes: Any, key: str, unit: float, label: str) -> None:
+    def against(axes: "Axes", key: str, unit: float, label: str) -> None:
         places = means_of(found, key, unit)
         for colour, marker, name in zip(cycle(COLOURS), cycle("osD^vPX*"), names, strict=False):
             errors = [100 * row["test_error"] for row in found if row["name"] == name]

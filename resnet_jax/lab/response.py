@@ -1,16 +1,20 @@
 """Measures how close blocks are to the identity: outputs of branches against their inputs (He et al. 2015, Fig. 7)."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.typing import VariableDict
 
 from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
 from resnet_jax.lab.panels import COLOURS, Panel, Text, seeds_of, short
 from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.blocks import ResidualBlock
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def rows(book: Notebook) -> Rows:
@@ -34,7 +38,7 @@ def rows(book: Notebook) -> Rows:
     return found
 
 
-def responses(model: Any, variables: Any, images: jax.Array) -> Rows:
+def responses(model: nn.Module, variables: VariableDict, images: jax.Array) -> Rows:
     """Returns for each block the `mean` and standard `deviation` of its branch's output, the standard deviation of its
     `input`, and the `ratio` of the two deviations.
 
@@ -55,7 +59,7 @@ def responses(model: Any, variables: Any, images: jax.Array) -> Rows:
                 seen.setdefault(name.removesuffix("/norm2"), {}).update(mean=out.mean(), deviation=out.std())
         return out
 
-    def forward(variables: Any, images: jax.Array) -> Any:
+    def forward(variables: VariableDict, images: jax.Array) -> Any:
         with nn.intercept_methods(tap):
             model.apply(variables, images, train=False)
         return dict(seen)
@@ -92,7 +96,7 @@ def panels(found: Rows) -> list[Panel]:
     """Returns the deviation of the branches over the blocks, and its ratio to the input's."""
     means = mean_ratios(found)
 
-    def over_blocks(axes: Any, name: str, label: str) -> None:
+    def over_blocks(axes: "Axes", name: str, label: str) -> None:
         for colour, marker, depth in zip(COLOURS, "osD^vPX*", means, strict=False):
             of = [row for row in found if row["depth"] == depth]
             blocks = sorted({row["block"] for row in of})

@@ -147,6 +147,6 @@ def _named_if_damaged(folder: Path, name: str) -> Iterator[None]:
         ) from error
 
 
-def cell(value: Any) -> str:
+def cell(value: object) -> str:
     """Returns the text of a table's cell: floats as `short` gives them, an int with commas, and all else as it is."""
     return short(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,13 +1,13 @@
 """Channel attention, which weights a branch by its own global mean, and self-attention in place of a 3x3."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.models.layers import Dtype, ModuleDef
 from resnet_jax.ops.pooling import average_pool
 
 Array = jax.Array
@@ -91,7 +91,7 @@ class SpatialAttention(nn.Module):
     heads: int = 4
     strides: int = 1
     window: int = 32
-    dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -121,7 +121,7 @@ def _distances(side: int, window: int) -> Array:
     return places[None, :] - places[:, None] + window - 1
 
 
-def with_self_attention(conv: Callable[..., Any], heads: int, dtype: Any) -> Callable[..., Any]:
+def with_self_attention(conv: ModuleDef, heads: int, dtype: Dtype) -> ModuleDef:
     """Returns what makes convolutions as `conv` does, but `SpatialAttention` in place of every 3x3."""
 
     def make(features: int, kernel: int, strides: int = 1, dilation: int = 1, groups: int = 1, **options: Any) -> Any:

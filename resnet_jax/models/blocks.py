@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.attention import channel_attention
-from resnet_jax.models.layers import BatchNorm, Conv, ConvNorm, DropPath
+from resnet_jax.models.layers import BatchNorm, Conv, ConvNorm, DropPath, ModuleDef
 from resnet_jax.ops.materialize import materialize, materialized_relu
 from resnet_jax.ops.pooling import anti_alias, average_pool
 
@@ -29,6 +28,11 @@ class Shortcut(nn.Module):
       dilation: of the stage; above 1 the average of `D` keeps the size.
       kernel: size of the projection of `B` and `C` where the image shrinks or the stage is dilated.
       norm: put behind a projection; None for none, as in pre-activation nets.
+
+    Example:
+      >>> shortcut = Shortcut(32, strides=2, kind="A")
+      >>> shortcut.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 16)), train=False)[0].shape
+      (1, 4, 4, 32)
     """
 
     features: int
@@ -36,8 +40,8 @@ class Shortcut(nn.Module):
     kind: str = "B"
     dilation: int = 1
     kernel: int = 1
-    conv: Callable[..., Any] = Conv
-    norm: Callable[..., Any] | None = BatchNorm
+    conv: ModuleDef = Conv
+    norm: ModuleDef | None = BatchNorm
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -82,6 +86,13 @@ class ResidualBlock(nn.Module):
       zero_init_last: the branch starts as zero (the last scale is 0), so the block starts as its shortcut.
       conv: called with features, kernel size, strides, dilation, groups, and a name, as `Conv`.
       norm: called with a name, and `scale_init` where it starts at zero, as `BatchNorm`.
+
+    Example:
+      >>> block = ResidualBlock(32, kernels=BOTTLENECK, strides=2)
+      >>> x = jnp.zeros((1, 8, 8, 16))
+      >>> y, variables = block.init_with_output(jax.random.key(0), x, train=False)
+      >>> y.shape
+      (1, 4, 4, 32)
     """
 
     features: int
@@ -99,8 +110,8 @@ class ResidualBlock(nn.Module):
     anti_alias: str = "none"
     drop_path: float = 0.0
     zero_init_last: bool = True
-    conv: Callable[..., Any] = Conv
-    norm: Callable[..., Any] = BatchNorm
+    conv: ModuleDef = Conv
+    norm: ModuleDef = BatchNorm
     act: Callable[[Array], Array] = nn.relu
 
     @nn.compact
@@ -150,6 +161,11 @@ class PreactBlock(nn.Module):
     A shortcut that projects starts from the first activation, any other from x itself, so that no norm and no
     activation lies on the identity path (He et al. 2016). Fields and shapes are those of `ResidualBlock`, but there is
     no `anti_alias`; `zero_init_last` zeroes the last convolution.
+
+    Example:
+      >>> y, _ = PreactBlock(16).init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 16)), train=False)
+      >>> y.shape
+      (1, 8, 8, 16)
     """
 
     features: int
@@ -166,8 +182,8 @@ class PreactBlock(nn.Module):
     attention_ratio: float = 1 / 16
     drop_path: float = 0.0
     zero_init_last: bool = True
-    conv: Callable[..., Any] = Conv
-    norm: Callable[..., Any] = BatchNorm
+    conv: ModuleDef = Conv
+    norm: ModuleDef = BatchNorm
     act: Callable[[Array], Array] = nn.relu
 
     @nn.compact
@@ -200,7 +216,7 @@ class PreactBlock(nn.Module):
         return materialize(y + shortcut_of(self, None)(start))
 
 
-def shortcut_of(block: ResidualBlock | PreactBlock, norm: Callable[..., Any] | None) -> Shortcut:
+def shortcut_of(block: ResidualBlock | PreactBlock, norm: ModuleDef | None) -> Shortcut:
     """Makes the shortcut of a block. To be called in a compact module."""
     return Shortcut(
         block.features,

@@ -1,5 +1,6 @@
 """DenseNet: the input of a layer is the outputs of all layers before it, concatenated (Huang et al. 2016)."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.head import pool_and_classify
-from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, make_norm
+from resnet_jax.models.layers import ACTIVATIONS, Conv, Dtype, ModuleDef, make_norm
 from resnet_jax.models.resnet import Stem, StemPool, check_channels, check_remat, maybe_remat
 from resnet_jax.ops.pooling import average_pool
 
@@ -23,9 +24,9 @@ class DenseLayer(nn.Module):
     """
 
     growth: int
-    conv: Any
-    norm: Any
-    act: Any
+    conv: ModuleDef
+    norm: ModuleDef
+    act: Callable[[Array], Array]
 
     @nn.compact
     def __call__(self, pieces: list[Array], train: bool = False) -> Array:
@@ -40,7 +41,7 @@ class DenseStage(nn.Module):
     """Applies layers in a row, and concatenates the input and all their outputs."""
 
     size: int
-    layer: Any
+    layer: ModuleDef
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -53,9 +54,9 @@ class DenseStage(nn.Module):
 class Transition(nn.Module):
     """Computes norm, act, a 1x1 convolution to half the channels, and the mean over 2x2: between two stages."""
 
-    conv: Any
-    norm: Any
-    act: Any
+    conv: ModuleDef
+    norm: ModuleDef
+    act: Callable[[Array], Array]
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:

@@ -1,7 +1,6 @@
 """Backbones: the maps of some stages of a network, for detection, segmentation and the like."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,7 +37,7 @@ class Features(nn.Module):
         return tuple(outputs[name] for name in self.names)
 
 
-def features_of(model: Any, stages: Sequence[int] | None = None, frozen: bool = False) -> Features:
+def features_of(model: nn.Module, stages: Sequence[int] | None = None, frozen: bool = False) -> Features:
     """Returns the maps of some stages of a model as a module.
 
     Args:

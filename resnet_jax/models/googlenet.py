@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.models.head import pool_and_classify
-from resnet_jax.models.layers import ACTIVATIONS, Conv, ConvNorm, Dtype, make_norm
+from resnet_jax.models.layers import ACTIVATIONS, Conv, ConvNorm, Dtype, ModuleDef, make_norm
 from resnet_jax.models.resnet import check_channels, check_remat, maybe_remat
 from resnet_jax.ops.pooling import adaptive_average_pool, ceil_max_pool, max_pool
 
@@ -33,9 +33,9 @@ class Chain(nn.Module):
     """Applies convolutions in a row, each with norm and activation; `layers` are (features, kernel, strides)."""
 
     layers: tuple[tuple[int, int, int], ...]
-    conv: Any
-    norm: Any
-    act: Any
+    conv: ModuleDef
+    norm: ModuleDef
+    act: Callable[[Array], Array]
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -52,7 +52,7 @@ class Inception(nn.Module):
     """
 
     widths: tuple[int, ...]
-    chain: Any
+    chain: ModuleDef
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -70,7 +70,7 @@ class InceptionStage(nn.Module):
     """Applies modules in a row, and calls `listen(name, x)` with the output of each."""
 
     widths: tuple[tuple[int, ...], ...]
-    module: Any
+    module: ModuleDef
     listen: Callable[[str, Array], None] = lambda name, x: None
 
     @nn.compact
@@ -85,7 +85,7 @@ class AuxiliaryHead(nn.Module):
     """Classifies a map within the network: mean over 4x4 parts, 1x1 convolution, two dense layers."""
 
     num_classes: int
-    chain: Any
+    chain: ModuleDef
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -155,7 +155,7 @@ class GoogLeNet(nn.Module):
         outputs["features"], logits = pool_and_classify(x, self.global_pool, self.drop_rate, self.num_classes, train)
         return (logits, outputs) if endpoints else logits
 
-    def _auxiliary(self, maps: list[Array], chain: Any, train: bool) -> None:
+    def _auxiliary(self, maps: list[Array], chain: ModuleDef, train: bool) -> None:
         """Applies an auxiliary head to each map and puts its logits into their collection."""
         for i, x in enumerate(maps, start=1):
             logits = AuxiliaryHead(self.num_classes or 1, chain, name=f"auxiliary{i}")(x, train)

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from resnet_jax.ops.batch_statistics import (
     batch_moments,
@@ -20,7 +21,9 @@ from resnet_jax.ops.batch_statistics import (
 from resnet_jax.ops.convolution import conv2d
 
 Array = jax.Array
-Dtype = Any
+Dtype = DTypeLike
+ModuleDef = Callable[..., nn.Module]
+"""Makes a layer: a class, or one with some of its fields given."""
 Initializer = Callable[..., Array]
 
 he_normal_fan_out: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -41,6 +44,10 @@ class Conv(nn.Module):
       kernel_size, strides, dilation, groups: as in `conv2d`; the kernel is square.
       standardized: the kernel of each output channel gets mean 0 and variance 1 first (Qiao et al. 2019).
       dtype: in which the convolution computes, and of the result.
+
+    Example:
+      >>> Conv(8, 3, strides=2).init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))[0].shape
+      (1, 4, 4, 8)
     """
 
     features: int
@@ -71,8 +78,8 @@ class Conv(nn.Module):
 class NormVariables(NamedTuple):
     """Holds what a batch norm owns, each float32 [channel]: running statistics, as Flax variables, and parameters."""
 
-    mean: Any
-    var: Any
+    mean: nn.Variable[Array]
+    var: nn.Variable[Array]
     scale: Array
     bias: Array
 
@@ -94,6 +101,13 @@ class BatchNorm(nn.Module):
         the groups. None: over all of the batch.
       axis_name: of the mapped axis.
       dtype: of the result.
+
+    Example:
+      >>> norm, x = BatchNorm(momentum=0.75), jnp.ones((2, 4, 4, 8))
+      >>> variables = norm.init(jax.random.key(0), x, train=False)
+      >>> y, moved = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+      >>> moved["batch_stats"]["mean"][0]  # 0.75 times 0, and 0.25 times 1
+      Array(0.25, dtype=float32)
     """
 
     momentum: float = 0.9
@@ -146,6 +160,11 @@ class ConvNorm(nn.Module):
     Attributes:
       conv: a `Conv`, or any module `conv(x)` in its place.
       norm: a `BatchNorm`, or any module `norm(x, train)`.
+
+    Example:
+      >>> layer = ConvNorm(Conv(8, 3, name="conv1"), BatchNorm(name="norm1"))
+      >>> layer.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)[0].shape
+      (1, 8, 8, 8)
     """
 
     conv: nn.Module
@@ -181,6 +200,12 @@ class GroupNorm(nn.Module):
 
     Raises:
       ValueError: the channels do not divide into the groups.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
+      >>> y, _ = GroupNorm(groups=4).init_with_output(jax.random.key(0), x)
+      >>> y.shape
+      (2, 4, 4, 8)
     """
 
     groups: int = 32
@@ -248,6 +273,12 @@ class DropPath(nn.Module):
     """Zeroes a random share of the images of a batch when training, and scales up the rest (Huang et al. 2016).
 
     Draws from the `dropout` random numbers. The rate may also be an input of a compiled function.
+
+    Example:
+      >>> keys = {"dropout": jax.random.key(0)}
+      >>> y = DropPath(0.5).apply({}, jnp.ones((8, 1)), train=True, rngs=keys)
+      >>> sorted(set(y.ravel().tolist()))
+      [0.0, 2.0]
     """
 
     rate: Any
@@ -266,7 +297,7 @@ def never(rate: Any) -> bool:
     return isinstance(rate, int | float) and rate == 0
 
 
-NORMS: dict[str, Any] = {
+NORMS: dict[str, ModuleDef] = {
     "batch": BatchNorm,
     "frozen_batch": partial(BatchNorm, frozen=True),
     "group": GroupNorm,
@@ -275,7 +306,7 @@ NORMS: dict[str, Any] = {
 }
 
 
-def make_norm(model: Any, epsilon: float = 1e-5) -> Any:
+def make_norm(model: nn.Module, epsilon: float = 1e-5) -> ModuleDef:
     """Returns the class of a model's norm with everything but its name set.
 
     Args:

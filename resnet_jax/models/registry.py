@@ -5,7 +5,7 @@ import fnmatch
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 OURS = frozenset(MODELS)
 """Names of the models of this package; all others are users' own."""
 
-Maker = TypeVar("Maker", bound=Callable[..., Any])
+Maker = TypeVar("Maker", bound=Callable[..., nn.Module])
 
 
 def register_model(name: str) -> Callable[[Maker], Maker]:
@@ -55,6 +55,17 @@ def register_model(name: str) -> Callable[[Maker], Maker]:
 
     Raises:
       InputError: the name is taken or impossible, or what is registered takes no `num_classes`.
+
+    Example:
+      >>> @rj.register_model("mean_colour")
+      ... class MeanColour(nn.Module):
+      ...     num_classes: int = 10
+      ...
+      ...     @nn.compact
+      ...     def __call__(self, images, train=False):
+      ...         return nn.Dense(self.num_classes, name="head")(images.mean((1, 2)))
+      >>> rj.create_model("mean_colour", num_classes=3).num_classes
+      3
     """
 
     def register(make: Maker) -> Maker:
@@ -74,26 +85,31 @@ def register_model(name: str) -> Callable[[Maker], Maker]:
     return register
 
 
-def _place(make: Any) -> tuple[Any, Any]:
+def _place(make: Callable[..., nn.Module]) -> tuple[Any, Any]:
     """Returns where something is defined."""
     return getattr(make, "__module__", None), getattr(make, "__qualname__", make)
 
 
-def _parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def _parameters(make: Callable[..., nn.Module]) -> dict[str, inspect.Parameter]:
     """Returns what a class or function is called with; of a module its fields."""
     found = inspect.signature(make).parameters
     module = isinstance(make, type) and issubclass(make, nn.Module)
     return {name: parameter for name, parameter in found.items() if not (module and name in ("parent", "name"))}
 
 
-def _takes(make: Callable[..., Any], name: str) -> bool:
+def _takes(make: Callable[..., nn.Module], name: str) -> bool:
     """Returns whether a class or function can be called with an argument of this name."""
     parameters = _parameters(make)
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Returns the names of the models that match a shell pattern such as `resnext*`, sorted."""
+    """Returns the names of the models that match a shell pattern such as `resnext*`, sorted.
+
+    Example:
+      >>> rj.list_models("resnet18*")
+      ['resnet18', 'resnet18d']
+    """
     return sorted(fnmatch.filter(MODELS, pattern))
 
 
@@ -107,6 +123,13 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
     Raises:
       InputError: the name or a field is unknown; the message has the nearest ones.
+
+    Example:
+      >>> model = rj.create_model("cifar_resnet20", num_classes=4, act="silu")
+      >>> images = jnp.zeros((2, 32, 32, 3))
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+      >>> variables["params"]["head"]["kernel"].shape
+      (64, 4)
     """
     if name not in MODELS:
         raise InputError(
@@ -130,7 +153,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     return module
 
 
-def _plain(field: str, value: Any) -> bool:
+def _plain(field: str, value: object) -> bool:
     """Returns whether a field has the value with which modules without this field compute anyway."""
     return (field == "dtype" and value == jnp.float32) or (field == "in_channels" and value == 3)
 
@@ -142,12 +165,12 @@ def default_classes(name: str) -> int:
     return default if isinstance(default, int) else 1000
 
 
-def channels_of(model: Any) -> int:
+def channels_of(model: nn.Module) -> int:
     """Returns the number of channels of a model's images."""
     return getattr(model, "in_channels", 3)
 
 
-def dtype_of(model: Any) -> Any:
+def dtype_of(model: nn.Module) -> Any:
     """Returns the type in which a model computes, and takes its images."""
     return getattr(model, "dtype", None) or jnp.float32
 
@@ -165,14 +188,14 @@ def model_fields(recipe: ModelConfig) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(recipe, name)) != getattr(default, name)}
 
 
-def nearest(word: str, words: Any) -> str:
+def nearest(word: str, words: Iterable[str]) -> str:
     """Returns a sentence that names the words most like a wrong one, or all where none is."""
     near = difflib.get_close_matches(word, list(words), n=3, cutoff=0.4)
     return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(sorted(words))}."
 
 
 @lru_cache(maxsize=256)
-def variable_shapes(model: Any) -> Any:
+def variable_shapes(model: nn.Module) -> Any:
     """Returns shapes and types of a model's variables; nothing is allocated, and equal blocks are traced once."""
     traced = shortened(model)
     size = getattr(model, "image_size", 64)
@@ -187,7 +210,7 @@ def variable_shapes(model: Any) -> Any:
     return shapes
 
 
-def shortened(model: Any) -> Any:
+def shortened(model: nn.Module) -> nn.Module:
     """Returns a ResNet with the first two blocks of each stage, which all later ones equal; other models unchanged."""
     if type(model) is not ResNet or model.scan:
         return model
@@ -207,11 +230,15 @@ class Feature(NamedTuple):
     stride: int
 
 
-def feature_info(model: Any) -> list[Feature]:
+def feature_info(model: nn.Module) -> list[Feature]:
     """Describes the maps that `model.apply(..., endpoints=True)` returns beside the logits.
 
     Raises:
       InputError: the model has tokens and no maps, or is a module of your own without `endpoints`.
+
+    Example:
+      >>> rj.feature_info(rj.create_model("cifar_resnet20"))[-1]
+      Feature(name='stage3', channels=64, stride=4)
     """
     if isinstance(model, ViT):
         raise InputError("a transformer has tokens of one width throughout, and no maps")
@@ -224,7 +251,7 @@ def feature_info(model: Any) -> list[Feature]:
     return [Feature(name, outputs[name].shape[-1], 256 // outputs[name].shape[1]) for name in names]
 
 
-def check_endpoints(model: Any) -> None:
+def check_endpoints(model: nn.Module) -> None:
     """Raises InputError where a model does not give what is within it."""
     kind = type(model)
     if "endpoints" not in inspect.signature(kind.__call__).parameters:
@@ -234,7 +261,7 @@ def check_endpoints(model: Any) -> None:
         )
 
 
-def stride_of(model: Any) -> int:
+def stride_of(model: nn.Module) -> int:
     """Returns how many times larger than its last map a model's image is; 1 for a module of a user's own."""
     if isinstance(model, ViT):
         return model.patch
@@ -255,7 +282,7 @@ class Cost(NamedTuple):
     macs: int
 
 
-def cost(model: Any, size: Size) -> Cost:
+def cost(model: nn.Module, size: Size) -> Cost:
     """Counts a model's parameters, and the multiply-adds of an image of that size, as timm's tables do.
 
     Convolutions, dense layers, products of attention and norms count; an element costs 2 in batch normalisation, 5 in

@@ -1,5 +1,6 @@
 """Residual networks: stem, stages of blocks, head; the named ones are rows of the table in `table.py`."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from resnet_jax.models.attention import with_self_attention
 from resnet_jax.models.blocks import BASIC, BOTTLENECK, PreactBlock, ResidualBlock
 from resnet_jax.models.head import pool_and_classify
-from resnet_jax.models.layers import ACTIVATIONS, Conv, ConvNorm, Dtype, make_norm
+from resnet_jax.models.layers import ACTIVATIONS, Conv, ConvNorm, Dtype, ModuleDef, make_norm
 from resnet_jax.models.stacking import EQUAL, run_stacked
 from resnet_jax.ops.pooling import ANTI_ALIASES, anti_alias, max_pool
 
@@ -31,9 +32,9 @@ class Stem(nn.Module):
     kind: str
     width: int
     preact: bool
-    conv: Any
-    norm: Any
-    act: Any
+    conv: ModuleDef
+    norm: ModuleDef
+    act: Callable[[Array], Array]
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -58,9 +59,9 @@ class StemPool(nn.Module):
 
     kind: str
     anti_alias: str
-    conv: Any
-    norm: Any
-    act: Any
+    conv: ModuleDef
+    norm: ModuleDef
+    act: Callable[[Array], Array]
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -91,7 +92,7 @@ class Stage(nn.Module):
       in_groups: for the backward pass that loop keeps only the inputs of groups of blocks.
     """
 
-    block: Any
+    block: ModuleDef
     drop_paths: tuple[float, ...]
     strides: int
     dilation: int = 1
@@ -160,6 +161,11 @@ class ResNet(nn.Module):
       in_channels: of the images.
       num_classes: None or 0 returns the pooled features [batch, channel] instead of logits.
       dtype: float32 or bfloat16.
+
+    Example:
+      A ResNet-26 of twice the width, with channel attention, for grey images::
+
+        model = ResNet((2, 2, 2, 2), base_width=128, attention="se", in_channels=1, num_classes=10)
     """
 
     stage_sizes: tuple[int, ...]
@@ -270,7 +276,7 @@ class ResNet(nn.Module):
             for start, size in zip(starts, self.stage_sizes, strict=True)
         ]
 
-    def _block(self, stage: int) -> Any:
+    def _block(self, stage: int) -> ModuleDef:
         """Returns the class of a stage's blocks with the network's fields set."""
         kernels, expansion = BLOCKS[self.block if isinstance(self.block, str) else self.block[stage]]
         width = self.widths[stage]
@@ -292,7 +298,7 @@ class ResNet(nn.Module):
         )
 
 
-def maybe_remat(module: Any, remat: bool) -> Any:
+def maybe_remat(module: type[nn.Module], remat: bool) -> type[nn.Module]:
     """Returns a module's class, with `remat` one that is computed again in the backward pass (Chen et al. 2016)."""
     return nn.remat(module, static_argnums=(2,)) if remat else module
 

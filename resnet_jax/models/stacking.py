@@ -40,14 +40,14 @@ def unstack_blocks(tree: Any) -> Any:
     return jax.tree.map(unstack, tree, is_leaf=_is_stage)
 
 
-def run_stacked(block: Any, x: jax.Array, train: bool, count: int, in_groups: bool) -> jax.Array:
+def run_stacked(block: nn.Module, x: jax.Array, train: bool, count: int, in_groups: bool) -> jax.Array:
     """Applies `count` equal blocks in a row, in a loop; the variables of `block` are stacked.
 
     With `in_groups` a loop over groups runs loops over their blocks, and groups are computed again in the backward
     pass: some 2 sqrt(count) inputs of blocks are kept instead of `count` (Chen et al. 2016, section 4).
     """
 
-    def once(block: Any, x: jax.Array, real: jax.Array | None) -> tuple[jax.Array, None]:
+    def once(block: nn.Module, x: jax.Array, real: jax.Array | None) -> tuple[jax.Array, None]:
         y = block(x, train)
         return (y if real is None else jnp.where(real, y, x)), None
 
@@ -94,6 +94,6 @@ def _is_stage(node: Any) -> bool:
     return isinstance(node, dict) and FIRST in node
 
 
-def block_by_block(model: Any) -> Any:
+def block_by_block(model: nn.Module) -> Any:
     """Returns the model without `scan`, which takes variables as `unstack_blocks` returns them."""
     return model.clone(scan=False) if getattr(model, "scan", False) else model

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from resnet_jax.models.attention import attention_weights
 from resnet_jax.models.head import classify
-from resnet_jax.models.layers import Dropout, Dtype
+from resnet_jax.models.layers import Dropout, Dtype, ModuleDef
 from resnet_jax.models.resnet import check_channels, check_remat, maybe_remat
 
 Array = jax.Array
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
     """Applies blocks in a row."""
 
     depth: int
-    block: Any
+    block: ModuleDef
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -119,8 +119,8 @@ class ViT(nn.Module):
         position = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width), jnp.float32)
         x = x + position.astype(self.dtype)
         outputs = {"stem": x}
-        block = maybe_remat(EncoderBlock, self.remat == "block")
-        block = partial(block, self.heads, self.mlp, self.shortcut, self.drop_rate, self.dtype)
+        module = maybe_remat(EncoderBlock, self.remat == "block")
+        block = partial(module, self.heads, self.mlp, self.shortcut, self.drop_rate, self.dtype)
         encoder = maybe_remat(Encoder, self.remat == "stage")
         x = outputs["stage1"] = encoder(self.depth, block, name="stage1")(x, train)
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)

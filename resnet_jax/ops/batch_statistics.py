@@ -28,6 +28,10 @@ def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]
 
     Returns:
       Both [channel], of ghost batches [groups, 1, 1, 1, channel].
+
+    Example:
+      >>> batch_moments(jnp.arange(4.0).reshape(4, 1))
+      (Array([1.5], dtype=float32), Array([1.25], dtype=float32))
     """
     grouped = x.ndim == 5
     axes = (1, 2, 3) if grouped else tuple(range(x.ndim - 1))
@@ -43,6 +47,11 @@ def normalized(x: Array, mean: Array, var: Array, scale: Array, bias: Array, eps
     """Computes `(x - mean) / sqrt(var + epsilon) * scale + bias` in float32 and returns it as `dtype`.
 
     The statistics are those of `batch_moments`; scale and bias are float32 [channel].
+
+    Example:
+      >>> x = jnp.array([[0.0], [2.0]])
+      >>> normalized(x, *batch_moments(x), jnp.ones(1), jnp.zeros(1), 0.0, jnp.float32).ravel()
+      Array([-1.,  1.], dtype=float32)
     """
     factor = scale * lax.rsqrt(var + epsilon)
     return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(dtype)
@@ -55,6 +64,10 @@ def update_running_average(running: Array, batch: Array, momentum: float, correc
     Args:
       batch: a statistic of `batch_moments`; of ghost batches the mean over the groups is taken.
       momentum: share of the old value that is kept.
+
+    Example:
+      >>> update_running_average(jnp.zeros(1), jnp.ones(1), 0.75)
+      Array([0.25], dtype=float32)
     """
     return momentum * running + (1 - momentum) * correction * batch.reshape(-1, *running.shape).mean(0)
 
@@ -64,6 +77,10 @@ def ghost_batches(x: Array, size: int | None) -> Array:
 
     Raises:
       ValueError: the batch does not divide into groups of that size.
+
+    Example:
+      >>> ghost_batches(jnp.zeros((8, 4, 4, 3)), 2).shape
+      (4, 2, 4, 4, 3)
     """
     if size is None:
         return x

@@ -31,6 +31,11 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
 
     Returns:
       [batch, ceil(height / strides), ceil(width / strides), out] in x's dtype.
+
+    Example:
+      >>> conv2d(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)), strides=2)[0, :, :, 0]
+      Array([[4., 6.],
+             [6., 9.]], dtype=float32)
     """
     sharded_on = sharded_platform()
     if not custom_kernels_enabled() or (groups > 1 and sharded_on):
@@ -39,7 +44,13 @@ def conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups:
 
 
 def plain_conv2d(x: Array, kernel: Array, strides: int = 1, dilation: int = 1, groups: int = 1) -> Array:
-    """Convolves as `conv2d` does, by XLA's own operation on every platform."""
+    """Convolves as `conv2d` does, by XLA's own operation on every platform.
+
+    Example:
+      >>> plain_conv2d(jnp.ones((1, 2, 2, 1)), jnp.ones((3, 3, 1, 1)))[0, :, :, 0]
+      Array([[4., 4.],
+             [4., 4.]], dtype=float32)
+    """
     pad = dilation * (kernel.shape[0] - 1) // 2
     return lax.conv_general_dilated(
         x,

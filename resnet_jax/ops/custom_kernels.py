@@ -26,8 +26,8 @@ def use_custom_kernels(enabled: bool) -> Iterator[None]:
     package is imported, turns them off for a whole process.
 
     Example:
-      with use_custom_kernels(False):
-          logits = jax.jit(model.apply)(variables, images)
+      >>> with use_custom_kernels(False):
+      ...     y = jax.jit(jnp.sin)(0.0)
     """
     token = _enabled.set(enabled)
     try:
@@ -55,7 +55,8 @@ def sharded_batch(sharded: bool = True, platform: str | None = None) -> Iterator
       sharded: whether they are.
       platform: of the devices, `cpu`, `gpu` or `tpu`; None takes JAX's default.
 
-    Example:
+    Example::
+
       train_step = jax.jit(sharded_batch(mesh.size > 1)(train_step))
     """
     token = _sharded.set((platform or jax.default_backend()) if sharded else "")

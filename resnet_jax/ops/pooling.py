@@ -21,6 +21,11 @@ def max_pool(x: Array, window: int = 3, strides: int = 2, zero_border: bool = Fa
 
     The border is `(window - 1) // 2` wide, of -inf, or of zeros with `zero_border`, as in Big Transfer's networks. The
     gradient goes to the first of equal values. `plain_max_pool` is the definition.
+
+    Example:
+      >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0]
+      Array([[ 5.,  7.],
+             [13., 15.]], dtype=float32)
     """
     border = 0.0 if zero_border else -jnp.inf
     plain = partial(plain_max_pool, window=window, strides=strides, border=border)
@@ -42,7 +47,7 @@ def _max_pool_by_comparisons(x: Array, border: float) -> Array:
     """Computes the maximum over windows of 3 with stride 2, along rows and then along columns; NaN wins, as in XLA's.
 
     XLA's own gradient takes five times as long on a CPU. On an H200, together with `gpu.space_to_depth_conv2d`, it
-    takes a step of resnet50 in bfloat16 from 39.5 to 36.6 ms (`benchmarks/README.md`).
+    takes a step of resnet50 in bfloat16 from 39.5 to 36.6 ms (`docs/design-notes.md`).
     """
 
     def larger(a: Array, b: Array) -> Array:
@@ -71,6 +76,10 @@ def average_pool(x: Array, strides: int, dilation: int = 1) -> Array:
 
     Without stride and dilation it returns x itself. With a dilation the windows overlap and the size stays, with zeros
     beyond the border, as in timm.
+
+    Example:
+      >>> average_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), strides=2).ravel()
+      Array([1.5], dtype=float32)
     """
     if strides == dilation == 1:
         return x
@@ -99,7 +108,12 @@ def adaptive_average_pool(x: Array, parts: int) -> Array:
 
 
 def anti_alias(x: Array, kind: str, strides: int) -> Array:
-    """Takes every `strides`-th pixel after a low pass: `average` over 2x2, or `blur` by [1, 2, 1] (Zhang 2019)."""
+    """Takes every `strides`-th pixel after a low pass: `average` over 2x2, or `blur` by [1, 2, 1] (Zhang 2019).
+
+    Example:
+      >>> anti_alias(jnp.arange(4.0).reshape(1, 2, 2, 1), "average", strides=2).ravel()
+      Array([1.5], dtype=float32)
+    """
     if kind == "blur":
         return _blur(_blur(x, 1, strides), 2, strides)
     return average_pool(x, strides)
@@ -120,6 +134,10 @@ def global_pool(x: Array, kind: str) -> Array:
 
     Raises:
       ValueError: the kind is unknown.
+
+    Example:
+      >>> global_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), "avgmax").ravel()
+      Array([2.25], dtype=float32)
     """
     if kind not in GLOBAL_POOLS:
         raise ValueError(f"global_pool {kind!r} is unknown; choose one of {', '.join(GLOBAL_POOLS)}")

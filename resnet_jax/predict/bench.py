@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -104,7 +105,7 @@ def bench(
 Call = Callable[[], Any]
 
 
-def inference(model: Any, state: TrainState, images: jax.Array) -> tuple[Call, int | None, float]:
+def inference(model: nn.Module, state: TrainState, images: jax.Array) -> tuple[Call, int | None, float]:
     """Returns a call of the forward pass, its memory in bytes, and the seconds it took to compile."""
     forward = make_forward(model, state.variables)
     function, given = (forward.func, forward.args) if isinstance(forward, partial) else (forward, ())
@@ -115,7 +116,7 @@ def inference(model: Any, state: TrainState, images: jax.Array) -> tuple[Call, i
     return lambda: program(*given, images), memory, seconds
 
 
-def training(model: Any, state: TrainState, images: jax.Array) -> tuple[Call, int | None, float]:
+def training(model: nn.Module, state: TrainState, images: jax.Array) -> tuple[Call, int | None, float]:
     """Returns a call of a training step, which takes the state's place, its memory in bytes, and the seconds it took to
     compile.
     """

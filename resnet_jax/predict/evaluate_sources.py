@@ -456,7 +456,12 @@ def format_result(evaluated: Evaluated) -> str:
         rows.append("in brackets: the interval of 95 % confidence, after Wilson")
     if result["skipped_images"]:
         rows.append(f"not counted, since they cannot be decoded: {', '.join(result['skipped_images'])}")
-    for name, values in result[split].get("classes", {}).items():
+    served = f"ema/{split}" if f"ema/{split}" in result else split
+    classes = result[served].get("classes", {})
+    if classes:
+        of = ", with the moving average, which is what is served" if served != split else ""
+        rows.append(f"{split} accuracy of each class{of}:")
+    for name, values in classes.items():
         accuracy = "no images" if values["accuracy"] is None else f"{values['accuracy']:7.2%} of {values['count']}"
         rows.append(f"  {name:<24} {accuracy}")
     return "\n".join(rows)

@@ -20,6 +20,13 @@ def fold_batch_norm(model: ResNet, variables: Tree) -> tuple[ResNet, Tree]:
 
     Raises:
       ValueError: the model's norm is not batch normalisation, its kernels are standardised, or it is no ResNet.
+
+    Example:
+      >>> model = rj.create_model("cifar_resnet8", stage_sizes=(1, 1))
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> folded, weights = rj.fold_batch_norm(model, variables)
+      >>> folded.norm, "batch_stats" in weights
+      ('folded', False)
     """
     if not isinstance(model, ResNet) or model.standardized:
         raise ValueError("only a ResNet whose kernels are used as they are can be folded")

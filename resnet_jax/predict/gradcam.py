@@ -24,6 +24,12 @@ def grad_cam(model: Any, variables: Any, images: Array, classes: Array, stage: s
 
     Raises:
       ValueError: there is no such stage, or it gives tokens and no map, as in a transformer.
+
+    Example:
+      >>> model = rj.create_model("cifar_resnet8", stage_sizes=(1, 1))
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+      >>> rj.grad_cam(model, variables, jnp.zeros((2, 32, 32, 3)), jnp.array([3, 7]), stage="stage2").shape
+      (2, 16, 16)
     """
     seen = jax.eval_shape(lambda: _forward(model, variables, images, None, 0.0)[1])
     stage = stage or max(seen)

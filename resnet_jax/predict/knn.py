@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.typing import VariableDict
 
 from resnet_jax.config import AugmentConfig, Config, InputError, TrainConfig
 from resnet_jax.data.dataset import Source, default_split
@@ -16,6 +17,7 @@ from resnet_jax.models.registry import channels_of, check_endpoints, create_mode
 from resnet_jax.recipe_files import recorded
 from resnet_jax.training.evaluation import mesh_for
 from resnet_jax.training.sharding import compiler_options, replicated, sharded_over
+from resnet_jax.typed import from_extra
 from resnet_jax.weights.load import fit_weights, model_of, preprocessing_of
 from resnet_jax.weights.sources import find_weights
 from resnet_jax.weights.tags import Preprocessing
@@ -53,10 +55,8 @@ def knn(
       InputError: the source or the data cannot be read, scikit-learn is missing, images have several labels, or there
         are fewer than k training images.
     """
-    try:
+    with from_extra("report", "knn"):
         from sklearn.neighbors import KNeighborsClassifier
-    except ImportError as error:
-        raise InputError("knn needs scikit-learn: pip install scikit-learn") from error
     weights = find_weights(source, name, checkpoint)
     model_name, fields = model_of(weights, source)
     model: Any = create_model(model_name, **fields)
@@ -76,7 +76,7 @@ def knn(
     mesh = mesh_for(batch_size)
     variables = jax.device_put(fit_weights(model, weights.tensors, source), replicated(mesh))
 
-    def pooled(variables: Any, images: jax.Array) -> jax.Array:
+    def pooled(variables: VariableDict, images: jax.Array) -> jax.Array:
         pixels = normalize(images, look.mean, look.std, dtype_of(model))
         return model.apply(variables, pixels, train=False, endpoints=True)[1]["features"]
 

@@ -49,6 +49,13 @@ def make_forward(model: nn.Module, variables: Any) -> Callable[[jax.Array], jax.
 
     Returns:
       A function of images, float [batch, height, width, channel], normalised; for each shape it compiles once.
+
+    Example:
+      >>> model = rj.create_model("cifar_resnet8", stage_sizes=(1, 1))
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> forward = rj.make_forward(model, variables)
+      >>> forward(jnp.zeros((2, 8, 8, 3))).shape
+      (2, 10)
     """
     if isinstance(model, ResNet) and model.norm in ("batch", "frozen_batch"):
         model, variables = fold_batch_norm(model, variables)
@@ -92,6 +99,12 @@ class Predictor:
       calibration: temperature and thresholds that the run's report fitted.
       flip: pictures are seen as they are and mirrored, and the logits are averaged.
       channels: of the pictures.
+
+    Example::
+
+      predictor = rj.Predictor.from_run("runs/a")
+      for path, row in zip(paths, predictor(paths)):
+          print(path, predictor.class_names[row.argmax()], row.max())
     """
 
     model: Any

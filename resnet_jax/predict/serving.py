@@ -21,6 +21,7 @@ from resnet_jax.ops import use_custom_kernels
 from resnet_jax.output import first_line
 from resnet_jax.predict.fold_batch_norm import fold_batch_norm
 from resnet_jax.predict.predictor import Predictor, to_probabilities
+from resnet_jax.typed import from_extra
 from resnet_jax.weights.export import written_beside
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -91,7 +92,13 @@ Call = Callable[[np.ndarray], np.ndarray]
 
 
 def write_stablehlo(served: Any, shape: tuple[int, ...], dtype: Any, metadata: dict[str, Any], path: Path) -> Call:
-    """Writes the archive; returns what it computes, read back from it."""
+    """Writes the archive; returns what it computes, read back from it.
+
+    Raises:
+      InputError: flatbuffers is not installed.
+    """
+    with from_extra("export", ".stablehlo"):
+        import flatbuffers  # noqa: F401  jax.export imports it when it writes
     pixels = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"batch, {', '.join(map(str, shape))}"), dtype)
     program = jax.export.export(jax.jit(served), platforms=PLATFORMS)(pixels)
     with zipfile.ZipFile(path, "w") as archive:
@@ -108,14 +115,10 @@ def write_onnx(served: Any, shape: tuple[int, ...], dtype: Any, metadata: dict[s
     Raises:
       InputError: jax2onnx is not installed, or does not know an operation of the network.
     """
-    try:
+    with from_extra("onnx", ".onnx, unlike .stablehlo,"):
         import onnx
         import onnxruntime
         from jax2onnx import to_onnx
-    except ImportError as error:
-        raise InputError(
-            f"ONNX needs jax2onnx and what it takes ({error.name} is missing): pip install jax2onnx, or take .stablehlo"
-        ) from error
     try:
         with use_custom_kernels(False):
             graph = to_onnx(served, [jax.ShapeDtypeStruct(("batch", *shape), dtype)], model_name="resnet_jax")

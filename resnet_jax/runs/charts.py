@@ -6,13 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resnet_jax.files import write_whole
 from resnet_jax.runs.folder import read_summary
 from resnet_jax.runs.trackers import points, read_lines
 from resnet_jax.training.manifest import best_of
 from resnet_jax.training.metrics import wilson
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Points = Sequence[tuple[float, float]]
 
@@ -81,12 +85,12 @@ def spoken(metric: str) -> str:
     return f"{split} {name.replace('_', ' ')}" + AVERAGE * bool(average)
 
 
-def draw_choice(axes: Any, step: int, words: str) -> None:
+def draw_choice(axes: "Axes", step: int, words: str) -> None:
     """Draws a line where the step was chosen."""
     axes.axvline(step, color=TEXT, linewidth=1, linestyle=(0, (2, 3)), label=words, zorder=0)
 
 
-def draw_intervals(axes: Any, line: Points, count: int, colour: str) -> None:
+def draw_intervals(axes: "Axes", line: Points, count: int, colour: str) -> None:
     """Draws the 95 % interval about each point of a line of shares that were counted on `count` images; none for 0."""
     if not count:
         return
@@ -183,7 +187,9 @@ def chart() -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def tidy(axes: Any, x_name: str, log: bool = False, whole: bool = True, y_name: str = "", share: bool = False) -> None:
+def tidy(
+    axes: "Axes", x_name: str, log: bool = False, whole: bool = True, y_name: str = "", share: bool = False
+) -> None:
     """Gives axes with lines in them ticks at round numbers, a light grid and no frame.
 
     Args:
@@ -246,7 +252,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [float(tick) for tick in MaxNLocator(4, steps=ROUND).tick_values(low, high) if low <= tick <= high]
 
 
-def as_svg(figure: Any, title: str, colours: Mapping[str, str] = PAGE_COLOURS) -> str:
+def as_svg(figure: "Figure", title: str, colours: Mapping[str, str] = PAGE_COLOURS) -> str:
     """Returns a figure as an SVG element to be put into HTML, its font that of the page.
 
     Args:

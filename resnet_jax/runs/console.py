@@ -11,6 +11,8 @@ from resnet_jax.output import say
 
 SECONDS_BETWEEN_LINES = 5.0
 """Where the output is no terminal, such as a file."""
+NOTED_WAIT = 0.05
+"""Share of the time spent waiting for data from which on a line says so."""
 
 
 class Terminal(io.TextIOBase):
@@ -94,12 +96,13 @@ class Console:
     def _line(self, step: int) -> str:
         shown = [f"epoch {step / self._steps_per_epoch:.1f}"]
         for name, form in (
-            ("train/loss", "loss {:.4f}"),
-            ("images_per_second", "{:.0f} images/s"),
-            ("data_wait", "data wait {:.0%}"),
+            ("train/loss", "train loss {:.4f}"),
+            ("images_per_second", "{:,.0f} images/s"),
+            ("data_wait", "{:.0%} of it waiting for data"),
         ):
-            if name in self._numbers and self._numbers[name][0] == step:
-                shown.append(form.format(self._numbers[name][1]))
+            of, value = self._numbers.get(name, (-1, 0.0))
+            if of == step and not (name == "data_wait" and value < NOTED_WAIT):
+                shown.append(form.format(value))
         for word, form in (("accuracy", "{:.2%}"), ("loss", "{:.4f}")):
             kinds = [kind for kind in ("ema/validation", "validation") if f"{kind}/{word}" in self._numbers]
             if kinds:

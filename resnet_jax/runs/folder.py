@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from resnet_jax import __version__
 from resnet_jax.config import Config, InputError, differences, to_dict
 from resnet_jax.files import in_bucket, path_of, read_json, to_json, write_whole
-from resnet_jax.output import say
+from resnet_jax.output import say, wrapped
 from resnet_jax.recipe_files import WrongRecipe, read_recipe, recorded
 from resnet_jax.runs.lock import BucketLock, Lock, hold, live_holder
+from resnet_jax.runs.signals import FolderLost, Stopped
 from resnet_jax.runs.trackers import split_lines
 from resnet_jax.training.manifest import best_of, checkpoints_of, damage, steps_in
 from resnet_jax.training.run_progress import RunProgress
@@ -84,11 +85,17 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
             raise InputError(
                 f"the folder {folder} of the run cannot be written: {error}; give another --workdir"
             ) from error
+        (folder / "error.txt").unlink(missing_ok=True)
         try:
             yield lock
-        except Exception:
+        except Exception as error:
             with contextlib.suppress(OSError):
-                if not begun(folder) and not (folder / "metrics.jsonl").exists() and not lock.lost(now=True):
+                if lock.lost(now=True):
+                    pass
+                elif begun(folder) or (folder / "metrics.jsonl").exists():
+                    if not isinstance(error, Stopped | FolderLost):
+                        write_whole(folder / "error.txt", f"{error or type(error).__name__}\n")
+                else:
                     forget(folder)
             raise
 
@@ -164,9 +171,9 @@ def finish(
     if jax.process_index() == 0:
         write_whole(folder / "summary.json", to_json(summary, indent=2) + "\n")
     if jax.process_index() == 0 and not quiet:
-        for line in (*outcome(summary), served_line(summary)):
-            say(line)
-        say(f"the run lies in {folder}; see it with: resnet-jax evaluate {shlex.quote(str(folder))} --per-class")
+        for line in ("", *outcome(summary), served_line(summary)):
+            say(wrapped(line))
+        say(f"\nthe run lies in {folder}; next, type\n  resnet-jax evaluate {shlex.quote(str(folder))} --per-class")
     return summary
 
 
@@ -267,6 +274,8 @@ def describe_run(folder: Path) -> dict[str, Any]:
             "state": "failed",
             "problem": "the start failed: it left no checkpoint and no line of metrics",
         }
+    if summary is None and (folder / "error.txt").exists():
+        return row | {"state": "failed", "problem": (folder / "error.txt").read_text(errors="replace").strip()}
     return row | {"state": "finished" if summary else "stopped"}
 
 

@@ -20,6 +20,12 @@ class RunStart:
       config: its recipe.
       total_steps: at which it ends.
       step: at which it begins, above 0 where it resumes.
+
+    Example::
+
+      class Announce:
+          def on_start(self, run):
+              print(f"{run.folder}: steps {run.step} to {run.total_steps}")
     """
 
     folder: Path
@@ -34,6 +40,13 @@ class Hook:
     They are called by the first process alone. `on_metrics`, `on_evaluation` and `on_checkpoint` end the run with what
     is true, after the steps under way: it is then evaluated and saved as at its planned end. An error in a hook is said
     and counted, and the run goes on.
+
+    Example:
+      A hook that ends a run when it is good enough::
+
+        class Enough:
+            def on_evaluation(self, step, metrics):
+                return metrics["validation/accuracy"] > 0.98
     """
 
     def on_start(self, run: RunStart) -> None:

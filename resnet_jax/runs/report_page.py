@@ -31,6 +31,7 @@ from resnet_jax.training.evaluation import FinishedRun, Predictions, everywhere,
 from resnet_jax.training.manifest import best_of
 from resnet_jax.training.metrics import fit_calibration, measure, probabilities, wilson
 from resnet_jax.training.parts import NO_PARTS, Parts
+from resnet_jax.typed import from_extra
 from resnet_jax.weights.sources import preprocessing_in
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration
 
@@ -135,12 +136,13 @@ def of_classes(run: FinishedRun, split: str, means: dict[str, Any]) -> dict[str,
 
 def template() -> Any:
     """Returns the page's template, a `jinja2.Template` that escapes every value."""
-    import jinja2
+    with from_extra("report", "the report"):
+        import jinja2
 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"percent": _percent, "number": _number, "interval": _interval}
+    environment.filters |= {"percent": _percent, "number": _number, "auc": _auc, "interval": _interval}
     return environment.from_string(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
 
 
@@ -176,13 +178,15 @@ def key_figures(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: l
     rows: list[tuple[str, str, str]] = []
     if kept:
         count = plain["count"]
+        empty = sum(row["support"] == 0 for row in plain.get("classes", ()))
+        over = "mean over the classes" + (f", of which {empty:,} without images count as 0" if empty else "")
         rows = [
             ("accuracy", _percent(plain["accuracy"]), f"{round(plain['accuracy'] * count):,} of {count:,} images"),
             ("top 5", _percent(plain.get("top5")), "the label is among the five likeliest classes"),
             ("mean average precision", _percent(plain.get("map")), "mean over the classes"),
-            ("macro recall", _percent(plain["macro_recall"]), "mean over the classes, rare ones like frequent ones"),
-            ("macro F1", _percent(plain["macro_f1"]), "mean over the classes"),
-            ("AUC", _number(plain["auc"]), "one class against the rest, mean; 0.5 is chance"),
+            ("macro recall", _percent(plain["macro_recall"]), f"{over}, rare ones like frequent ones"),
+            ("macro F1", _percent(plain["macro_f1"]), over),
+            ("AUC", _auc(plain["auc"]), "one class against the rest, mean; 0.5 is chance"),
         ]
     rows += rest
     if kept:
@@ -312,17 +316,21 @@ def _data_uri(pixels: Any) -> str:
 def _run(lines: list[dict[str, Any]], folder: Path) -> dict[str, str]:
     """Returns the rows of the table on the run: name -> text."""
     rows = {}
-    for name, label in (("images_per_second", "images per second"), ("data_wait", "share of time waiting for data")):
+    forms = (
+        ("images_per_second", "training images per second, median", "{:,.0f}".format),
+        ("data_wait", "share of time waiting for data, median", _percent),
+    )
+    for name, label, form in forms:
         if values := [value for _, value in points(lines, name)]:
-            rows[f"{label}, median"] = f"{statistics.median(values):.4g}"
+            rows[label] = form(statistics.median(values))
     try:
         summary = read_summary(folder)
     except InputError as error:
         say(f"WARNING: {error}; the report leaves it out", error=True)
         summary = None
     if summary:
-        rows |= {name: str(summary[name]) for name in ("device", "steps")}
-        rows["seconds since the last start"] = f"{summary['seconds']:.1f}"
+        rows |= {"device": summary["device"], "steps": f"{summary['steps']:,}"}
+        rows["seconds since the last start"] = f"{summary['seconds']:,.1f}"
         rows |= summary["versions"]
     return rows
 
@@ -333,6 +341,10 @@ def _percent(value: float | None) -> str:
 
 def _interval(ends: tuple[float, float] | None) -> str:
     return "" if ends is None else f"{100 * ends[0]:.1f} to {_percent(ends[1])}"
+
+
+def _auc(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _number(value: float | None) -> str:

@@ -73,6 +73,7 @@ def prepare_environment(target: str) -> None:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": f"{CHIPS[kind].kind}-{cores}",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is held, so two plans may be made at once
     }
 
 

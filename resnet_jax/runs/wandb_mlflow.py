@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 from resnet_jax.config import InputError, to_dict
 from resnet_jax.files import in_bucket, read_json, to_json, write_whole
 from resnet_jax.output import say
+from resnet_jax.typed import from_extra
 
 WANDB_FILE, MLFLOW_FILE = "wandb.json", "mlflow.json"
 """Files in a run's folder that keep by which id a tracker knows the run, so that a resumed run goes on there."""
@@ -33,13 +34,15 @@ class WandbHook:
 
     Raises:
       InputError: wandb is not installed.
+
+    Example::
+
+      rj.train(config, "runs/a", hooks=[rj.WandbHook(project="digits", tags=["first"])])
     """
 
     def __init__(self, project: str | None = None, name: str | None = None, **init: Any) -> None:
-        try:
+        with from_extra("wandb", "WandbHook"):
             from wandb import Run  # noqa: F401  a folder called wandb, which it leaves behind, can be imported too
-        except ImportError as error:
-            raise InputError("WandbHook needs the package wandb: pip install 'resnet_jax[wandb]'") from error
         self._project, self._name, self._init = project, name, init
         self._run: Any = None
 
@@ -97,13 +100,15 @@ class MlflowHook:
 
     Raises:
       InputError: MLflow is not installed.
+
+    Example::
+
+      rj.train(config, "runs/a", hooks=[rj.MlflowHook(experiment="digits", tracking_uri="sqlite:///mlflow.db")])
     """
 
     def __init__(self, experiment: str | None = None, tracking_uri: str | None = None) -> None:
-        try:
+        with from_extra("mlflow", "MlflowHook"):
             from mlflow import MlflowClient  # noqa: F401
-        except ImportError as error:
-            raise InputError("MlflowHook needs the package mlflow: pip install 'resnet_jax[mlflow]'") from error
         self._experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
         self._tracking_uri = tracking_uri
         self._client: Any = None

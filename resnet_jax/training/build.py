@@ -234,6 +234,11 @@ def restore(run: str | Path, step: int | None = None, **parts: Any) -> tuple[Tra
 
     Raises:
       InputError: the folder holds no run or no such checkpoint, it is damaged, or of another model than the recipe's.
+
+    Example::
+
+      state, step = rj.restore("runs/a")
+      logits = model.apply(state.variables, images, train=False)
     """
     _, state, _ = read_run(path_of(run, "run"), "latest" if step is None else str(step), make_parts(parts))
     return state, int(state.step)

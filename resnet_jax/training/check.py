@@ -65,6 +65,12 @@ def check(module: nn.Module, image_shape: Shape, *, decay_rules: Rules | None = 
 
     Raises:
       InputError: the module is none of `flax.linen`, or the shape is none of images.
+
+    Example::
+
+      report = rj.check(MyNet(), (32, 32, 3))
+      print(report)  # what was tried, what was found, and what to do
+      assert report.ok
     """
     if not isinstance(module, nn.Module):
         came = f"the class {module.__name__}" if isinstance(module, type) else f"an object of {type(module).__name__}"
@@ -291,7 +297,7 @@ def gradient_breaks_in(case: Case, called: Called, state: TrainState) -> str | N
         calls = 0
         ended.clear()
 
-        def tap(name: str, value: Any) -> Any:
+        def tap(name: str, value: object) -> Any:
             if not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)):
                 return value
             if shapes is not None:

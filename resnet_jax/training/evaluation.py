@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.typing import VariableDict
 from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError
@@ -90,7 +91,7 @@ def make_evaluate(
     keep = keep and bool(dataset.class_names)
     keep_logits = keep or dataset.multilabel
 
-    def batches(variables: Any) -> Iterator[Any]:
+    def batches(variables: VariableDict) -> Iterator[Any]:
         process, classes = (jax.process_index(), jax.process_count()), dataset.label_classes()
         read = eval_batches(source, config, mesh, bad, *process, classes)
         return map(partial(features, variables), read) if features else read

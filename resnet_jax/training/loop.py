@@ -28,6 +28,7 @@ from resnet_jax.data.transforms import resizer
 from resnet_jax.data.watch import check_guard, keep_tracker
 from resnet_jax.files import in_bucket, modified, path_of, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
+from resnet_jax.output import wrapped
 from resnet_jax.recipe_files import recorded
 from resnet_jax.runs.charts import draw_curves
 from resnet_jax.runs.folder import begun, better, device_name, ended, finish, locked, open_workdir
@@ -73,6 +74,7 @@ from resnet_jax.training.sharding import (
     state_sharding,
 )
 from resnet_jax.training.state import TrainState
+from resnet_jax.typed import DISTRIBUTION
 from resnet_jax.weights.load import names_of_outputs
 
 
@@ -100,7 +102,7 @@ def train(
         batch statistics, dropout and other collections.
       dataset: `Dataset(train=..., validation=None, test=None, class_names=None)`, or a function that returns one.
       loss: `loss(logits, batch) -> float32 [batch]`, of a batch with `image`, `label` and, where labels are classes,
-        soft `target`s after smoothing and mixing. Labels that are no classes need one.
+        a soft `target` after smoothing and mixing. Labels that are no classes need one.
       optimizer: an optax transformation, or a function that makes one of the recipe's learning rate by step.
       metrics: name -> `metric(logits, batch) -> [batch]`, whose mean is logged; `train.metric` may name one.
       hooks: objects with methods of `runs.hooks.Hook`.
@@ -116,6 +118,16 @@ def train(
       FolderLost: the folder is gone, or another run's; the state is saved elsewhere if it can be.
       NotSaved: the run came to its end, and the disk did not take its last checkpoint or summary.
       Stalled: the data gave nothing for `data.timeout` seconds.
+
+    Example:
+      The digits for three epochs, then six more; and a module, data and a metric of your own::
+
+        config = rj.Config(train=TrainConfig(epochs=3))
+        summary = rj.train(config, "runs/a")
+        print(summary["ema/test"]["accuracy"])
+
+        data = rj.Dataset(train=(images, labels), test=(more_images, more_labels))
+        rj.train(rj.Config(), "runs/own", model=MyNet(), dataset=data, metrics={"margin": margin})
     """
     named = {"model": model, "dataset": dataset, "loss": loss, "optimizer": optimizer, "metrics": metrics}
     return train_with(config, workdir, named | {"hooks": hooks})
@@ -145,9 +157,9 @@ def train_with(
     images_per_statistic(config, mesh.size)
     found = resolve(config, parts, before)
     config, dataset = found.config, found.dataset or data_of(found.config, parts)
-    for note in (found.line(), *dataset.notes):
+    for note in (*dataset.notes, found.line()):
         if note:
-            say(note)
+            say(wrapped(note))
     if parts.loss is None and dataset.multilabel and config.train.loss != "binary":
         raise InputError(f"{config.data.dataset} gives images several labels: add --train.loss binary")
     if not dataset.class_names and (config.augment.mixup or config.augment.cutmix):
@@ -174,6 +186,8 @@ def train_with(
     folder = open_workdir(workdir, config)
     check_one_folder(folder)
     say(f"run: {folder}")
+    length = f"{plan.total:,} steps, {plan.total / plan.per_epoch:.3g} epochs"
+    say(wrapped(f"training {config.model.name} on {device_name(mesh)}: {length}"))
     for split, source in dataset.splits().items():
         if split != "train":
             check_readable(source, config.data.channels, split)
@@ -224,7 +238,7 @@ def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
     if config.augment.crop == "random_resized" and (other := other_resizer(folder)):
         say(
             f"WARNING: the training pictures of the run in {folder} were resized by {other}, and now are by "
-            f"{resizer()}: pixels may differ by 1 of 255. The extra resnet_jax[fast] installs cykooz.resizer",
+            f"{resizer()}: pixels may differ by 1 of 255. The extra {DISTRIBUTION}[fast] installs cykooz.resizer",
             error=True,
         )
     save_fingerprint(now, folder)
@@ -258,7 +272,7 @@ def show(folder: Path, config: Config, parts: Parts) -> None:
                 continue
             made = makers[name](folder)
             if name == "report.html":
-                say(f"the report: {made}")
+                say(f"and open {made} in a browser")
         except Exception as error:
             command = f"resnet-jax report {shlex.quote(str(folder))}"
             say(f"WARNING: there is no {name} ({type(error).__name__}: {error}); try {command}", error=True)
@@ -367,7 +381,7 @@ def fit(
     table, classes = sampling_table(run.dataset, config.data.sampling), run.dataset.label_classes()
     features = make_features(config, run.model, mesh) if computes_features_once(config) else None
     from_device = config.data.on_device or features is not None
-    most = steps_per_call(config, from_device)
+    most = steps_per_call(config, from_device, run.parts.model is not None)
     on_device: Any = None
     if features is not None:
         frozen = partial(features, {"params": state.params, "batch_stats": state.batch_stats})
@@ -422,7 +436,7 @@ def fit(
     known = None if isinstance(run.parts.optimizer, optax.GradientTransformation) else schedule
     with Reporter(run.folder, config, plan, known, step, progress, latest, hooks) as reporter:
         if progress.eval_pending and validate is not None:
-            say(f"step {step} is evaluated first, which the stop before left undone")
+            say(f"step {step} is evaluated first: the run stopped before its result was saved")
             evaluate_step(run, state, step, progress, validate, reporter, bad)
         while step < end and progress.no_better < patience and not ending:
             phase = bisect_right(starts, step) - 1

@@ -33,6 +33,10 @@ def cross_entropy(logits: Array, batch: dict[str, Array]) -> Array:
 
     Args:
       batch: with `target` float32 [batch, classes], or else `label` int [batch].
+
+    Example:
+      >>> cross_entropy(jnp.zeros((1, 2)), {"label": jnp.array([1])}).round(3)
+      Array([0.693], dtype=float32)
     """
     return softmax_cross_entropy(logits, targets_of(batch, logits.shape[-1]))
 
@@ -48,13 +52,24 @@ def softmax_cross_entropy(logits: Array, targets: Array) -> Array:
 
 
 def focal(logits: Array, targets: Array, gamma: float = 2.0) -> Array:
-    """Computes it with each class's term times (1 - p) ** gamma (Lin et al. 2017, arXiv:1708.02002)."""
+    """Computes it with each class's term times (1 - p) ** gamma (Lin et al. 2017, arXiv:1708.02002).
+
+    Example:
+      >>> logits, targets = jnp.zeros((1, 2)), jnp.array([[0.0, 1.0]])
+      >>> focal(logits, targets) / softmax_cross_entropy(logits, targets)  # (1 - 0.5) ** 2
+      Array([0.25], dtype=float32)
+    """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -(targets * (1.0 - jnp.exp(log_p)) ** gamma * log_p).sum(-1)
 
 
 def binary(logits: Array, targets: Array, weights: Array | np.ndarray | float = 1.0) -> Array:
-    """Computes the sigmoid cross-entropy in nats, averaged over the classes (Wightman et al. 2021): -> [batch]."""
+    """Computes the sigmoid cross-entropy in nats, averaged over the classes (Wightman et al. 2021): -> [batch].
+
+    Example:
+      >>> binary(jnp.zeros((1, 3)), jnp.array([[1.0, 0.0, 1.0]])).round(3)
+      Array([0.693], dtype=float32)
+    """
     return (optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets) * weights).mean(-1)
 
 
@@ -84,6 +99,10 @@ def class_weights(kind: str, counts: np.ndarray) -> np.ndarray | None:
 
     Args:
       counts: images of each class; none of them 0.
+
+    Example:
+      >>> class_weights("balanced", np.array([10, 30])).round(3)
+      array([2.   , 0.667], dtype=float32)
     """
     if kind == "none":
         return None

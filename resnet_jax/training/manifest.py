@@ -153,20 +153,29 @@ def read_chosen(workdir: Path, read: Callable[[int], T], checkpoint: str | None 
       InputError: there is no such checkpoint, or the one that was asked for is damaged.
     """
     folder = checkpoints_of(workdir)
-    try:
-        if checkpoint is None and best_of(workdir) is not None:
-            return read_chosen(workdir, read, "best")
-    except InputError as error:
-        say(f"WARNING: {error}; the newest sound checkpoint is taken in place of the best one", error=True)
+    if checkpoint is None:
+        try:
+            if selected(workdir):
+                return read_chosen(workdir, read, "best")
+        except Damaged as error:
+            say(f"WARNING: {error}; the newest sound checkpoint is taken in place of the best one", error=True)
     named = None if checkpoint in (None, "latest") else lambda: [_step_of(workdir, str(checkpoint))]
     found, problems = newest_sound(folder, read, named)
     listed = [f"the checkpoint of step {bad} in {workdir} is damaged: {why}" for bad, why in problems.items()]
     if found is None:
-        why = listed or ["the run ended before its first one"]
-        raise InputError("; ".join(why if named else [f"{workdir} holds no checkpoint", *why]))
+        why = listed or ["the run has not written one yet"]
+        raise Damaged("; ".join(why if named else [f"{workdir} holds no checkpoint", *why]))
     for problem in listed:
         say(f"WARNING: {problem}; the newest sound one is taken in its place", error=True)
     return found
+
+
+def selected(workdir: Path) -> bool:
+    """Returns whether a run has selected a best checkpoint; raises Damaged where what it wrote of it cannot be read."""
+    try:
+        return best_of(workdir) is not None
+    except InputError as error:
+        raise Damaged(str(error)) from error
 
 
 def _step_of(workdir: Path, wanted: str) -> int:
@@ -176,7 +185,7 @@ def _step_of(workdir: Path, wanted: str) -> int:
         raise InputError(f"the run in {workdir} has selected no best checkpoint: take --checkpoint latest")
     if (step := str(best["step"] if best else wanted)) not in map(str, there):
         kept = ", ".join(map(str, there)) or "none"
-        raise InputError(f"--checkpoint {step}: give best, latest or the step of one that is kept, which are {kept}")
+        raise Damaged(f"--checkpoint {step}: give best, latest or the step of one that is kept, which are {kept}")
     return int(step)
 
 

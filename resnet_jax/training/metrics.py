@@ -33,7 +33,7 @@ def predicted_classes(logits: Array, multilabel: bool) -> Array:
     )
 
 
-def are_classes(logits: Any, batch: dict[str, Any]) -> bool:
+def are_classes(logits: jax.Array, batch: dict[str, Any]) -> bool:
     """Returns whether a batch's `label` says the class of each example, by shapes and types: an integer each, or
     integers of the shape of the logits [batch, classes].
     """
@@ -56,7 +56,7 @@ def one_each(values: Any, count: int, name: str) -> Array:
     return values.astype(jnp.float32)
 
 
-def sums_of(metrics: Mapping[str, Metric], logits: Any, batch: dict[str, Any], mask: Array | None = None) -> Sums:
+def sums_of(metrics: Mapping[str, Metric], logits: jax.Array, batch: dict[str, Any], mask: Array | None = None) -> Sums:
     """Returns the sum of each metric over a batch, or over its examples where `mask` bool [batch] is true."""
     count, sums = len(batch["image"]), {}
     for name, metric in metrics.items():
@@ -65,7 +65,7 @@ def sums_of(metrics: Mapping[str, Metric], logits: Any, batch: dict[str, Any], m
     return sums
 
 
-def train_sums(losses: Array, logits: Any, batch: dict[str, Any], classes: bool) -> Sums:
+def train_sums(losses: Array, logits: jax.Array, batch: dict[str, Any], classes: bool) -> Sums:
     """Returns sums over a batch: `loss`, `count`, and with `classes` `accuracy`, which counts examples that are right,
     in all of their labels.
     """
@@ -90,6 +90,11 @@ def eval_sums(losses: Array, logits: Array, labels: Array, mask: Array) -> Sums:
     Returns:
       `loss`, `accuracy`, `top5` (only where there are more than five classes and one label), `count`, and for each
       class [classes] `class_right`, `class_count` and `class_predicted`: those that are both, in truth, by prediction.
+
+    Example:
+      >>> sums = eval_sums(jnp.ones(2), jnp.eye(2), jnp.array([0, 0]), jnp.array([True, True]))
+      >>> int(sums["accuracy"]), int(sums["count"])
+      (1, 2)
     """
     classes, multilabel = logits.shape[-1], labels.ndim == 2
     member = labels > 0 if multilabel else jax.nn.one_hot(labels, classes, dtype=bool)
@@ -131,6 +136,10 @@ def means(sums: Sums | list[Sums]) -> dict[str, Any]:
 
     Raises:
       ValueError: there is no example.
+
+    Example:
+      >>> rj.means([{"loss": 3.0, "count": 2}, {"loss": 3.0, "count": 1}])["loss"]  # of two batches
+      2.0
     """
     total = add(sums if isinstance(sums, list) else [sums])
     count = float(total["count"])
@@ -217,6 +226,11 @@ def measure(
       `support`, `auc`), `reliability` (rows of `confidence`, `accuracy`, `count`); with one label an image `confusion`
       [truth][prediction] and, with more than five classes, `top5`; multilabel `map`. None where there is nothing to
       measure.
+
+    Example:
+      >>> found = measure(np.eye(3) * 4, np.array([0, 1, 1]), ("cat", "dog", "owl"))
+      >>> round(found["accuracy"], 3), found["confusion"]
+      (0.667, [[1, 0, 0], [0, 1, 1], [0, 0, 0]])
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
@@ -266,6 +280,10 @@ def _auc(truth: np.ndarray, p: np.ndarray) -> float | None:
 def wilson(share: float, count: int) -> tuple[float, float]:
     """Returns the interval that holds the true share with 95 % confidence, where `share` of `count` examples was found
     (Wilson 1927). Unlike the normal approximation it stays within [0, 1] and holds for few examples.
+
+    Example:
+      >>> [round(end, 3) for end in wilson(0.9, 100)]
+      [0.826, 0.945]
     """
     z = 1.959964  # of the normal distribution, at 97.5 %
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)

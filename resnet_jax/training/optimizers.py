@@ -84,7 +84,7 @@ def make_optimizer(
     rate = optax.scale_by_learning_rate(schedule)
     momentum = optax.trace(config.momentum, nesterov=config.nesterov)
 
-    def kernels(params: Any) -> Any:
+    def kernels(params: optax.Params) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
     parts = {
@@ -122,7 +122,7 @@ def at_rates(whole: optax.GradientTransformation, rates: Rates, rules: Rules) ->
       InputError: in `init`, a rule that is the first for no parameter: it is misspelt, or stands too late.
     """
 
-    def init(params: Any) -> Any:
+    def init(params: optax.Params) -> Any:
         used: set[str | None] = set()
         path_map(lambda path, _: used.add(next((p for p, _ in rules if re.fullmatch(p, path)), None)), params)
         if idle := [pattern for pattern, _ in rules if pattern not in used]:
@@ -132,7 +132,7 @@ def at_rates(whole: optax.GradientTransformation, rates: Rates, rules: Rules) ->
             )
         return whole.init(params)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(grads: Any, state: Any, params: optax.Params = None) -> tuple[Any, Any]:
         updates, state = whole.update(grads, state, params)
         return path_map(lambda path, u: u if (rate := rates(path)) == 1.0 else u * rate, updates), state
 
@@ -151,11 +151,11 @@ def decay_by_rule(weight_decay: float, rules: tuple[tuple[str, float], ...]) -> 
                 return value
         raise InputError(f"optimizer.decay_rules: no rule covers the parameter {path}; add one such as ('.*', 0.0)")
 
-    def init(params: Any) -> optax.EmptyState:
+    def init(params: optax.Params) -> optax.EmptyState:
         path_map(factor, params)
         return optax.EmptyState()
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: optax.EmptyState, params: optax.Params = None) -> tuple[Any, optax.EmptyState]:
         factors, decay = path_map(factor, params), jnp.float32(weight_decay)
         return jax.tree.map(lambda u, p, f: u + decay * f * p if f else u, updates, params, factors), state
 

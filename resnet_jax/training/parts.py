@@ -53,7 +53,7 @@ class Parts:
     hooks: tuple[Any, ...] = ()
     outputs: int | None = None
 
-    def outputs_of(self, model: Any) -> int:
+    def outputs_of(self, model: nn.Module) -> int:
         """Returns how many columns the logits of a model have; 0 where they are no classes."""
         return (getattr(model, "num_classes", None) or 0) if self.outputs is None else self.outputs
 
@@ -106,7 +106,7 @@ def make_parts(given: Mapping[str, Any]) -> Parts:
     return Parts(**found | {"metrics": dict(metrics), "hooks": tuple(hooks)})
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """Returns what to call a value in a message."""
     if isinstance(value, type):
         return f"the class {value.__qualname__}"
@@ -139,7 +139,7 @@ OWN_DATA = "own"
 """What the recipe of a run says in `data.dataset` where its user brought the data."""
 
 
-def own_outputs(model: Any, config: Config, classes: int) -> int:
+def own_outputs(model: nn.Module, config: Config, classes: int) -> int:
     """Checks that a model of the user's own can be called, and returns the columns of its logits; 0 without classes.
 
     Args:

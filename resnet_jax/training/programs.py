@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +44,7 @@ STREAMED_PER_CALL = {"cpu": 2}
 
 def recipe_step(
     config: Config,
-    model: Any,
+    model: nn.Module,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
     frozen: Callable[[str], bool] | None = None,
@@ -67,7 +68,7 @@ def recipe_step(
 
 def step_options(
     config: Config,
-    model: Any,
+    model: nn.Module,
     frozen: Callable[[str], bool] | None,
     weights: np.ndarray | None,
     parts: Parts,
@@ -87,14 +88,14 @@ def step_options(
     }
 
 
-def names_of_sums(config: Config, model: Any, parts: Parts = NO_PARTS) -> tuple[str, ...]:
+def names_of_sums(config: Config, model: nn.Module, parts: Parts = NO_PARTS) -> tuple[str, ...]:
     """Returns the names of the sums that the step of a recipe gives."""
     classes = ("accuracy",) if parts.outputs_of(model) > 0 else ()
     skipped = ("skipped",) if config.train.on_nonfinite == "skip" else ()
     return ("loss", *classes, "count", *parts.metrics, *skipped)
 
 
-def with_scope(model: Any, config: Config, devices: int) -> Any:
+def with_scope(model: nn.Module, config: Config, devices: int) -> Any:
     """Returns the model with batch statistics of the recipe's scope, for what its strategy sees of the batch."""
     scope, per_device = config.parallel.batch_norm, config.parallel.strategy != "jit"
     parts = config.train.accumulate_steps
@@ -108,7 +109,7 @@ def with_scope(model: Any, config: Config, devices: int) -> Any:
     return model.clone(axis_name="data") if per_device else model
 
 
-def make_prepare(config: Config, model: Any, parts: Parts = NO_PARTS) -> Prepare:
+def make_prepare(config: Config, model: nn.Module, parts: Parts = NO_PARTS) -> Prepare:
     """Returns what makes images as the network takes them and soft `target`s from a batch of pixels and labels.
 
     Crops and flips are drawn here when the data lies on the device, otherwise they were made on the host. A batch of
@@ -149,7 +150,7 @@ def normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def recipe_eval_step(
-    config: Config, model: Any, parts: Parts = NO_PARTS
+    config: Config, model: nn.Module, parts: Parts = NO_PARTS
 ) -> Callable[[PyTree, Batch], tuple[Sums, PyTree]]:
     """Returns the evaluation step of a recipe; its loss is that of training without smoothing and weights, or the
     user's own.
@@ -178,11 +179,16 @@ def draw_from(config: Config, mesh: Mesh) -> Callable[[Batch, jax.Array], Batch]
     return draw
 
 
-def steps_per_call(config: Config, from_device: bool) -> int:
-    """Returns the most steps in one call, with data that lies on the device or comes from the host."""
+def steps_per_call(config: Config, from_device: bool, own_model: bool = False) -> int:
+    """Returns the most steps in one call, with data that lies on the device or comes from the host.
+
+    Args:
+      own_model: the model is the user's own, whose convolutions may be XLA's: on a CPU they are ten times slower in a
+        loop over steps.
+    """
     if config.train.steps_per_call is not None:
         return config.train.steps_per_call
-    if config.parallel.strategy == "pmap" or config.log.profile:
+    if config.parallel.strategy == "pmap" or config.log.profile or (own_model and jax.default_backend() == "cpu"):
         return 1
     return STEPS_PER_CALL if from_device else STREAMED_PER_CALL.get(jax.default_backend(), 1)
 
@@ -194,7 +200,7 @@ def steps_in_call(step: int, most: int, ends: Sequence[int], every: Sequence[int
 
 def compile_steps(
     config: Config,
-    model: Any,
+    model: nn.Module,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     out_shardings: Any,
@@ -236,7 +242,7 @@ def compile_steps(
 
 def compile_phases(
     config: Config,
-    model: Any,
+    model: nn.Module,
     schedule: optax.Schedule,
     phases: Sequence[Phase],
     mesh: Mesh,

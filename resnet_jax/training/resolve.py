@@ -106,7 +106,11 @@ def resolve(config: Config, parts: Parts = NO_PARTS, before: Config | None = Non
         config = with_values(config, new)
         origins.update(dict.fromkeys(new, origin))
 
+    if config.model.name is not None and parts.model is None:
+        create_model(config.model.name)  # a name or a folder that is wrong is said before anything is fetched
     source = config.model.pretrained
+    if read and source is not None and config.data.dataset.startswith("folder:"):
+        dataset = data_of(config, parts)
     if before is not None:
         same = source is not None and before.model.pretrained == source
         names = (*RESOLVED, "data.eval_image_size", *(OF_MODEL if same else ()))
@@ -123,7 +127,8 @@ def resolve(config: Config, parts: Parts = NO_PARTS, before: Config | None = Non
     if config.data.image_size is None:
         size, origin = usual_size(config, parts)
         if size is None:
-            dataset = data_of(config, parts) if read and config.data.dataset != "synthetic" else None
+            if read and config.data.dataset != "synthetic":
+                dataset = dataset or data_of(config, parts)
             size, origin = size_of_pictures(dataset, config)
         take({"data.image_size": size}, origin)
     if parts.dataset is not None and read and None in (config.augment.crop, config.augment.flip):
@@ -327,7 +332,7 @@ def fits_device(config: Config, count: int) -> tuple[bool, str]:
     return taken < ON_DEVICE_BYTES, f"the training images take {taken / 2**20:,.1f} MiB"
 
 
-def shown_value(value: Any) -> str:
+def shown_value(value: object) -> str:
     """Returns a value as a line of a start shows it."""
     return " ".join(f"{x:g}" for x in value) if isinstance(value, tuple) else str(value)
 

@@ -36,6 +36,10 @@ def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
 
     Raises:
       InputError: there are fewer, or they do not divide by `fsdp`.
+
+    Example:
+      >>> rj.make_mesh(1).axis_names
+      ('data',)
     """
     present = jax.devices()
     if devices is not None and not 0 < devices <= len(present):
@@ -152,6 +156,11 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     Args:
       batch: arrays of NumPy, such as `{"image", "label"}`, with the same first axis.
       mesh: of `make_mesh`.
+
+    Example:
+      >>> batch = {"image": np.zeros((8, 4, 4, 3), np.uint8), "label": np.arange(8)}
+      >>> rj.shard_batch(batch, rj.make_mesh(1))["image"].shape
+      (8, 4, 4, 3)
     """
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

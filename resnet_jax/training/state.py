@@ -25,6 +25,11 @@ class TrainState(flax.struct.PyTreeNode):
       opt_state: of the optax optimizer.
       ema: moving averages `{"params", "batch_stats"}`, or None.
       collections: other variables that the model changes in training, by collection; empty for most.
+
+    Example::
+
+      logits = model.apply(state.variables, images, train=False)  # parameters and running statistics
+      logits = model.apply(state.averages, images, train=False)  # their moving averages, where the run keeps them
     """
 
     step: jax.Array
@@ -59,6 +64,16 @@ def create_state(
         default one, and may draw other values on another kind of device.
       image_shape: height, width, channel of an image.
       ema: whether to keep moving averages of parameters and statistics.
+
+    Example:
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, images, train):
+      ...         return nn.Dense(10)(images.mean((1, 2)))
+      >>> model, tx = Net(), optax.sgd(0.1)
+      >>> state = rj.create_state(model, tx, jax.random.key(0), image_shape=(8, 8, 3))
+      >>> int(state.step), state.params["Dense_0"]["kernel"].shape
+      (0, (3, 10))
     """
 
     def new_state(key: jax.Array) -> TrainState:

@@ -101,6 +101,19 @@ def make_train_step(
     Returns:
       A function whose sums are `loss`, `count`, `accuracy` where there are classes, and each metric, over the batch;
       and `skipped` with `skip_nonfinite`. `means(sums)` divides them.
+
+    Example:
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, images, train):
+      ...         return nn.Dense(10)(images.mean((1, 2)))
+      >>> model, tx = Net(), optax.sgd(0.1)
+      >>> state = rj.create_state(model, tx, jax.random.key(0), image_shape=(8, 8, 3))
+      >>> batch = {"image": jnp.zeros((4, 8, 8, 3)), "label": jnp.arange(4)}
+      >>> step = jax.jit(rj.make_train_step(model, tx))
+      >>> state, sums = step(state, batch)
+      >>> int(state.step), sorted(sums)
+      (1, ['accuracy', 'count', 'loss'])
     """
     axis = axis_name if mesh is None else "data"
     gradient = make_gradient(model, loss, frozen, metrics, classes)
@@ -282,6 +295,19 @@ def make_eval_step(
       A function of the model's variables (`state.variables`, `state.averages`) and a batch, which may have `mask` bool
       [batch]. Sums are those of `eval_sums` where there are classes, else `loss` and `count`, and each metric; logits
       are what the model gives, for classes float32 [batch, classes].
+
+    Example:
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, images, train):
+      ...         return nn.Dense(10)(images.mean((1, 2)))
+      >>> model, tx = Net(), optax.sgd(0.1)
+      >>> state = rj.create_state(model, tx, jax.random.key(0), image_shape=(8, 8, 3))
+      >>> batch = {"image": jnp.zeros((4, 8, 8, 3)), "label": jnp.arange(4)}
+      >>> evaluate = jax.jit(rj.make_eval_step(model))
+      >>> sums, logits = evaluate(state.variables, batch | {"mask": jnp.array([True, True, True, False])})
+      >>> int(sums["count"]), logits.shape
+      (3, (4, 10))
     """
 
     def eval_step(variables: PyTree, batch: Batch) -> tuple[Sums, PyTree]:

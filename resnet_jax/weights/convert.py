@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.typing import VariableDict
 
 from resnet_jax.config import InputError
 from resnet_jax.models.googlenet import GoogLeNet
@@ -26,7 +27,7 @@ LISTED = 50
 """How many names of each kind an error lists before it counts the rest."""
 
 
-def to_torch(model: Any, variables: Any) -> dict[str, np.ndarray]:
+def to_torch(model: nn.Module, variables: VariableDict) -> dict[str, np.ndarray]:
     """Converts variables to a state dict that timm's, or torchvision's, model of the same name loads strictly.
 
     Args:
@@ -35,6 +36,13 @@ def to_torch(model: Any, variables: Any) -> dict[str, np.ndarray]:
 
     Returns:
       Name -> NumPy array, with the type of the variable; kernels are [out, in, height, width], or [out, in].
+
+    Example:
+      >>> model = rj.create_model("cifar_resnet8", stage_sizes=(1, 1))
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> tensors = rj.to_torch(model, variables)
+      >>> tensors["conv1.weight"].shape
+      (16, 3, 3, 3)
     """
     flat = flatten_dict(unstack_blocks(variables))
     tensors = {}
@@ -48,7 +56,7 @@ def to_torch(model: Any, variables: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
+def from_torch(model: nn.Module, tensors: Tensors, head: Any = None) -> Any:
     """Converts a PyTorch state dict to variables of a model.
 
     Args:
@@ -62,6 +70,13 @@ def from_torch(model: Any, tensors: Tensors, head: Any = None) -> Any:
     Raises:
       InputError: tensors are missing, left over, of another shape, not floating-point or not finite; all of them are
         listed. Or the head is not one linear layer.
+
+    Example:
+      >>> model = rj.create_model("cifar_resnet8", stage_sizes=(1, 1))
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> again = rj.from_torch(model, rj.to_torch(model, variables))
+      >>> jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), dict(variables), again))
+      True
     """
     tensors, wanted = state_dict_names(model, tensors), entries(model)
     classes = getattr(model, "num_classes", None)
@@ -143,7 +158,7 @@ def _converted(entry: Entry, tensor: np.ndarray) -> np.ndarray:
     return array
 
 
-def state_dict_names(model: Any, tensors: Tensors) -> dict[str, Any]:
+def state_dict_names(model: nn.Module, tensors: Tensors) -> dict[str, Any]:
     """Renames tensors to the names that today's state dicts of torchvision and timm have for this model.
 
     - A prefix that all tensors of the network carry is removed: DDP, torch.compile, Lightning, averages and modules
@@ -184,7 +199,7 @@ HEADS = ("fc", "classifier", "head", "heads", "last_linear", "linear", "logits",
 """First words of the names that heads have in PyTorch."""
 
 
-def in_head(model: Any, name: str) -> bool:
+def in_head(model: nn.Module, name: str) -> bool:
     """Tells whether a tensor of that name, without prefixes, belongs to a head: in a user's own module, to `head`."""
     first = name.partition(".")[0]
     return first in HEADS if is_ours(model) else first == "head" and has_one_head(model)
@@ -237,18 +252,18 @@ def _fits(shape: tuple[int, ...], entry: Entry) -> bool:
     return shape == target
 
 
-def head_key(model: Any) -> str:
+def head_key(model: nn.Module) -> str:
     """Returns the name of the classifier in a state dict, without `.weight` and `.bias`."""
     return torch_module(model, "head")
 
 
-def classes_of(model: Any, tensors: Tensors) -> int:
+def classes_of(model: nn.Module, tensors: Tensors) -> int:
     """Counts the outputs of the head in a state dict; 0 where it has no head."""
     head = [tensor for name, tensor in state_dict_names(model, tensors).items() if in_head(model, name)]
     return next((tensor.shape[0] for tensor in reversed(head) if len(tensor.shape)), 0)
 
 
-def adapt_stem(model: Any, tensors: Tensors) -> Tensors:
+def adapt_stem(model: nn.Module, tensors: Tensors) -> Tensors:
     """Fits the first convolution, made for RGB, to the model's `in_channels`; names are as in `state_dict_names`.
 
     For one channel the kernels of red, green and blue are added, so that the logits of a grey image are those of its
@@ -262,18 +277,18 @@ def adapt_stem(model: Any, tensors: Tensors) -> Tensors:
     return tensors | {key: adapted}
 
 
-def stem_channels(model: Any, tensors: Tensors) -> int | None:
+def stem_channels(model: nn.Module, tensors: Tensors) -> int | None:
     """Returns the number of channels of the images that tensors were made for; None without a first convolution."""
     kernel = state_dict_names(model, tensors).get(_stem_key(model))
     return None if kernel is None or len(kernel.shape) != 4 else kernel.shape[1]
 
 
-def _stem_key(model: Any) -> str:
+def _stem_key(model: nn.Module) -> str:
     found = (e.key for e in entries(model) if e.path[1].startswith("stem") and e.path[-1] == "kernel")
     return next(found, "")  # of a user's own module, which may have no part of this name
 
 
-def fresh_head(model: Any) -> Any:
+def fresh_head(model: nn.Module) -> Any:
     """Draws a new classifier, `{"kernel", "bias"}` in float32, as the model's own would be."""
     shape = next(entry.shape for entry in entries(model) if entry.path[1:] == ("head", "kernel"))
     kernel = nn.initializers.lecun_normal()(jax.random.key(0), shape, jnp.float32)

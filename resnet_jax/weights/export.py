@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
 
 from resnet_jax.config import InputError, known
 from resnet_jax.files import in_bucket, path_of, write_whole
 from resnet_jax.models.registry import create_model
+from resnet_jax.typed import from_extra
 from resnet_jax.weights.convert import to_torch
 from resnet_jax.weights.load import fit_weights, model_of, names_of_outputs, preprocessing_of
 from resnet_jax.weights.sources import Weights, find_weights
@@ -108,7 +108,7 @@ def written_beside(path: Path) -> Iterator[Path]:
     try:
         yield beside
         beside.replace(target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise InputError(f"{path} cannot be written: {error}") from error
     finally:
         beside.unlink(missing_ok=True)
@@ -118,11 +118,13 @@ def save_tensors(path: Path, weights: Weights, form: str) -> None:
     """Writes tensors as `safetensors` or `pth`.
 
     Raises:
-      InputError: torch is missing for `pth`.
-      OSError, SafetensorError: the file cannot be written.
+      InputError: torch is missing for `pth`, safetensors for `safetensors`.
+      OSError: the file cannot be written.
     """
     if form == "safetensors":
-        from safetensors.numpy import save_file
+        with from_extra("hub", "--format safetensors"):
+            from safetensors import SafetensorError
+            from safetensors.numpy import save_file
 
         metadata = {
             "name": weights.name,
@@ -132,7 +134,10 @@ def save_tensors(path: Path, weights: Weights, form: str) -> None:
             "multilabel": weights.multilabel,
             "calibration": asdict(weights.calibration),
         }
-        save_file(dict(weights.tensors), path, metadata={"format": "pt", "resnet_jax": json.dumps(metadata)})
+        try:
+            save_file(dict(weights.tensors), path, metadata={"format": "pt", "resnet_jax": json.dumps(metadata)})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(str(error)) from error
         return
     try:
         import torch

@@ -40,6 +40,13 @@ def load_pretrained(
 
     Raises:
       InputError: the source cannot be found or read, or its tensors are not those of the model.
+
+    Example:
+      A tag of timm's, with a new head for five classes, and a file with torchvision's names::
+
+        model, variables = rj.load_pretrained("resnet50.tv2_in1k", num_classes=5)
+        model, variables = rj.load_pretrained("weights.pth", "resnet50")
+        logits = model.apply(variables, images, train=False)
     """
     weights = find_weights(source, name)
     name, fields = model_of(weights, source)
@@ -67,7 +74,8 @@ def features(
       stages: their numbers, in the order of the maps, such as (2, 3, 4); 0 is the stem, None all stages.
       key: draws random parameters in place of pretrained ones.
       frozen: batch norms use their running statistics, also with `train=True`, and nothing of them trains.
-      name, in_channels, **overrides: as for `load_pretrained`.
+      name, in_channels: as for `load_pretrained`.
+      **overrides: fields of the module, as for `create_model`.
 
     Returns:
       A module, with `names`, `channels` and `strides` of the maps, and its variables `{"params", "batch_stats"}` in
@@ -76,6 +84,15 @@ def features(
 
     Raises:
       InputError: as `load_pretrained`, or the model has no such stages, or tokens and no maps.
+
+    Example:
+      >>> shape = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "stem_width": 8}
+      >>> backbone, variables = rj.features("resnet18", stages=(2, 3), key=jax.random.key(0), **shape)
+      >>> backbone.channels, backbone.strides
+      ((8, 16), (8, 16))
+      >>> maps = backbone.apply(variables, jnp.zeros((1, 64, 64, 3)), train=False)
+      >>> [m.shape for m in maps]
+      [(1, 8, 8, 8), (1, 4, 4, 16)]
     """
     if key is None:
         try:
@@ -147,7 +164,7 @@ def names_of_outputs(outputs: int | None, given: Sequence[str] | None, source: s
     return (*first, *(f"class {i}" for i in range(len(first), outputs)))
 
 
-def fit_weights(model: Any, tensors: Tensors, source: str, head: Any = None) -> Any:
+def fit_weights(model: nn.Module, tensors: Tensors, source: str, head: Any = None) -> Any:
     """Converts tensors to variables of a model, with stem and head fitted to it; the log notes a new head.
 
     Args:

@@ -47,7 +47,7 @@ SAME_AXES = ("class_token", "position", "relative_rows", "relative_columns")
 
 
 @lru_cache(maxsize=16)
-def entries(model: Any) -> tuple[Entry, ...]:
+def entries(model: nn.Module) -> tuple[Entry, ...]:
     """Lists the arrays of a model's variables with the tensors of a state dict, except `num_batches_tracked`."""
     found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(variable_shapes(block_by_block(model))):
@@ -63,12 +63,12 @@ def entries(model: Any) -> tuple[Entry, ...]:
     return tuple(e if counts[e.key] == 1 else e._replace(key=".".join(e.path)) for e in found)
 
 
-def is_ours(model: Any) -> bool:
+def is_ours(model: nn.Module) -> bool:
     """Returns whether a model is of this package, so that PyTorch has names for it, and no module of a user's own."""
     return isinstance(model, ResNet | DenseNet | GoogLeNet | ViT)
 
 
-def has_one_head(model: Any) -> bool:
+def has_one_head(model: nn.Module) -> bool:
     """Returns whether a model's classifier is one dense layer called `head`, which can be made anew."""
     leaves = {entry.path[2:] for entry in entries(model) if entry.path[:2] == ("params", "head")}
     return is_ours(model) or leaves == {("kernel",), ("bias",)}
@@ -108,7 +108,7 @@ def torch_module(model: nn.Module, module: str) -> str:
     raise KeyError(f"{module} has no name in PyTorch")  # a gap in the rules below
 
 
-def _rules(model: Any) -> list[tuple[str, Any]]:
+def _rules(model: nn.Module) -> list[tuple[str, Any]]:
     if isinstance(model, GoogLeNet):
         return GOOGLENET
     if isinstance(model, DenseNet):

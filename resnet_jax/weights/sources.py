@@ -23,7 +23,7 @@ from resnet_jax.config import Config, InputError, ModelConfig, from_dict, known,
 from resnet_jax.files import in_bucket, path_of, read_file, read_json
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest, variable_shapes
 from resnet_jax.output import first_line, say
-from resnet_jax.typed import shown, shown_name, typed
+from resnet_jax.typed import from_extra, shown, shown_name, typed
 from resnet_jax.weights.convert import as_array, to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag, tags_of
 
@@ -124,8 +124,9 @@ def fetched(path: Path) -> Path:
 
 
 def _download(repository: str, name: str) -> Path:
-    import huggingface_hub.utils.logging
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    with from_extra("hub", f"fetching {name} of {repository}"):
+        import huggingface_hub.utils.logging
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     huggingface_hub.utils.logging.set_verbosity_error()  # of its logger, which has its own level once it is imported
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or ".." in repository:
@@ -386,7 +387,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     Raises:
       InputError: the file is damaged, empty or something else, or a tensor has none of the types in `TYPES`.
     """
-    from safetensors import SafetensorError, safe_open
+    with from_extra("hub", f"reading {path}"):
+        from safetensors import SafetensorError, safe_open
 
     tensors = {}
     try:

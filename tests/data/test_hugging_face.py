@@ -268,7 +268,7 @@ def test_what_is_not_there(tmp_path, home, monkeypatch):
     with pytest.raises(InputError, match=r"give a folder, or .* Parquet files as parquet:PATH"):
         load(f"hf:{tmp_path / 'torn.parquet'}", home)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"needs the package datasets: pip install 'resnet_jax\[hf\]'"):
+    with pytest.raises(InputError, match=r'needs the package datasets: pip install "residual-jax\[hf\]"'):
         load(f"hf:{tmp_path}", home)
 
 

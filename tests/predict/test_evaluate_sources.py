@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +131,21 @@ def test_the_end_of_a_run_says_which_checkpoint_is_served_and_why():
     assert "since nothing was selected" in served_line({"selected": 30, "best": None, "steps": 30})
 
 
+def test_the_accuracy_of_each_class_is_that_of_what_is_served():
+    def means(right):
+        classes = {"cat": {"accuracy": right / 4, "count": 4}, "dog": {"accuracy": None, "count": 0}}
+        values = {"loss": 1.0, "accuracy": right / 4, "count": 4, "classes": classes}
+        return values | {"accuracy_right": right, "accuracy_interval": [0.0, 1.0]}
+
+    result = {"split": "test", "step": 2, "test": means(1), "ema/test": means(3), "skipped_images": []}
+    lines = evaluate_sources.format_result(SimpleNamespace(result=result, images_per_second=8.0)).splitlines()
+    assert lines[-3] == "test accuracy of each class, with the moving average, which is what is served:"
+    assert [line.split() for line in lines[-2:]] == [["cat", "75.00%", "of", "4"], ["dog", "no", "images"]]
+    del result["ema/test"]
+    lines = evaluate_sources.format_result(SimpleNamespace(result=result, images_per_second=8.0)).splitlines()
+    assert lines[-3:-1] == ["test accuracy of each class:", f"  {'cat':<24}  25.00% of 4"]
+
+
 def test_data_of_someone_else_is_matched_by_name(work, theirs, tmp_path, capsys):
     """A map says how classes are called that have other names."""
     assert run(["report", work / "run"], capsys)[0] == 0
@@ -159,7 +175,8 @@ def test_data_of_someone_else_is_matched_by_name(work, theirs, tmp_path, capsys)
             picture(renamed / other / f"x{i}.png", {"dark": 40, "light": 210}[name], i)
     command = ["evaluate", work / "run", "--data.dataset", f"folder:{renamed}"]
     status, _, err = run(command, capsys)
-    assert status == 2 and "day, night: no such class among the 2 of the run" in err and "--classes FILE" in err
+    assert status == 2 and err.count("day, night: no such class among the 2 of the run") == 1
+    assert "--classes FILE" in err and "WARNING" not in err
     (tmp_path / "map.txt").write_text("night dark\nday\tlight\n")
     (tmp_path / "map.json").write_text('{"night": 0, "day": "light", "dusk": 1}')
     for name in ("map.txt", "map.json"):

@@ -52,7 +52,7 @@ def test_what_is_missing_is_named(network, monkeypatch, capsys):
     assert main(["knn", network, "--data.dataset", "digits", "--k", "0"]) == 2
     assert "--k and --batch must be at least 1" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "sklearn.neighbors", None)
-    with pytest.raises(rj.InputError, match="knn needs scikit-learn: pip install scikit-learn"):
+    with pytest.raises(rj.InputError, match=r'knn needs the package sklearn: pip install "residual-jax\[report\]"'):
         knn(network, "digits")
 
 

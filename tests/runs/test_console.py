@@ -1,8 +1,10 @@
+import sys
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 
 from resnet_jax.config import Config, LogConfig
+from resnet_jax.output import wrapped
 from resnet_jax.runs import console as console_module
 from resnet_jax.runs.console import Console
 from resnet_jax.runs.reporter import Reporter
@@ -21,8 +23,8 @@ def test_the_last_step_is_one_line_with_its_own_evaluation(capsys):
     ):
         console.update(step, numbers)
     first, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("step 10/20  epoch 1.0  loss 0.5000")
-    assert last.startswith("step 20/20  epoch 2.0  loss 0.1250  validation accuracy 75.00%")
+    assert first.startswith("step 10/20  epoch 1.0  train loss 0.5000")
+    assert last.startswith("step 20/20  epoch 2.0  train loss 0.1250  validation accuracy 75.00%")
 
 
 def test_a_line_tells_figures_of_its_own_steps_alone(capsys, monkeypatch):
@@ -39,11 +41,31 @@ def test_a_line_tells_figures_of_its_own_steps_alone(capsys, monkeypatch):
     console.update(220, {"train/loss": 0.125})
     lines = [line.partition(" s left")[0].rpartition("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]]
     assert lines == [
-        "step 100/300  epoch 2.0  loss 0.5000  10 images/s",
-        "step 200/300  epoch 4.0  loss 0.2500  validation accuracy 25.00% (step 198)",
+        "step 100/300  epoch 2.0  train loss 0.5000  10 images/s",
+        "step 200/300  epoch 4.0  train loss 0.2500  validation accuracy 25.00% (step 198)",
         "step 210/300  epoch 4.2  validation loss 3.0000 (moving average)",
-        "step 220/300  epoch 4.4  loss 0.1250",
+        "step 220/300  epoch 4.4  train loss 0.1250",
     ]
+
+
+def test_a_line_says_that_the_device_waited_where_that_is_much(capsys, monkeypatch):
+    monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 0.0)
+    console = Console(0, 30, 10.0)
+    for step, waited in ((1, 0.0), (10, 0.01), (20, 0.25)):
+        console.update(step, {"images_per_second": 1234.0, "data_wait": waited})
+    _, little, much = capsys.readouterr().out.splitlines()
+    assert "1,234 images/s  " in little and "waiting" not in little
+    assert "1,234 images/s  25% of it waiting for data  " in much
+
+
+def test_long_lines_break_between_words_on_a_terminal_alone(monkeypatch):
+    line = "data: digits: 10 classes; 1,155 train, 282 validation, 360 test"
+    assert wrapped(line) == line
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    first, *rest = wrapped(line).splitlines()
+    assert rest and all(len(part) <= 40 and part.startswith("  ") for part in rest) and len(first) <= 40
+    assert " ".join([first, *(part.strip() for part in rest)]) == line
 
 
 def sums(*losses):
@@ -60,15 +82,15 @@ def test_the_first_line_follows_the_first_step_and_an_evaluation_has_the_loss_of
     with Reporter(tmp_path, config, Plan(20, 10.0, 8, 8, 5), None, 0, progress, lambda: None) as reporter:
         assert capsys.readouterr().out == ""
         reporter.steps(1, 1, sums(3.0), 0.0)
-        assert capsys.readouterr().out == "step 1/20  epoch 0.1  loss 3.0000\n"
+        assert capsys.readouterr().out == "step 1/20  epoch 0.1  train loss 3.0000\n"
         reporter.steps(5, 4, sums(1.0, 1.0, 1.0, 2.0), 0.0)
         reporter.flush()
         reporter.steps(8, 3, sums(0.5, 0.5, 2.0), 0.0)
         reporter.settle(state)
         reporter.evaluation(8, {"validation": {"loss": 4.0, "accuracy": 0.5}})
     of_five, of_eight = capsys.readouterr().out.splitlines()
-    assert of_five.startswith("step 5/20  epoch 0.5  loss 1.6000  ")
-    assert of_eight.startswith("step 8/20  epoch 0.8  loss 1.0000  validation accuracy 50.00%  ")
+    assert of_five.startswith("step 5/20  epoch 0.5  train loss 1.6000  ")
+    assert of_eight.startswith("step 8/20  epoch 0.8  train loss 1.0000  validation accuracy 50.00%  ")
     written = {line["step"]: line for line in read_lines(tmp_path / "metrics.jsonl")}
     assert sorted(written) == [5, 8] and abs(written[5]["train/loss"] - 1.6) < 1e-6 and "train/loss" not in written[8]
 

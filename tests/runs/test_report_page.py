@@ -96,7 +96,19 @@ def test_key_figures_have_an_interval_where_they_are_shares_of_images():
     assert rows["accuracy"]["note"] == "5 of 10 images" and "→" in rows["calibration error"]["value"]
     rows = {row["name"]: row for row in key_figures(plain, kept | {"calibrated_on": None}, 0.7, [])}
     assert "temperature" not in rows and "→" not in rows["calibration error"]["value"]
+    assert rows["macro F1"]["note"] == "mean over the classes"
+    classes = [{"support": 10}, {"support": 0}]
+    rows = {row["name"]: row for row in key_figures(plain | {"classes": classes}, kept, 0.7, [])}
+    assert rows["macro F1"]["note"] == "mean over the classes, of which 1 without images count as 0"
     assert [row["name"] for row in key_figures({"count": 3, "mine": 1.0}, {}, 0.7, ["mine"])] == ["loss", "mine"]
+
+
+def test_a_class_without_images_has_no_figures():
+    empty = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0, "auc": None, "interval": None}
+    rows = [empty | {"name": "cherry"}, empty | {"name": "plum", "support": 1}]
+    text, found = page({"confusion": [[0, 0], [1, 0]]}, ("cherry", "plum"), classes=rows, number_of_classes=2)
+    cherry, plum = (text.partition(f"<th>{name}</th>")[2].partition("</tr>")[0] for name in ("cherry", "plum"))
+    assert found.rows["classes"] == 3 and "%" not in cherry and plum.count("0.0\N{NO-BREAK SPACE}%") == 3
 
 
 @needs_chromium

@@ -183,5 +183,5 @@ def test_what_cannot_begin_says_so(offline, store, tmp_path, monkeypatch):
             hook.on_start(run)
     for name in ("wandb", "mlflow"):
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(InputError, match=rf"pip install 'resnet_jax\[{name}\]'"):
+        with pytest.raises(InputError, match=rf'pip install "residual-jax\[{name}\]"'):
             getattr(rj, f"{name.capitalize()}Hook")()

@@ -23,6 +23,7 @@ from resnet_jax.config import (
     from_dict,
     to_dict,
 )
+from resnet_jax.runs.folder import describe_run
 from resnet_jax.runs.reporter import Diverged
 from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training import loop
@@ -344,7 +345,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest(tmp_path):
         loop.train(recipe(devices=8, batch_size=30), tmp_path)
 
 
-def test_bad_images_of_a_folder_end_in_the_summary(tmp_path):
+def test_bad_images_of_a_folder_end_in_the_summary(tmp_path, capsys):
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -365,8 +366,15 @@ def test_bad_images_of_a_folder_end_in_the_summary(tmp_path):
     assert summary["test"]["count"] == 9
     assert summary["skipped_images"] == {"count": 1, "names": [str(broken)]}
     strict = dataclasses.replace(config, data=dataclasses.replace(config.data, on_bad_image="error"))
+    capsys.readouterr()
     with pytest.raises(InputError, match=r"dark/3\.png cannot be decoded"):
         loop.train(strict, tmp_path / "strict")
+    row = describe_run(tmp_path / "strict")
+    assert row["state"] == "failed" and "3.png cannot be decoded" in row["problem"]
+    again = loop.train(config, tmp_path / "strict")
+    assert again["skipped_images"]["names"] == [str(broken)] and again["test"] == summary["test"]
+    assert describe_run(tmp_path / "strict")["state"] == "finished"
+    assert capsys.readouterr().err.count("3.png cannot be decoded") == 1
 
 
 def test_a_trace_of_some_steps_is_written(tmp_path):

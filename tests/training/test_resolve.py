@@ -116,6 +116,16 @@ def test_weights_of_a_flag_bring_their_model_in_place_of_the_recipes():
     assert (config.model.name, config.data.image_size) == ("cifar_resnet20", 8)
 
 
+def test_what_is_misspelt_is_said_before_weights_are_fetched_and_pictures_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(resolve, "find_weights", lambda source: pytest.fail("weights were looked for"))
+    monkeypatch.setattr(resolve, "measure", lambda *_: pytest.fail("pictures were measured"))
+    wrong = Config(model=ModelConfig(pretrained="X"), data=DataConfig(dataset=f"folder:{tmp_path / 'none'}"))
+    with pytest.raises(InputError, match="none"):
+        resolve.resolve(wrong)
+    with pytest.raises(InputError, match="did you mean resnet"):
+        resolve.resolve(Config(model=ModelConfig(name="resnet81", pretrained="X")))
+
+
 def test_a_switch_that_may_be_open_is_still_a_switch():
     for flags, expected in (
         (["--data.on_device"], True),
@@ -179,20 +189,24 @@ def test_a_start_that_failed_binds_nothing(photographs, tmp_path, monkeypatch, c
     assert summary["steps"] == 2 and recorded(tmp_path).model.name == "cifar_resnet8"
     assert "data.mean 0." in out and "measured on" in out and "; data.on_device True (the training images take" in out
     assert "schedule.warmup_epochs 2 is" in out and "shortened to 0" in out
-    assert "\nstep 1/2  epoch 0." in out and "  loss " in out.partition("\nstep 1/2")[2].splitlines()[0]
+    assert "\nstep 1/2  epoch 0." in out and "  train loss " in out.partition("\nstep 1/2")[2].splitlines()[0]
 
 
 def test_a_picture_that_never_comes_is_named_while_it_is_measured(monkeypatch):
-    fit, over = resolve.fit, threading.Event()
+    fit, listed, over = resolve.fit, resolve.listed, threading.Event()
 
     def hangs(raw, *given, **options):
         if raw[0, 0, 0] == 255:
             over.wait(20)
         return fit(raw, *given, **options)
 
+    def listed_then_over(names):
+        over.set()
+        return listed(names)
+
     monkeypatch.setattr(resolve, "fit", hangs)
+    monkeypatch.setattr(resolve, "listed", listed_then_over)
     source = ArraySource(np.repeat(np.arange(253, 256, dtype=np.uint8), 192).reshape(3, 8, 8, 3), np.zeros(3, int))
     config = Config(data=DataConfig(image_size=8, timeout=0.5), augment=AugmentConfig(interpolation="bilinear"))
-    threading.Timer(1.5, over.set).start()
     with pytest.raises(Stalled, match=r"= 0.5 seconds: under way were example 2 of the arrays, to learn size, mean or"):
         resolve.measure(source, config)

@@ -1,0 +1,321 @@
+"""Writes the pages of the site that come from the code and from the records, into docs/generated/."""
+
+import ast
+import hashlib
+import html
+import inspect
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "resnet_jax"
+OUT = DOCS / "generated"
+
+HE2015 = "[He et al. 2015](https://arxiv.org/abs/1512.03385)"
+FAMILIES = (
+    ("ResNet, wide ResNet, ResNeXt", "PLAIN", f"{HE2015}; deep stems (c, d, s, t) "
+     "[He et al. 2018](https://arxiv.org/abs/1812.01187); "
+     "[Zagoruyko and Komodakis 2016](https://arxiv.org/abs/1605.07146); [Xie et al. 2016](https://arxiv.org/abs/1611.05431)"),
+    ("Channel attention: SE, ECA, ResNet-RS", "CHANNEL_ATTENTION",
+     "[Hu et al. 2017](https://arxiv.org/abs/1709.01507); "
+     "[Wang et al. 2019](https://arxiv.org/abs/1910.03151); [Bello et al. 2021](https://arxiv.org/abs/2103.07579)"),
+    ("Anti-aliased", "ANTI_ALIASED", "[Zhang 2019](https://arxiv.org/abs/1904.11486)"),
+    ("Activation first, Big Transfer", "PREACTIVATED", "[He et al. 2016](https://arxiv.org/abs/1603.05027); "
+     "[Kolesnikov et al. 2019](https://arxiv.org/abs/1912.11370)"),
+    ("DenseNet", "DENSENETS", "[Huang et al. 2016](https://arxiv.org/abs/1608.06993)"),
+    ("GoogLeNet", "GOOGLENETS", "[Szegedy et al. 2014](https://arxiv.org/abs/1409.4842), as torchvision has it"),
+    ("Attention inside a ResNet", "SELF_ATTENTION", "[Srinivas et al. 2021](https://arxiv.org/abs/2101.11605)"),
+    ("Vision transformer", "VITS", "[Dosovitskiy et al. 2020](https://arxiv.org/abs/2010.11929)"),
+    ("For CIFAR and other small images", "CIFAR",
+     f"{HE2015}, section 4.2; [He et al. 2016](https://arxiv.org/abs/1603.05027); "
+     "[Zagoruyko and Komodakis 2016](https://arxiv.org/abs/1605.07146)"),
+)  # fmt: skip
+"""Heading, name of a table in `resnet_jax/models/table.py`, and where its networks come from."""
+
+
+def write_pages(repository: str | None) -> None:
+    """Writes all of them; one that is as it was is left alone, so that a second build does not read it again.
+
+    Args:
+      repository: address of the source on the web; None leaves the links to it out.
+    """
+    pages = {
+        "front.md": front(),
+        "zoo.md": zoo(),
+        "recipes.md": recipes(),
+        "commands.md": commands(),
+        "flags.md": flags(),
+        "extras.md": extras(),
+        "lab_en.md": lab("en"),
+        "lab_ja.md": lab("ja"),
+        "transfer.md": means("finetune", "accuracy on test pictures"),
+        "imbalance.md": means("imbalance", "macro recall"),
+        "depth.md": depth(),
+        "proofs.md": proofs(),
+        "changelog.md": relinked(ROOT / "CHANGELOG.md", repository),
+        "benchmarks.md": relinked(ROOT / "benchmarks" / "README.md", repository),
+    }
+    OUT.mkdir(exist_ok=True)
+    for name, text in pages.items():
+        if not (OUT / name).exists() or (OUT / name).read_text(encoding="utf-8") != text:
+            (OUT / name).write_text(text, encoding="utf-8")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Returns a table in Markdown; all columns but the first are numbers."""
+    ruler = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ruler, *rows]) + "\n"
+
+
+def zoo() -> str:
+    """Returns the named models, by family: parameters, multiply-adds, published weights."""
+    from resnet_jax.models import table as tables
+
+    described, text = costs(), []
+    for heading, name, source in FAMILIES:
+        text.append(f"## {heading}\n\nSource: {source}.\n")
+        rows = []
+        for model in getattr(tables, name):
+            row = described.pop(model)
+            tags = [tag["tag"] for tag in row["tags"]]
+            weights = [f"[{tag.partition('.')[2] or tag}](https://huggingface.co/timm/{tag})" for tag in tags]
+            size = row["size"] if isinstance(row["size"], int) else row["size"][0]
+            rows.append(
+                [f"`{model}`", f"{row['parameters'] / 1e6:,.2f}", f"{row['gmacs']:,.2f}", str(size), ", ".join(weights)]
+            )
+        lines = table(["name", "parameters, millions", "GMACs", "at pixels", "weights"], rows)
+        text.append(lines.replace("---: |\n", "--- |\n", 1))
+    if described:
+        raise ValueError(f"docs/generate.py: no family has {', '.join(described)}; give them one in FAMILIES")
+    return "\n".join(text)
+
+
+def costs() -> dict[str, dict[str, Any]]:
+    """Returns what `resnet-jax models --json` says of each model; kept in a file until models or tags change."""
+    from resnet_jax.commands import describe_model
+    from resnet_jax.models.registry import list_models
+
+    sources = [*sorted((PACKAGE / "models").glob("*.py")), PACKAGE / "weights" / "tags.jsonl"]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    kept = OUT / "zoo.json"
+    if kept.exists() and (found := json.loads(kept.read_text()))["key"] == key:
+        return found["models"]
+    models = {name: describe_model(name) for name in list_models()}
+    OUT.mkdir(exist_ok=True)
+    kept.write_text(json.dumps({"key": key, "models": models}))
+    return models
+
+
+def recipes() -> str:
+    """Returns the recipes of `configs/`: what each says of itself, its command, and its fields."""
+    text = []
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        about = ast.get_docstring(tree)
+        text.append(
+            f"## {path.stem}\n\n{about}\n\n```bash\nresnet-jax train --config {path.stem}\n```\n\n"
+            f"```{{literalinclude}} ../configs/{path.name}\n:language: python\n:lines: {tree.body[1].lineno}-\n```\n"
+        )
+    return "\n".join(text)
+
+
+def commands() -> str:
+    """Returns every command: what it does, and what its arguments are."""
+    from resnet_jax.commands import COMMANDS
+
+    text = ["## Commands\n"]
+    for name, function in COMMANDS.items():
+        first, _, rest = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:\n")
+        text.append(f"`resnet-jax {name}`\n: {escaped(' '.join(first.split()))}\n")
+        for argument, about in re.findall(r"^  (\w+): ((?:.|\n    )+)", rest, re.M):
+            text.append(f"  `{argument}`: {escaped(' '.join(about.split()))}\n")
+    return "\n".join(text)
+
+
+def extras() -> str:
+    """Returns the optional dependencies, of `pyproject.toml`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    rows = []
+    for name, requirements in project["optional-dependencies"].items():
+        packages = [re.match(r"[\w.-]+(\[[\w,-]+\])?", requirement)[0] for requirement in requirements]
+        rows.append([f"`{name}`", ", ".join(packages)])
+    return "| extra | installs |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a, b in rows) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Returns words with what Markdown would take for marks made plain."""
+    return re.sub(r"([*_<\[])", r"\\\1", text)
+
+
+def flags() -> str:
+    """Returns every field of a recipe, which is also a flag: its values, default, and what it says of itself."""
+    tree = ast.parse((ROOT / "resnet_jax" / "config.py").read_text(encoding="utf-8"))
+    sections = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    text = []
+    for line in sections["Config"].body:
+        if not isinstance(line, ast.AnnAssign):
+            continue
+        section, name = sections[ast.unparse(line.annotation)], ast.unparse(line.target)
+        text.append(f"## {name}\n\n{ast.get_docstring(section)}\n")
+        for field, words in zip(section.body, section.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(words, ast.Expr):
+                text.append(flag(name, field, " ".join(ast.literal_eval(words.value).split())))
+    return "\n".join(text)
+
+
+def flag(section: str, field: ast.AnnAssign, about: str) -> str:
+    """Returns an entry of the list of flags."""
+    value = field.value
+    if isinstance(value, ast.Call):
+        value = value.args[0]
+    kind = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", ""), ast.unparse(field.annotation))
+    kind = kind.replace(" | None", "").replace("Size", "int or two ints")
+    return f"`--{section}.{ast.unparse(field.target)}`\n: {escaped(about)} *{kind}; default `{ast.unparse(value)}`*\n"
+
+
+def lab(language: str) -> str:
+    """Returns the experiments of `docs/lab` with their charts, drawn from the records, in English or Japanese."""
+    from resnet_jax.lab import run
+
+    text = [colours()]
+    for name in run.recorded_in(DOCS / "lab"):
+        section = run.section(DOCS / "lab", name)
+        heads = ("td" if number else "th" for number in range(len(section["table"])))
+        rows = [
+            "<tr>" + "".join(f"<{head}>{own(texts, language)}</{head}>" for texts in row) + "</tr>"
+            for row, head in zip(section["table"], heads, strict=True)
+        ]
+        table = f'<div class="pst-scrollable-table-container"><table class="table">{"".join(rows)}</table></div>'
+        body = (
+            f'<div class="lab {language}"><p class="takeaway">{own(section["takeaway"], language)}</p>'
+            + charts(section["panels"], language)
+            + f"<p>{own(section['captions'], language)}</p>{table if rows else ''}"
+            + f"<p><small>{html.escape(section['dataset'])}. {html.escape(section['made_by'])}</small></p></div>"
+        )
+        text.append(f"## {section['titles'][language == 'ja']}\n\n```{{raw}} html\n{body}\n```\n")
+    return "\n".join(text)
+
+
+def front() -> str:
+    """Returns the figure of the first page: training error of plain and of residual networks, from its record."""
+    from resnet_jax.lab import run
+
+    section = run.section(DOCS / "lab", "degradation")
+    panels, takeaway = charts(section["panels"][:2], "en"), own(section["takeaway"], "en")
+    return f'{colours()}\n```{{raw}} html\n<div class="lab en">{panels}<p><em>{takeaway}</em></p></div>\n```\n'
+
+
+def colours() -> str:
+    """Returns the colours of the lab's charts as variables of the page's style."""
+    from resnet_jax.lab.panels import DARK, LIGHT
+
+    return f'```{{raw}} html\n<style>.lab {{ {LIGHT} }} html[data-theme="dark"] .lab {{ {DARK} }}</style>\n```\n'
+
+
+def charts(panels: list[dict[str, Any]], language: str) -> str:
+    """Returns charts side by side, each below what it shows."""
+    shown = [f"<figcaption>{own(panel['finding'], language)}</figcaption>{panel['svg']}" for panel in panels]
+    return f'<div class="panels">{"".join(f"<figure>{figure}</figure>" for figure in shown)}</div>'
+
+
+def own(texts: tuple[str, str], language: str) -> str:
+    """Returns a text in a language, as HTML."""
+    return html.escape(texts[language == "ja"])
+
+
+def records(name: str) -> dict[str, dict[str, Any]]:
+    """Returns file name -> record of a benchmark, one for each kind of hardware."""
+    paths = sorted((ROOT / "benchmarks" / "results").glob(f"{name}-*.json"))
+    return {path.name: json.loads(path.read_text()) for path in paths}
+
+
+def means(name: str, of: str) -> str:
+    """Returns a table of the means and standard deviations that a benchmark found, in percent."""
+    text = []
+    for file, record in records(name).items():
+        rows = [
+            [row["contender"], f"{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f} %", str(row["n"])]
+            for row in record["rows"]
+            if "mean" in row
+        ]
+        text.append(table(["", of, "seeds"], rows) + f"\nRecord: {{repo}}`benchmarks/results/{file}`.\n")
+    return "\n".join(text)
+
+
+def depth() -> str:
+    """Returns what a step of nets of 20 to 1202 layers costs in a loop."""
+    text = []
+    for file, record in records("depth").items():
+        rows = []
+        for row in record["rows"]:
+            if "compile_seconds" in row:
+                figures = (f"{row['compile_seconds']:.1f}", f"{row['temporary_mib']:.0f}", f"{row['median']:.2f}")
+                rows.append([row["case"], row["contender"], *figures])
+        head = ["network", "how", "compile, s", "memory beside the state, MiB", "a step, s"]
+        text.append(table(head, rows) + f"\nRecord: {{repo}}`benchmarks/results/{file}`.\n")
+    return "\n".join(text)
+
+
+def relinked(path: Path, repository: str | None) -> str:
+    """Returns a page from elsewhere in the repository, its links changed to lead from `docs/`."""
+
+    def link(found: re.Match[str]) -> str:
+        mark, words, target = found[1], found[2], found[3]
+        if re.match(r"https?://|#", target):
+            return found[0]
+        place, _, anchor = target.partition("#")
+        there = (path.parent / place).resolve()
+        if mark:
+            return f"![{words}](../{there.relative_to(ROOT)})"
+        if there.parent == DOCS and there.suffix == ".md":
+            return f"[{words}]({there.name}{'#' + anchor if anchor else ''})"
+        return f"[{words}]({repository}/blob/main/{there.relative_to(ROOT)})" if repository else words
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, path.read_text(encoding="utf-8"))
+
+
+def tests_by_name() -> dict[str, tuple[str, int]]:
+    """Returns name of a test -> its file, as seen from the repository, and its line."""
+    found = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if test := re.match(r"def (test_\w+)", line):
+                found[test[1]] = (str(path.relative_to(ROOT)), number)
+    return found
+
+
+def proofs() -> str:
+    """Returns the source of each test that a page names."""
+    pages = "".join(path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md")))
+    text, tests = [], tests_by_name()
+    named = set(re.findall(r"\{test\}`(\w+)`", pages)) & set(tests)
+    for path in dict.fromkeys(tests[name][0] for name in sorted(named, key=tests.get)):
+        text.append(f"## {path}\n")
+        for name in sorted((name for name in named if tests[name][0] == path), key=lambda name: tests[name][1]):
+            text.append(f"({name})=\n### {name}\n\n```{{literalinclude}} ../{path}\n:pyobject: {name}\n```\n")
+    return "\n".join(text)
+
+
+def executed_pages() -> list[Path]:
+    """Returns the pages that are notebooks."""
+    begins = "---\nfile_format: mystnb"
+    return [path for path in sorted(DOCS.glob("*.md")) if path.read_text(encoding="utf-8").startswith(begins)]
+
+
+def write_notebooks(folder: Path, repository: str | None) -> None:
+    """Writes the pages that are executed as notebooks of Jupyter, with a first cell that installs the package."""
+    import nbformat
+    from myst_nb.core.read import read_myst_markdown_notebook
+
+    folder.mkdir(exist_ok=True)
+    name = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
+    source = f"{name} @ git+{repository}" if repository else name
+    for path in executed_pages():
+        text = path.read_text(encoding="utf-8")
+        notebook = read_myst_markdown_notebook(text)
+        notebook.cells.insert(1, nbformat.v4.new_code_cell(f'%pip install --quiet "{source}"'))
+        nbformat.write(notebook, folder / f"{path.stem}.ipynb")
