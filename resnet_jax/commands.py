@@ -30,6 +30,7 @@ from resnet_jax.recipe_flags import (
     checked,
     recipe_to_change,
     spelt_out,
+    take_varied,
     unchecked,
     with_values,
 )
@@ -110,6 +111,46 @@ def train_command(recipe: RecipeFlags, config: ConfigFlag = None, workdir: Workd
         say(str(stopped))
         return 130 if stopped.signal == signal.SIGINT else int(not stopped.saved)
     return 0
+
+
+def sweep_command(
+    recipe: RecipeFlags,
+    config: ConfigFlag = None,
+    workdir: Annotated[
+        str | None, tyro.conf.arg(metavar="DIR", help="The sweep's folder; alone it goes on with the sweep in it.")
+    ] = None,
+    members_per_device: int = 1,
+    varied: Annotated[Any, tyro.conf.Suppress, tyro.conf.Fixed] = None,
+    as_json: Json = False,
+) -> int:
+    """Trains every combination of several values of flags as one run, and chooses by the validation split.
+
+    Several values are a comma list, such as --optimizer.learning_rate 0.05,0.1,0.2, or of whole numbers a range, such
+    as --train.seed 0..4. The first word may be the recipe, in place of --config.
+
+    Args:
+      members_per_device: Runs that go through a device together; 1 takes them in turn.
+    """
+    chosen = checked(recipe)
+    prepare_jax()
+    from resnet_jax.runs.signals import FolderLost, Stopped
+    from resnet_jax.training.loop import NotSaved
+    from resnet_jax.training.sweep import sweep
+
+    if not varied and (config is not None or workdir is None):
+        varied = {}
+    try:
+        found = sweep(chosen, varied, workdir, **given_parts(config), members_per_device=members_per_device)
+    except FolderLost as error:
+        return fail(str(error), status=1)
+    except NotSaved as error:
+        return fail(str(error), status=3)
+    except Stopped as stopped:
+        say(str(stopped))
+        return 130 if stopped.signal == signal.SIGINT else int(not stopped.saved)
+    if as_json:
+        print(to_json(found, indent=2))
+    return int(found["chosen"] is None)
 
 
 MOST_DEVICES = 1024
@@ -784,6 +825,7 @@ def prepare_jax() -> None:
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train_command,
+    "sweep": sweep_command,
     "plan": plan_command,
     "show-batch": show_batch_command,
     "evaluate": evaluate_command,
@@ -856,6 +898,11 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
     name = arguments[0]
     if name == "show-batch":  # else a flag with several values before FILE would take it, too
         arguments = [name, *sorted(arguments[1:], key=lambda word: not word.endswith(".png"))]
+    varied: dict[str, Any] = {}
+    if name == "sweep":
+        if arguments[1:2] and not arguments[1].startswith("-"):
+            arguments = [name, "--config", *arguments[1:]]
+        arguments, varied = take_varied(arguments)
     own = list(inspect.signature(commands[name]).parameters) if name in commands else []
     if os.environ.get("NO_COLOR") and name in commands:
         commands[name] = without_colours(commands[name])
@@ -865,6 +912,8 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
         check_names(arguments[1:], [*own, "json", "help_all"])
         changed = unchecked(recipe_to_change(arguments), kind)
         commands[name] = partial(with_flags_of(commands[name], kind), recipe=changed)
+        if "varied" in own:
+            commands[name] = partial(commands[name], varied=varied)
     arguments = ["--help" if word == "--help-all" else word for word in arguments]
     return tyro.extras.subcommand_cli_from_dict(
         dict(commands),
