@@ -65,6 +65,11 @@ def hessian_vector_product(loss: Loss, params: PyTree, vector: PyTree) -> PyTree
 
     Returns:
       A tree as `params`.
+
+    Example:
+      >>> loss = lambda x: 0.5 * (jnp.array([1.0, 2.0, 5.0]) * x**2).sum()
+      >>> rj.analysis.hessian_vector_product(loss, jnp.zeros(3), jnp.ones(3))
+      Array([1., 2., 5.], dtype=float32)
     """
     return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
 
@@ -84,6 +89,11 @@ def lanczos(loss: Loss, params: PyTree, key: Array, iterations: int) -> RitzValu
 
     Raises:
       InputError: a leaf is neither float32 nor float64, or there is no iteration.
+
+    Example:
+      >>> loss = lambda x: 0.5 * (jnp.array([1.0, 2.0, 5.0]) * x**2).sum()
+      >>> rj.analysis.lanczos(loss, jnp.zeros(3), jax.random.key(0), 3).values.round(3).tolist()
+      [1.0, 2.0, 5.0]
     """
     flat, product = _raveled(loss, params)
     steps = min(_at_least(1, iterations, "iterations"), flat.size)
@@ -137,6 +147,11 @@ def hessian_eigenvalues(
 
     Raises:
       InputError: a leaf is neither float32 nor float64, or `count` exceeds the iterations or the parameters.
+
+    Example:
+      >>> loss = lambda x: 0.5 * (jnp.array([1.0, 2.0, 5.0]) * x**2).sum()
+      >>> rj.analysis.hessian_eigenvalues(loss, jnp.zeros(3), jax.random.key(0), iterations=3).round(3).tolist()
+      [5.0]
     """
     values = lanczos(loss, params, key, iterations).values
     if not 1 <= count <= len(values):
@@ -161,6 +176,12 @@ def hessian_trace(loss: Loss, params: PyTree, key: Array, samples: int = 32) -> 
 
     Raises:
       InputError: a leaf is neither float32 nor float64, or there are fewer than two samples.
+
+    Example:
+      >>> loss = lambda x: 0.5 * (jnp.array([1.0, 2.0, 5.0]) * x**2).sum()
+      >>> mean, error = rj.analysis.hessian_trace(loss, jnp.zeros(3), jax.random.key(0))
+      >>> float(mean), float(error)
+      (8.0, 0.0)
     """
     flat, product = _raveled(loss, params)
     _at_least(2, samples, "samples")
@@ -192,6 +213,13 @@ def spectral_density(
 
     Raises:
       InputError: a leaf is neither float32 nor float64, or there is no sample or no iteration.
+
+    Example:
+      >>> loss = lambda x: 0.5 * (jnp.array([1.0, 2.0, 5.0]) * x**2).sum()
+      >>> grid, key = jnp.linspace(-5, 11, 321), jax.random.key(0)
+      >>> density = rj.analysis.spectral_density(loss, jnp.zeros(3), key, grid, width=0.5, iterations=3)
+      >>> round(float(density.sum() * (grid[1] - grid[0])), 2)
+      1.0
     """
     _at_least(1, samples, "samples")
 
