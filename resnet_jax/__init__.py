@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from resnet_jax.training.sharding import make_mesh, shard_batch
     from resnet_jax.training.state import create_state
     from resnet_jax.training.step import make_eval_step, make_train_step
+    from resnet_jax.training.sweep import sweep
     from resnet_jax.training.verify import verify
     from resnet_jax.weights.convert import from_torch, to_torch
     from resnet_jax.weights.load import features, load_pretrained
@@ -56,6 +57,7 @@ __all__ = [
     "register_model",
     "restore",
     "shard_batch",
+    "sweep",
     "to_torch",
     "train",
     "verify",
@@ -76,6 +78,7 @@ _HOMES = {
     "training.check": ("check",),
     "training.state": ("create_state",),
     "training.step": ("make_eval_step", "make_train_step"),
+    "training.sweep": ("sweep",),
     "training.verify": ("verify",),
     "weights.convert": ("from_torch", "to_torch"),
     "weights.load": ("features", "load_pretrained"),

@@ -30,6 +30,7 @@ from resnet_jax.recipe_flags import (
     checked,
     recipe_to_change,
     spelt_out,
+    take_varied,
     unchecked,
     with_values,
 )
@@ -110,6 +111,46 @@ def train_command(recipe: RecipeFlags, config: ConfigFlag = None, workdir: Workd
         say(str(stopped))
         return 130 if stopped.signal == signal.SIGINT else int(not stopped.saved)
     return 0
+
+
+def sweep_command(
+    recipe: RecipeFlags,
+    config: ConfigFlag = None,
+    workdir: Annotated[
+        str | None, tyro.conf.arg(metavar="DIR", help="The sweep's folder; alone it goes on with the sweep in it.")
+    ] = None,
+    members_per_device: int = 1,
+    varied: Annotated[Any, tyro.conf.Suppress, tyro.conf.Fixed] = None,
+    as_json: Json = False,
+) -> int:
+    """Trains every combination of several values of flags as one run, and chooses by the validation split.
+
+    Several values are a comma list, such as --optimizer.learning_rate 0.05,0.1,0.2, or of whole numbers a range, such
+    as --train.seed 0..4. The first word may be the recipe, in place of --config.
+
+    Args:
+      members_per_device: Runs that go through a device together; 1 takes them in turn.
+    """
+    chosen = checked(recipe)
+    prepare_jax()
+    from resnet_jax.runs.signals import FolderLost, Stopped
+    from resnet_jax.training.loop import NotSaved
+    from resnet_jax.training.sweep import sweep
+
+    if not varied and (config is not None or workdir is None):
+        varied = {}
+    try:
+        found = sweep(chosen, varied, workdir, **given_parts(config), members_per_device=members_per_device)
+    except FolderLost as error:
+        return fail(str(error), status=1)
+    except NotSaved as error:
+        return fail(str(error), status=3)
+    except Stopped as stopped:
+        say(str(stopped))
+        return 130 if stopped.signal == signal.SIGINT else int(not stopped.saved)
+    if as_json:
+        print(to_json(found, indent=2))
+    return int(found["chosen"] is None)
 
 
 MOST_DEVICES = 1024
@@ -492,6 +533,71 @@ def knn_command(
     return 0
 
 
+def inspect_command(
+    source: Annotated[
+        tyro.conf.Positional[str | None],
+        tyro.conf.arg(metavar="SOURCE", help="A run, a tag or a file of weights, whose features are taken."),
+    ] = None,
+    dataset: Annotated[str | None, tyro.conf.arg(name="data.dataset", help="As in a recipe; of a run its own.")] = None,
+    data_dir: Annotated[str | None, tyro.conf.arg(name="data.data_dir", help="As in a recipe.")] = None,
+    out: str | None = None,
+    folds: int = 5,
+    pictures: int = 60_000,
+    seed: int = 0,
+    batch: int = 64,
+    name: Name = None,
+    checkpoint: Checkpoint = None,
+    config: OwnModels = None,
+    as_json: Json = False,
+) -> int:
+    """Looks for twins, doubtful labels, odd pictures and classes that are two; writes inspect.html and inspect.csv.
+
+    Args:
+      out: Folder to write into; by default that of the run, else inspect.
+      folds: Parts of the data whose labels are judged in turns, without them.
+      pictures: How many are looked at; of more, so many are drawn at random.
+      seed: Of folds, features and that draw.
+      batch: Pictures that go through the network at once.
+    """
+    if folds < 2 or not 1 <= batch <= MOST_AT_ONCE or pictures < 2:
+        raise InputError(f"--folds and --pictures must be at least 2, and --batch between 1 and {MOST_AT_ONCE:,}")
+    run = None if source is None else path_of(source, "SOURCE")
+    if out is None and run is not None and (run / "checkpoints").is_dir():
+        folder = run
+    else:
+        folder = local_path(out or "inspect", "--out")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file: name a folder")
+    if config is not None:
+        load_config(config)
+    prepare_jax()
+    from resnet_jax.predict.inspect_data import inspect_data
+    from resnet_jax.runs.inspect_page import summary_of, write_inspection
+
+    found = inspect_data(
+        dataset,
+        source,
+        name=name,
+        checkpoint=checkpoint,
+        data_dir=data_dir,
+        folds=folds,
+        most=pictures,
+        seed=seed,
+        batch_size=batch,
+    )
+    page, summary = write_inspection(found, folder), summary_of(found)
+    if as_json:
+        print(to_json(summary, indent=2))
+        return 0
+    width = max(len(line["name"]) for line in summary["findings"])
+    for line in summary["findings"]:
+        print(f"{line['name']:<{width}}{line['count']:>8,}   {line['note']}")
+    if found.pictures.undecodable:
+        print(f"left out, since they cannot be decoded: {', '.join(found.pictures.undecodable[:5])}")
+    print(f"{page} and {page.with_suffix('.csv')}")
+    return 0
+
+
 FORMS = ("safetensors", "pth", "stablehlo", "onnx", "orbax")
 
 
@@ -719,6 +825,7 @@ def prepare_jax() -> None:
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train_command,
+    "sweep": sweep_command,
     "plan": plan_command,
     "show-batch": show_batch_command,
     "evaluate": evaluate_command,
@@ -727,6 +834,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "runs": runs_command,
     "predict": predict_command,
     "knn": knn_command,
+    "inspect": inspect_command,
     "export": export_command,
     "models": models_command,
     "bench": bench_command,
@@ -790,6 +898,11 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
     name = arguments[0]
     if name == "show-batch":  # else a flag with several values before FILE would take it, too
         arguments = [name, *sorted(arguments[1:], key=lambda word: not word.endswith(".png"))]
+    varied: dict[str, Any] = {}
+    if name == "sweep":
+        if arguments[1:2] and not arguments[1].startswith("-"):
+            arguments = [name, "--config", *arguments[1:]]
+        arguments, varied = take_varied(arguments)
     own = list(inspect.signature(commands[name]).parameters) if name in commands else []
     if os.environ.get("NO_COLOR") and name in commands:
         commands[name] = without_colours(commands[name])
@@ -799,6 +912,8 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
         check_names(arguments[1:], [*own, "json", "help_all"])
         changed = unchecked(recipe_to_change(arguments), kind)
         commands[name] = partial(with_flags_of(commands[name], kind), recipe=changed)
+        if "varied" in own:
+            commands[name] = partial(commands[name], varied=varied)
     arguments = ["--help" if word == "--help-all" else word for word in arguments]
     return tyro.extras.subcommand_cli_from_dict(
         dict(commands),

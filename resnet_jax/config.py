@@ -352,9 +352,9 @@ class TrainConfig:
     """Parts in which a batch goes through, to save memory; batch normalisation then sees one part at a time."""
     steps_per_call: int | None = option(None, "[1, 1000]")
     """Most steps that one compiled call runs; a call ends where something is logged, saved or evaluated. None: 5 with
-    the data on the device, else 2 on a CPU and 1 elsewhere. More share the host's time for a call, which counts for
-    small networks, and let a signal wait longer. It is part of the recipe because each number is a compiled program of
-    its own, which may round otherwise: a resumed run keeps it."""
+    the data on the device, else 2 on a CPU and 1 elsewhere; 1 for a model of your own on a CPU. More share the host's
+    time for a call, which counts for small networks, and let a signal wait longer. It is part of the recipe because
+    each number is a compiled program of its own, which may round otherwise: a resumed run keeps it."""
     eval_every_epochs: float = option(5.0, "(0, MOST]")
     """Evaluate on the validation split this often, and at the end."""
     metric: str = "auto"

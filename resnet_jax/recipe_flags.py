@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, make_dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -138,6 +138,82 @@ ShortRecipe = make_dataclass(
 def unchecked(config: Config, kind: Any = Recipe) -> Any:
     """Returns a recipe as one whose values are not checked."""
     return kind(**{f.name: f.type(**vars(getattr(config, f.name))) for f in fields(kind)})  # type: ignore[operator]
+
+
+VARIED_TEXTS = ("model.name", "model.pretrained", "parallel.batch_norm")
+"""Fields that take any text and whose commas separate values."""
+
+
+def take_varied(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[Any]]]:
+    """Takes the flags with several values, such as `--train.seed 0..4` and `--optimizer.learning_rate 0.05,0.1`, out of
+    a command line; returns what is left, and the values by `section.field`.
+
+    Raises:
+      InputError: a range is none of whole numbers, or too long.
+    """
+    left: list[str] = []
+    varied: dict[str, list[Any]] = {}
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not (flag.startswith("--") and name in VARIABLE) or (not equals and not waiting):
+            left.append(word)
+            continue
+        given = value if equals else waiting[0]
+        if "," not in given and ".." not in given:
+            left.append(word)
+            continue
+        if not equals:
+            waiting.pop(0)
+        varied[name] = values_in(name, given)
+    return left, varied
+
+
+def values_in(name: str, given: str) -> list[Any]:
+    """Returns the values of a comma list, whose parts may be ranges `a..b` of whole numbers, both ends included.
+
+    Raises:
+      InputError: a part is empty, or no range.
+    """
+    found: list[Any] = []
+    for part in given.split(","):
+        first, dots, last = part.strip().partition("..")
+        if not dots:
+            if not first:
+                raise InputError(f"--{name} {given}: a value is missing between two commas, or at an end")
+            found.append(value_in(first))
+            continue
+        ends = [int(end) if re.fullmatch(r"-?[0-9]{1,10}", end) else None for end in (first, last)]
+        if ends[0] is None or ends[1] is None or not 0 <= ends[1] - ends[0] < MOST_VALUES:
+            raise InputError(
+                f"--{name} {part}: give a range of whole numbers that rises, such as 0..4 for 0, 1, 2, 3 and 4"
+            )
+        found += range(ends[0], ends[1] + 1)
+    return found
+
+
+MOST_VALUES = 10_000
+"""Values of a range."""
+
+
+def value_in(text: str) -> Any:
+    """Returns the number, True, False or None that a text names, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+VARIABLE = frozenset(
+    f"{section}.{name}"
+    for section, kind in get_type_hints(Config).items()
+    for name, hint in get_type_hints(kind).items()
+    if not {"tuple", "str"} & {getattr(get_origin(part) or part, "__name__", "") for part in (hint, *get_args(hint))}
+    or f"{section}.{name}" in VARIED_TEXTS
+)
+"""Fields of which a flag may give several values."""
 
 
 CALLED = {

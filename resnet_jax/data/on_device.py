@@ -1,5 +1,7 @@
 """What happens to a batch inside the compiled step: drawing it, cropping, flipping, normalising, mixing."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -9,12 +11,13 @@ from resnet_jax.data.order import example_index, is_mirrored
 Array = jax.Array
 
 
-def draw_batch(data: dict[str, Array], step: Array, batch_size: int, seed: int, repeats: int = 1) -> dict[str, Array]:
+def draw_batch(data: dict[str, Array], step: Array, batch_size: int, seed: Any, repeats: int = 1) -> dict[str, Array]:
     """Returns the batch of a step from data that lies on the device, in the order of `example_index`.
 
     Args:
       data: arrays [size, ...], such as `image` uint8 and `label` int32. Where there is a `table` int32, as
-        `balanced_table` returns it, its entries are shuffled in place of the examples.
+        `balanced_table` returns it, its entries are shuffled in place of the examples: all of them, or the first ones
+        where `grid`, uint32 [3], holds `grid_of` their number.
       step: int32 scalar, counted from 0.
       batch_size: of the whole batch.
       seed: of the order.
@@ -25,12 +28,13 @@ def draw_batch(data: dict[str, Array], step: Array, batch_size: int, seed: int, 
       mirrored where flips alternate.
     """
     table = data.get("table")
-    size = (jax.tree.leaves(data["label"])[0] if table is None else table).shape[0]
+    size: Any = (jax.tree.leaves(data["label"])[0] if table is None else table).shape[0]
+    size = data.get("grid", size)
     positions = (step.astype(jnp.uint32) * batch_size + jnp.arange(batch_size, dtype=jnp.uint32)) // repeats
     place = example_index(positions, size, seed, jnp)
     mirrored = is_mirrored(positions, place, size, seed, jnp)
     index = place if table is None else table[place]
-    examples = {name: values for name, values in data.items() if name != "table"}
+    examples = {name: values for name, values in data.items() if name not in ("table", "grid")}
     return jax.tree.map(lambda values: jnp.take(values, index, axis=0), examples) | {"mirrored": mirrored}
 
 

@@ -16,23 +16,28 @@ ROUNDS = 6
 """Rounds of the Feistel network."""
 
 
-def example_index(position: Any, size: int, seed: int, xp: ModuleType = np) -> Any:
+def grid_of(size: int) -> tuple[int, int, int]:
+    """Returns a number of examples, and the rows and columns of the grid over which their order is enciphered."""
+    rows = math.isqrt(size - 1) + 1
+    return size, rows, -(-size // rows)
+
+
+def example_index(position: Any, size: Any, seed: Any, xp: ModuleType = np) -> Any:
     """Computes which example each position of a run takes.
 
     Args:
       position: uint32 array of positions, counted from the beginning of the run; below 2**32.
-      size: number of examples.
-      seed: of the order.
+      size: number of examples; or `grid_of` it as a uint32 array, which may be an input of a compiled function.
+      seed: of the order, an int or a uint32 array.
       xp: numpy, or jax.numpy inside a compiled function.
 
     Returns:
       int32 array of indices in [0, size).
     """
     position = xp.asarray(position, xp.uint32)
+    size, rows, columns = grid_of(size) if isinstance(size, int) else size
     epoch = position // xp.uint32(size)
-    key = _mix(_mix(epoch * xp.uint32(0x9E3779B9) + xp.uint32(seed % 2**32), xp) + xp.uint32(0x7F4A7C15), xp)
-    rows = math.isqrt(size - 1) + 1
-    columns = -(-size // rows)
+    key = _mix(_mix(epoch * xp.uint32(0x9E3779B9) + _word(seed, xp), xp) + xp.uint32(0x7F4A7C15), xp)
 
     def encipher(index: Any) -> Any:
         left, right = index // xp.uint32(columns), index % xp.uint32(columns)
@@ -45,7 +50,7 @@ def example_index(position: Any, size: int, seed: int, xp: ModuleType = np) -> A
     return _walk(encipher, index, size, xp).astype(xp.int32)
 
 
-def is_mirrored(position: Any, index: Any, size: int, seed: int, xp: ModuleType = np) -> Any:
+def is_mirrored(position: Any, index: Any, size: Any, seed: Any, xp: ModuleType = np) -> Any:
     """Computes which images alternating flips mirror: one half of them in one epoch, the other half in the next.
 
     Args:
@@ -56,12 +61,18 @@ def is_mirrored(position: Any, index: Any, size: int, seed: int, xp: ModuleType 
     Returns:
       bool array of the shape of `position`.
     """
+    size = size if isinstance(size, int) else size[0]
     epoch = xp.asarray(position, xp.uint32) // xp.uint32(size)
-    first = _mix(_mix(xp.asarray(index).astype(xp.uint32), xp) + xp.uint32(seed % 2**32), xp)
+    first = _mix(_mix(xp.asarray(index).astype(xp.uint32), xp) + _word(seed, xp), xp)
     return (first + epoch) % xp.uint32(2) == 1
 
 
-def _walk(encipher: Any, index: Any, size: int, xp: ModuleType) -> Any:
+def _word(seed: Any, xp: ModuleType) -> Any:
+    """Returns a seed as a uint32 scalar."""
+    return xp.uint32(seed % 2**32) if isinstance(seed, int) else xp.asarray(seed, xp.uint32)
+
+
+def _walk(encipher: Any, index: Any, size: Any, xp: ModuleType) -> Any:
     """Enciphers again what fell into the few cells beyond `size`, until nothing is there."""
     if xp is np:
         while (index >= size).any():

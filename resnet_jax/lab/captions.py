@@ -72,8 +72,8 @@ CAPTIONS = {
         "The Hessian of the training loss along gradient descent, every step on all of 256 images, in narrow networks with "
         "smooth activations (SiLU) and squared error. The largest eigenvalue is called the sharpness. On a quadratic, steps "
         "of size r diverge as soon as it exceeds 2 / r. Cohen et al. (2021) found that networks sharpen until about there, and "
-        "then train on at that edge of stability, with a loss that no longer falls at every step. A curve that ends below its "
-        "line has not reached it in these few steps. "
+        "then train on at that edge of stability, with a loss that no longer falls at every step. A curve may reach "
+        "its line from below or from above; one that ends below has not reached it in these few steps. "
         "Eigenvalues are those of Lanczos' method, with all basis vectors kept orthogonal; the trace is a mean over a few "
         "random vectors, and its bars are standard errors. With batch norm the statistics are those of the batch, and the "
         "learning rates are larger, so that the edge lies within reach of a short training. Dashed lines belong to the smaller "
@@ -81,7 +81,7 @@ CAPTIONS = {
         "勾配降下法に沿って測った訓練損失のヘッセ行列。毎ステップ 256 枚の画像すべてを使い、なめらかな活性化関数 (SiLU) をもつ細い"
         "ネットワークを二乗誤差で学習した。最大の固有値を鋭さと呼ぶ。二次関数なら、鋭さが 2 / r を超えると大きさ r のステップは"
         "発散する。Cohen ら (2021) によれば、ネットワークはおよそそこまで鋭くなり、その後は損失がステップごとには下がらない"
-        "「安定性の縁」で学習を続ける。線の下で終わる曲線は、この短い学習ではそこに届いていない。固有値は、基底をすべて直交に保つランチョス法による。トレースは少数の"
+        "「安定性の縁」で学習を続ける。曲線は下からも上からも線に届きうる。線の下で終わる曲線は、この短い学習ではそこに届いていない。固有値は、基底をすべて直交に保つランチョス法による。トレースは少数の"
         "乱数ベクトルにわたる平均で、縦棒はその標準誤差である。バッチ正規化ではバッチの統計量を使い、短い学習で縁に届くように"
         "学習率を大きくしてある。破線は小さい方の学習率、損失とトレースとその他の固有値は大きい方の学習率のものである。",
     ),

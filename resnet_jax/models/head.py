@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 
+from resnet_jax.models.layers import Dropout
 from resnet_jax.ops.pooling import global_pool
 
 Array = jax.Array
@@ -44,5 +45,5 @@ def classify(features: Array, drop_rate: float, num_classes: int | None, train: 
     """
     if not num_classes:
         return features, features
-    dropped = nn.Dropout(drop_rate, deterministic=not train)(features)
+    dropped = Dropout(drop_rate, deterministic=not train)(features)
     return features, nn.Dense(num_classes, name="head")(dropped)

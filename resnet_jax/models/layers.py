@@ -257,10 +257,22 @@ class NoNorm(nn.Module):
         return x.astype(self.dtype)
 
 
+class Dropout(nn.Dropout):
+    """Is Flax's dropout (Srivastava et al. 2014) whose rate, below 1, may be an input of a compiled function."""
+
+    @nn.compact
+    def __call__(self, inputs: Array, deterministic: bool | None = None, rng: Array | None = None) -> Array:
+        if nn.merge_param("deterministic", self.deterministic, deterministic) or never(self.rate):
+            return inputs
+        share = 1 - jnp.float32(self.rate)
+        kept = jax.random.bernoulli(self.make_rng(self.rng_collection) if rng is None else rng, share, inputs.shape)
+        return jnp.where(kept, inputs * (1 / share), 0).astype(inputs.dtype)
+
+
 class DropPath(nn.Module):
     """Zeroes a random share of the images of a batch when training, and scales up the rest (Huang et al. 2016).
 
-    Draws from the `dropout` random numbers.
+    Draws from the `dropout` random numbers. The rate may also be an input of a compiled function.
 
     Example:
       >>> keys = {"dropout": jax.random.key(0)}
@@ -269,14 +281,20 @@ class DropPath(nn.Module):
       [0.0, 2.0]
     """
 
-    rate: float
+    rate: Any
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        if not train or self.rate == 0:
+        if not train or never(self.rate):
             return x
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.shape[0], 1, 1, 1))
-        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
+        share = 1 - jnp.float32(self.rate)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), share, (x.shape[0], 1, 1, 1))
+        return jnp.where(kept, x * (1 / share), 0).astype(x.dtype)
+
+
+def never(rate: Any) -> bool:
+    """Returns whether a rate is known to be 0 when a function is traced."""
+    return isinstance(rate, int | float) and rate == 0
 
 
 NORMS: dict[str, ModuleDef] = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from resnet_jax.models.attention import attention_weights
 from resnet_jax.models.head import classify
-from resnet_jax.models.layers import Dtype, ModuleDef
+from resnet_jax.models.layers import Dropout, Dtype, ModuleDef
 from resnet_jax.models.resnet import check_channels, check_remat, maybe_remat
 
 Array = jax.Array
@@ -49,7 +49,7 @@ class EncoderBlock(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         norm = partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
-        drop = nn.Dropout(self.drop_rate, deterministic=not train)
+        drop = Dropout(self.drop_rate, deterministic=not train)
         y = drop(SelfAttention(self.heads, self.dtype, name="attention")(norm(name="norm1")(x)))
         x = x + y if self.shortcut else y
         y = nn.gelu(dense(self.mlp, name="mlp1")(norm(name="norm2")(x)), approximate=False)

@@ -155,9 +155,14 @@ def ended(folder: Path) -> dict[str, Any] | None:
 
 
 def finish(
-    folder: Path, progress: RunProgress, speed: dict[str, float], device: str, hook_errors: int = 0
+    folder: Path,
+    progress: RunProgress,
+    speed: dict[str, float],
+    device: str,
+    hook_errors: int = 0,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes `summary.json` and says what came out."""
+    """Writes `summary.json` and says what came out, unless `quiet`."""
     skipped = {"count": len(progress.skipped), "names": progress.skipped[:1000]}
     summary = (progress.result or {}) | {"best": progress.best, "selected": progress.selected}
     summary |= {"steps": progress.step} | speed
@@ -165,6 +170,7 @@ def finish(
     summary |= {"device": device, "versions": versions()} | ({"hook_errors": hook_errors} if hook_errors else {})
     if jax.process_index() == 0:
         write_whole(folder / "summary.json", to_json(summary, indent=2) + "\n")
+    if jax.process_index() == 0 and not quiet:
         for line in ("", *outcome(summary), served_line(summary)):
             say(wrapped(line))
         say(f"\nthe run lies in {folder}; next, type\n  resnet-jax evaluate {shlex.quote(str(folder))} --per-class")

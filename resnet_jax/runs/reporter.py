@@ -72,6 +72,7 @@ class Reporter:
       progress: of the checkpoint that the run resumes from: `eval_pending`, `skipped_updates`, `sums`.
       last_checkpoint: returns the step of the newest checkpoint, or None.
       hooks: are told each line.
+      terminal: whether lines are shown there, too.
 
     Attributes:
       skipped: updates that were left out because they were not finite: `total`, and `in_row` up to now.
@@ -87,10 +88,12 @@ class Reporter:
         progress: RunProgress,
         last_checkpoint: Callable[[], int | None],
         hooks: Hooks | None = None,
+        terminal: bool = True,
     ) -> None:
         first = jax.process_index() == 0
         self._tracker = Tracker(folder, step, config.log.tensorboard, progress.eval_pending) if first else None
-        self._console = Console(step, plan.total, plan.per_epoch, plan.evaluates) if first else None
+        shown = first and terminal
+        self._console = Console(step, plan.total, plan.per_epoch, plan.evaluates) if shown else None
         self._batch_size, self._per_epoch, self._schedule = config.train.batch_size, plan.per_epoch, schedule
         self._last_checkpoint, self._hooks = last_checkpoint, hooks or Hooks(())
         self._thread = ThreadPoolExecutor(1)
@@ -216,8 +219,9 @@ class Reporter:
 
     def _show(self, step: int, line: dict[str, Any], beside: dict[str, float] | None = None) -> None:
         """Writes a line, and shows it with what stands `beside` it on the terminal alone."""
-        if self._tracker is not None and self._console is not None:
+        if self._tracker is not None:
             self._tracker.write(step, line)
+        if self._console is not None:
             self._console.update(step, (beside or {}) | line)
 
     def _check(self, step: int, sums: Sums) -> None:

@@ -129,13 +129,22 @@ def train(
         data = rj.Dataset(train=(images, labels), test=(more_images, more_labels))
         rj.train(rj.Config(), "runs/own", model=MyNet(), dataset=data, metrics={"margin": margin})
     """
+    named = {"model": model, "dataset": dataset, "loss": loss, "optimizer": optimizer, "metrics": metrics}
+    return train_with(config, workdir, named | {"hooks": hooks})
+
+
+def train_with(
+    config: Config, workdir: str | Path | None, named: Mapping[str, Any], look_at_test: bool = True
+) -> dict[str, Any]:
+    """Trains as `train` does with parts of the user's own by their names; without `look_at_test` the test split is not
+    evaluated, and no page is made, which would.
+    """
     began = time.perf_counter()
     check_guard(config.data.workers)
     keep_tracker(config.data.workers)
     start_processes(config.parallel)
     workdir = None if workdir is None else path_of(workdir, "--workdir")
-    named = {"model": model, "dataset": dataset, "loss": loss, "optimizer": optimizer, "metrics": metrics}
-    parts = make_parts(named | {"hooks": hooks})
+    parts = make_parts(named)
     before = recorded(workdir)
     if workdir is None or not begun(workdir):
         before = None  # a start that came to nothing does not bind
@@ -185,14 +194,16 @@ def train(
     with locked(folder, config) as lock, cached_where_sound(mesh), stop_signals() as stop:
         if summary := ended(folder):
             say(f"the run is finished; see it with: resnet-jax evaluate {shlex.quote(str(folder))}")
-            show(folder, config, parts)
+            if look_at_test:
+                show(folder, config, parts)
             return summary
         if jax.process_index() == 0:  # all processes have the same pictures, which `agree` saw to
             check_pictures(folder, config, dataset)
             record(folder, parts)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
             told = Hooks(parts.hooks)
-            run = Run(folder, config, plan, module, dataset, metric, mesh, checkpoints, stop, lock, parts, told)
+            seen = dataset if look_at_test else replace(dataset, test=None)
+            run = Run(folder, config, plan, module, seen, metric, mesh, checkpoints, stop, lock, parts, told)
             progress, images_per_second = fit_with_rollbacks(run, schedule)
             saved = checkpoints.has(progress.step)
         speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
@@ -202,7 +213,8 @@ def train(
             raise NotSaved(f"{folder / 'summary.json'} could not be written: {error}", folder) from error
         if not saved:
             raise NotSaved(f"the checkpoint of the last step, {progress.step}, could not be written", folder)
-        show(folder, config, parts)
+        if look_at_test:
+            show(folder, config, parts)
         told.call("on_end", summary)
         return summary
 
@@ -369,7 +381,7 @@ def fit(
     table, classes = sampling_table(run.dataset, config.data.sampling), run.dataset.label_classes()
     features = make_features(config, run.model, mesh) if computes_features_once(config) else None
     from_device = config.data.on_device or features is not None
-    most = steps_per_call(config, from_device)
+    most = steps_per_call(config, from_device, run.parts.model is not None)
     on_device: Any = None
     if features is not None:
         frozen = partial(features, {"params": state.params, "batch_stats": state.batch_stats})

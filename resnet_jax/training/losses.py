@@ -1,7 +1,7 @@
 """Losses of one example each, in float32, and the weights of classes in them."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,16 @@ EFFECTIVE_BETA = 0.999
 """Of `effective_number`: about 1 / (1 - beta) images of a class are taken for as good as all (Cui et al. 2019)."""
 
 
-def soft_targets(labels: Array, classes: int, smoothing: float) -> Array:
+def soft_targets(labels: Array, classes: int, smoothing: Any) -> Array:
     """Returns float32 [batch, classes]: one at the label, of which `smoothing` is spread over all classes.
 
     Args:
       labels: int [batch], or 0 and 1 [batch, classes] where an image has several, which smoothing moves towards 1/2.
     """
+    smoothing = jnp.float32(smoothing)  # so that it may be an input of a compiled function, with the same bits
     if labels.ndim == 2:
         return labels * (1.0 - smoothing) + smoothing / 2
-    return jax.nn.one_hot(labels, classes) * (1.0 - smoothing) + smoothing / classes
+    return jax.nn.one_hot(labels, classes) * (1.0 - smoothing) + smoothing * (1.0 / classes)
 
 
 def cross_entropy(logits: Array, batch: dict[str, Array]) -> Array:

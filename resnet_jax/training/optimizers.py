@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from resnet_jax.config import Config, InputError, OptimizerConfig
@@ -155,7 +156,7 @@ def decay_by_rule(weight_decay: float, rules: tuple[tuple[str, float], ...]) -> 
         return optax.EmptyState()
 
     def update(updates: Any, state: optax.EmptyState, params: optax.Params = None) -> tuple[Any, optax.EmptyState]:
-        factors = path_map(factor, params)
-        return jax.tree.map(lambda u, p, f: u + weight_decay * f * p if f else u, updates, params, factors), state
+        factors, decay = path_map(factor, params), jnp.float32(weight_decay)
+        return jax.tree.map(lambda u, p, f: u + decay * f * p if f else u, updates, params, factors), state
 
     return optax.GradientTransformation(init, update)

@@ -179,11 +179,16 @@ def draw_from(config: Config, mesh: Mesh) -> Callable[[Batch, jax.Array], Batch]
     return draw
 
 
-def steps_per_call(config: Config, from_device: bool) -> int:
-    """Returns the most steps in one call, with data that lies on the device or comes from the host."""
+def steps_per_call(config: Config, from_device: bool, own_model: bool = False) -> int:
+    """Returns the most steps in one call, with data that lies on the device or comes from the host.
+
+    Args:
+      own_model: the model is the user's own, whose convolutions may be XLA's: on a CPU they are ten times slower in a
+        loop over steps.
+    """
     if config.train.steps_per_call is not None:
         return config.train.steps_per_call
-    if config.parallel.strategy == "pmap" or config.log.profile:
+    if config.parallel.strategy == "pmap" or config.log.profile or (own_model and jax.default_backend() == "cpu"):
         return 1
     return STEPS_PER_CALL if from_device else STREAMED_PER_CALL.get(jax.default_backend(), 1)
 

@@ -241,7 +241,9 @@ def make_job(
     metric = selecting_metric(config, dataset, parts)
     module, parts = model_with_parts(config, parts, len(dataset.class_names))
     dataset = with_outputs(dataset, parts.outputs_of(module))
-    where = in_a_temporary_folder(config, usable, fsdp)
+    from_device = config.data.on_device or computes_features_once(config)
+    most = steps_per_call(config, from_device, parts.model is not None)
+    where = in_a_temporary_folder(config, usable, fsdp, most)
     run = Run(folder, where, plan, module, dataset, metric, mesh, NO_CHECKPOINTS, Stop(), None, parts, Hooks(()))
     schedule = make_schedule(config, plan.total, plan.per_epoch)
     how = Rounding(not loose, 1.0 if config.model.compute_dtype == "float32" else BFLOAT16)
@@ -252,9 +254,12 @@ NO_CHECKPOINTS: Any = None
 """In their place is each replay itself."""
 
 
-def in_a_temporary_folder(config: Config, devices: int, fsdp: int) -> Config:
-    """Returns a recipe with the same programs, of one process, that writes the lines and nothing else."""
-    most = steps_per_call(config, config.data.on_device or computes_features_once(config))
+def in_a_temporary_folder(config: Config, devices: int, fsdp: int, most: int) -> Config:
+    """Returns a recipe with the same programs, of one process, that writes the lines and nothing else.
+
+    Args:
+      most: steps in a call.
+    """
     alone: Any = {"distributed": "off"} | dict.fromkeys(("coordinator", "processes", "process_id"))
     return replace(
         config,

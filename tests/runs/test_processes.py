@@ -170,7 +170,7 @@ def test_when_the_first_dies_the_other_ends_two_go_on_and_stop_together_and_one_
     while "resuming at step" not in (line := running[0].stdout.readline()):
         assert line, running[0].communicate()
     running[1].send_signal(signal.SIGTERM)
-    (out, err), _ = [process.communicate(timeout=60) for process in running]
+    (out, err), _ = [process.communicate(timeout=240) for process in running]
     assert running[0].returncode == running[1].returncode == 0, err
     step = max(steps_in(tmp_path / "run" / "checkpoints"))
     assert f"stopped by SIGTERM after step {step}, which is saved" in out and first < step < 24

@@ -193,16 +193,20 @@ def test_a_start_that_failed_binds_nothing(photographs, tmp_path, monkeypatch, c
 
 
 def test_a_picture_that_never_comes_is_named_while_it_is_measured(monkeypatch):
-    fit, over = resolve.fit, threading.Event()
+    fit, listed, over = resolve.fit, resolve.listed, threading.Event()
 
     def hangs(raw, *given, **options):
         if raw[0, 0, 0] == 255:
             over.wait(20)
         return fit(raw, *given, **options)
 
+    def listed_then_over(names):
+        over.set()
+        return listed(names)
+
     monkeypatch.setattr(resolve, "fit", hangs)
+    monkeypatch.setattr(resolve, "listed", listed_then_over)
     source = ArraySource(np.repeat(np.arange(253, 256, dtype=np.uint8), 192).reshape(3, 8, 8, 3), np.zeros(3, int))
     config = Config(data=DataConfig(image_size=8, timeout=0.5), augment=AugmentConfig(interpolation="bilinear"))
-    threading.Timer(1.5, over.set).start()
     with pytest.raises(Stalled, match=r"= 0.5 seconds: under way were example 2 of the arrays, to learn size, mean or"):
         resolve.measure(source, config)

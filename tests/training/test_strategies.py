@@ -207,6 +207,7 @@ def test_a_recipe_that_does_not_say_how_many_steps_a_call_has():
         assert steps_per_call(Config(train=TrainConfig(steps_per_call=7)), drawn) == 7
         assert steps_per_call(Config(parallel=ParallelConfig(strategy="pmap")), drawn) == 1
         assert steps_per_call(Config(log=LogConfig(profile="3:5")), drawn) == 1
+        assert steps_per_call(Config(), drawn, own_model=True) == 1  # on a CPU, as here
 
 
 @pytest.mark.parametrize("on_device", [True, False])

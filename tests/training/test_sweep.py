@@ -1,0 +1,310 @@
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from resnet_jax.commands import call
+from resnet_jax.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    InputError,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from resnet_jax.data.dataset import Dataset
+from resnet_jax.data.order import example_index, grid_of
+from resnet_jax.recipe_flags import take_varied
+from resnet_jax.runs.folder import read_summary, runs_under
+from resnet_jax.runs.trackers import read_lines
+from resnet_jax.training import sweep as sweep_module
+from resnet_jax.training import sweep_members
+from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.training.loop import train
+from resnet_jax.training.resolve import with_values
+from resnet_jax.training.sweep import outcome, sweep
+
+from ..small import digits
+
+pytestmark = pytest.mark.xdist_group("sweep")
+
+TIMINGS = ("images_per_second", "data_wait")
+
+
+class Net(nn.Module):
+    """Small, with all that a step may carry: running statistics and dropout."""
+
+    drop_rate: float = 0.2
+    outputs: int = 10
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.BatchNorm(not train, momentum=0.9)(nn.Conv(8, (3, 3), strides=2)(x)))
+        return nn.Dense(self.outputs)(nn.Dropout(self.drop_rate, deterministic=not train)(x.mean((1, 2))))
+
+
+def recipe(devices=1, **train):
+    """A short run of the digits whose length, by the split, is another one for each seed."""
+    base = digits()
+    return digits(
+        augment=AugmentConfig(crop="pad", pad=1, flip="random"),
+        optimizer=OptimizerConfig(learning_rate=0.2),
+        train=TrainConfig(**({"epochs": 1.5, "batch_size": 64, "ema_decay": 0.9, "eval_every_epochs": 0.4} | train)),
+        schedule=dataclasses.replace(base.schedule, warmup_epochs=0.3, warmup_factor=0.1),
+        parallel=ParallelConfig(devices=devices),
+        log=dataclasses.replace(base.log, every_steps=7, tensorboard=False, report=False),
+    )
+
+
+def states(folder):
+    """The leaves of each checkpoint of a run, as stock Orbax reads them."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    read = ocp.PyTreeCheckpointer().restore
+    return {step: jax.tree.leaves(read(folder / "checkpoints" / step / "state")) for step in steps}
+
+
+def lines_of(folder):
+    lines = read_lines(folder / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def assert_equal_to_its_run(member, tmp_path, config, rounding=0.0, **parts):
+    """The member's checkpoints and lines are those of `train` with its recipe, but for the test split."""
+    alone = tmp_path / "alone"
+    train(config, alone, **parts)
+    found, expected = states(member), states(alone)
+    assert list(found) == list(expected)
+    for step, leaves in expected.items():
+        for ours, theirs in zip(found[step], leaves, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=rounding, atol=rounding)
+    lines = [line for line in lines_of(alone) if "test/loss" not in line]
+    assert len(lines_of(member)) == len(lines)
+    for ours, theirs in zip(lines_of(member), lines, strict=True):
+        assert ours == pytest.approx(theirs, rel=10 * rounding, abs=10 * rounding)
+
+
+def bits_in_turn(tmp_path):
+    """Members that take turns on one device are their runs, of other lengths and data by the seed; one compilation."""
+    values, lines = {"optimizer.learning_rate": [0.1, 0.3], "train.seed": [0, 3]}, []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("jax").handlers = [handler]
+    with jax.log_compiles():
+        found = sweep(recipe(), values, tmp_path / "sweep", model=Net())
+    assert sum(line.startswith("Compiling jit(train_members)") for line in lines) == 1, lines
+    assert [row["values"] for row in found["members"]] == [
+        {"optimizer.learning_rate": rate, "train.seed": seed} for rate in (0.1, 0.3) for seed in (0, 3)
+    ]
+    config = dataclasses.replace(recipe(seed=3), optimizer=OptimizerConfig(learning_rate=0.3))
+    place = tmp_path / "sweep" / "members" / found["members"][-1]["name"]
+    assert_equal_to_its_run(place, tmp_path, config, model=Net())
+    assert {row["state"] for row in runs_under(tmp_path / "sweep")} == {"finished"}
+
+
+def bits_of_numbers(tmp_path):
+    """Every number that is an input of the program has the bits of the constant of a single run."""
+    one = {"optimizer.momentum": 0.5, "train.label_smoothing": 0.3, "train.ema_decay": 0.5, "model.drop_rate": 0.3}
+    other = {"optimizer.momentum": 0.9, "train.label_smoothing": 0.1, "train.ema_decay": 0.9, "model.drop_rate": 0.1}
+    one, other = one | {"schedule.name": "step"}, other | {"schedule.name": "one_cycle"}
+    base = dataclasses.replace(recipe(epochs=0.4), model=ModelConfig(name="cifar_resnet8"))
+    pair = [(values, with_values(base, values)) for values in (one, other)]
+    sweep_module.grid = lambda config, varied: pair  # not the 32 members of their grid
+    found = sweep(base, {name: [one[name], other[name]] for name in one}, tmp_path / "sweep")
+    assert not (tmp_path / "sweep" / "together").exists()
+    for row, (_, config) in zip(found["members"], pair, strict=True):
+        assert_equal_to_its_run(tmp_path / "sweep" / "members" / row["name"], tmp_path / row["name"], config)
+
+
+@pytest.mark.parametrize("case", [bits_in_turn, bits_of_numbers])
+def test_on_one_device_members_are_their_runs_bit_for_bit(case, tmp_path):
+    # In a process that compiles as the command does: without optimization LLVM joins products and sums differently.
+    code = f"import pathlib; from {__name__} import {case.__name__} as case; case(pathlib.Path({str(tmp_path)!r}))"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("per_device", [1, 2])
+def test_members_over_devices_are_their_runs_to_rounding(per_device, tmp_path):
+    values = {"optimizer.weight_decay": [0.0, 1e-2], "train.seed": [0, 1, 3]}
+    found = sweep(recipe(devices=2), values, tmp_path / "sweep", model=Net(), members_per_device=per_device)
+    for i in (0, 5):
+        row, place = found["members"][i], tmp_path / str(i)
+        config = recipe(seed=row["values"]["train.seed"])
+        decay = row["values"]["optimizer.weight_decay"]
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=decay))
+        assert_equal_to_its_run(tmp_path / "sweep/members" / row["name"], place, config, 1e-5, model=Net())
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_images_with_several_labels_are_compared_by_their_precision(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (150, 3))
+    images = (rng.integers(0, 90, (150, 8, 8, 3)) + 50 * labels[:, None, None, :]).astype(np.uint8)
+    data = Dataset((images[:100], labels[:100]), (images[100:], labels[100:]), None, ("a", "b", "c"), multilabel=True)
+    base = recipe(epochs=1, loss="binary")
+    net = Net(outputs=3)
+    found = sweep(base, {"train.seed": [0, 1]}, tmp_path / "sweep", model=net, dataset=data)
+    assert [row["metric"] for row in found["members"]] == ["ema/validation/map"] * 2 and found["test"] is None
+    place = tmp_path / "sweep/members" / found["members"][0]["name"]
+    assert_equal_to_its_run(place, tmp_path, base, 1e-5, model=net, dataset=data)
+
+
+class Halt(Exception):
+    """Ends a sweep in the middle."""
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_sweep_that_was_ended_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    values, original, saves = {"optimizer.learning_rate": [0.1, 1e30], "train.seed": [0, 3]}, Checkpoints.save, []
+
+    def save(checkpoints, step, *rest):
+        original(checkpoints, step, *rest)
+        saves.append(step)
+        if len(saves) == 2:
+            checkpoints.settle()
+            raise Halt
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(Halt):
+        sweep(recipe(), values, tmp_path / "halted", model=Net())
+    monkeypatch.setattr(Checkpoints, "save", original)
+    with pytest.raises(InputError, match="holds another sweep"):
+        sweep(recipe(), values | {"train.seed": [0, 4]}, tmp_path / "halted", model=Net())
+    halted = sweep(workdir=tmp_path / "halted", model=Net())
+    whole = sweep(recipe(), values, tmp_path / "whole", model=Net())
+    assert halted == whole
+    for row in whole["members"]:
+        if row["status"] == "finished":
+            there, here = (states(tmp_path / name / "members" / row["name"]) for name in ("halted", "whole"))
+            jax.tree.map(np.testing.assert_array_equal, there, here)
+            there, here = (lines_of(tmp_path / name / "members" / row["name"]) for name in ("halted", "whole"))
+            assert there == here
+    # At a rate of 1e30 a member diverges, and the others go on.
+    assert [row["status"] for row in whole["members"]] == ["finished", "finished", "diverged", "diverged"]
+    assert "is not finite at step" in whole["members"][2]["why"]
+    assert whole["settings"][-1]["diverged"] == 2 and whole["settings"][0]["values"] == {"optimizer.learning_rate": 0.1}
+
+
+def test_what_one_program_cannot_do_runs_one_by_one_and_test_is_seen_for_the_chosen_alone(tmp_path, capsys):
+    config = recipe(epochs=0.2, eval_every_epochs=0.2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_device=False))
+    found = sweep(config, {"optimizer.nesterov": [True, False], "train.seed": [0, 1]}, tmp_path / "sweep", model=Net())
+    assert "2 members one after another: the data is not kept on the device" in capsys.readouterr().out
+    folders = [tmp_path / "sweep/members" / row["name"] for row in found["members"]]
+    assert all("test" not in read_summary(folder) and "validation" in read_summary(folder) for folder in folders)
+    assert not any("test/loss" in line for folder in folders for line in lines_of(folder))
+    assert not any((folder / "report.html").exists() for folder in folders)
+    assert found["chosen"] in {row["name"] for row in found["members"]} and found["test"]["test"]["count"] == 360
+    assert json.loads((tmp_path / "sweep/sweep.json").read_text()) == found
+    table = (tmp_path / "sweep/table.csv").read_text().splitlines()
+    assert table[0].startswith("member,optimizer.nesterov,train.seed,status") and len(table) == 5
+    assert sweep(workdir=tmp_path / "sweep", model=Net()) == found  # a sweep that has ended stays as it is
+
+
+def row(name, rate, seed, value, metric="validation/accuracy"):
+    values = {"optimizer.learning_rate": rate, "train.seed": seed}
+    return {"name": name, "values": values, "metric": metric if value is not None else None, "value": value}
+
+
+def test_the_setting_is_chosen_by_its_mean_over_the_seeds_and_then_its_best_member():
+    rows = [row("a", 0.1, 0, 0.5), row("b", 0.1, 1, 0.7), row("c", 0.2, 0, 0.2), row("d", 0.2, 1, 0.9)]
+    rows += [row("e", 0.4, 0, 0.99), row("f", 0.4, 1, None)]
+    found = outcome(rows, Config())
+    assert [s["values"]["optimizer.learning_rate"] for s in found["settings"]] == [0.1, 0.2, 0.4]
+    best = found["settings"][0]
+    assert best["mean"] == pytest.approx(0.6) and best["spread"] == pytest.approx(np.std([0.5, 0.7], ddof=1))
+    assert found["chosen"] == "b"
+    losses = [row("a", 0.1, 0, 0.5, "validation/loss"), row("b", 0.2, 0, 0.7, "validation/loss")]
+    assert outcome(losses, Config())["chosen"] == "a"
+    assert outcome([row("a", 0.1, 0, None)], Config())["chosen"] is None
+
+
+def test_several_values_are_taken_out_of_a_command_line():
+    words = ["sweep", "--optimizer.learning_rate", "0.05,1e-1", "--train.seed=0..2,7", "--model.name", "a,b"]
+    left, varied = take_varied(
+        [*words, "--train.epochs", "3", "--model.drop-rate", "None,0.1", "--data.dataset", "csv:a,b"]
+    )
+    assert left == ["sweep", "--train.epochs", "3", "--data.dataset", "csv:a,b"]
+    rates = {"optimizer.learning_rate": [0.05, 0.1], "model.drop_rate": [None, 0.1]}
+    assert varied == rates | {"train.seed": [0, 1, 2, 7], "model.name": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "nothing is varied: give a field several values, such as --train.seed 0..4"),
+        (["--train.seed", "4..0"], "--train.seed 4..0: give a range of whole numbers that rises"),
+        (["--train.seed", "0,,1"], "a value is missing between two commas"),
+        (["--train.seed", "0,0"], "train.seed has the value 0 twice"),
+        (["--optimizer.learning_rate", "0.1,fast"], "optimizer.learning_rate is 'fast'"),
+        (["--optimizer.momentum", "0.9,1.0"], "optimizer.momentum"),
+        (["--log.every_steps", "1,2"], "a sweep cannot vary log.every_steps: it does not change a result"),
+        (["--train.seed", "0,1", "--train.metric", "none"], "a sweep chooses by the validation split"),
+        (["--train.seed", "0,1", "--members_per_device", "0"], "give a number from 1"),
+        (["--train.seed", "0..9999", "--optimizer.momentum", "0.1,0.2"], "the grid has 20,000 members"),
+    ],
+)
+def test_what_is_wrong_with_a_sweep_is_said_in_words(flags, message, tmp_path):
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        call(["sweep", *flags, "--workdir", str(tmp_path / "sweep")])
+
+
+def test_a_field_that_is_not_there_is_answered_with_the_nearest(tmp_path):
+    with pytest.raises(InputError, match=r"optimizer.learning_rat, .*: give optimizer.learning_rate"):
+        sweep(Config(), {"optimizer.learning_rat": [0.1, 0.2]}, tmp_path)
+    train_folder = tmp_path / "run"
+    train_folder.mkdir()
+    (train_folder / "config.json").write_text(json.dumps(dataclasses.asdict(Config())))
+    with pytest.raises(InputError, match="holds a run, not a sweep"):
+        sweep(Config(), {"train.seed": [0, 1]}, train_folder)
+
+
+def test_the_order_of_examples_is_the_same_where_seed_and_number_are_inputs():
+    positions = np.arange(200, dtype=np.uint32)
+    order = jax.jit(lambda grid, seed: example_index(positions, grid, seed, jax.numpy))
+    for size, seed in ((77, 0), (96, 4294967295)):
+        found = order(np.asarray(grid_of(size), np.uint32), np.uint32(seed))
+        np.testing.assert_array_equal(found, example_index(positions, size, seed))
+
+
+def test_examples_that_splits_share_are_held_once():
+    images = np.arange(24, dtype=np.uint8).reshape(4, 2, 3)
+    split = {"image": images, "label": np.arange(4, dtype=np.int32)}
+    parts = [jax.tree.map(lambda x, keep=keep: x[keep], split) for keep in ([0, 1, 2], [2, 3, 0])]
+    whole, places = sweep_members.shared_examples(parts)
+    assert len(whole["image"]) == 4
+    for part, place in zip(parts, places, strict=True):
+        jax.tree.map(lambda x, y, place=place: np.testing.assert_array_equal(x[place], y), whole, part)
+
+
+def test_recipes_that_differ_in_numbers_share_a_program():
+    base = digits()
+    same = dataclasses.replace(base, train=dataclasses.replace(base.train, seed=5, epochs=3, label_smoothing=0.1))
+    assert sweep_members.structure_of(base) == sweep_members.structure_of(same)
+    for other in (
+        dataclasses.replace(base, train=dataclasses.replace(base.train, batch_size=32)),
+        dataclasses.replace(base, train=dataclasses.replace(base.train, ema_decay=None)),
+        dataclasses.replace(base, data=DataConfig()),
+    ):
+        assert sweep_members.structure_of(base) != sweep_members.structure_of(other)
+    assert sweep_members.why_alone(base, sweep_members.Parts()) is None
+    assert "hooks" in sweep_members.why_alone(base, sweep_members.Parts(hooks=(object(),)))
