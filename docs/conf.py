@@ -27,7 +27,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_co
 exclude_patterns = ["generated", "lab", "_build"]
 nitpicky = True
 nitpick_ignore_regex = [  # what other libraries document, and types of ours that results have
-    (r"py:.*", r"(?!resnet_jax\.).*|resnet_jax\.(config|weights\.tags|training|models)\.[\w.]+"),
+    (r"py:.*", r"(?!resnet_jax\.).*|resnet_jax\.(config|weights\.tags|training|models|analysis)\.[\w.]+"),
 ]
 default_role = "code"  # single backticks in docstrings
 

@@ -84,6 +84,12 @@ def sweep(
     Raises:
       InputError: a field or value is not as it must be, or the folder holds another sweep.
       Stopped: a signal asked for it; all states are saved.
+
+    Example::
+
+      values = {"optimizer.learning_rate": [0.03, 0.1, 0.3], "train.seed": range(5)}
+      result = rj.sweep(rj.Config(), values, "runs/rates")
+      print(result["chosen"], result["test"])
     """
     named: dict[str, Any] = {"model": model, "dataset": dataset, "loss": loss, "optimizer": optimizer}
     named |= {"metrics": metrics, "hooks": hooks}
