@@ -84,6 +84,11 @@ def sweep(
     Raises:
       InputError: a field or value is not as it must be, or the folder holds another sweep.
       Stopped: a signal asked for it; all states are saved.
+
+    Example::
+
+      found = rj.sweep(config, {"optimizer.learning_rate": [0.05, 0.1, 0.2], "train.seed": range(5)}, "runs/rates")
+      print(found["settings"][0], found["chosen"], found["test"])
     """
     named: dict[str, Any] = {"model": model, "dataset": dataset, "loss": loss, "optimizer": optimizer}
     named |= {"metrics": metrics, "hooks": hooks}
