@@ -65,6 +65,10 @@ def hessian_vector_product(loss: Loss, params: PyTree, vector: PyTree) -> PyTree
 
     Returns:
       A tree as `params`.
+
+    Example:
+      >>> rj.analysis.hessian_vector_product(lambda x: (x**3).sum(), jnp.ones(2), jnp.array([1.0, 2.0])).tolist()
+      [6.0, 12.0]
     """
     return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
 
@@ -84,6 +88,11 @@ def lanczos(loss: Loss, params: PyTree, key: Array, iterations: int) -> RitzValu
 
     Raises:
       InputError: a leaf is neither float32 nor float64, or there is no iteration.
+
+    Example:
+      >>> loss = lambda x: (jnp.array([3.0, 1.0]) * x**2).sum() / 2
+      >>> np.asarray(rj.analysis.lanczos(loss, jnp.zeros(2), jax.random.key(0), 2).values).round(3)
+      array([1., 3.], dtype=float32)
     """
     flat, product = _raveled(loss, params)
     steps = min(_at_least(1, iterations, "iterations"), flat.size)
@@ -137,6 +146,11 @@ def hessian_eigenvalues(
 
     Raises:
       InputError: a leaf is neither float32 nor float64, or `count` exceeds the iterations or the parameters.
+
+    Example:
+      >>> loss = lambda x: (jnp.array([3.0, 1.0, -1.0]) * x**2).sum() / 2
+      >>> np.asarray(rj.analysis.hessian_eigenvalues(loss, jnp.zeros(3), jax.random.key(0), count=2)).round(3)
+      array([3., 1.], dtype=float32)
     """
     values = lanczos(loss, params, key, iterations).values
     if not 1 <= count <= len(values):
@@ -161,6 +175,11 @@ def hessian_trace(loss: Loss, params: PyTree, key: Array, samples: int = 32) -> 
 
     Raises:
       InputError: a leaf is neither float32 nor float64, or there are fewer than two samples.
+
+    Example:
+      >>> loss = lambda x: (jnp.array([3.0, 1.0, -1.0]) * x**2).sum() / 2
+      >>> round(float(rj.analysis.hessian_trace(loss, jnp.zeros(3), jax.random.key(0)).mean), 3)
+      3.0
     """
     flat, product = _raveled(loss, params)
     _at_least(2, samples, "samples")
@@ -192,6 +211,13 @@ def spectral_density(
 
     Raises:
       InputError: a leaf is neither float32 nor float64, or there is no sample or no iteration.
+
+    Example:
+      >>> loss = lambda x: (jnp.array([3.0, 1.0]) * x**2).sum() / 2
+      >>> grid = jnp.linspace(-2, 6, 401)
+      >>> density = rj.analysis.spectral_density(loss, jnp.zeros(2), jax.random.key(0), grid, width=0.3)
+      >>> round(float(density.sum() * 0.02), 3)
+      1.0
     """
     _at_least(1, samples, "samples")
 

@@ -533,6 +533,71 @@ def knn_command(
     return 0
 
 
+def inspect_command(
+    source: Annotated[
+        tyro.conf.Positional[str | None],
+        tyro.conf.arg(metavar="SOURCE", help="A run, a tag or a file of weights, whose features are taken."),
+    ] = None,
+    dataset: Annotated[str | None, tyro.conf.arg(name="data.dataset", help="As in a recipe; of a run its own.")] = None,
+    data_dir: Annotated[str | None, tyro.conf.arg(name="data.data_dir", help="As in a recipe.")] = None,
+    out: str | None = None,
+    folds: int = 5,
+    pictures: int = 60_000,
+    seed: int = 0,
+    batch: int = 64,
+    name: Name = None,
+    checkpoint: Checkpoint = None,
+    config: OwnModels = None,
+    as_json: Json = False,
+) -> int:
+    """Looks for twins, doubtful labels, odd pictures and classes that are two; writes inspect.html and inspect.csv.
+
+    Args:
+      out: Folder to write into; by default that of the run, else inspect.
+      folds: Parts of the data whose labels are judged in turns, without them.
+      pictures: How many are looked at; of more, so many are drawn at random.
+      seed: Of folds, features and that draw.
+      batch: Pictures that go through the network at once.
+    """
+    if folds < 2 or not 1 <= batch <= MOST_AT_ONCE or pictures < 2:
+        raise InputError(f"--folds and --pictures must be at least 2, and --batch between 1 and {MOST_AT_ONCE:,}")
+    run = None if source is None else path_of(source, "SOURCE")
+    if out is None and run is not None and (run / "checkpoints").is_dir():
+        folder = run
+    else:
+        folder = local_path(out or "inspect", "--out")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file: name a folder")
+    if config is not None:
+        load_config(config)
+    prepare_jax()
+    from resnet_jax.predict.inspect_data import inspect_data
+    from resnet_jax.runs.inspect_page import summary_of, write_inspection
+
+    found = inspect_data(
+        dataset,
+        source,
+        name=name,
+        checkpoint=checkpoint,
+        data_dir=data_dir,
+        folds=folds,
+        most=pictures,
+        seed=seed,
+        batch_size=batch,
+    )
+    page, summary = write_inspection(found, folder), summary_of(found)
+    if as_json:
+        print(to_json(summary, indent=2))
+        return 0
+    width = max(len(line["name"]) for line in summary["findings"])
+    for line in summary["findings"]:
+        print(f"{line['name']:<{width}}{line['count']:>8,}   {line['note']}")
+    if found.pictures.undecodable:
+        print(f"left out, since they cannot be decoded: {', '.join(found.pictures.undecodable[:5])}")
+    print(f"{page} and {page.with_suffix('.csv')}")
+    return 0
+
+
 FORMS = ("safetensors", "pth", "stablehlo", "onnx", "orbax")
 
 
@@ -769,6 +834,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "runs": runs_command,
     "predict": predict_command,
     "knn": knn_command,
+    "inspect": inspect_command,
     "export": export_command,
     "models": models_command,
     "bench": bench_command,

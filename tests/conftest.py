@@ -1,8 +1,6 @@
 """Eight virtual CPU devices, a compilation cache that all tests share, and the pictures beside the checkout."""
 
-import functools
 import gc
-import inspect
 import os
 import signal
 from importlib import metadata
@@ -24,11 +22,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 gc.set_threshold(50_000)  # as the command does
-
-# For each command line tyro reads the sources of all classes of the recipe again, which takes half of its time.
-find, find_once = inspect.findsource, functools.cache(inspect.findsource)
-inspect.findsource = lambda x: find_once(x) if isinstance(x, type) else find(x)
-
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the runs that tests start would ignore it, too
 
 

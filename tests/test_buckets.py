@@ -99,7 +99,7 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_the_same_as_on_a_disk(bucket
     process.communicate()
     for workdir in (str(folder), str(tmp_path / "run")):
         process = train(workdir)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == 0, out + err
         assert ("resuming at step" in out) == workdir.startswith("gs://")
     (ours, step), (theirs, _) = restore(str(folder)), restore(tmp_path / "run")
@@ -139,7 +139,7 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_the_same_as_on_a_disk(bucket
 def test_of_two_starts_at_once_one_trains_and_its_run_is_reported(bucket, capsys):
     folder = path_of(f"{bucket}/runs/c", "the run")
     both = [train(str(folder), "--train.steps", "20", "--train.eval_every_epochs", "9") for _ in range(2)]
-    told = [process.communicate(timeout=200) for process in both]
+    told = [process.communicate(timeout=900) for process in both]
     codes = [process.returncode for process in both]
     assert sorted(codes) == [0, 2], told
     first, second = codes.index(0), codes.index(2)
@@ -165,7 +165,7 @@ def test_a_bucket_that_does_not_answer_for_a_while_costs_no_step(emulator, bucke
     emulator.kill()
     time.sleep(4)
     emulator.start()
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, out + err
     (newest, *_) = steps_in(folder / "checkpoints")
     assert newest == 40 and damage(folder / "checkpoints" / "40") is None

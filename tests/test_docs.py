@@ -62,7 +62,8 @@ def documented():
 
 def test_every_public_name_is_in_the_reference_once():
     found = documented()
-    public = {name for name in rj.__all__ if name != "__version__"}
+    public = {name for name in rj.__all__ if callable(getattr(rj, name))}
+    assert "analysis" in rj.__all__ and "resnet_jax.analysis" in {module for module, _ in found}
     assert {name for module, name in found if module == "resnet_jax"} == public
     assert len(found) == len(set(found)) > 50
 

@@ -13,7 +13,6 @@ from resnet_jax import list_models
 from .conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-SITE = (ROOT / "docs" / "index.md").exists()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 PAGES = [
     ROOT / "README.md",
@@ -84,7 +83,7 @@ def test_every_file_it_names_is_there(page):
     links = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", page.read_text())
     assert links or page.parent.name != "benchmarks"
     for name in links:
-        assert (page.parent / name).exists() or (name.startswith("docs/") and not SITE), name
+        assert (page.parent / name).exists(), name
 
 
 def test_every_promise_links_to_tests_that_there_are():
@@ -95,7 +94,6 @@ def test_every_promise_links_to_tests_that_there_are():
         assert f"def {test}(" in (ROOT / file).read_text(), test
 
 
-@pytest.mark.skipif(not SITE, reason="the site is not there")
 def test_every_promise_of_the_page_names_tests_that_there_are():
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "promises.md").read_text()))
     there = set(re.findall(r"def (test_\w+)", "".join(p.read_text() for p in (ROOT / "tests").rglob("*.py"))))

@@ -18,7 +18,7 @@ from resnet_jax.data.folders import printable
 from resnet_jax.data.on_device import normalize
 from resnet_jax.data.show import as_shown, overlay, sized
 from resnet_jax.data.transforms import fit
-from resnet_jax.files import to_json, write_whole
+from resnet_jax.files import read_file, to_json, write_whole
 from resnet_jax.models.densenet import DenseNet
 from resnet_jax.models.googlenet import GoogLeNet
 from resnet_jax.models.resnet import ResNet
@@ -39,6 +39,8 @@ MISTAKES, THUMBNAIL = 12, 112
 """How many mistakes are shown, and the height that their images have at least, in pixels; twice as much at most."""
 MOST_CLASSES = 40
 """With more classes than this the page lists the most frequent confusions in place of the whole matrix."""
+INSPECTION = "inspect.json"
+"""Name of the file with what `resnet-jax inspect` counted in a run's data."""
 CALIBRATED = {
     (
         None,
@@ -100,6 +102,7 @@ def make_report(
         figures=key_figures(plain, measured.get("kept", {}), means["loss"], list(run.parts.metrics)),
         curves=_curves(lines, list(run.parts.metrics), _counts(run), chosen_step(folder)),
         run=_run(lines, folder),
+        inspection=read_inspection(folder),
         undecodable=sorted(run.bad.names)[:50],
         recipe=json.dumps(to_dict(run.config), indent=2),
         **measured.get("page", {}),
@@ -134,24 +137,33 @@ def of_classes(run: FinishedRun, split: str, means: dict[str, Any]) -> dict[str,
     return {"plain": plain, "calibration": dataclasses.asdict(calibration), "kept": kept, "page": page}
 
 
-def template() -> Any:
-    """Returns the page's template, a `jinja2.Template` that escapes every value."""
-    with from_extra("report", "the report"):
+def template(name: str = "report_page.html") -> Any:
+    """Returns the template of a page, a `jinja2.Template` that escapes every value."""
+    with from_extra("report", "the page"):
         import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
     )
     environment.filters |= {"percent": _percent, "number": _number, "auc": _auc, "interval": _interval}
-    return environment.from_string(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
+    return environment.get_template(name)
 
 
 def title_of(config: Config) -> str:
     """Returns what a person would call a run: its data without the folders above it, and its model."""
-    kind, _, place = config.data.dataset.partition(":")
+    return f"{place_of(config.data.dataset)} with {config.model.name}"
+
+
+def place_of(dataset: str) -> str:
+    """Returns what a person would call data: `data.dataset` of a recipe without its kind and the folders above."""
+    kind, _, place = dataset.partition(":")
     if kind in ("folder", "csv"):
         place = place.rstrip("/").rpartition("/")[2]
-    return f"{place or kind} with {config.model.name}"
+    return place or kind
 
 
 def verdict(plain: dict[str, Any], split: str, loss: float) -> str:
@@ -207,6 +219,15 @@ def key_figures(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: l
         for name, value, note in rows
         if value
     ]
+
+
+def read_inspection(folder: Path) -> dict[str, Any] | None:
+    """Returns what `inspect.json` in a run's folder says; None where there is none, or it is none of ours."""
+    try:
+        found = json.loads(read_file(folder / INSPECTION))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"dataset", "pictures", "findings"} <= set(found) else None
 
 
 def interval_of(share: float | None, count: int) -> tuple[float, float] | None:
@@ -298,13 +319,13 @@ def _mistakes(run: FinishedRun, split: str, predictions: Predictions, calibratio
         truth, shown = predictions.labels[i], sized(as_shown(pixels), THUMBNAIL, 2 * THUMBNAIL)
         true = ", ".join(names[k] for k in np.flatnonzero(truth)) if truth.ndim else names[truth]
         card = {"predicted": names[label], "confidence": confidence, "truth": true or "nothing"}
-        card |= {"source": Path(source.describe(index)).name, "image": _data_uri(shown)}
-        card |= {"heat": None if heat is None else _data_uri(overlay(shown, heat))}
+        card |= {"source": Path(source.describe(index)).name, "image": data_uri(shown)}
+        card |= {"heat": None if heat is None else data_uri(overlay(shown, heat))}
         cards.append(card | {"no_evidence": heat is not None and not np.any(heat)})
     return cards
 
 
-def _data_uri(pixels: Any) -> str:
+def data_uri(pixels: Any) -> str:
     """Returns a picture, PIL's or uint8 [height, width, 3], as the data URI of a JPEG."""
     from PIL import Image
 

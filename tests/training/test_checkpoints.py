@@ -234,7 +234,6 @@ def test_stock_orbax_opens_a_run_where_this_package_is_not(run, tmp_path):
 PAGE = ROOT / "docs" / "checkpoints.md"
 
 
-@pytest.mark.skipif(not PAGE.exists(), reason="the site is not there")
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_the_page_on_checkpoints_opens_a_run_with_orbax(run):
     blocks = PAGE.read_text().split("```python\n")
