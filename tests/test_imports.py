@@ -9,7 +9,7 @@ from resnet_jax.typed import DISTRIBUTION
 LIGHT = """
 import sys
 import resnet_jax as rj
-face = [getattr(rj, name) for name in rj.__all__ if name not in ("train", "restore", "verify")]
+face = [getattr(rj, name) for name in rj.__all__ if name not in ("train", "sweep", "restore", "verify")]
 from resnet_jax.data import on_device
 from resnet_jax.training import losses, optimizers, state, step
 import resnet_jax.training.sharding

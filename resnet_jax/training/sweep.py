@@ -62,10 +62,11 @@ def sweep(
 ) -> dict[str, Any]:
     """Trains a recipe with every combination of some fields' values, and chooses by the validation split.
 
-    Members that differ in numbers only (learning rate and schedule, weight decay, momentum, smoothing, averaging, drop
-    rates, seed, length) are trained by one compiled program, one on each device at a time, each with the bits of its
-    run alone on such a device. Others are groups that run one after another; where the data is not on the device, or a
-    recipe does what one program cannot, runs go one by one. A stopped sweep goes on with the same call.
+    Members that differ in numbers only (learning rate and schedule, weight decay, momentum, smoothing, averaging,
+    drop rates, seed, length) are trained by one compiled program, one on each device at a time. On one device, with
+    several steps a call, each has the bits of its run alone; over several devices it equals it to rounding. Others
+    are groups that run one after another; where the data is not on the device, or a recipe does what one program
+    cannot, runs go one by one. A stopped sweep goes on with the same call.
 
     Args:
       config: the recipe; None with `values` None takes those of the sweep in the folder.
@@ -87,9 +88,8 @@ def sweep(
 
     Example::
 
-      values = {"optimizer.learning_rate": [0.03, 0.1, 0.3], "train.seed": range(5)}
-      result = rj.sweep(rj.Config(), values, "runs/rates")
-      print(result["chosen"], result["test"])
+      found = rj.sweep(config, {"optimizer.learning_rate": [0.05, 0.1, 0.2], "train.seed": range(5)}, "runs/rates")
+      print(found["settings"][0], found["chosen"], found["test"])
     """
     named: dict[str, Any] = {"model": model, "dataset": dataset, "loss": loss, "optimizer": optimizer}
     named |= {"metrics": metrics, "hooks": hooks}

@@ -331,7 +331,7 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts, per_devi
     phase = make_phases(config, params, runs[0].plan.per_epoch)[0]
     freezes = config.finetune.mode != "none" or any(factor == 0 for _, factor in config.optimizer.rate_rules)
     frozen = (lambda path: phase.rates(path) == 0.0) if freezes else None
-    most, names = steps_per_call(config, True), names_of_sums(config, module, parts)
+    most, names = steps_per_call(config, True, parts.model is not None), names_of_sums(config, module, parts)
 
     def train_one(one: Any, data: Any) -> tuple[TrainState, Sums]:
         state, given, n = one
@@ -345,7 +345,7 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts, per_devi
             return draw_batch(of_member, at, batch, recipe.train.seed, recipe.augment.repeats)
 
         steps = steps_on_device(step, draw, most, names)
-        if most > 1:
+        if most > 1 or mesh.size * per_device == 1:  # a member alone in its call always has steps to go
             return steps(state, data, n)
         nothing = {name: jnp.zeros(1) for name in names}
         return jax.lax.cond(n > 0, lambda: steps(state, data, n), lambda: (state, nothing))

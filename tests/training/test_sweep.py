@@ -60,7 +60,12 @@ def recipe(devices=1, **train):
     return digits(
         augment=AugmentConfig(crop="pad", pad=1, flip="random"),
         optimizer=OptimizerConfig(learning_rate=0.2),
-        train=TrainConfig(**({"epochs": 1.5, "batch_size": 64, "ema_decay": 0.9, "eval_every_epochs": 0.4} | train)),
+        train=TrainConfig(
+            **(
+                {"epochs": 1.5, "batch_size": 64, "ema_decay": 0.9, "eval_every_epochs": 0.4, "steps_per_call": 5}
+                | train
+            )
+        ),
         schedule=dataclasses.replace(base.schedule, warmup_epochs=0.3, warmup_factor=0.1),
         parallel=ParallelConfig(devices=devices),
         log=dataclasses.replace(base.log, every_steps=7, tensorboard=False, report=False),
