@@ -1,5 +1,6 @@
 import io
 import itertools
+import re
 import resource
 import struct
 import zlib
@@ -11,6 +12,8 @@ from PIL import Image, ImageOps, features
 from resnet_jax.config import AugmentConfig
 from resnet_jax.data import transforms
 from resnet_jax.data.decode import BadImage, decode
+
+from ..conftest import ROOT
 
 RNG = np.random.default_rng(0)
 
@@ -385,3 +388,22 @@ def test_pad_crop_and_flip_stay_windows_of_the_image():
         )
         seen.add(next(i for i, w in enumerate(windows) if (w == result).all()))
     assert len(seen) > 20
+
+
+@pytest.mark.parametrize("crop", [1.0, 0.875, 0.95])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_page_on_serving_prepares_pictures_as_an_evaluation_does(tmp_path, crop, interpolation):
+    page = (ROOT / "docs" / "serving.md").read_text()
+    names: dict = {}
+    exec(next(code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "def prepare" in code), names)
+    metadata = {"input": ["batch", 32, 32, 3], "eval_crop": crop, "interpolation": interpolation}
+    rng = np.random.default_rng(0)
+    for i, (shape, mode, turned) in enumerate(
+        [((47, 91), "RGB", 6), ((91, 47), "RGBA", 1), ((33, 32), "L", 3), ((20, 25), "CMYK", 1), ((64, 64), "P", 1)]
+    ):
+        pixels = Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)).convert(mode)
+        exif = Image.Exif()
+        exif[274] = turned
+        path = tmp_path / f"{i}.{'jpg' if mode in ('RGB', 'L', 'CMYK') else 'png'}"
+        pixels.save(path, exif=exif)
+        np.testing.assert_array_equal(names["prepare"](path, metadata), transforms.fit(path, 32, crop, interpolation))
