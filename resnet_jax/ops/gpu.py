@@ -1,6 +1,6 @@
 """Convolutions for NVIDIA GPUs, where XLA's own are slower.
 
-Gains are of training steps of resnet50 in bfloat16 with 256 images on an H200: `docs/design-notes.md`.
+Gains are of training steps of resnet50 in bfloat16 with 256 images on an H200, seen once; no record was kept.
 """
 
 from functools import partial

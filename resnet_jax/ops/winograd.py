@@ -5,7 +5,7 @@ products are grids: lists of lists of arrays, one for each place in a tile.
 
 On two cores with AVX-512 a training step takes 0.92 of its time with it for cifar_resnet20 and 0.98 for resnet50; with
 weight gradients by it, too, again 0.93 for cifar_resnet18, 0.97 for resnet50 and 0.81 for cifar_wrn_28_10; inference
-0.94 for 256 images of cifar_resnet20 and 0.97 for 64 of resnet50 (`docs/design-notes.md`).
+0.94 for 256 images of cifar_resnet20 and 0.97 for 64 of resnet50; no record was kept.
 """
 
 import math
