@@ -1,6 +1,7 @@
 """Convolutions for CPUs, and their derivatives, where XLA's own are slower.
 
-Gains are of training steps on two cores (float32), alternating with the commit before; no record was kept. Derivatives are written as JVPs whose transposes, which give the gradients, are the fast forms.
+Gains are of training steps on two cores (float32), alternating with the commit before; no record was kept.
+Derivatives are written as JVPs whose transposes, which give the gradients, are the fast forms.
 """
 
 import math
