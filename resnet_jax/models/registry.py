@@ -113,6 +113,15 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(MODELS, pattern))
 
 
+def check_name(name: str) -> None:
+    """Raises InputError where no model has this name; the message has the nearest ones."""
+    if name not in MODELS:
+        raise InputError(
+            f"no model is called {name!r}; {nearest(name, MODELS)} See `resnet-jax models`; one of your own is there "
+            "after `register_model`, such as in the file of --config"
+        )
+
+
 def create_model(name: str, **overrides: Any) -> nn.Module:
     """Returns the named model as a `flax.linen.Module`; nothing is allocated.
 
@@ -131,11 +140,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
       >>> variables["params"]["head"]["kernel"].shape
       (64, 4)
     """
-    if name not in MODELS:
-        raise InputError(
-            f"no model is called {name!r}; {nearest(name, MODELS)} See `resnet-jax models`; one of your own is there "
-            "after `register_model`, such as in the file of --config"
-        )
+    check_name(name)
     make, row = MODELS[name]
     fields = _parameters(make)
     given = row | {

@@ -15,7 +15,7 @@ from resnet_jax.data.dataset import Dataset, Source, listed
 from resnet_jax.data.decode import BadImage, decode
 from resnet_jax.data.transforms import fit
 from resnet_jax.data.watch import awaited
-from resnet_jax.models.registry import create_model, variable_shapes
+from resnet_jax.models.registry import check_name, create_model, variable_shapes
 from resnet_jax.recipe_files import load_config
 from resnet_jax.training.build import data_of
 from resnet_jax.training.parts import NO_PARTS, Parts, named_after
@@ -107,7 +107,7 @@ def resolve(config: Config, parts: Parts = NO_PARTS, before: Config | None = Non
         origins.update(dict.fromkeys(new, origin))
 
     if config.model.name is not None and parts.model is None:
-        create_model(config.model.name)  # a name or a folder that is wrong is said before anything is fetched
+        check_name(config.model.name)  # a name or a folder that is wrong is said before anything is fetched
     source = config.model.pretrained
     if read and source is not None and config.data.dataset.startswith("folder:"):
         dataset = data_of(config, parts)
