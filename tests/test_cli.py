@@ -148,7 +148,7 @@ def things(tmp_path, monkeypatch, network):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("trian", "there are train, plan, show-batch, evaluate"),
+        ("trian", "there are train, sweep, plan, show-batch, evaluate"),
         ("train --model.name rsnet50", "did you mean resnet50"),
         ("train --data.dataset web", "digits, folder:PATH"),
         ("train --data.dataset folder:/no/such", "there is no such folder"),

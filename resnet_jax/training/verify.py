@@ -46,6 +46,7 @@ from resnet_jax.training.verify_compare import (
     best_in,
     chosen_recipe,
     compare_evaluation,
+    kind_of_line,
     read_records,
     shown,
 )
@@ -299,7 +300,12 @@ def verify_selection(job: Job, lines: Sequence[dict[str, Any]], notes: list[str]
     if not isinstance(selected, int) or selected not in job.records:
         notes.append(f"the checkpoint of the selected step {selected} is not there, so its figures were not looked at")
         return found
-    result = evaluate_checkpoint(job, selected)
+    splits = [split for split in job.run.dataset.splits() if split != "train"]
+    told = {kind_of_line(line) for line in lines} | {name.removeprefix("ema/") for name in summary}
+    if "test" in splits and "test" not in told:
+        notes.append("the run did not look at its test split, as members of a sweep do not, and nor did this")
+        splits.remove("test")
+    result = evaluate_checkpoint(job, selected, splits)
     if result is None:
         return found
     return found + compare_evaluation(job.how, summary, lines, selected, result)

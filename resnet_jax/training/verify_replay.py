@@ -239,9 +239,9 @@ def unplanned_evaluation(job: Job) -> int | None:
     return last if last < plan.total and last % plan.eval_every else None
 
 
-def evaluate_checkpoint(job: Job, step: int) -> Result | None:
-    """Returns the evaluations of a kept checkpoint on validation and test, as the run makes them; None where it cannot
-    be read.
+def evaluate_checkpoint(job: Job, step: int, splits: Sequence[str]) -> Result | None:
+    """Returns the evaluations of a kept checkpoint on some splits, as the run makes them; None where it cannot be
+    read.
     """
     say(f"evaluating the checkpoint of step {step}", error=True)
     with Replay(job, [step, step]).opened() as (run, state, _):
@@ -250,9 +250,8 @@ def evaluate_checkpoint(job: Job, step: int) -> Result | None:
         config, mesh = run.config, run.mesh
         features = make_features(config, run.model, mesh) if computes_features_once(config) else None
         result: Result = {}
-        for split in run.dataset.splits():
-            if split != "train":
-                bad = BadImages("skip", channels=config.data.channels)
-                given = (config, run.model, run.dataset, split, mesh, bad, None, features)
-                result |= make_evaluate(*given, parts=run.parts)(state) or {}
+        for split in splits:
+            bad = BadImages("skip", channels=config.data.channels)
+            given = (config, run.model, run.dataset, split, mesh, bad, None, features)
+            result |= make_evaluate(*given, parts=run.parts)(state) or {}
         return result

@@ -285,7 +285,8 @@ checkpoints.ocp.AsyncCheckpointer.save = refuse
     assert "the checkpoint of the last step, 40, could not be written" in err and "Traceback" not in err
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 40 and summary["test"]["count"] == 360
-    assert describe_run(tmp_path)["state"] == "stopped"
+    row = describe_run(tmp_path)
+    assert row["state"] == "failed" and "could not be written" in row["problem"]
     fault = f"def full(*_):\n    {full}\nloop.finish = full"
     _, err = finish(faulty(fault, tmp_path), 3)
     assert f"{tmp_path / 'summary.json'} could not be written" in err and "Traceback" not in err

@@ -34,6 +34,7 @@ from resnet_jax.training.checkpoints import Checkpoints
 from resnet_jax.training.loop import train
 from resnet_jax.training.resolve import with_values
 from resnet_jax.training.sweep import outcome, sweep
+from resnet_jax.training.verify import verify
 
 from ..small import digits
 
@@ -218,6 +219,8 @@ def test_what_one_program_cannot_do_runs_one_by_one_and_test_is_seen_for_the_cho
     assert all("test" not in read_summary(folder) and "validation" in read_summary(folder) for folder in folders)
     assert not any("test/loss" in line for folder in folders for line in lines_of(folder))
     assert not any((folder / "report.html").exists() for folder in folders)
+    verified = verify(folders[0], 0, model=Net())
+    assert verified.ok and any("did not look at its test split" in note for note in verified.notes)
     assert found["chosen"] in {row["name"] for row in found["members"]} and found["test"]["test"]["count"] == 360
     assert json.loads((tmp_path / "sweep/sweep.json").read_text()) == found
     table = (tmp_path / "sweep/table.csv").read_text().splitlines()
