@@ -34,7 +34,7 @@ class Detector(nn.Module):
         head, above, found = nn.Conv(5, (3, 3)), jnp.zeros((1, 1, 1, 1)), []
         for x, stride in zip(self.backbone(images, train)[::-1], self.backbone.strides[::-1], strict=True):
             above = nn.Conv(32, (1, 1))(x) + jax.image.resize(above, (*x.shape[:3], 32), "nearest")
-            y = head(nn.relu(nn.Conv(32, (3, 3))(above))).reshape(len(x), -1, 5)
+            y = head(nn.relu(nn.Conv(32, (3, 3))(above))).reshape(x.shape[0], -1, 5)
             place = stride * (jnp.indices(x.shape[1:3])[::-1].reshape(2, -1).T + 0.5)
             box = jnp.tile(place, 2) + stride * nn.softplus(y[..., 1:]) * jnp.array([-1, -1, 1, 1])
             found.append(jnp.concatenate([y[..., :1], box], -1))

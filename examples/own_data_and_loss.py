@@ -28,7 +28,7 @@ class Finder(nn.Module):
     def __call__(self, images, train):
         x = nn.relu(nn.Conv(16, (3, 3), strides=2)(images))
         x = nn.relu(nn.Conv(32, (3, 3), strides=2)(x))
-        return nn.Dense(2)(x.reshape(len(x), -1))
+        return nn.Dense(2)(x.reshape(x.shape[0], -1))
 
 
 def distance(places, batch):

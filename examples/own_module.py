@@ -21,7 +21,7 @@ class Mixer(nn.Module):
 
     @nn.compact
     def __call__(self, images, train):
-        x = nn.Conv(self.width, (2, 2), strides=2)(images).reshape(len(images), -1, self.width)
+        x = nn.Conv(self.width, (2, 2), strides=2)(images).reshape(images.shape[0], -1, self.width)
         for _ in range(2):
             y = nn.LayerNorm()(x)
             x += jnp.swapaxes(nn.Dense(x.shape[1])(nn.gelu(jnp.swapaxes(y, 1, 2))), 1, 2)

@@ -240,6 +240,10 @@ def with_validation(dataset: Dataset, fraction: float, seed: int) -> Dataset:
             part.any(0) if dataset.multilabel else np.bincount(part, minlength=len(names))
             for part in (labels[~mask], labels[mask])
         )
+        if absent := [name for name, n in zip(names, here + there, strict=True) if not n]:
+            raise InputError(
+                f"no training picture has the label {listed(absent)}: classes are numbered from 0, and each needs some"
+            )
         if lost := [name for name, n in zip(names, here, strict=True) if not n]:
             raise InputError(
                 f"all pictures of the class {listed(lost)} are held out for validation, which goes by their names: "

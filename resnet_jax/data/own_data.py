@@ -130,6 +130,11 @@ def as_picture(image: Any) -> Any:
     return np.asarray(image)
 
 
+def is_grey(image: Any) -> bool:
+    """Returns whether an image is an array of one channel, [height, width] or [height, width, 1]."""
+    return isinstance(image, np.ndarray) and (image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == 1))
+
+
 def is_integer(label: Any) -> bool:
     """Returns whether a label is a whole number; True and False are none."""
     array = None if isinstance(label, dict | str | bytes) else np.asarray(label)

@@ -95,12 +95,18 @@ def write_stablehlo(served: Any, shape: tuple[int, ...], dtype: Any, metadata: d
     """Writes the archive; returns what it computes, read back from it.
 
     Raises:
-      InputError: flatbuffers is not installed.
+      InputError: flatbuffers is not installed, or the network cannot be traced for any number of images.
     """
     with from_extra("export", ".stablehlo"):
         import flatbuffers  # noqa: F401  jax.export imports it when it writes
     pixels = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"batch, {', '.join(map(str, shape))}"), dtype)
-    program = jax.export.export(jax.jit(served), platforms=PLATFORMS)(pixels)
+    try:
+        program = jax.export.export(jax.jit(served), platforms=PLATFORMS)(pixels)
+    except Exception as error:  # of many types, raised by the module where it meets a size without a number
+        raise InputError(
+            f"the network cannot be traced for any number of images ({type(error).__name__}: {first_line(error)}); a "
+            "module that is exported takes that number as x.shape[0] or -1, not as len(x)"
+        ) from error
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("program", bytes(program.serialize()))
         archive.writestr("metadata.json", json.dumps(metadata, indent=1))

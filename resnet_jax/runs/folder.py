@@ -173,8 +173,15 @@ def finish(
     if jax.process_index() == 0 and not quiet:
         for line in ("", *outcome(summary), served_line(summary)):
             say(wrapped(line))
-        say(f"\nthe run lies in {folder}; next, type\n  resnet-jax evaluate {shlex.quote(str(folder))} --per-class")
+        classes = any("accuracy" in summary.get(kind, {}) for kind in ("validation", "test"))
+        say(f"\nthe run lies in {folder}; next, type\n  {evaluate_command(folder)}{' --per-class' if classes else ''}")
     return summary
+
+
+def evaluate_command(folder: Path) -> str:
+    """Returns the command that evaluates a run; with parts of the user's own it names their file as FILE."""
+    own = " --config FILE" if (folder / "parts.json").exists() else ""
+    return f"resnet-jax evaluate {shlex.quote(str(folder))}{own}"
 
 
 def outcome(summary: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError, known, sides
 from resnet_jax.data.dataset import Dataset
-from resnet_jax.data.own_data import own_dataset
+from resnet_jax.data.own_data import is_grey, own_dataset
 from resnet_jax.data.sources import in_three_splits, load_dataset
 from resnet_jax.files import path_of
 from resnet_jax.models.layers import BatchNorm
@@ -51,7 +51,11 @@ def data_of(config: Config, parts: Parts = NO_PARTS, prepare: bool = True) -> Da
     found = own if isinstance(own, Dataset) else own()
     if not isinstance(found, Dataset):
         raise InputError(f"dataset() returned {kind_of(found)}: expected resnet_jax.Dataset(train=...)")
-    return in_three_splits(own_dataset(found), config.data, config.train.seed, hold_out)
+    found = own_dataset(found)
+    if config.data.channels == 3 and is_grey(found.train[0][0]):
+        grey = "the images have one channel, which is taken three times: data.channels 1 takes it as it is"
+        found = dataclasses.replace(found, notes=(*found.notes, grey))
+    return in_three_splits(found, config.data, config.train.seed, hold_out)
 
 
 def make_plan(config: Config, examples: int, evaluates: bool = True) -> Plan:

@@ -31,7 +31,7 @@ from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.output import wrapped
 from resnet_jax.recipe_files import recorded
 from resnet_jax.runs.charts import draw_curves
-from resnet_jax.runs.folder import begun, better, device_name, ended, finish, locked, open_workdir
+from resnet_jax.runs.folder import begun, better, device_name, ended, evaluate_command, finish, locked, open_workdir
 from resnet_jax.runs.hooks import Hooks, RunStart
 from resnet_jax.runs.lock import BucketLock, Lock
 from resnet_jax.runs.processes import agree, check_one_folder, ending_together, facts_of, start_processes
@@ -193,7 +193,7 @@ def train_with(
             check_readable(source, config.data.channels, split)
     with locked(folder, config) as lock, cached_where_sound(mesh), stop_signals() as stop:
         if summary := ended(folder):
-            say(f"the run is finished; see it with: resnet-jax evaluate {shlex.quote(str(folder))}")
+            say(f"the run is finished; see it with: {evaluate_command(folder)}")
             if look_at_test:
                 show(folder, config, parts)
             return summary

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import resnet_jax as rj
-from resnet_jax.config import Config
+from resnet_jax.config import Config, DataConfig
 from resnet_jax.data.decode import decode
 from resnet_jax.data.loader import checked_label, whole_split
 from resnet_jax.data.own_data import own_dataset
@@ -111,6 +111,10 @@ def test_several_labels_an_image():
         ),
         (rj.Dataset((PIXELS, LABELS / 1), class_names=("a", "b", "c")), "label 0.0; with 3 class_names expected"),
         (rj.Dataset(([], [])), "the train split has no examples"),
+        (
+            rj.Dataset((np.tile(PIXELS, (20, 1, 1, 1)), np.tile(LABELS, 20) + 1)),
+            "no training picture has the label 0: classes are numbered",
+        ),
         (rj.Dataset([*with_images(np.asarray)[:3], {"image": PIXELS[0], "label": "cat"}]), "has the label 'cat'"),
         (rj.Dataset([3, 4]), "is of type int: expected"),
     ],
@@ -118,3 +122,11 @@ def test_several_labels_an_image():
 def test_data_that_is_not_as_expected_is_named(data, message):
     with pytest.raises(rj.InputError, match=message.replace("(", r"\(")):
         data_of(Config(), Parts(dataset=data))
+
+
+def test_one_channel_that_is_taken_three_times_is_said():
+    grey = rj.Dataset((PIXELS[..., :1], LABELS), (PIXELS[..., :1], LABELS))
+    assert any("data.channels 1 takes it as it is" in note for note in data_of(Config(), Parts(dataset=grey)).notes)
+    one = Config(data=DataConfig(channels=1))
+    for config, dataset in ((one, grey), (Config(), rj.Dataset((PIXELS, LABELS), (PIXELS, LABELS)))):
+        assert not any("channel" in note for note in data_of(config, Parts(dataset=dataset)).notes)

@@ -3,9 +3,12 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import resnet_jax as rj
+from resnet_jax import InputError
+from resnet_jax.predict import serving
 
 
 @pytest.mark.parametrize(("count", "constant"), [(1, 2**20), (1, 0), (64, 2**20), (130, 2**20), (256, 0)])
@@ -26,3 +29,11 @@ def test_a_norm_that_cannot_be_folded_stays():
     chex.assert_trees_all_close(
         rj.make_forward(model, variables)(images), jax.jit(model.apply)(variables, images), atol=1e-5
     )
+
+
+def test_a_network_that_asks_for_the_number_of_images_is_no_program_and_is_told_why(tmp_path):
+    def served(pixels):
+        return pixels.reshape(len(pixels), -1)
+
+    with pytest.raises(InputError, match=r"takes that number as x.shape\[0\] or -1, not as len\(x\)"):
+        serving.write_stablehlo(served, (8, 8, 3), np.uint8, {}, tmp_path / "net.stablehlo")
