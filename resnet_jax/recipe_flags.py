@@ -249,12 +249,15 @@ def check_names(arguments: Sequence[str], own: Sequence[str]) -> None:
     sections = {name: [f.name for f in fields(kind)] for name, kind in get_type_hints(Config).items()}
     for word in arguments:
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        if not word.startswith("--") or "." in name or name in (*own, "help", "finetune") or name.startswith("tyro"):
+        section, dot, name = name.rpartition(".")
+        if dot and (name in sections.get(section, ()) or name not in CALLED):
+            continue
+        if not word.startswith("--") or name in (*own, "help", "finetune") or name.startswith("tyro"):
             continue
         meant = [f"{section}.{name}" for section, names in sections.items() if name in names]
         meant = [CALLED[name]] if name in CALLED else meant
         if meant:
-            raise InputError(f"there is no --{name}: give {' or '.join(f'--{flag}' for flag in meant)}")
+            raise InputError(f"there is no --{section}{dot}{name}: give {' or '.join(f'--{flag}' for flag in meant)}")
 
 
 def checked(recipe: Any) -> Config:

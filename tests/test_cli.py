@@ -463,6 +463,7 @@ def test_help_is_short_with_the_common_flags_and_help_all_shows_every_flag(comma
         (["train", "--batch-size=8"], "--train.batch_size"),
         (["plan", "--epochs", "3"], "--train.epochs"),
         (["train", "--norm", "group"], "--model.norm"),
+        (["train", "--optimizer.lr", "0.1"], "--optimizer.learning_rate"),
     ],
 )
 def test_a_flag_of_another_name_is_answered_with_ours(words, meant, capsys):
