@@ -176,7 +176,8 @@ def test_every_record_is_named_with_the_commit_that_it_measured():
 
 
 def test_another_figure_or_script_changes_the_tables():
-    records = tables.read_records()
+    records = {name: record for name, record in tables.read_records().items() if not name.startswith("sweep")}
+    kept = dict(records)
     page = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("measures", "others", "findings"))
     before = tables.filled(page, records)
     assert "|the same, warm cache, s|4.0|" in before and "|contender|" not in before
@@ -190,4 +191,4 @@ def test_another_figure_or_script_changes_the_tables():
     assert "|twins, all pairs|90.0%|1e-05|50|" in after
     assert "|the same, five a call, µs|7777|" in after
     assert "|own: digits|8 runs at once|AMD/AVX512|2.5 runs/s|3|" in after
-    assert tables.filled(after, tables.read_records()) == before
+    assert tables.filled(after, kept) == before
