@@ -142,7 +142,8 @@ def fit_seeds(
 ) -> list[tuple[TrainState, Rows]]:
     """Trains a model once for each seed, by one compiled program; returns for each what `fit` does.
 
-    The seed is an input of the program, as in a sweep. On a CPU as many trainings are under way at a time as there are cores.
+    The seed is an input of the program, as in a sweep. On a CPU as many trainings are under way at a time as
+    there are cores.
     """
     per_epoch = len(data.train["label"]) / config.train.batch_size
     steps = max(points, round(config.train.epochs * per_epoch))
