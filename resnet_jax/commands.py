@@ -300,9 +300,7 @@ SHARES = ("accuracy", "macro_recall", "macro_f1", "map")
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int], Callable[[], None]]]:
-    """Yields a function that begins a bar of so many steps on a terminal's standard error, and returns what is called
-    after each.
-    """
+    """Yields `begin(steps) -> advance`: a bar on a terminal, a step further at each `advance()`."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -554,8 +552,8 @@ def inspect_command(
 
     Args:
       out: Folder to write into; by default that of the run, else inspect.
-      folds: Parts of the data whose labels are judged in turns, without them.
-      pictures: How many are looked at; of more, so many are drawn at random.
+      folds: Of the cross-validation by which labels are judged.
+      pictures: Most pictures that are examined, drawn at random from more.
       seed: Of folds, features and that draw.
       batch: Pictures that go through the network at once.
     """

@@ -12,8 +12,8 @@ LOW = 8
 CROPPED = 1 / 16
 """Share of a side that a copy may lack at each edge."""
 NEAR_BITS, NEAR_COSINE, NEIGHBOURS = 16, 0.9, 5
-"""A pair is compared pixel by pixel where at most so many of the 63 bits of its hashes differ, or where one is among
-the so many nearest of the other and the cosine of their features is at least this."""
+"""A pair is compared pixel by pixel where at most NEAR_BITS of the 63 bits of its hashes differ, or where one is among
+the NEIGHBOURS nearest of the other and the cosine of their features is at least NEAR_COSINE."""
 CANDIDATES = 50
 """Pictures that each is compared with pixel by pixel, on average and in each way, at most."""
 ALWAYS = 0.99
@@ -274,8 +274,8 @@ def unlike_others(unit: np.ndarray, k: int = 10) -> np.ndarray:
 
 
 def far_out(values: np.ndarray, deviations: float = 5.0) -> np.ndarray:
-    """Returns the indices of values that lie so many robust deviations (1.4826 median absolute deviations) above the
-    median, the greatest first.
+    """Returns the indices of values that lie more than `deviations` robust deviations (1.4826 median absolute
+    deviations) above the median, the greatest first.
     """
     middle = np.median(values)
     spread = 1.4826 * np.median(np.abs(values - middle))

@@ -1,7 +1,7 @@
 """Puts a dataset on trial: twins across splits, doubtful labels, pictures unlike all others, classes that are two.
 
-Labels are judged by a probe on features, fitted in turns without the fold that it judges. The features are those
-of a network, or of one layer of patches that needs no training and no labels (Coates, Lee and Ng 2011).
+Labels are judged by a probe on features, cross-validated by folds. The features are those of a network, or of one layer
+of patches that needs no training and no labels (Coates, Lee and Ng 2011).
 """
 
 from collections.abc import Mapping
@@ -53,8 +53,8 @@ RIDGE, MOST_BY_KERNEL = 0.3, 12_000
 BATCH = 100
 """Pictures that go through the layer of patches at once."""
 SPLIT_SHARE, LEAST_HALF, LEAST_PICTURES = 0.8, 0.1, 40
-"""A class is taken for two where the halves hold at least this share of the variance between them, the smaller half
-this share of the pictures, and the class so many pictures."""
+"""A class is taken for two where its halves hold at least SPLIT_SHARE of the variance between them, the smaller half at
+least LEAST_HALF of the pictures, and the class at least LEAST_PICTURES."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ def inspect_data(
         network was trained on these pictures, labels are judged with the patches all the same.
       name, checkpoint: as for `find_weights`.
       data_dir: as in a recipe.
-      folds: parts of the data that the probe judges in turns.
-      most: pictures that are looked at; of more, so many are drawn at random.
+      folds: of the cross-validation.
+      most: pictures that are examined at most, drawn at random from more.
       seed: of folds, patches and that draw.
       batch_size: images that go through the network at once.
       kernels: of the layer of patches.
@@ -255,7 +255,7 @@ def read_pictures(
       splits: name -> source.
       classes: as for `checked_label`; None where labels are no classes.
       channels: of the pictures.
-      most: of more pictures, so many are drawn at random by `seed`.
+      most: pictures at most, drawn at random by `seed` from more.
 
     Raises:
       InputError: fewer than two pictures can be decoded, or a label is none of the classes.

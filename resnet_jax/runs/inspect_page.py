@@ -231,7 +231,7 @@ def two_of(found: Inspection) -> dict[str, Any]:
 
 
 def spread(values: np.ndarray, most: int) -> np.ndarray:
-    """Returns at most so many values, evenly over an array."""
+    """Returns at most `most` values, evenly over an array."""
     return values[np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))]
 
 

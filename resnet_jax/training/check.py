@@ -249,7 +249,7 @@ def memory_of(program: Any) -> int | None:
     return held + analysis.temp_size_in_bytes
 
 
-def apart(
+def differing(
     expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], noisy: Mapping[str, np.ndarray]
 ) -> list[str]:
     """Returns the paths of arrays that differ by more than rounding explains.
@@ -293,16 +293,16 @@ def gradient_breaks_in(case: Case, called: Called, state: TrainState) -> str | N
     """Returns the innermost module which a finite gradient enters and one that is not leaves; None where none does."""
     ended: list[tuple[str, str]] = []
 
-    def loss(taps: dict[str, Any], shapes: dict[str, Any] | None = None) -> jax.Array:
+    def loss(zeros: dict[str, Any], shapes: dict[str, Any] | None = None) -> jax.Array:
         calls = 0
         ended.clear()
 
-        def tap(name: str, value: object) -> Any:
+        def watched(name: str, value: object) -> Any:
             if not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)):
                 return value
             if shapes is not None:
                 shapes[name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
-            return value + taps[name] if name in taps else value
+            return value + zeros[name] if name in zeros else value
 
         def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             nonlocal calls
@@ -310,7 +310,7 @@ def gradient_breaks_in(case: Case, called: Called, state: TrainState) -> str | N
                 return call(*args, **kwargs)
             calls += 1
             name = str(calls)
-            result = tap(f"{name} out", call(tap(f"{name} in", args[0]), *args[1:], **kwargs))
+            result = watched(f"{name} out", call(watched(f"{name} in", args[0]), *args[1:], **kwargs))
             ended.append(("/".join(context.module.path) or case.name, name))
             return result
 
@@ -320,8 +320,8 @@ def gradient_breaks_in(case: Case, called: Called, state: TrainState) -> str | N
 
     shapes: dict[str, Any] = {}
     jax.eval_shape(partial(loss, {}, shapes))
-    taps = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    finite = {name: all_finite(values) for name, values in jax.grad(loss)(taps).items()}
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    finite = {name: all_finite(values) for name, values in jax.grad(loss)(zeros).items()}
     broken = (path for path, name in ended if finite.get(f"{name} out") and finite.get(f"{name} in") is False)
     return next(broken, None)
 
@@ -349,10 +349,10 @@ def unlike_jit(case: Case, called: Called, one: Steps, evaluate: Callable[..., A
         losses += more
     old, new = (flat({k: v for k, v in x.items() if k != "params"}) for x in (called.before, called.after))
     plain = {path: np.asarray(new[path], np.float64) - old[path] for path in old} | {"loss": np.asarray(losses.sum())}
-    in_training = apart({path: one.result[path] for path in plain}, plain, one.noisy)
+    in_training = differing({path: one.result[path] for path in plain}, plain, one.noisy)
     inputs = called.after, called.batch["image"]
     compiled, noisy = evaluate(*inputs), evaluate(*rounded(inputs, ROUNDING, 2))
-    in_evaluation = apart({"output": compiled}, {"output": called.alone.output}, {"output": noisy})
+    in_evaluation = differing({"output": compiled}, {"output": called.alone.output}, {"output": noisy})
     if not in_training and not in_evaluation:
         return []
     place = jit_differs_in(case, called, bool(in_training)) or case.name
@@ -410,7 +410,7 @@ def unlike(check: str, called: Called, one: Steps, step: TrainStep, mesh: Mesh) 
     except Exception as error:
         problem = f"over {mesh.size} devices the step raises {first_line(error)}"
         return [Finding(check, ("the training step",), problem, "the message says where to look")]
-    differ = apart(one.result, found, one.noisy)
+    differ = differing(one.result, found, one.noisy)
     if not differ:
         return []
     statistics = [path for path in sorted(differ) if path.partition("/")[0] not in ("gradient", "loss")]

@@ -150,10 +150,10 @@ def train_together(
         marks = min(one.progress.step // one.run.plan.save_every for one in group)
         train = compiled(programs, rounds[0], given[0])
         while any(one.active() for one in group):
-            moved = advance(group, programs, train, rounds, given)
-            for one, sums, n in moved:
+            advanced = advance(group, programs, train, rounds, given)
+            for one, sums, n in advanced:
                 take_steps(one, sums, n)
-            evaluate_due(group, {one.member.name for one, _, _ in moved}, programs, rounds, given)
+            evaluate_due(group, {one.member.name for one, _, _ in advanced}, programs, rounds, given)
             lost = lock is not None and lock.lost(now=False)
             if stop.asked() or lost:
                 save()
@@ -360,9 +360,9 @@ def take_steps(one: Going, sums: Sums, n: int) -> None:
 
 
 def evaluate_due(
-    group: Sequence[Going], moved: set[str], programs: Programs, rounds: Sequence[Any], given: Sequence[Any]
+    group: Sequence[Going], advanced: set[str], programs: Programs, rounds: Sequence[Any], given: Sequence[Any]
 ) -> None:
-    """Evaluates the members that have `moved` to a step at which their plan says so, and keeps those that are best."""
+    """Evaluates the members that have `advanced` to a step where their plan says so, and keeps those that are best."""
     for i, states in enumerate(rounds):
         first = i * programs.width
         now = group[first : first + programs.width]
@@ -370,7 +370,7 @@ def evaluate_due(
         for slot, one in enumerate(now):
             step, plan = one.progress.step, one.run.plan
             here = step == plan.total or step % plan.eval_every == 0
-            if one.failed is None and one.member.name in moved and here:
+            if one.failed is None and one.member.name in advanced and here:
                 due[slot] = state_of(states, slot)
         for slot in list(due):
             with now[slot].watched():

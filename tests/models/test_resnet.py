@@ -28,7 +28,7 @@ def test_endpoint_shapes(name):
     model = create_model(name, num_classes=7)
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    logits, taps = jax.eval_shape(lambda v, x: model.apply(v, x, endpoints=True), variables, images)
+    logits, stages = jax.eval_shape(lambda v, x: model.apply(v, x, endpoints=True), variables, images)
     expansion = 4 if model.block == "bottleneck" else 1
     size = 64 if model.stem == "3x3" else 32
     expected = {"stem": (2, size, size, model.stem_width)}
@@ -36,7 +36,7 @@ def test_endpoint_shapes(name):
     for stage, width in enumerate(model.widths):
         expected[f"stage{stage + 1}"] = (2, size >> stage, size >> stage, width * expansion)
     expected["features"] = (2, model.widths[-1] * expansion)
-    assert {name: tap.shape for name, tap in taps.items()} == expected
+    assert {name: stage.shape for name, stage in stages.items()} == expected
     chex.assert_shape(logits, (2, 7))
     assert logits.dtype == jnp.float32
 
@@ -63,8 +63,8 @@ def test_zeroed_branches_leave_the_identity(block, shortcut):
 def test_zeroed_stages_of_identity_blocks_pass_the_stem_through():
     model = tiny(preact=True, stage_sizes=(5,), widths=(8,))
     variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
-    _, taps = jax.jit(partial(model.apply, endpoints=True))(variables, IMAGES)
-    np.testing.assert_array_equal(taps["stage1"], taps["stem"])
+    _, stages = jax.jit(partial(model.apply, endpoints=True))(variables, IMAGES)
+    np.testing.assert_array_equal(stages["stage1"], stages["stem"])
 
 
 def test_shortcut_a_subsamples_and_pads_channels_without_parameters():
@@ -135,8 +135,8 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32():
     model = tiny(dtype=jnp.bfloat16)
     variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    (logits, taps), moved = model.apply(variables, IMAGES, train=True, endpoints=True, mutable=["batch_stats"])
-    assert taps["stage1"].dtype == jnp.bfloat16 and taps["features"].dtype == jnp.float32
+    (logits, stages), moved = model.apply(variables, IMAGES, train=True, endpoints=True, mutable=["batch_stats"])
+    assert stages["stage1"].dtype == jnp.bfloat16 and stages["features"].dtype == jnp.float32
     assert logits.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype("float32")}
     exact = jax.jit(tiny().apply)(variables, IMAGES)

@@ -62,8 +62,8 @@ def test_a_transformer_without_shortcuts_tells_images_apart_less():
     def difference(shortcut):
         model = create_model("vit_tiny", image_size=32, depth=8, width=48, heads=3, mlp=96, shortcut=shortcut)
         variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-        _, taps = jax.jit(lambda v, x, m=model: m.apply(v, x, endpoints=True))(variables, images_for(size=32))
-        features = taps["features"] / jnp.linalg.norm(taps["features"], axis=-1, keepdims=True)
+        _, stages = jax.jit(lambda v, x, m=model: m.apply(v, x, endpoints=True))(variables, images_for(size=32))
+        features = stages["features"] / jnp.linalg.norm(stages["features"], axis=-1, keepdims=True)
         return float(jnp.linalg.norm(features[0] - features[1]))
 
     assert difference(True) > 2 * difference(False)
