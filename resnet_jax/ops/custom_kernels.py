@@ -83,7 +83,7 @@ def by_platform(platform: str, *args: Any, default: Callable[..., Any], **choice
       platform: of `sharded_platform`; "" leaves the choice to the lowering of the program.
       args: of the function.
       default: where no choice is of the platform.
-      choices: by `cpu` and `cuda`.
+      choices: by `cpu`, `cuda` and `tpu`.
     """
     if not platform:
         return lax.platform_dependent(*args, default=default, **choices)

@@ -32,7 +32,8 @@ def max_pool(x: Array, window: int = 3, strides: int = 2, zero_border: bool = Fa
     if (window, strides) != (3, 2) or not custom_kernels_enabled():
         return plain(x)
     compare = partial(_max_pool_by_comparisons, border=border)
-    return by_platform(sharded_platform(), x, cpu=compare, cuda=compare, default=plain)
+    on_tpu = plain if zero_border else _max_pool_with_border
+    return by_platform(sharded_platform(), x, cpu=compare, cuda=compare, tpu=on_tpu, default=plain)
 
 
 def plain_max_pool(x: Array, window: int, strides: int, border: float) -> Array:
@@ -41,6 +42,13 @@ def plain_max_pool(x: Array, window: int, strides: int, border: float) -> Array:
     if edge:
         x = _pad(_pad(x, edge, edge, 1, border), edge, edge, 2, border)
     return nn.max_pool(x, window_shape=(window, window), strides=(strides, strides))
+
+
+def _max_pool_with_border(x: Array) -> Array:
+    """Computes the maximum over windows of 3 with stride 2 by XLA's operation, which pads with -inf itself: a TPU would
+    write a padded copy, and its gradient. (A converter to ONNX leaves such a border out.)
+    """
+    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
 def _max_pool_by_comparisons(x: Array, border: float) -> Array:
