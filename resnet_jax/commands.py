@@ -8,6 +8,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -566,6 +567,11 @@ def inspect_command(
         folder = run
     else:
         folder = local_path(out or "inspect", "--out")
+    if dataset is None and run is not None and run.is_dir() and not (run / "checkpoints").is_dir():
+        raise InputError(
+            f"{source} holds no run, whose pictures would be looked at; if it holds pictures, give them as "
+            f"--data.dataset {shlex.quote(f'folder:{source}')}"
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file: name a folder")
     if config is not None:

@@ -257,7 +257,7 @@ def source_in_file(defined: Any) -> str:
         for node in ast.walk(tree):
             if not isinstance(node, ast.ClassDef) or node.name != defined.__name__:
                 continue
-            first = min(part.lineno for part in (node, *node.decorator_list))
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             if first <= at + 1 <= (node.end_lineno or 0):
                 return "".join(inspect.getblock(lines[first - 1 :]))
     return ""
