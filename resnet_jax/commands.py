@@ -627,16 +627,20 @@ def export_command(
         path = file_to_write(file)
     if form not in FORMS:
         raise InputError(f"{path}: end the name with .{', .'.join(FORMS)}, or say which with --format")
+    from resnet_jax.runs.signals import cleaned_up
+
     if form in ("stablehlo", "onnx"):
         from resnet_jax.predict.serving import export_program
 
-        metadata = export_program(source, path, form, name, checkpoint, **given_parts(config))
+        with cleaned_up():
+            metadata = export_program(source, path, form, name, checkpoint, **given_parts(config))
         taken = f"{metadata['dtype']} pixels {metadata['input']}"
         print(f"{path}: takes {taken}, gives {len(metadata['class_names'])} probabilities; checked on 100 pictures")
         return 0
     from resnet_jax.weights.export import export
 
-    model, count = export(source, path, form, name, checkpoint, **given_parts(config))
+    with cleaned_up():
+        model, count = export(source, path, form, name, checkpoint, **given_parts(config))
     print(f"{path}: {model}, {count} tensors under the names of {'the module' if form == 'orbax' else 'PyTorch'}")
     return 0
 
