@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from benchmarks.measure import RESULTS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "plan.md")
 
 KINDS = {
     "nvidia-h200": "NVIDIA H200",
@@ -192,6 +192,20 @@ def tpu(records: Records) -> str:
     return table(["", "GFLOP", "GB accessed", "peak, MiB"], rows)
 
 
+def plans(records: Records) -> str:
+    """What `plan --target` says of networks on slices of TPUs, and how long the compiler took."""
+    rows = []
+    for record in of_script(records, "tpu_plan").values():
+        for r in record["rows"]:
+            bounds, moved = r["bounds"], sum(r["collectives"].values())
+            cells = [str(r["devices"]), f"{r['peak'] / 1e9:.2f} of {bounds['hbm'] / 1e9:.0f}"]
+            cells += [f"{r['flops_a_chip'] / 1e12:.2f}", f"{r['bytes_accessed'] / 1e9:.1f}", f"{moved / 1e6:.1f}"]
+            bound = f"{1e3 * bounds['seconds']:.1f}, {bounds['limit']}"
+            rows.append([r["model"], r["target"], *cells, bound, f"{r['compile_seconds']:.0f}"])
+    figures = ["peak, GB", "TFLOP", "GB accessed", "MB reduced", "step at least, ms", "compile, s"]
+    return table(["", "slice", "chips", *figures], rows)
+
+
 def findings(records: Records) -> str:
     """What `resnet-jax inspect` found of wrong labels and twins that were planted."""
     rows = []
@@ -247,12 +261,13 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "accuracies": accuracies,
     "depth": depth,
     "tpu": tpu,
+    "plans": plans,
     "findings": findings,
     "speed": speed,
     "others": others,
     "records": sources,
 }
-NAMED = {"train_step", "inference", "epoch", "finetune", "imbalance", "depth", "tpu_cost", "inspect"} | {
+NAMED = {"train_step", "inference", "epoch", "finetune", "imbalance", "depth", "tpu_cost", "tpu_plan", "inspect"} | {
     script for _, script, *_ in MEASURES
 }
 """Scripts whose records have a place in a table other than `others`."""

@@ -120,7 +120,7 @@ def sweep_command(
     workdir: Annotated[
         str | None, tyro.conf.arg(metavar="DIR", help="The sweep's folder; alone it goes on with the sweep in it.")
     ] = None,
-    members_per_device: int = 1,
+    members_per_device: int | Literal["auto"] = 1,
     varied: Annotated[Any, tyro.conf.Suppress, tyro.conf.Fixed] = None,
     as_json: Json = False,
 ) -> int:
@@ -130,7 +130,7 @@ def sweep_command(
     as --train.seed 0..4. The first word may be the recipe, in place of --config.
 
     Args:
-      members_per_device: Runs that go through a device together; 1 takes them in turn.
+      members_per_device: Runs that go through a device together; 1 takes them in turn, auto tries what is fastest.
     """
     chosen = checked(recipe)
     prepare_jax()

@@ -17,7 +17,7 @@ from resnet_jax import InputError
 from resnet_jax.cli import main
 from resnet_jax.lab import curvature, gradients, landscape, lesion, relatives, response
 from resnet_jax.lab.captions import CAPTIONS, TITLES
-from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
+from resnet_jax.lab.fit import cifar_net, fit, fit_seeds, load, pixels, recipe, variables_of
 from resnet_jax.lab.panels import COLOURS, draw_panels, panel_svg, short, translated, with_spread
 from resnet_jax.lab.record import Notebook, Options
 from resnet_jax.lab.run import EXPERIMENTS, module_of, write_page
@@ -82,6 +82,16 @@ def test_a_small_training_learns_and_tells(digits):
     state, curve = fit(cifar_net("residual", 8, digits), digits, config, points=3)
     assert [row["step"] for row in curve] == [0, 12, 24, 36] and int(state.step) == 36
     assert curve[-1]["train_loss"] < 0.9 * curve[0]["train_loss"] and 0 < curve[-1]["test_error"] < 1
+
+
+def test_seeds_that_share_a_program_are_their_trainings_alone(digits):
+    model, config = cifar_net("residual", 8, digits), recipe(digits, 2.0)
+    together = fit_seeds(model, digits, config, (0, 5), points=2)
+    for seed, (state, curve) in zip((0, 5), together, strict=True):
+        alone, expected = fit(model, digits, recipe(digits, 2.0, seed), points=2)
+        jax.tree.map(np.testing.assert_array_equal, state.params, alone.params)
+        assert curve == expected
+    assert together[0][1] != together[1][1]
 
 
 def test_a_removed_block_hands_on_what_it_was_given(digits):

@@ -1,9 +1,11 @@
 """Trains small networks for the experiments, with all data on the device; nothing is written to disk."""
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -33,6 +35,10 @@ from resnet_jax.training.resolve import filled
 from resnet_jax.training.several_steps import steps_on_device
 from resnet_jax.training.sharding import compiler_options, make_mesh, replicated
 from resnet_jax.training.state import TrainState
+from resnet_jax.training.sweep_programs import with_inputs
+
+Rows: TypeAlias = list[dict[str, float]]
+"""Points of a curve."""
 
 EVAL_BATCH = 256
 EVALUATED = 2000
@@ -109,7 +115,7 @@ def fit(
     config: Config,
     watch: Callable[[int, TrainState], None] | None = None,
     points: int = 6,
-) -> tuple[TrainState, list[dict[str, float]]]:
+) -> tuple[TrainState, Rows]:
     """Trains a model; returns the last state and a curve.
 
     Args:
@@ -123,34 +129,64 @@ def fit(
       The state, and rows of `step`, `epoch`, `train_loss`, `train_error`, `test_loss`, `test_error`. Errors are
       fractions; the training error is measured in evaluation mode, on images without augmentation.
     """
+    return fit_seeds(model, data, config, (config.train.seed,), watch, points)[0]
+
+
+def fit_seeds(
+    model: nn.Module,
+    data: Data,
+    config: Config,
+    seeds: Sequence[int],
+    watch: Callable[[int, TrainState], None] | None = None,
+    points: int = 6,
+) -> list[tuple[TrainState, Rows]]:
+    """Trains a model once for each seed, by one compiled program; returns for each what `fit` does.
+
+    The seed is an input of the program, as in a sweep. On a CPU as many trainings are under way at a time as
+    there are cores.
+    """
     per_epoch = len(data.train["label"]) / config.train.batch_size
     steps = max(points, round(config.train.epochs * per_epoch))
     schedule = make_schedule(config, steps, per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule)
     mesh = make_mesh(1)
-    step_function = jax.jit(
-        steps_on_device(recipe_step(config, model, optimizer), draw_from(config, mesh), 1),
-        donate_argnums=0,
-        out_shardings=replicated(mesh),
-        compiler_options=compiler_options(),
-    )
+
+    def of_seed(seed: Any) -> Config:
+        return with_inputs(config, {"train.seed": seed})
+
+    def train_step(state: TrainState, values: Any, seed: jax.Array) -> TrainState:
+        one = of_seed(seed)
+        return steps_on_device(recipe_step(one, model, optimizer), draw_from(one, mesh), 1)(
+            state, values, jnp.int32(1)
+        )[0]
+
+    options: dict[str, Any] = {"out_shardings": replicated(mesh), "compiler_options": compiler_options()}
+    start = jax.jit(lambda seed: state_maker(of_seed(seed), model, schedule)(), **options)
+    numbers = [jax.device_put(np.uint32(seed), replicated(mesh)) for seed in seeds]
+    states = [start(number) for number in numbers]
+    on_device = jax.device_put(data.train, replicated(mesh))
+    take_step = jax.jit(train_step, donate_argnums=0, **options).lower(states[0], on_device, numbers[0]).compile()
     evaluate = evaluator(model, config)
-    start = (state_maker(config, model, schedule)(), data.train)
-    state, on_device = jax.device_put(start, replicated(mesh))  # as steps leave them, so that one program serves all
     marks = {round(i * steps / points) for i in range(points + 1)}
-    curve = []
-    for step in range(steps + 1):
-        if step in marks:
-            if watch is not None:
-                watch(step, state)
-            row: dict[str, float] = {"step": step, "epoch": step / per_epoch}
-            for split, values in (("train", data.train), ("test", data.test)):
-                found = evaluate(variables_of(state), values)
-                row |= {f"{split}_loss": found["loss"], f"{split}_error": 1.0 - found["accuracy"]}
-            curve.append(row)
-        if step < steps:
-            state, _ = step_function(state, on_device, 1)
-    return state, curve
+
+    def train_one(place: int) -> tuple[TrainState, Rows]:
+        curve: Rows = []
+        for step in range(steps + 1):
+            if step in marks:
+                if watch is not None:
+                    watch(step, states[place])
+                row: dict[str, float] = {"step": step, "epoch": step / per_epoch}
+                for split, values in (("train", data.train), ("test", data.test)):
+                    found = evaluate(variables_of(states[place]), values)
+                    row |= {f"{split}_loss": found["loss"], f"{split}_error": 1.0 - found["accuracy"]}
+                curve.append(row)
+            if step < steps:
+                states[place] = take_step(states[place], on_device, numbers[place])
+        return states[place], curve
+
+    at_once = (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    with ThreadPoolExecutor(min(at_once, len(seeds))) as threads:
+        return list(threads.map(train_one, range(len(seeds))))
 
 
 def variables_of(state: TrainState) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import VariableDict
 
-from resnet_jax.lab.fit import cifar_net, fit, load, recipe, variables_of
+from resnet_jax.lab.fit import cifar_net, fit_seeds, load, recipe, variables_of
 from resnet_jax.lab.panels import COLOURS, Panel, Text, plot_spread, seeds_of
 from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.blocks import ResidualBlock
@@ -32,16 +32,19 @@ def rows(book: Notebook) -> Rows:
     data = load(options.dataset)
     depth = (options.depths or ((20,) if options.quick else (56,)))[0]
     found: Rows = []
-    for seed in options.seeds or (0,):
-        for kind in KINDS:
+    seeds = options.seeds or (0,)
+    for kind in KINDS:
 
-            def one(kind: str = kind, seed: int = seed) -> Rows:
-                model = cifar_net(kind, depth, data)
-                state, _ = fit(model, data, recipe(data, 10.0 if options.quick else 30.0, seed), points=1)
-                about = {"kind": kind, "depth": depth, "seed": seed}
-                return [about | row for row in lesions(model, variables_of(state), data, depth)]
+        def of_kind(kind: str = kind) -> Rows:
+            model = cifar_net(kind, depth, data)
+            runs = fit_seeds(model, data, recipe(data, 10.0 if options.quick else 30.0), seeds, points=1)
+            return [
+                {"kind": kind, "depth": depth, "seed": seed} | row
+                for seed, (state, _) in zip(seeds, runs, strict=True)
+                for row in lesions(model, variables_of(state), data, depth)
+            ]
 
-            found += book.part(f"{kind} {depth}, seed {seed}", one)
+        found += book.part(f"{kind} {depth}, seeds {seeds}", of_kind)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from resnet_jax.config import AugmentConfig, OptimizerConfig
-from resnet_jax.lab.fit import cifar_net, fit, load, recipe
+from resnet_jax.lab.fit import cifar_net, fit_seeds, load, recipe
 from resnet_jax.lab.panels import COLOURS, Panel, Text, listed, seeds_of
 from resnet_jax.lab.record import Notebook, Rows
 
@@ -31,24 +31,25 @@ def rows(book: Notebook) -> Rows:
     depth = (options.depths or ((20,) if options.quick else (56,)))[0]
     epochs = 40.0 if options.quick else 120.0
     found: Rows = []
-    for seed in options.seeds or ((0,) if options.quick else (0, 1, 2)):
-        for way, changes in WAYS.items():
+    seeds = options.seeds or ((0,) if options.quick else (0, 1, 2))
+    for way, changes in WAYS.items():
 
-            def one(way: str = way, changes: dict[str, Any] = changes, seed: int = seed) -> Rows:
-                base = recipe(data, epochs, seed)
-                config = dataclasses.replace(
-                    base,
-                    optimizer=OptimizerConfig(
-                        **({"learning_rate": 0.05, "weight_decay": 0.0} | changes.get("optimizer", {}))
-                    ),
-                    augment=AugmentConfig(crop="none", **changes.get("augment", {})),
-                    train=dataclasses.replace(base.train, batch_size=50, **changes.get("train", {})),
-                )
-                model = cifar_net("residual", depth, data, **changes.get("model", {}))
-                _, curve = fit(model, data, config, points=1)
-                return [{"way": way, "depth": depth, "seed": seed} | curve[-1]]
+        def of_way(way: str = way, changes: dict[str, Any] = changes) -> Rows:
+            base = recipe(data, epochs)
+            config = dataclasses.replace(
+                base,
+                optimizer=OptimizerConfig(
+                    **({"learning_rate": 0.05, "weight_decay": 0.0} | changes.get("optimizer", {}))
+                ),
+                augment=AugmentConfig(crop="none", **changes.get("augment", {})),
+                train=dataclasses.replace(base.train, batch_size=50, **changes.get("train", {})),
+            )
+            model = cifar_net("residual", depth, data, **changes.get("model", {}))
+            runs = fit_seeds(model, data, config, seeds, points=1)
+            about = [{"way": way, "depth": depth, "seed": seed} for seed in seeds]
+            return [of | curve[-1] for of, (_, curve) in zip(about, runs, strict=True)]
 
-            found += book.part(f"{way}, seed {seed}", one)
+        found += book.part(f"{way}, seeds {seeds}", of_way)
     return found
 
 

@@ -4,6 +4,7 @@ Models of a user's own (`register_model`) stand beside them.
 """
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 
 from resnet_jax.config import OptimizerConfig
-from resnet_jax.lab.fit import EVALUATED, evaluator, fit, load, network, pixels, recipe, variables_of
+from resnet_jax.lab.fit import EVALUATED, evaluator, fit_seeds, load, network, pixels, recipe, variables_of
 from resnet_jax.lab.panels import COLOURS, Panel, Text, listed, log_axis, plot_spread, seeds_of, short, with_spread
 from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.registry import cost, own_models
@@ -45,37 +46,46 @@ def rows(book: Notebook) -> Rows:
     data = load(options.dataset)
     epochs = 8.0 if options.quick else 40.0
     found: Rows = []
-    for seed in options.seeds or ((0,) if options.quick else (0, 1, 2)):
-        for name, network_of in RELATIVES.items():
-            found += book.part(f"{name}, seed {seed}", partial(one, name, *network_of, data, epochs, seed))
-        for name in own_models():  # always anew, since its source may have changed
-            found += one(f"{name} (own)", name, {}, None, data, epochs, seed)
+    seeds = options.seeds or ((0,) if options.quick else (0, 1, 2))
+    for name, network_of in RELATIVES.items():
+        found += book.part(f"{name}, seeds {seeds}", partial(rows_of, name, *network_of, data, epochs, seeds))
+    for name in own_models():  # always anew, since its source may have changed
+        found += rows_of(f"{name} (own)", name, {}, None, data, epochs, seeds)
     return found
 
 
-def one(
-    name: str, model_name: str, fields: dict[str, Any], layers: int | None, data: Any, epochs: float, seed: int
+def rows_of(
+    name: str,
+    model_name: str,
+    fields: dict[str, Any],
+    layers: int | None,
+    data: Any,
+    epochs: float,
+    seeds: Sequence[int],
 ) -> Rows:
-    """Returns the row of one network."""
+    """Returns the rows of one network, one for each seed."""
     fields = fields | ({"patch": data.size // 8 * 2} if model_name == "cifar_vit" else {})
     model = network(model_name, data, **fields)
-    changes = {}
+    changes: dict[str, Any] = {}
     if model_name == "cifar_vit":  # transformers need Adam
         changes["optimizer"] = OptimizerConfig(name="adamw", learning_rate=2e-3, weight_decay=0.05)
-    config = recipe(data, epochs, seed, **changes)
-    state, curve = fit(model, data, config, points=1)
+    config = recipe(data, epochs, **changes)
+    runs = fit_seeds(model, data, config, seeds, points=1)
+    variables = variables_of(runs[0][0])
     evaluate = evaluator(model, config)
-    evaluate(variables_of(state), data.test)
+    evaluate(variables, data.test)
     began = time.perf_counter()
     for _ in range(3):
-        evaluate(variables_of(state), data.train)
+        evaluate(variables, data.train)
     rate = 3 * min(EVALUATED, len(data.train["label"])) / (time.perf_counter() - began)
     images, _ = pixels(data, 8, config)
     parameters, macs = cost(model, data.size)
-    row = {"name": name, "seed": seed, "parameters": parameters, "macs": macs, "layers": layers,
-            "kept": kept_bytes(model, variables_of(state), images) / 8, "images_per_second": rate,
-            "train_error": curve[-1]["train_error"], "test_error": curve[-1]["test_error"]}  # fmt: skip
-    return [row]
+    about = {"parameters": parameters, "macs": macs, "layers": layers,
+             "kept": kept_bytes(model, variables, images) / 8, "images_per_second": rate}  # fmt: skip
+    return [
+        {"name": name, "seed": seed} | about | {split: curve[-1][split] for split in ("train_error", "test_error")}
+        for seed, (_, curve) in zip(seeds, runs, strict=True)
+    ]
 
 
 def kept_bytes(model: Any, variables: Any, images: jax.Array) -> int:

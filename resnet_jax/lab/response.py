@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax.typing import VariableDict
 
-from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
+from resnet_jax.lab.fit import cifar_net, fit_seeds, load, pixels, recipe, variables_of
 from resnet_jax.lab.panels import COLOURS, Panel, Text, seeds_of, short
 from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.blocks import ResidualBlock
@@ -23,18 +23,21 @@ def rows(book: Notebook) -> Rows:
     data = load(options.dataset)
     depths = options.depths or ((8, 20) if options.quick else (20, 56, 110))
     found: Rows = []
-    for seed in options.seeds or (0,):
-        for depth in depths:
+    seeds = options.seeds or (0,)
+    for depth in depths:
 
-            def one(depth: int = depth, seed: int = seed) -> Rows:
-                config = recipe(data, 6.0 if options.quick else 30.0, seed)
-                model = cifar_net("residual", depth, data)
-                state, _ = fit(model, data, config, points=1)
-                images, _ = pixels(data, 256, config)
-                about = {"kind": "residual", "depth": depth, "seed": seed}
-                return [about | row for row in responses(model, variables_of(state), images)]
+        def of_depth(depth: int = depth) -> Rows:
+            config = recipe(data, 6.0 if options.quick else 30.0)
+            model = cifar_net("residual", depth, data)
+            runs = fit_seeds(model, data, config, seeds, points=1)
+            images, _ = pixels(data, 256, config)
+            return [
+                {"kind": "residual", "depth": depth, "seed": seed} | row
+                for seed, (state, _) in zip(seeds, runs, strict=True)
+                for row in responses(model, variables_of(state), images)
+            ]
 
-            found += book.part(f"residual {depth}, seed {seed}", one)
+        found += book.part(f"residual {depth}, seeds {seeds}", of_depth)
     return found
 
 

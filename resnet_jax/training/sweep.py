@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -34,7 +34,8 @@ from resnet_jax.training.metrics import Metric
 from resnet_jax.training.optimizers import OwnOptimizer
 from resnet_jax.training.parts import Parts, make_parts
 from resnet_jax.training.resolve import resolve, value_of, with_values
-from resnet_jax.training.sweep_members import NO_VALIDATION, Member, Rows, structure_of, train_together, why_alone
+from resnet_jax.training.sweep_members import NO_VALIDATION, train_together
+from resnet_jax.training.sweep_programs import Member, Rows, structure_of, why_alone
 from resnet_jax.typed import typed
 
 MOST_MEMBERS = 10_000
@@ -58,7 +59,7 @@ def sweep(
     optimizer: OwnOptimizer | None = None,
     metrics: Mapping[str, Metric] | None = None,
     hooks: Sequence[Any] = (),
-    members_per_device: int = 1,
+    members_per_device: int | Literal["auto"] = 1,
 ) -> dict[str, Any]:
     """Trains a recipe with every combination of some fields' values, and chooses by the validation split.
 
@@ -74,7 +75,8 @@ def sweep(
       workdir: the sweep's folder; None makes a new one under `runs/`.
       model, dataset, loss, optimizer, metrics, hooks: as for `train`.
       members_per_device: members that go through a device together, by `vmap`: equal to their runs alone to rounding,
-        and on accelerators perhaps faster for small networks. 1 takes them in turn.
+        and on accelerators perhaps faster for small networks. 1 takes them in turn; `auto` tries 1, 2, 4, ... for a
+        few steps and takes the fastest.
 
     Returns:
       What `sweep.json` holds: `recipe`, `varied`, `members` (`name`, `values`, `status`, `value` of the `metric` on the
@@ -94,8 +96,8 @@ def sweep(
     named: dict[str, Any] = {"model": model, "dataset": dataset, "loss": loss, "optimizer": optimizer}
     named |= {"metrics": metrics, "hooks": hooks}
     parts = make_parts(named)
-    if not 1 <= members_per_device <= MOST_MEMBERS:
-        raise InputError(f"members_per_device {members_per_device}: give a number from 1 to {MOST_MEMBERS:,}")
+    if members_per_device != "auto" and not 1 <= members_per_device <= MOST_MEMBERS:
+        raise InputError(f"members_per_device {members_per_device}: give auto or a number from 1 to {MOST_MEMBERS:,}")
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}-sweep"
     folder = Path("runs") / stamp if workdir is None else path_of(workdir, "--workdir")
     before = sweep_in(folder)

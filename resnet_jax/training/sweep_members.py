@@ -1,40 +1,34 @@
 """Trains the members of a sweep that differ in numbers only by one compiled program: `train_together`.
 
-The numbers are inputs of the program, the states of the members lie one after another on a leading axis, and each
-device trains one member, or several by `vmap`, at a time. More members than that take their turns, call by call. What
-happens to a member at which step, and what is selected, is told by the functions of `training.loop`.
+The states of the members lie one after another on a leading axis, and each device trains one member, or several by
+`vmap`, at a time. More members than that take their turns, call by call. What happens to a member at which step, and
+what is selected, is told by the functions of `training.loop`; which numbers may differ, and the program that they are
+inputs of, by `training.sweep_programs`.
 """
 
 import contextlib
-import copy
-import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from resnet_jax.config import Config, InputError, ScheduleConfig, to_dict
+from resnet_jax.config import Config, InputError, to_dict
 from resnet_jax.data.dataset import Dataset, with_outputs
-from resnet_jax.data.loader import BadImages, eval_batches, sampling_table, whole_split
-from resnet_jax.data.on_device import draw_batch
-from resnet_jax.data.order import grid_of
+from resnet_jax.data.loader import BadImages
 from resnet_jax.files import to_json, write_whole
 from resnet_jax.models.stacking import unstack_blocks
 from resnet_jax.runs.folder import device_name, finish
 from resnet_jax.runs.hooks import Hooks
 from resnet_jax.runs.lock import BucketLock, Lock
-from resnet_jax.runs.reporter import Diverged, Reporter, say
+from resnet_jax.runs.reporter import Reporter, say
 from resnet_jax.runs.signals import FolderLost, Stop, Stopped
 from resnet_jax.training.build import (
     data_of,
@@ -48,381 +42,24 @@ from resnet_jax.training.build import (
 )
 from resnet_jax.training.checkpoints import Checkpoints, Record
 from resnet_jax.training.evaluation import Result, gathered, selecting_metric
-from resnet_jax.training.finetune import make_phases
-from resnet_jax.training.linear_probe import computes_features_once
 from resnet_jax.training.loop import Run, check_pictures, evaluate_step
 from resnet_jax.training.metrics import Sums, mean_average_precision, means
-from resnet_jax.training.optimizers import make_optimizer, make_schedule
+from resnet_jax.training.optimizers import make_schedule
 from resnet_jax.training.parts import Parts, record
-from resnet_jax.training.programs import (
-    names_of_sums,
-    recipe_eval_step,
-    recipe_step,
-    steps_in_call,
-    steps_per_call,
-    weights_of_classes,
-)
-from resnet_jax.training.resolve import value_of
 from resnet_jax.training.run_progress import RunProgress
-from resnet_jax.training.several_steps import steps_on_device
-from resnet_jax.training.sharding import check_batch, compiler_options, make_mesh, sharded_over
-from resnet_jax.training.state import PyTree, TrainState
+from resnet_jax.training.sharding import check_batch, make_mesh
+from resnet_jax.training.state import TrainState
+from resnet_jax.training.sweep_programs import (
+    Going,
+    Kept,
+    Member,
+    Programs,
+    Rows,
+    make_programs,
+    stacked,
+    with_inputs,
+)
 from resnet_jax.weights.load import names_of_outputs
-
-INPUTS = (
-    "train.seed",
-    "optimizer.weight_decay",
-    "optimizer.momentum",
-    "train.label_smoothing",
-    "train.ema_decay",
-    "model.drop_rate",
-    "model.drop_path_rate",
-    "data.mean",
-    "data.std",
-)
-"""Numbers that are inputs of the program where members differ in them."""
-OF_STEPS = (
-    "optimizer.learning_rate",
-    "optimizer.base_batch_size",
-    *(f"schedule.{field.name}" for field in fields(ScheduleConfig)),
-    "train.epochs",
-    "train.steps",
-    "train.eval_every_epochs",
-    "train.patience",
-)
-"""Fields that say the learning rate of each step, which is an input as a table, and what happens at which step."""
-
-Rows: TypeAlias = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Member:
-    """One run of a sweep.
-
-    Attributes:
-      name: of its folder.
-      values: `section.field` -> its value of each field that the sweep varies.
-      given: its recipe.
-      config: the same, in which nothing is open.
-      folder: of the run.
-    """
-
-    name: str
-    values: Mapping[str, Any]
-    given: Config
-    config: Config
-    folder: Path
-
-
-def structure_of(config: Config) -> str:
-    """Returns a text that is the same for recipes that share a compiled program."""
-    flat = {f"{section}.{name}": value for section, of in to_dict(config).items() for name, value in of.items()}
-    rest = {name: value for name, value in flat.items() if name not in (*INPUTS, *OF_STEPS)}
-    return to_json([rest, {name: kind_of_number(name, flat[name]) for name in INPUTS}])
-
-
-def kind_of_number(name: str, value: Any) -> Any:
-    """Returns what a program must know of an input: whether it is there, how many numbers, whether a drop rate is 0."""
-    if value is None or isinstance(value, list | tuple):
-        return value and len(value)
-    return "drop" not in name or value > 0
-
-
-def why_alone(config: Config, parts: Parts) -> str | None:
-    """Returns why a recipe cannot share a program with others, in words; None where it can."""
-    reasons = {
-        "the data is not kept on the device (data.on_device)": not config.data.on_device,
-        "a linear probe on features that are computed once": computes_features_once(config),
-        "finetune.mode gradual changes the program on the way": config.finetune.mode == "gradual",
-        "train.on_nonfinite rollback repeats steps": config.train.on_nonfinite == "rollback",
-        "hooks are told of one run": bool(parts.hooks),
-        "log.profile traces one run": config.log.profile is not None,
-        "parallel.fsdp spreads a state over devices": config.parallel.fsdp > 1,
-    }
-    return next((reason for reason, there in reasons.items() if there), None)
-
-
-def with_inputs(config: Config, numbers: Mapping[str, Any]) -> Config:
-    """Returns a recipe for tracing alone, in which `section.field`s are inputs of a compiled function, unchecked."""
-    made = copy.copy(config)
-    for name, value in numbers.items():
-        section, _, field = name.partition(".")
-        changed = copy.copy(getattr(made, section))
-        object.__setattr__(changed, field, value)
-        object.__setattr__(made, section, changed)
-    return made
-
-
-def shared_examples(splits: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Returns the different examples of several splits, and where among them those of each split are, int32 [size].
-
-    Args:
-      splits: arrays [size, ...], such as `image` and `label`.
-    """
-    places: dict[bytes, int] = {}
-    kept: list[Any] = []
-    found = []
-    for split in splits:
-        leaves = jax.tree.leaves(split)
-        where = np.empty(len(leaves[0]), np.int32)
-        for i in range(len(where)):
-            key = hashlib.blake2b(b"".join(leaf[i].tobytes() for leaf in leaves), digest_size=16).digest()
-            if key not in places:
-                places[key] = len(kept)
-                kept.append(jax.tree.map(lambda leaf, i=i: leaf[i], split))
-            where[i] = places[key]
-        found.append(where)
-    return jax.tree.map(lambda *rows: np.stack(rows), *kept), found
-
-
-def rates_by_step(schedule: optax.Schedule, steps: int) -> np.ndarray:
-    """Returns the learning rate of each step, float32 [steps], computed one by one as a training program does."""
-
-    def rates() -> jax.Array:
-        return jax.lax.map(lambda step: jnp.asarray(schedule(step), jnp.float32), jnp.arange(steps, dtype=jnp.int32))
-
-    return np.asarray(jax.jit(rates, compiler_options=compiler_options())())
-
-
-class Kept:
-    """Holds the best state of a member on the host, where a run alone has its checkpoint."""
-
-    def __init__(self) -> None:
-        self.best: int | None = None
-        self.step: int | None = None
-        self.state: Any = None
-        self.record: Record | None = None
-
-    def has(self, step: int) -> bool:
-        """Returns whether it is the state of this step."""
-        return self.step == step
-
-    def save(self, step: int, state: Any, record: Record) -> None:
-        """Holds a state with its record in place of the one before."""
-        self.step, self.state, self.record = step, state, record
-
-
-@dataclass
-class Going:
-    """A member under way.
-
-    Attributes:
-      begin: the step at which this start began.
-      failed: why it has ended, where its loss is no longer finite.
-    """
-
-    member: Member
-    run: Run
-    kept: Kept
-    schedule: optax.Schedule
-    bad: BadImages
-    progress: RunProgress
-    reporter: Any = None
-    begin: int = 0
-    failed: str | None = None
-
-    def active(self) -> bool:
-        """Returns whether it has steps to go."""
-        patience = self.run.config.train.patience or math.inf
-        return self.failed is None and self.progress.step < self.run.plan.total and self.progress.no_better < patience
-
-    def steps(self, most: int) -> int:
-        """Returns the steps of its next call, as a run alone has them."""
-        plan, step = self.run.plan, self.progress.step
-        ends, every = (self.begin + 1, plan.total), (plan.log_every, plan.eval_every, plan.save_every)
-        return steps_in_call(step, most, ends, every) if self.active() else 0
-
-    @contextlib.contextmanager
-    def watched(self) -> Any:
-        """Notes where the member diverges, which leaves the others as they are."""
-        try:
-            yield
-        except Diverged as error:
-            self.failed = error.what
-
-
-@dataclass(frozen=True)
-class Programs:
-    """What the members of a group are trained and evaluated by.
-
-    Attributes:
-      train: (states, inputs, n, data) -> (states, sums), jitted; states, inputs and n int32 [members] by member.
-      evaluate: (states, inputs, active, data, batch) -> sums of that batch by split, of those that are active, and
-        where images have several labels logits, labels and mask.
-      inputs: of all members, [members, ...].
-      data, held_out: the examples to train on and those of validation, on every device.
-      batches: of the validation split of each member.
-      width: members of a call.
-      at_once: calls that are under way together: on a CPU one for each core, since one of them fills no more.
-    """
-
-    train: Any
-    evaluate: Any
-    inputs: PyTree
-    data: PyTree
-    held_out: PyTree
-    batches: list[int]
-    most: int
-    width: int
-    at_once: int
-    mesh: Mesh
-
-
-def each_member(function: Callable[[Any, Any], Any], mesh: Mesh, per_device: int) -> Callable[[Any, Any], Any]:
-    """Returns a function of trees [members, ...] and what they share, which calls `function(one, shared)` for each
-    member on its device; several of a device go through together by `vmap`.
-    """
-
-    def of_device(ones: Any, shared: Any) -> Any:
-        if per_device > 1:
-            return jax.vmap(function, in_axes=(0, None))(ones, shared)
-        found = function(jax.tree.map(lambda x: x[0], ones), shared)
-        return jax.tree.map(lambda x: x[None], found)
-
-    split, whole = P("members"), P()
-    return jax.shard_map(of_device, mesh=mesh, in_specs=(split, whole), out_specs=split, check_vma=False)
-
-
-def make_programs(group: Sequence[Going], params: PyTree, parts: Parts, per_device: int) -> Programs:
-    """Returns the compiled programs of a group and the inputs of its members.
-
-    Args:
-      params: of one member, of which the names count.
-      per_device: members that go through a device together.
-    """
-    runs = [one.run for one in group]
-    config, module, multilabel = replace_strategy(runs[0].config), runs[0].model, runs[0].dataset.multilabel
-    devices = jax.devices()[: config.parallel.devices]
-    mesh = Mesh(np.asarray(devices[: -(-len(group) // per_device)]), ("members",))
-    varied = [name for name in INPUTS if len({to_json(value_of(run.config, name)) for run in runs}) > 1]
-
-    datasets: dict[int, tuple[Any, Any, Any]] = {}
-    for one in group:
-        if id(one.run.dataset) not in datasets:
-            datasets[id(one.run.dataset)] = arrays_of(one.run, one.bad)
-    order = list(datasets)
-    train, places = shared_examples([{n: x for n, x in datasets[i][0].items() if n != "table"} for i in order])
-    tables = [
-        place if (t := datasets[i][0].get("table")) is None else place[t]
-        for i, place in zip(order, places, strict=True)
-    ]
-    held_out, where = shared_examples([datasets[i][1] for i in order])
-    size, batch = max(map(len, tables)), config.train.batch_size
-    batches = [len(place) // batch for place in where]
-
-    def inputs_of(one: Going) -> PyTree:
-        i, run = order.index(id(one.run.dataset)), one.run
-        numbers = {
-            n: np.asarray(value_of(run.config, n), np.uint32 if n == "train.seed" else np.float32) for n in varied
-        }
-        rates = rates_by_step(one.schedule, run.plan.total)
-        weights = weights_of_classes(run.config, run.dataset, parts.outputs_of(module))
-        return {
-            "numbers": numbers,
-            "rates": np.pad(rates, (0, most_steps - len(rates)), mode="edge"),
-            "table": np.pad(tables[i], (0, size - len(tables[i]))),
-            "grid": np.asarray(grid_of(len(tables[i])), np.uint32),
-            "places": padded(where[i].reshape(-1, batch), max(batches)),
-            "mask": padded(datasets[order[i]][2].reshape(-1, batch), max(batches)),
-        } | ({} if weights is None else {"weights": np.asarray(weights, np.float32)})
-
-    most_steps = max(run.plan.total for run in runs)
-    inputs = stacked([inputs_of(one) for one in group])
-    phase = make_phases(config, params, runs[0].plan.per_epoch)[0]
-    freezes = config.finetune.mode != "none" or any(factor == 0 for _, factor in config.optimizer.rate_rules)
-    frozen = (lambda path: phase.rates(path) == 0.0) if freezes else None
-    most, names = steps_per_call(config, True, parts.model is not None), names_of_sums(config, module, parts)
-
-    def train_one(one: Any, data: Any) -> tuple[TrainState, Sums]:
-        state, given, n = one
-        recipe = with_inputs(config, given["numbers"])
-        optimizer = make_optimizer(recipe.optimizer, lambda step: given["rates"][step], phase.rates, parts.optimizer)
-        model = module if parts.model is not None else with_drop_rates(module, given["numbers"])
-        step = recipe_step(recipe, model, optimizer, None, frozen, given.get("weights"), parts)
-
-        def draw(data: Any, at: jax.Array) -> Any:
-            of_member = data | {"table": given["table"], "grid": given["grid"]}
-            return draw_batch(of_member, at, batch, recipe.train.seed, recipe.augment.repeats)
-
-        steps = steps_on_device(step, draw, most, names)
-        if most > 1 or mesh.size * per_device == 1:  # a member alone in its call always has steps to go
-            return steps(state, data, n)
-        nothing = {name: jnp.zeros(1) for name in names}
-        return jax.lax.cond(n > 0, lambda: steps(state, data, n), lambda: (state, nothing))
-
-    def evaluate_one(one: Any, shared: Any) -> dict[str, Any]:
-        state, given, active = one
-        data, number = shared
-        step = sharded_over(None)(recipe_eval_step(with_inputs(config, given["numbers"]), module, parts))
-        examples = jax.tree.map(lambda x: jnp.take(x, given["places"][number], axis=0), data)
-        variables = {"validation": state.variables}
-        if state.averages is not None:
-            variables["ema/validation"] = state.averages
-
-        def measured() -> dict[str, Any]:
-            batch, found = examples | {"mask": given["mask"][number]}, {}
-            for kind, values in variables.items():
-                sums, logits = step(values, batch)
-                found[kind] = (sums, (logits, batch["label"], batch["mask"]) if multilabel else ())
-            return found
-
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measured))
-        return jax.lax.cond(active, measured, lambda: nothing)
-
-    trains, evaluates = (each_member(function, mesh, per_device) for function in (train_one, evaluate_one))
-    options: dict[str, Any] = {"compiler_options": compiler_options()}
-    everywhere = NamedSharding(mesh, P())
-
-    def train_members(states: Any, given: Any, n: Any, data: Any) -> Any:
-        return trains((states, given, n), data)
-
-    def evaluate_members(states: Any, given: Any, active: Any, data: Any, number: Any) -> Any:
-        return evaluates((states, given, active), (data, number))
-
-    return Programs(
-        jax.jit(train_members, donate_argnums=0, **options),
-        jax.jit(evaluate_members, **options),
-        inputs,
-        jax.device_put(train, everywhere),
-        jax.device_put(held_out, everywhere),
-        [batches[order.index(id(one.run.dataset))] for one in group],
-        most,
-        mesh.size * per_device,
-        (os.cpu_count() or 1) if jax.default_backend() == "cpu" and mesh.size == 1 else 2,
-        mesh,
-    )
-
-
-def replace_strategy(config: Config) -> Config:
-    """Returns a recipe whose step runs on one device, where all strategies are one."""
-    return replace(config, parallel=replace(config.parallel, strategy="jit"))
-
-
-def with_drop_rates(module: Any, numbers: Mapping[str, Any]) -> Any:
-    """Returns a module with the drop rates that are inputs."""
-    rates = {name.partition(".")[2]: value for name, value in numbers.items() if name.startswith("model.")}
-    return module.clone(**rates) if rates else module
-
-
-def arrays_of(run: Run, bad: BadImages) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
-    """Returns the training split, the validation split filled up to whole batches, and which of its examples count."""
-    config, dataset, classes = run.config, run.dataset, run.dataset.label_classes()
-    table = sampling_table(dataset, config.data.sampling)
-    train = whole_split(dataset.train, config, bad, table, classes)
-    batches = [jax.device_get(x) for x in eval_batches(dataset.validation, config, run.mesh, bad, classes=classes)]
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
-    mask = whole.pop("mask")
-    return train, whole, mask
-
-
-def padded(rows: np.ndarray, count: int) -> np.ndarray:
-    """Returns rows [n, ...] with zeros behind them, [count, ...]."""
-    return np.pad(rows, ((0, count - len(rows)), *((0, 0),) * (rows.ndim - 1)))
-
-
-def stacked(trees: Sequence[Any]) -> Any:
-    """Returns trees of arrays as one tree [len(trees), ...], on the host."""
-    return jax.tree.map(lambda *parts: np.stack(parts), *trees)
 
 
 def put_rounds(trees: Any, programs: Programs) -> list[Any]:
@@ -459,7 +96,7 @@ def train_together(
     place: Path,
     parts: Parts,
     *,
-    per_device: int,
+    per_device: int | Literal["auto"],
     stop: Stop,
     lock: Lock | BucketLock | None,
     folder: Path,
@@ -468,7 +105,8 @@ def train_together(
 
     Args:
       place: where the states of all lie on the way; a start that finds them goes on with them.
-      per_device: members that go through a device together by `vmap`.
+      per_device: members that go through a device together by `vmap`; `auto` tries which number is fastest, and a
+        later start keeps to it.
       folder: of the sweep.
 
     Returns:
@@ -484,10 +122,11 @@ def train_together(
     config, module = group[0].run.config, group[0].run.model
     new_state = state_maker(config, module, lambda step: 0.0, parts.optimizer)
     with Checkpoints(place, 1) as checkpoints, contextlib.ExitStack() as open_reporters:
-        states = restored(checkpoints, group, config, new_state)
-        if states is None:
-            states = first_states(group, parts)
-        programs = make_programs(group, jax.tree.map(lambda x: x[0], states.params), parts, per_device)
+        found = restored(checkpoints, group, config, new_state)
+        states, before = (first_states(group, parts), None) if found is None else found
+        make = make_programs(group, jax.tree.map(lambda x: x[0], states.params), parts)
+        chosen = before or fastest(make, states) if per_device == "auto" else per_device
+        programs = make(chosen)
         for one in group:
             one.begin = one.progress.step
             known = None if isinstance(parts.optimizer, optax.GradientTransformation) else one.schedule
@@ -505,11 +144,11 @@ def train_together(
                     one.progress.skipped_updates = dict(one.reporter.skipped)
                 kept.append((state, unstack_blocks(state) if one.kept.state is None else one.kept.state))
             tree = {"state": stacked([state for state, _ in kept]), "best": stacked([best for _, best in kept])}
-            checkpoints.save(passed(group), tree, {"members": [record_of(one) for one in group]})
+            record = {"members": [record_of(one) for one in group], "per_device": chosen}
+            checkpoints.save(passed(group), tree, record)
 
         marks = min(one.progress.step // one.run.plan.save_every for one in group)
-        first = on_members(np.zeros(programs.width, np.int32), programs.mesh)
-        train = programs.train.lower(rounds[0], given[0], first, programs.data).compile()
+        train = compiled(programs, rounds[0], given[0])
         while any(one.active() for one in group):
             moved = advance(group, programs, train, rounds, given)
             for one, sums, n in moved:
@@ -598,9 +237,9 @@ def first_states(group: Sequence[Going], parts: Parts) -> Any:
 
 def restored(
     checkpoints: Checkpoints, group: Sequence[Going], config: Config, new_state: Callable[[], TrainState]
-) -> Any:
-    """Returns the states of all members from the newest checkpoint, and gives the members what belongs to them; None
-    where there is none.
+) -> tuple[Any, int] | None:
+    """Returns the states of all members from the newest checkpoint and how many went through a device together, and
+    gives the members what belongs to them; None where there is none.
     """
     here = SingleDeviceSharding(jax.local_devices()[0])
 
@@ -622,7 +261,59 @@ def restored(
             one.kept.save(step, jax.tree.map(lambda x, i=i: x[i], tree["best"]), values["best"])
             one.kept.best = step
     say(f"resuming at step {min(one.progress.step for one in group)} of {group[0].run.plan.total}")
-    return tree["state"]
+    return tree["state"], kept["per_device"]
+
+
+def compiled(programs: Programs, states: Any, given: Any) -> Any:
+    """Returns the training program of the members of a round, compiled: threads that call it trace nothing."""
+    first = on_members(np.zeros(programs.width, np.int32), programs.mesh)
+    return programs.train.lower(states, given, first, programs.data).compile()
+
+
+def fastest(make: Callable[[int], Programs], states: Any) -> int:
+    """Returns how many members should go through a device together: a short trial doubles it while that is faster.
+
+    Args:
+      make: returns the programs for such a number.
+      states: of all members, [members, ...], which are left as they are.
+    """
+    count, per_device, best = len(jax.tree.leaves(states)[0]), 1, math.inf
+    while True:
+        try:
+            programs = make(per_device)
+            seconds = seconds_of_a_step(programs, states)
+        except jax.errors.JaxRuntimeError as error:
+            if per_device == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            seconds = math.inf
+        say(f"trial: {per_device} a device together, {1e3 * seconds:.3g} ms for a step of a member")
+        if seconds >= best:
+            return per_device // 2
+        best = seconds
+        if programs.width >= count:
+            return per_device
+        per_device *= 2
+
+
+def seconds_of_a_step(programs: Programs, states: Any) -> float:
+    """Returns the seconds that a step of a member takes where all members of some calls are trained, the best of 3."""
+    taken = programs.at_once * programs.width
+    rounds, given = (
+        put_rounds(jax.tree.map(lambda x: x[:taken], tree), programs) for tree in (states, programs.inputs)
+    )
+    train, n = compiled(programs, rounds[0], given[0]), np.full(programs.width, programs.most, np.int32)
+
+    def call(i: int) -> None:
+        rounds[i], sums = train(rounds[i], given[i], on_members(n, programs.mesh), programs.data)
+        jax.block_until_ready(sums)
+
+    took = []
+    with ThreadPoolExecutor(programs.at_once) as threads:
+        for _ in range(4):
+            began = time.perf_counter()
+            list(threads.map(call, range(len(rounds))))
+            took.append(time.perf_counter() - began)
+    return min(took[1:]) / (len(rounds) * programs.width * programs.most)
 
 
 def record_of(one: Going) -> Record:

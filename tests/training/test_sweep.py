@@ -29,9 +29,10 @@ from resnet_jax.recipe_flags import take_varied
 from resnet_jax.runs.folder import read_summary, runs_under
 from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training import sweep as sweep_module
-from resnet_jax.training import sweep_members
+from resnet_jax.training import sweep_members, sweep_programs
 from resnet_jax.training.checkpoints import Checkpoints
 from resnet_jax.training.loop import train
+from resnet_jax.training.parts import Parts
 from resnet_jax.training.resolve import with_values
 from resnet_jax.training.sweep import outcome, sweep
 from resnet_jax.training.verify import verify
@@ -161,17 +162,20 @@ def test_members_over_devices_are_their_runs_to_rounding(per_device, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
-def test_images_with_several_labels_are_compared_by_their_precision(tmp_path):
+def test_images_with_several_labels_are_compared_by_their_precision_after_a_trial(tmp_path, capsys):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (150, 3))
     images = (rng.integers(0, 90, (150, 8, 8, 3)) + 50 * labels[:, None, None, :]).astype(np.uint8)
     data = Dataset((images[:100], labels[:100]), (images[100:], labels[100:]), None, ("a", "b", "c"), multilabel=True)
     base = recipe(epochs=1, loss="binary")
     net = Net(outputs=3)
-    found = sweep(base, {"train.seed": [0, 1]}, tmp_path / "sweep", model=net, dataset=data)
+    own = {"model": net, "dataset": data}
+    found = sweep(base, {"train.seed": [0, 1]}, tmp_path / "sweep", **own, members_per_device="auto")
+    said = capsys.readouterr().out
+    assert "trial: 1 a device together" in said and "trial: 2 a device together" in said
     assert [row["metric"] for row in found["members"]] == ["ema/validation/map"] * 2 and found["test"] is None
     place = tmp_path / "sweep/members" / found["members"][0]["name"]
-    assert_equal_to_its_run(place, tmp_path, base, 1e-5, model=net, dataset=data)
+    assert_equal_to_its_run(place, tmp_path, base, 1e-5, **own)
 
 
 class Halt(Exception):
@@ -190,12 +194,14 @@ def test_a_sweep_that_was_ended_goes_on_to_the_same_bits(tmp_path, monkeypatch):
             raise Halt
 
     monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(sweep_members, "fastest", lambda *_: 1)
     with pytest.raises(Halt):
-        sweep(recipe(), values, tmp_path / "halted", model=Net())
+        sweep(recipe(), values, tmp_path / "halted", model=Net(), members_per_device="auto")
+    monkeypatch.delattr(sweep_members, "fastest")  # a later start keeps to what was found
     monkeypatch.setattr(Checkpoints, "save", original)
     with pytest.raises(InputError, match="holds another sweep"):
         sweep(recipe(), values | {"train.seed": [0, 4]}, tmp_path / "halted", model=Net())
-    halted = sweep(workdir=tmp_path / "halted", model=Net())
+    halted = sweep(workdir=tmp_path / "halted", model=Net(), members_per_device="auto")
     whole = sweep(recipe(), values, tmp_path / "whole", model=Net())
     assert halted == whole
     for row in whole["members"]:
@@ -267,7 +273,7 @@ def test_several_values_are_taken_out_of_a_command_line():
         (["--optimizer.momentum", "0.9,1.0"], "optimizer.momentum"),
         (["--log.every_steps", "1,2"], "a sweep cannot vary log.every_steps: it does not change a result"),
         (["--train.seed", "0,1", "--train.metric", "none"], "a sweep chooses by the validation split"),
-        (["--train.seed", "0,1", "--members_per_device", "0"], "give a number from 1"),
+        (["--train.seed", "0,1", "--members_per_device", "0"], "give auto or a number from 1"),
         (["--train.seed", "0..9999", "--optimizer.momentum", "0.1,0.2"], "the grid has 20,000 members"),
     ],
 )
@@ -298,7 +304,7 @@ def test_examples_that_splits_share_are_held_once():
     images = np.arange(24, dtype=np.uint8).reshape(4, 2, 3)
     split = {"image": images, "label": np.arange(4, dtype=np.int32)}
     parts = [jax.tree.map(lambda x, keep=keep: x[keep], split) for keep in ([0, 1, 2], [2, 3, 0])]
-    whole, places = sweep_members.shared_examples(parts)
+    whole, places = sweep_programs.shared_examples(parts)
     assert len(whole["image"]) == 4
     for part, place in zip(parts, places, strict=True):
         jax.tree.map(lambda x, y, place=place: np.testing.assert_array_equal(x[place], y), whole, part)
@@ -307,12 +313,12 @@ def test_examples_that_splits_share_are_held_once():
 def test_recipes_that_differ_in_numbers_share_a_program():
     base = digits()
     same = dataclasses.replace(base, train=dataclasses.replace(base.train, seed=5, epochs=3, label_smoothing=0.1))
-    assert sweep_members.structure_of(base) == sweep_members.structure_of(same)
+    assert sweep_programs.structure_of(base) == sweep_programs.structure_of(same)
     for other in (
         dataclasses.replace(base, train=dataclasses.replace(base.train, batch_size=32)),
         dataclasses.replace(base, train=dataclasses.replace(base.train, ema_decay=None)),
         dataclasses.replace(base, data=DataConfig()),
     ):
-        assert sweep_members.structure_of(base) != sweep_members.structure_of(other)
-    assert sweep_members.why_alone(base, sweep_members.Parts()) is None
-    assert "hooks" in sweep_members.why_alone(base, sweep_members.Parts(hooks=(object(),)))
+        assert sweep_programs.structure_of(base) != sweep_programs.structure_of(other)
+    assert sweep_programs.why_alone(base, Parts()) is None
+    assert "hooks" in sweep_programs.why_alone(base, Parts(hooks=(object(),)))
