@@ -8,6 +8,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -564,6 +565,11 @@ def inspect_command(
         folder = run
     else:
         folder = local_path(out or "inspect", "--out")
+    if dataset is None and run is not None and run.is_dir() and not (run / "checkpoints").is_dir():
+        raise InputError(
+            f"{source} holds no run, whose pictures would be looked at; if it holds pictures, give them as "
+            f"--data.dataset {shlex.quote(f'folder:{source}')}"
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file: name a folder")
     if config is not None:
@@ -619,16 +625,20 @@ def export_command(
         path = file_to_write(file)
     if form not in FORMS:
         raise InputError(f"{path}: end the name with .{', .'.join(FORMS)}, or say which with --format")
+    from resnet_jax.runs.signals import cleaned_up
+
     if form in ("stablehlo", "onnx"):
         from resnet_jax.predict.serving import export_program
 
-        metadata = export_program(source, path, form, name, checkpoint, **given_parts(config))
+        with cleaned_up():
+            metadata = export_program(source, path, form, name, checkpoint, **given_parts(config))
         taken = f"{metadata['dtype']} pixels {metadata['input']}"
         print(f"{path}: takes {taken}, gives {len(metadata['class_names'])} probabilities; checked on 100 pictures")
         return 0
     from resnet_jax.weights.export import export
 
-    model, count = export(source, path, form, name, checkpoint, **given_parts(config))
+    with cleaned_up():
+        model, count = export(source, path, form, name, checkpoint, **given_parts(config))
     print(f"{path}: {model}, {count} tensors under the names of {'the module' if form == 'orbax' else 'PyTorch'}")
     return 0
 

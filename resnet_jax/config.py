@@ -159,7 +159,7 @@ class DataConfig:
     """Keep the data on the accelerator; indices, crops and flips are then drawn inside the compiled step. None does so
     where the training images take less than 1 GiB and nothing works on the host."""
     workers: int = option(0, "[0, 1024]", may_change_on_resume=True)
-    """Processes that decode; 0 decodes in threads of this process."""
+    """Processes that decode; 0, and evaluations of up to 1,000 images, take threads of this one."""
     on_bad_image: Literal["error", "skip"] = option("error", may_change_on_resume=True)
     """What to do with an image that cannot be decoded; skipped ones are counted and listed in the summary."""
     timeout: float = option(600.0, "(0, MOST]", may_change_on_resume=True)

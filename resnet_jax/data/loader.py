@@ -25,6 +25,8 @@ from resnet_jax.typed import from_extra
 
 SHOWN = 3
 """Images that cannot be decoded and are named on standard error."""
+FEW = 1000
+"""So many images are evaluated sooner by threads than worker processes start, which take some seconds each time."""
 
 Batch = dict[str, np.ndarray]
 
@@ -341,6 +343,8 @@ def eval_batches(
 ) -> Iterator[dict[str, Any]]:
     """Yields every example of a split exactly once; arguments and errors are as in `train_batches`.
 
+    Up to `FEW` images on a host are read by threads of this process, whatever `data.workers` says.
+
     Yields:
       `image` and `label` as in `train_batches`, and `mask`, bool [batch]: the last batch is filled up with examples
       whose `mask` is False, and so it is where an image cannot be decoded.
@@ -350,7 +354,8 @@ def eval_batches(
     size = data.eval_image_size or known_size(data.image_size)
     example = EvalExample(source, size, config.augment, share, rank, hosts, data.channels, classes)
     count = -(-len(source) // (share * hosts))
-    return _batches(example, 0, count, share, data.workers, data.timeout, source, bad, mesh)
+    workers = data.workers if len(source) > FEW * hosts else 0
+    return _batches(example, 0, count, share, workers, data.timeout, source, bad, mesh)
 
 
 def check_readable(source: Source, channels: int, name: str) -> None:

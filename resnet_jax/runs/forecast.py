@@ -61,7 +61,7 @@ def forecast(
     """
     if config.parallel.strategy == "pmap":
         raise InputError("a plan is made of one program, and pmap has several: plan with --parallel.strategy shard_map")
-    config = resolve(config, parts, read=parts.dataset is not None).config
+    config = resolve(config, parts, read=parts.dataset is not None, fetch=False).config
     fsdp = config.parallel.fsdp
     mesh = make_mesh(devices, fsdp) if target is None else target_mesh(target, fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)

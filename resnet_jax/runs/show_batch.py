@@ -36,7 +36,7 @@ def show_batch(config: Config, file: Path, parts: Parts = NO_PARTS) -> Path:
     Raises:
       InputError: the recipe or the data is not valid, or the file cannot be written.
     """
-    found = resolve(config, parts)
+    found = resolve(config, parts, fetch=False)
     config, mesh = found.config, make_mesh(1)
     dataset = found.dataset or data_of(config, parts)
     model, parts = model_with_parts(config, parts, len(dataset.class_names))

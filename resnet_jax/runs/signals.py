@@ -130,3 +130,28 @@ def listen(pipe: int, stop: Stop, multiprocess: bool) -> None:
             os.write(2, f"\n{signal.Signals(number).name}: saving after this step{again}\n".encode())
         if multiprocess:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def cleaned_up() -> Iterator[None]:
+    """Has SIGTERM and SIGHUP end the process after the `finally` blocks inside, such as that of a file half written.
+
+    What is ignored or caught already stays so. Outside the main thread nothing is caught.
+    """
+    came: list[int] = []
+
+    def leave(number: int, frame: object) -> None:
+        came.append(number)
+        raise SystemExit(128 + number)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    caught = [n for n in (signal.SIGTERM, signal.SIGHUP) if in_main and signal.getsignal(n) == signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
+        if came:
+            os.kill(os.getpid(), came[0])

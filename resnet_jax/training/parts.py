@@ -1,5 +1,6 @@
 """What a run's user brings in place of what a recipe names: model, data, loss, optimizer, metrics, hooks."""
 
+import ast
 import hashlib
 import inspect
 import re
@@ -180,10 +181,13 @@ def own_outputs(model: nn.Module, config: Config, classes: int) -> int:
     return shape[1]
 
 
-def names_and_hashes(parts: Parts) -> dict[str, dict[str, str]]:
+def names_and_hashes(parts: Parts, older: bool = False) -> dict[str, dict[str, str]]:
     """Returns name and hash of the source of each part of the user's own.
 
     What a function took from around it, and what an instance holds beside its fields, is not seen.
+
+    Args:
+      older: the hashes that version 0.1.0 wrote.
     """
     given: dict[str, Any] = {name: getattr(parts, name) for name in NAMES if name not in ("metrics", "hooks")}
     given |= {f"metrics.{name}": metric for name, metric in parts.metrics.items()}
@@ -191,9 +195,20 @@ def names_and_hashes(parts: Parts) -> dict[str, dict[str, str]]:
     for name, part in given.items():
         if part is not None:
             defined = definition_of(part)
-            where = f"{defined.__module__}.{defined.__qualname__}".replace("<run_path>.", "")
-            found[name] = {"name": where, "source": source_hash(part, defined)}
+            where = without_file(f"{defined.__module__}.{defined.__qualname__}")
+            found[name] = {"name": where, "source": source_hash(part, defined, older)}
     return found
+
+
+def without_file(text: str) -> str:
+    """Returns a text without the names of the modules that a script and a recipe file are while they run."""
+    return re.sub(r"\b__main__\.|<run_path>\.", "", text)
+
+
+def same_name(one: str, other: str) -> bool:
+    """Returns whether two names of parts can be of the same one, of which a script or a recipe has no module's name."""
+    one, other = f".{without_file(one)}", f".{without_file(other)}"
+    return one.endswith(other) or other.endswith(one)
 
 
 def definition_of(part: Any) -> Any:
@@ -209,7 +224,7 @@ def definition_of(part: Any) -> Any:
     return part if isinstance(part, type) or hasattr(part, "__qualname__") else type(part)
 
 
-def source_hash(part: Any, defined: Any) -> str:
+def source_hash(part: Any, defined: Any, older: bool = False) -> str:
     """Returns a hash of a definition's source, or of its name where there is none or a library defines it, and of the
     fields of a module.
     """
@@ -218,9 +233,10 @@ def source_hash(part: Any, defined: Any) -> str:
         try:
             text = inspect.getsource(defined)
         except (OSError, TypeError):
-            text = source_in_file(defined)
+            text = ("" if older else source_in_file(defined)) or source_of_methods(defined) or text
     if isinstance(part, nn.Module):
-        text += re.sub(r" at 0x[0-9a-f]+", "", repr(part))
+        fields = re.sub(r" at 0x[0-9a-f]+", "", repr(part))
+        text += fields if older else without_file(fields).replace(f"<class '{defined.__module__}.", "<class '")
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -229,16 +245,33 @@ LIBRARIES = ("builtins", "datasets", "flax", "grain", "jax", "numpy", "optax", "
 
 
 def source_in_file(defined: Any) -> str:
-    """Returns the source of a class that a recipe file defines, which Python's `inspect` does not find, by the lines of
-    its methods.
+    """Returns the source of a class that a recipe file defines, as `inspect.getsource` does of one in a module, found
+    by where its methods are; "" where none of them says.
     """
+    for method in vars(defined).values() if inspect.isclass(defined) else ():
+        try:
+            lines, at = inspect.findsource(inspect.unwrap(method))
+            tree = ast.parse("".join(lines))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ClassDef) or node.name != defined.__name__:
+                continue
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            if first <= at + 1 <= (node.end_lineno or 0):
+                return "".join(inspect.getblock(lines[first - 1 :]))
+    return ""
+
+
+def source_of_methods(defined: Any) -> str:
+    """Returns the source of the methods of a class alone; "" where there is none."""
     texts = []
     for method in vars(defined).values() if inspect.isclass(defined) else ():
         try:
             texts.append(inspect.getsource(inspect.unwrap(method)))
         except (OSError, TypeError):
             continue
-    return "".join(texts) or f"{defined.__module__}.{defined.__qualname__}"
+    return "".join(texts)
 
 
 def check_recorded(folder: Path, parts: Parts, accept: bool = False, needed: Sequence[str] | None = None) -> list[str]:
@@ -255,7 +288,7 @@ def check_recorded(folder: Path, parts: Parts, accept: bool = False, needed: Seq
         before = read_json(folder / FILE, dict[str, dict[str, str]])
     except (FileNotFoundError, NotADirectoryError):
         return []
-    now = names_and_hashes(parts)
+    now, older = names_and_hashes(parts), names_and_hashes(parts, older=True)
     if needed is not None:
         before, now = (
             {name: part for name, part in found.items() if name.partition(".")[0] in needed} for found in (before, now)
@@ -267,10 +300,11 @@ def check_recorded(folder: Path, parts: Parts, accept: bool = False, needed: Seq
         )
     changed = [
         f"{name} ({part['name']}, now {now[name]['name']})"
-        if part["name"] != now[name]["name"]
+        if not same_name(part["name"], now[name]["name"])
         else f"the source of {name} ({part['name']})"
         for name, part in before.items()
-        if part != now[name]
+        if not same_name(part["name"], now[name]["name"])
+        or part["source"] not in (now[name]["source"], older[name]["source"])
     ]
     changed += [f"{name} ({now[name]['name']}), which was the recipe's" for name in now if name not in before]
     if changed and not accept:

@@ -20,7 +20,7 @@ from resnet_jax.recipe_files import load_config
 from resnet_jax.training.build import data_of
 from resnet_jax.training.parts import NO_PARTS, Parts, named_after
 from resnet_jax.weights.load import preprocessing_of
-from resnet_jax.weights.sources import Weights, find_weights
+from resnet_jax.weights.sources import Weights, find_weights, known_of_weights
 
 RESOLVED = (
     "model.name",
@@ -80,7 +80,9 @@ class Resolved:
         return taken and f"resolved: {taken}"
 
 
-def resolve(config: Config, parts: Parts = NO_PARTS, before: Config | None = None, read: bool = True) -> Resolved:
+def resolve(
+    config: Config, parts: Parts = NO_PARTS, before: Config | None = None, read: bool = True, fetch: bool = True
+) -> Resolved:
     """Returns a recipe whose open fields, which are None, have values.
 
     A value comes from the first of these that has one: the recipe itself with its flags; the run in the folder; the
@@ -91,6 +93,7 @@ def resolve(config: Config, parts: Parts = NO_PARTS, before: Config | None = Non
       before: the recipe of the run that is resumed.
       read: look at the data where nothing else says mean, deviation and whether it fits the device; without it there
         are stand-ins, with which a step compiles to what it needs.
+      fetch: have the weights of a tag or of the hub on this machine; without it only what is known of them is taken.
 
     Raises:
       InputError: the weights cannot be found, are those of another model than `model.name`, or say what is impossible;
@@ -116,7 +119,7 @@ def resolve(config: Config, parts: Parts = NO_PARTS, before: Config | None = Non
         names = (*RESOLVED, "data.eval_image_size", *(OF_MODEL if same else ()))
         take({name: value_of(before, name) for name in names}, "as the run in this folder began")
     if source is not None and (before is None or before.model.pretrained != source):
-        take(values_of_weights(config, source), f"of {source}")
+        take(values_of_weights(config, source, fetch), f"of {source}")
     if config.data.dataset == "digits":
         digits = load_config("digits_resnet20")
         host = works_on_host(config.augment)
@@ -185,13 +188,13 @@ def filled(config: Config, other: Config) -> Config:
     return with_values(config, {n: value_of(other, n) for n in RESOLVED if value_of(config, n) is None})
 
 
-def values_of_weights(config: Config, source: str) -> dict[str, Any]:
-    """Returns what weights say of a recipe, by `section.field`.
+def values_of_weights(config: Config, source: str, fetch: bool = True) -> dict[str, Any]:
+    """Returns what weights say of a recipe, by `section.field`; `fetch` is as for `resolve`.
 
     Raises:
       InputError: they cannot be found, nothing says their model, or they are of another one than the recipe names.
     """
-    weights, given = find_weights(source), config.model.name
+    weights, given = find_weights(source) if fetch else known_of_weights(source), config.model.name
     name = given or weights.name
     if name is None:
         raise InputError(f"{source} does not say which model it belongs to: add --model.name, such as resnet50")

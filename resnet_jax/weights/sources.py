@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import contextlib
 import json
 import logging
 import math
@@ -85,9 +86,14 @@ def find_weights(source: str, name: str | None = None, checkpoint: str | None = 
     return replace(weights, name=name) if name else weights
 
 
-def _found(source: str, checkpoint: str | None) -> Weights:
+def known_of_weights(source: str) -> Weights:
+    """Returns what `find_weights` does, but for the tensors of a tag or of the hub, which are not fetched."""
+    return _found(source, None, fetch=False)
+
+
+def _found(source: str, checkpoint: str | None, fetch: bool = True) -> Weights:
     if source.startswith("hf-hub:") and checkpoint is None:
-        return _from_hub(source.removeprefix("hf-hub:"))
+        return _from_hub(source.removeprefix("hf-hub:"), fetch)
     path = path_of(source, "the source of weights")
     if (path / "checkpoints").is_dir():
         return _from_run(path, checkpoint)
@@ -104,7 +110,7 @@ def _found(source: str, checkpoint: str | None) -> Weights:
     if path.suffix in FILES:
         raise InputError(f"{source}: there is no such file")
     tag = find_tag(source)
-    tensors = read_tensors(_download(tag.repository, "model.safetensors"))
+    tensors = read_tensors(_download(tag.repository, "model.safetensors")) if fetch else {}
     return Weights(tensors, tag.name, {"num_classes": tag.num_classes}, tag.preprocessing)
 
 
@@ -124,8 +130,12 @@ def fetched(path: Path) -> Path:
 
 
 def _download(repository: str, name: str) -> Path:
+    """Returns a file of the hub in its cache; what has to be fetched is said first. A hub that cannot be reached is not
+    waited for.
+    """
     with from_extra("hub", f"fetching {name} of {repository}"):
         import huggingface_hub.utils.logging
+        from huggingface_hub.constants import ENDPOINT
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     huggingface_hub.utils.logging.set_verbosity_error()  # of its logger, which has its own level once it is imported
@@ -135,21 +145,26 @@ def _download(repository: str, name: str) -> Path:
         try:
             return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=True))
         except LocalEntryNotFoundError:
-            logger.info("fetching %s of %s", name, repository)
+            size = None
+        with contextlib.suppress(HfHubHTTPError):  # the download says it, some after a few tries
+            size = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, name)).size
+        large = "" if size is None else f" ({size / 1e6:,.1f} MB)"
+        say(f"fetching {name} of {repository}{large} from {ENDPOINT}", error=True)
         return Path(huggingface_hub.hf_hub_download(repository, name))
     except HFValidationError as error:
         raise InputError(f"{repository!r} is no name of a repository: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of the hub's package, or of the one by which it speaks HTTP
         raise InputError(
-            f"{name} of {repository} is neither in the cache of the Hugging Face hub nor can it be fetched "
-            f"({type(error).__name__}). Without a network, fetch the file elsewhere and give its path, "
+            f"{name} of {repository} is neither in the cache of the Hugging Face hub nor can it be fetched from "
+            f"{ENDPOINT} ({type(error).__name__}). Without a network, fetch the file elsewhere and give its path, "
             "or copy the cache (HF_HOME) of a machine that has it"
         ) from error
 
 
-def _from_hub(repository: str) -> Weights:
+def _from_hub(repository: str, fetch: bool) -> Weights:
     file = _download(repository, "config.json")
-    return _described(file, read_tensors(_download(repository, "model.safetensors")), repository)
+    tensors = read_tensors(_download(repository, "model.safetensors")) if fetch else {}
+    return _described(file, tensors, repository)
 
 
 def _from_folder(folder: Path) -> Weights:

@@ -399,6 +399,9 @@ def test_what_is_wrong_is_said_in_words(tmp_path, capsys):
     assert "is a file: name a folder" in error("--data.dataset", "digits", "--out", str(tmp_path / "file"))
     assert "there is no such folder" in error("--data.dataset", f"folder:{tmp_path / 'none'}")
     assert "there is no such" in error(str(tmp_path / "none.safetensors"), "--data.dataset", "digits")
+    (tmp_path / "my pictures").mkdir()
+    wanted = f"if it holds pictures, give them as --data.dataset 'folder:{tmp_path / 'my pictures'}'"
+    assert wanted in error(str(tmp_path / "my pictures"))
 
 
 def test_the_page_for_readers_names_every_column():

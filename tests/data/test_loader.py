@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from resnet_jax.config import AugmentConfig, DataConfig, InputError, TrainConfig
-from resnet_jax.data import on_device
+from resnet_jax.data import loader, on_device
 from resnet_jax.data.dataset import ArraySource, Dataset, FileSource
 from resnet_jax.data.loader import (
     BadImages,
@@ -38,6 +38,19 @@ def recipe(batch_size=8, workers=0, augment=None):
         augment=augment or AugmentConfig(crop="none"),
         train=TrainConfig(batch_size=batch_size, seed=3),
     )
+
+
+class ReadBy:
+    """The images of `SOURCE`; a label is the number of the process that reads it."""
+
+    def __len__(self):
+        return SIZE
+
+    def __getitem__(self, index):
+        return SOURCE[index][0], os.getpid()
+
+    def describe(self, index):
+        return f"image {index}"
 
 
 def images_of(batches):
@@ -145,6 +158,7 @@ def test_a_batch_that_is_kept_to_the_end_leaves_no_shared_memory(tmp_path):
 def test_loaders_leave_no_open_files_and_no_folders(workers, files, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(loader, "FEW", 0)
     config, mesh, opened = recipe(4, workers), make_mesh(1), []
     for _ in range(3 if workers else 40):
         list(eval_batches(files, config, mesh, BadImages("skip")))
@@ -154,6 +168,17 @@ def test_loaders_leave_no_open_files_and_no_folders(workers, files, tmp_path, mo
         opened.append(len(os.listdir("/proc/self/fd")))
     assert min(opened[-2:]) <= max(opened[:2]) + 2  # a batch can be given back a moment later
     assert os.listdir(tmp_path / "temporary") == []
+
+
+def test_few_images_are_evaluated_without_starting_processes(monkeypatch):
+    few, many = [], []
+    for found, most in ((few, SIZE), (many, SIZE - 1)):
+        monkeypatch.setattr(loader, "FEW", most)
+        found += eval_batches(ReadBy(), recipe(16, workers=1), make_mesh(1), BadImages("error"))
+    assert {int(i) for b in few for i in b["label"]} == {os.getpid()}
+    assert os.getpid() not in {int(i) for b in many for i in b["label"]}
+    for name in ("image", "mask"):
+        np.testing.assert_array_equal([b[name] for b in few], [b[name] for b in many])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import textwrap
 
 import flax.linen as nn
@@ -16,8 +18,9 @@ from PIL import Image
 
 import resnet_jax as rj
 from resnet_jax.cli import main
+from resnet_jax.recipe_files import load_recipe
 from resnet_jax.runs.trackers import read_lines
-from resnet_jax.training.parts import make_parts, names_and_hashes
+from resnet_jax.training.parts import check_recorded, make_parts, names_and_hashes
 
 
 def recipe(steps=6, **train):
@@ -392,3 +395,69 @@ def test_a_part_is_known_again_by_source_and_fields():
     assert first["model"] != known(model=Wide(nn.relu, 9))["model"]
     assert first["dataset"]["name"] == "builtins.tuple"
     assert known(model=rj.create_model("resnet18")) != known(model=rj.create_model("resnet18", act="silu"))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+
+import resnet_jax as rj
+from resnet_jax.training.parts import make_parts, record
+
+
+class Net(nn.Module):
+    block: type = nn.Dense
+    grows = True
+
+    @nn.compact
+    def __call__(self, images, train):
+        return self.block(3)(images.mean((1, 2)))
+
+
+class Mine(nn.Dense):
+    pass
+
+
+def margin(logits, batch):
+    return logits.max(-1)
+
+
+model, metrics, config = Net(Mine), {"margin": margin}, rj.Config()
+if __name__ == "__main__":
+    record(Path(sys.argv[1]), make_parts(globals()))
+"""
+
+
+def test_parts_that_the_first_version_noted_are_known_again(tmp_path):
+    """It noted the methods of a class in a recipe file, and not the class."""
+    (tmp_path / "recipe.py").write_text(SCRIPT)
+    parts = make_parts(load_recipe(tmp_path / "recipe.py"))
+    noted = names_and_hashes(parts, older=True)
+    assert noted["model"] != names_and_hashes(parts)["model"]
+    (tmp_path / "parts.json").write_text(json.dumps(noted))
+    assert check_recorded(tmp_path, parts) == []
+    (tmp_path / "recipe.py").write_text(SCRIPT.replace("images.mean", "images.sum"))
+    (found,) = check_recorded(tmp_path, make_parts(load_recipe(tmp_path / "recipe.py")), accept=True)
+    assert "the source of model (Net)" in found
+
+
+def test_parts_of_a_script_are_known_again_in_a_recipe_file_and_other_ones_are_not(tmp_path):
+    (tmp_path / "net.py").write_text(SCRIPT)
+    ended = subprocess.run([sys.executable, tmp_path / "net.py", tmp_path], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+
+    def differences(text):
+        (tmp_path / "recipe.py").write_text(text)
+        return check_recorded(tmp_path, make_parts(load_recipe(tmp_path / "recipe.py")), accept=True)
+
+    assert differences(SCRIPT) == []
+    assert differences("from net import config, metrics, model") == []
+    for old, new in (("grows = True", "grows = False"), ("Net(Mine)", "Net()"), ("images.mean", "images.sum")):
+        (found,) = differences(SCRIPT.replace(old, new))
+        assert "the source of model (Net)" in found
+    (found,) = differences(SCRIPT.replace("Net", "Other"))
+    assert "model (Net, now Other)" in found
+    (found,) = differences(SCRIPT.replace("logits.max(-1)", "logits.min(-1)"))
+    assert "the source of metrics.margin (margin)" in found

@@ -3,7 +3,11 @@
 import dataclasses
 import os
 import resource
+import signal
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -166,6 +170,17 @@ def test_a_full_disk_leaves_what_was_there(form, source, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert f"{out} cannot be written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [out] and out.read_text() == "what was there"
+
+
+def test_an_export_that_is_ended_leaves_nothing_beside_its_target(source, tmp_path):
+    command = [sys.executable, "-m", "resnet_jax", "export", str(source), str(tmp_path / "net.stablehlo")]
+    with subprocess.Popen(command, env=os.environ | {"GLIBC_TUNABLES": ""}) as process:
+        while process.poll() is None and not os.listdir(tmp_path):
+            time.sleep(0.01)
+        (beside,) = os.listdir(tmp_path)
+        process.terminate()
+    assert beside != "net.stablehlo" and process.returncode == -signal.SIGTERM
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("form", FORMS)

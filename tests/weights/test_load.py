@@ -1,6 +1,8 @@
 import json
 import logging
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -72,6 +74,16 @@ def test_without_network_and_cache_the_error_says_what_to_do(tmp_path):
     assert TAG in result.stdout and "give its path" in result.stdout
 
 
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(tmp_path):
+    code = "import time, resnet_jax as rj\ntime.sleep = lambda seconds: print('waits')\n"
+    code += f"try: rj.load_pretrained({TAG!r})\nexcept rj.InputError as error: print(error)"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        result = run(code, HF_HOME=str(tmp_path), HF_ENDPOINT=address)
+    assert f"nor can it be fetched from {address} (Connect" in result.stdout and "waits" not in result.stdout, result
+
+
 @pytest.fixture
 def hub(tmp_path, file):
     """A small server that speaks as the hub does: its environment, and what it was asked for."""
@@ -109,9 +121,11 @@ def hub(tmp_path, file):
 def test_a_tag_is_fetched_and_cached(hub):
     environment, asked = hub
     code = f"import resnet_jax as rj; m, v = rj.load_pretrained({TAG!r}); print(m.num_classes)"
-    for _ in range(2):
+    for first in (True, False):
         result = run(code, **environment)
         assert result.stdout.strip() == "1000", result.stderr
+        line = rf"fetching model.safetensors of timm/{TAG} \([\d.]+ MB\) from {environment['HF_ENDPOINT']}\n"
+        assert len(re.findall(line, result.stderr)) == first, result.stderr
     fetched = [path for command, path in asked if command == "GET" and TAG in path]
     assert fetched == [f"/timm/{TAG}/resolve/main/model.safetensors"]
 
