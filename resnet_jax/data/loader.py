@@ -26,7 +26,7 @@ from resnet_jax.typed import from_extra
 SHOWN = 3
 """Images that cannot be decoded and are named on standard error."""
 FEW = 1000
-"""So many images are evaluated sooner by threads than worker processes start, which take some seconds each time."""
+"""Images up to which an evaluation is read by threads: worker processes would take seconds to start, each time."""
 
 Batch = dict[str, np.ndarray]
 

@@ -181,13 +181,10 @@ def own_outputs(model: nn.Module, config: Config, classes: int) -> int:
     return shape[1]
 
 
-def names_and_hashes(parts: Parts, older: bool = False) -> dict[str, dict[str, str]]:
+def names_and_hashes(parts: Parts) -> dict[str, dict[str, str]]:
     """Returns name and hash of the source of each part of the user's own.
 
     What a function took from around it, and what an instance holds beside its fields, is not seen.
-
-    Args:
-      older: the hashes that version 0.1.0 wrote.
     """
     given: dict[str, Any] = {name: getattr(parts, name) for name in NAMES if name not in ("metrics", "hooks")}
     given |= {f"metrics.{name}": metric for name, metric in parts.metrics.items()}
@@ -196,7 +193,7 @@ def names_and_hashes(parts: Parts, older: bool = False) -> dict[str, dict[str, s
         if part is not None:
             defined = definition_of(part)
             where = without_file(f"{defined.__module__}.{defined.__qualname__}")
-            found[name] = {"name": where, "source": source_hash(part, defined, older)}
+            found[name] = {"name": where, "source": source_hash(part, defined)}
     return found
 
 
@@ -224,7 +221,7 @@ def definition_of(part: Any) -> Any:
     return part if isinstance(part, type) or hasattr(part, "__qualname__") else type(part)
 
 
-def source_hash(part: Any, defined: Any, older: bool = False) -> str:
+def source_hash(part: Any, defined: Any) -> str:
     """Returns a hash of a definition's source, or of its name where there is none or a library defines it, and of the
     fields of a module.
     """
@@ -233,10 +230,10 @@ def source_hash(part: Any, defined: Any, older: bool = False) -> str:
         try:
             text = inspect.getsource(defined)
         except (OSError, TypeError):
-            text = ("" if older else source_in_file(defined)) or source_of_methods(defined) or text
+            text = source_in_file(defined) or text
     if isinstance(part, nn.Module):
         fields = re.sub(r" at 0x[0-9a-f]+", "", repr(part))
-        text += fields if older else without_file(fields).replace(f"<class '{defined.__module__}.", "<class '")
+        text += without_file(fields).replace(f"<class '{defined.__module__}.", "<class '")
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -263,17 +260,6 @@ def source_in_file(defined: Any) -> str:
     return ""
 
 
-def source_of_methods(defined: Any) -> str:
-    """Returns the source of the methods of a class alone; "" where there is none."""
-    texts = []
-    for method in vars(defined).values() if inspect.isclass(defined) else ():
-        try:
-            texts.append(inspect.getsource(inspect.unwrap(method)))
-        except (OSError, TypeError):
-            continue
-    return "".join(texts)
-
-
 def check_recorded(folder: Path, parts: Parts, accept: bool = False, needed: Sequence[str] | None = None) -> list[str]:
     """Compares the user's own parts with those that the run in a folder was started with; returns warnings.
 
@@ -288,7 +274,7 @@ def check_recorded(folder: Path, parts: Parts, accept: bool = False, needed: Seq
         before = read_json(folder / FILE, dict[str, dict[str, str]])
     except (FileNotFoundError, NotADirectoryError):
         return []
-    now, older = names_and_hashes(parts), names_and_hashes(parts, older=True)
+    now = names_and_hashes(parts)
     if needed is not None:
         before, now = (
             {name: part for name, part in found.items() if name.partition(".")[0] in needed} for found in (before, now)
@@ -303,8 +289,7 @@ def check_recorded(folder: Path, parts: Parts, accept: bool = False, needed: Seq
         if not same_name(part["name"], now[name]["name"])
         else f"the source of {name} ({part['name']})"
         for name, part in before.items()
-        if not same_name(part["name"], now[name]["name"])
-        or part["source"] not in (now[name]["source"], older[name]["source"])
+        if not same_name(part["name"], now[name]["name"]) or part["source"] != now[name]["source"]
     ]
     changed += [f"{name} ({now[name]['name']}), which was the recipe's" for name in now if name not in before]
     if changed and not accept:

@@ -430,19 +430,6 @@ if __name__ == "__main__":
 """
 
 
-def test_parts_that_the_first_version_noted_are_known_again(tmp_path):
-    """It noted the methods of a class in a recipe file, and not the class."""
-    (tmp_path / "recipe.py").write_text(SCRIPT)
-    parts = make_parts(load_recipe(tmp_path / "recipe.py"))
-    noted = names_and_hashes(parts, older=True)
-    assert noted["model"] != names_and_hashes(parts)["model"]
-    (tmp_path / "parts.json").write_text(json.dumps(noted))
-    assert check_recorded(tmp_path, parts) == []
-    (tmp_path / "recipe.py").write_text(SCRIPT.replace("images.mean", "images.sum"))
-    (found,) = check_recorded(tmp_path, make_parts(load_recipe(tmp_path / "recipe.py")), accept=True)
-    assert "the source of model (Net)" in found
-
-
 def test_parts_of_a_script_are_known_again_in_a_recipe_file_and_other_ones_are_not(tmp_path):
     (tmp_path / "net.py").write_text(SCRIPT)
     ended = subprocess.run([sys.executable, tmp_path / "net.py", tmp_path], capture_output=True, text=True, timeout=120)
