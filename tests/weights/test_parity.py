@@ -96,12 +96,12 @@ KNOBS = {
 def compare_in_evaluation(module, model, variables, size=64):
     images = images_for(model.in_channels, size)
     apply = jax.jit(lambda v, x: model.apply(v, x, endpoints=True))
-    logits, stages = apply(variables, images)
+    logits, endpoints = apply(variables, images)
     with torch.no_grad():
         expected = module(nchw(images))
         stages = module.forward_intermediates(nchw(images), intermediates_only=True)
     for name, stage in zip(("stem", "stage1", "stage2", "stage3", "stage4"), stages, strict=True):
-        close(stages[name], nhwc(stage), 1e-4, name)
+        close(endpoints[name], nhwc(stage), 1e-4, name)
     close(logits, expected, 1e-4, "logits")
 
 
