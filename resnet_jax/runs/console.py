@@ -81,7 +81,9 @@ class Console:
         self._numbers |= {name: (step, value) for name, value in numbers.items()}
         evaluation = any(name.startswith(("validation/", "ema/validation/")) for name in numbers)
         ended = step == self._total and (not self._evaluates or evaluation)
-        if not self._began:  # the first numbers come after compilation
+        if (
+            not self._began and step > self._start
+        ):  # after compilation, and after an evaluation that was due at the start
             self._start, self._began = step, time.perf_counter()
         if self._live is not None:
             self._bar.update(self._task, completed=step)

@@ -260,12 +260,15 @@ def source_in_file(defined: Any) -> str:
     return ""
 
 
-def check_recorded(folder: Path, parts: Parts, accept: bool = False, needed: Sequence[str] | None = None) -> list[str]:
+def check_recorded(
+    folder: Path, parts: Parts, accept: bool = False, needed: Sequence[str] | None = None, what: str = "run"
+) -> list[str]:
     """Compares the user's own parts with those that the run in a folder was started with; returns warnings.
 
     Args:
       accept: take other parts than the run's.
       needed: names of the parts that are looked at; None for all.
+      what: the folder holds, for the messages: a run or a sweep.
 
     Raises:
       InputError: a part is missing that the run had, or it is another one; the message says which file is needed.
@@ -281,7 +284,7 @@ def check_recorded(folder: Path, parts: Parts, accept: bool = False, needed: Seq
         )
     if missing := [f"{name} ({part['name']})" for name, part in before.items() if name not in now]:
         raise InputError(
-            f"the run in {folder} has parts of its user's own: {', '.join(missing)}. Give the file that defines them "
+            f"the {what} in {folder} has parts of its user's own: {', '.join(missing)}. Give the file that defines them "
             "with --config FILE, or from Python the same arguments"
         )
     changed = [
@@ -294,13 +297,13 @@ def check_recorded(folder: Path, parts: Parts, accept: bool = False, needed: Seq
     changed += [f"{name} ({now[name]['name']}), which was the recipe's" for name in now if name not in before]
     if changed and not accept:
         raise InputError(
-            f"the run in {folder} was started with other parts: {'; '.join(changed)}. Give those, another --workdir, "
+            f"the {what} in {folder} was started with other parts: {'; '.join(changed)}. Give those, another --workdir, "
             "or go on all the same with --train.accept_parts"
         )
-    return [f"the run in {folder} was started with other parts: {what}" for what in changed]
+    return [f"the {what} in {folder} was started with other parts: {part}" for part in changed]
 
 
 def record(folder: Path, parts: Parts) -> None:
-    """Writes which parts are the user's own into a run's folder; nothing where there are none."""
+    """Writes which parts are the user's own into the folder of a run or sweep; nothing where there are none."""
     if found := names_and_hashes(parts):
         write_whole(folder / FILE, to_json(found, indent=2) + "\n")

@@ -23,6 +23,7 @@ from resnet_jax.files import path_of, read_json, remove_tree, to_json, write_who
 from resnet_jax.output import say
 from resnet_jax.recipe_files import recorded
 from resnet_jax.runs.charts import spoken
+from resnet_jax.runs.folder import begun
 from resnet_jax.runs.lock import hold
 from resnet_jax.runs.reporter import Diverged
 from resnet_jax.runs.signals import Stopped, stop_signals
@@ -32,7 +33,7 @@ from resnet_jax.training.loop import train_with
 from resnet_jax.training.losses import Loss
 from resnet_jax.training.metrics import Metric
 from resnet_jax.training.optimizers import OwnOptimizer
-from resnet_jax.training.parts import Parts, make_parts
+from resnet_jax.training.parts import Parts, check_recorded, make_parts, record
 from resnet_jax.training.resolve import resolve, value_of, with_values
 from resnet_jax.training.sweep_members import NO_VALIDATION, train_together
 from resnet_jax.training.sweep_programs import Member, Rows, structure_of, why_alone
@@ -85,7 +86,7 @@ def sweep(
       for it alone.
 
     Raises:
-      InputError: a field or value is not as it must be, or the folder holds another sweep.
+      InputError: a field or value is not as it must be, or the folder holds another sweep, or one with other parts.
       Stopped: a signal asked for it; all states are saved.
 
     Example::
@@ -102,6 +103,9 @@ def sweep(
     folder = Path("runs") / stamp if workdir is None else path_of(workdir, "--workdir")
     before = sweep_in(folder)
     config, varied = recipe_and_values(folder, before, config, values)
+    accept = config.train.accept_parts or not any(begun(place) for place in (folder / "members").glob("*"))
+    for warning in check_recorded(folder, parts, accept, what="sweep") if before else ():
+        say(f"WARNING: {warning}", error=True)
     if config.parallel.distributed != "off" or jax.process_count() > 1:
         raise InputError("a sweep runs in one process: leave parallel.distributed off")
     if config.train.metric == "none":
@@ -122,6 +126,7 @@ def sweep(
             found["members"] = sorted(rows.values(), key=lambda row: row["name"])
             write_whole(folder / FILE, to_json(found, indent=1) + "\n")
 
+        record(folder, parts)
         note([], [])
         groups = grouped(make_members(combinations, folder, parts))
         for number, members in enumerate(groups):
@@ -182,7 +187,8 @@ def recipe_and_values(
                 "nothing is varied: give a field several values, such as --train.seed 0..4 or "
                 "--optimizer.learning_rate 0.05,0.1,0.2"
             )
-        return from_dict(before["recipe"]), before["varied"]
+        accept = config is not None and config.train.accept_parts
+        return with_values(from_dict(before["recipe"]), {"train.accept_parts": accept}), before["varied"]
     chosen, varied = config or Config(), checked_values(values)
     if before:
         changed = differences(from_dict(before["recipe"]), chosen)

@@ -48,6 +48,21 @@ def test_a_line_tells_figures_of_its_own_steps_alone(capsys, monkeypatch):
     ]
 
 
+def test_the_time_that_is_left_counts_the_steps_and_the_time_of_this_start_alone(capsys, monkeypatch):
+    """A run that resumes evaluates first and then compiles; neither belongs to its steps."""
+    monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 0.0)
+    now = [1000.0]
+    monkeypatch.setattr(console_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    console = Console(936, 1000, 50.0)
+    console.update(936, {"validation/accuracy": 0.25})
+    now[0] += 30
+    console.update(937, {"train/loss": 1.0})
+    now[0] += 2
+    console.update(957, {"train/loss": 1.0})
+    evaluated, first, second = capsys.readouterr().out.splitlines()
+    assert "left" not in evaluated and "left" not in first and second.endswith("  4 s left")
+
+
 def test_a_line_says_that_the_device_waited_where_that_is_much(capsys, monkeypatch):
     monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 0.0)
     console = Console(0, 30, 10.0)

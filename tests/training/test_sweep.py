@@ -216,6 +216,32 @@ def test_a_sweep_that_was_ended_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert whole["settings"][-1]["diverged"] == 2 and whole["settings"][0]["values"] == {"optimizer.learning_rate": 0.1}
 
 
+def test_a_sweep_that_goes_on_needs_the_parts_that_it_was_started_with(tmp_path, monkeypatch):
+    config, values, folder = recipe(epochs=0.2), {"train.steps": [1, 2]}, tmp_path / "sweep"
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_device=False))
+    images, labels = np.zeros((64, 8, 8, 3), np.uint8), np.arange(64) % 10
+    own = {"model": Net(), "dataset": Dataset((images, labels), (images, labels))}
+
+    def halt(*_):
+        raise Halt
+
+    monkeypatch.setattr(sweep_module, "train_alone", halt)
+    with pytest.raises(Halt):
+        sweep(config, values, folder, **own)
+    for parts, missing in (({}, "model .*Net.*, dataset"), ({"model": Net()}, "dataset")):
+        with pytest.raises(InputError, match=f"the sweep in .* parts of its user's own: {missing} .*--config FILE"):
+            sweep(workdir=folder, **parts)
+    other = own | {"model": Net(0.5)}
+    with pytest.raises(Halt):
+        sweep(workdir=folder, **other)  # nothing had been trained yet
+    (folder / "members/0").mkdir(parents=True)
+    (folder / "members/0/metrics.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"the source of model .*--train.accept_parts"):
+        sweep(workdir=folder, **own)
+    with pytest.raises(Halt):
+        sweep(with_values(config, {"train.accept_parts": True}), workdir=folder, **own)
+
+
 def test_what_one_program_cannot_do_runs_one_by_one_and_test_is_seen_for_the_chosen_alone(tmp_path, capsys):
     config = recipe(epochs=0.2, eval_every_epochs=0.2)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_device=False))
