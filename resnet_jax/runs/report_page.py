@@ -30,7 +30,7 @@ from resnet_jax.runs.trackers import points, read_lines
 from resnet_jax.training.evaluation import FinishedRun, Predictions, everywhere, open_run, served
 from resnet_jax.training.manifest import best_of
 from resnet_jax.training.metrics import fit_calibration, measure, probabilities, wilson
-from resnet_jax.training.parts import NO_PARTS, Parts
+from resnet_jax.training.parts import NO_PARTS, Parts, own_words
 from resnet_jax.typed import from_extra
 from resnet_jax.weights.sources import preprocessing_in
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration
@@ -104,6 +104,7 @@ def make_report(
         run=_run(lines, folder),
         inspection=read_inspection(folder),
         undecodable=sorted(run.bad.names)[:50],
+        own=own_words(folder),
         recipe=json.dumps(to_dict(run.config), indent=2),
         **measured.get("page", {}),
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from resnet_jax.files import write_whole
 from resnet_jax.runs.charts import BLUE, GREY, RED, TEXT, as_svg, chart, plain_number, spoken, tidy
+from resnet_jax.training.parts import own_words
 
 SHARES = ("accuracy", "macro_recall", "macro_f1", "map", "top5")
 """Metrics that are fractions."""
@@ -49,6 +50,7 @@ def write_page(folder: Path, found: Mapping[str, Any]) -> Path:
         chosen=found["chosen"],
         seeds="train.seed" in found["varied"],
         charts={name: effect_chart(found, name) for name in found["varied"]} if found["chosen"] else {},
+        own=own_words(folder),
         recipe=json.dumps(found["recipe"], indent=2),
     )
     write_whole(folder / "sweep.html", printable(page))

@@ -192,9 +192,21 @@ def names_and_hashes(parts: Parts) -> dict[str, dict[str, str]]:
     for name, part in given.items():
         if part is not None:
             defined = definition_of(part)
-            where = without_file(f"{defined.__module__}.{defined.__qualname__}")
+            where = without_file(f"{defined.__module__}.{defined.__qualname__}").removeprefix("builtins.")
+            where = "a pair of arrays" if name == "dataset" and defined is tuple else where
             found[name] = {"name": where, "source": source_hash(part, defined)}
     return found
+
+
+def own_words(folder: Path) -> str:
+    """Returns which parts the run or sweep in a folder has of its user's own, such as `loss (smooth), model (net.Net)`,
+    for which the recipe's words do not hold; "" where there are none.
+    """
+    try:
+        noted = read_json(folder / FILE, dict[str, dict[str, str]])
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    return ", ".join(f"{name} ({part['name']})" for name, part in noted.items())
 
 
 def without_file(text: str) -> str:
@@ -284,8 +296,8 @@ def check_recorded(
         )
     if missing := [f"{name} ({part['name']})" for name, part in before.items() if name not in now]:
         raise InputError(
-            f"the {what} in {folder} has parts of its user's own: {', '.join(missing)}. Give the file that defines them "
-            "with --config FILE, or from Python the same arguments"
+            f"the {what} in {folder} has parts of its user's own: {', '.join(missing)}. Give the file that defines "
+            "them with --config FILE, or from Python the same arguments"
         )
     changed = [
         f"{name} ({part['name']}, now {now[name]['name']})"
@@ -297,8 +309,8 @@ def check_recorded(
     changed += [f"{name} ({now[name]['name']}), which was the recipe's" for name in now if name not in before]
     if changed and not accept:
         raise InputError(
-            f"the {what} in {folder} was started with other parts: {'; '.join(changed)}. Give those, another --workdir, "
-            "or go on all the same with --train.accept_parts"
+            f"the {what} in {folder} was started with other parts: {'; '.join(changed)}. Give those, another "
+            "--workdir, or go on all the same with --train.accept_parts"
         )
     return [f"the {what} in {folder} was started with other parts: {part}" for part in changed]
 

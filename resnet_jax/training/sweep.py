@@ -268,7 +268,7 @@ def make_members(combinations: Sequence[tuple[dict[str, Any], Config]], folder: 
         if before is not None or key not in resolved:
             resolved[key] = resolve(config, parts, before)
         of = resolved[key]
-        filled = with_values(config, {n: value_of(of.config, n) for n in ("model.name", *of.origins)})
+        filled = with_values(config, {n: value_of(of.config, n) for n in ("model.name", "data.dataset", *of.origins)})
         members.append(Member(name, values, config, filled, place))
     if line := next(iter(resolved.values())).line():
         say(line)

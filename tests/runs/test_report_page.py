@@ -20,7 +20,7 @@ PLAIN = {
     "figures": [{"name": NAME, "value": "50.0 %", "note": NAME, "interval": (0.2, 0.8)}],
     "curves": {"Loss": "<svg></svg>", "Accuracy": ""}, "classes": [ROW, ROW], "calibrated": "", "reliability_chart": "",
     "reliability": [{"confidence": 0.5, "accuracy": 0.4, "count": 2, "interval": None}], "mistakes": [],
-    "run": {NAME: NAME}, "undecodable": [], "recipe": NAME,
+    "run": {NAME: NAME}, "undecodable": [], "own": NAME, "recipe": NAME,
 }  # fmt: skip
 
 

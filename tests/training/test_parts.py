@@ -272,7 +272,8 @@ def test_a_run_notes_the_parts_of_a_recipe_file(own_run):
     assert noted["model"]["name"] == "Own"
     assert set(noted) == {"model", "dataset", "metrics.margin"}
     assert json.loads((own_run / "run" / "config.json").read_text())["model"]["name"] == "Own"
-    assert (own_run / "run" / "report.html").is_file()
+    page = (own_run / "run" / "report.html").read_text()
+    assert "model (Own), dataset (dataset), metrics.margin (&lt;lambda&gt;)" in page
 
 
 @pytest.mark.parametrize(
@@ -393,7 +394,7 @@ def test_a_part_is_known_again_by_source_and_fields():
     first = known(model=Wide(lambda x: x), optimizer=optax.adam(1e-3), dataset=DATA)
     assert first == known(model=Wide(lambda x: x), optimizer=optax.adam(1e-2), dataset=rj.Dataset((IMAGES, LABELS)))
     assert first["model"] != known(model=Wide(nn.relu, 9))["model"]
-    assert first["dataset"]["name"] == "builtins.tuple"
+    assert first["dataset"]["name"] == "a pair of arrays"
     assert known(model=rj.create_model("resnet18")) != known(model=rj.create_model("resnet18", act="silu"))
 
 

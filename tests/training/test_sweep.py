@@ -172,6 +172,8 @@ def test_images_with_several_labels_are_compared_by_their_precision_after_a_tria
     own = {"model": net, "dataset": data}
     found = sweep(base, {"train.seed": [0, 1]}, tmp_path / "sweep", **own, members_per_device="auto")
     said = capsys.readouterr().out
+    assert "data: own: 3 classes" in said and "digits" not in said
+    assert "dataset (a pair of arrays)" in (tmp_path / "sweep/sweep.html").read_text()
     assert "trial: 1 a device together" in said and "trial: 2 a device together" in said
     assert [row["metric"] for row in found["members"]] == ["ema/validation/map"] * 2 and found["test"] is None
     place = tmp_path / "sweep/members" / found["members"][0]["name"]
