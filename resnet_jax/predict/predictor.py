@@ -130,7 +130,7 @@ class Predictor:
 
         Args:
           checkpoint: of a run, as for `find_weights`.
-          **parts: `model` and `optimizer` of the user's own, with which the run was trained.
+          **parts: `model` of the user's own, with which the run was trained; other parts are not needed.
 
         Raises:
           InputError: the source cannot be read, or nothing says how pictures are prepared for it.
@@ -162,7 +162,7 @@ class Predictor:
         """Makes one from a run whose model is its user's own; errors as for `from_source`."""
         from resnet_jax.training.build import read_run
 
-        config, state, record = read_run(folder, checkpoint, parts)
+        config, state, record = read_run(folder, checkpoint, parts, optimizer=False)
         names = tuple(record["class_names"])
         if not names:
             raise InputError(

@@ -237,7 +237,7 @@ def restore(run: str | Path, step: int | None = None, **parts: Any) -> tuple[Tra
       The state (blocks one by one, also of a run with `model.scan`) and its step.
 
     Raises:
-      InputError: the folder holds no run or no such checkpoint, it is damaged, or of another model than the recipe's.
+      InputError: the folder holds no run or no such checkpoint, it is damaged, or of another model or optimizer.
 
     Example::
 
@@ -248,18 +248,25 @@ def restore(run: str | Path, step: int | None = None, **parts: Any) -> tuple[Tra
     return state, int(state.step)
 
 
-def read_run(folder: Path, checkpoint: str | None, parts: Parts) -> tuple[Config, TrainState, Record]:
-    """Returns recipe, state and record of a checkpoint; arguments and errors as for `restore` and `read_checkpoint`."""
+def read_run(
+    folder: Path, checkpoint: str | None, parts: Parts, optimizer: bool = True
+) -> tuple[Config, TrainState, Record]:
+    """Returns recipe, state and record of a checkpoint; arguments and errors as for `restore` and `read_checkpoint`.
+
+    Args:
+      optimizer: read its state too; where it is not, the user's own one need not be given.
+    """
     config = recorded(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
-    check_recorded(folder, parts, accept=True, needed=("model", "optimizer"))
+    check_recorded(folder, parts, accept=True, needed=("model", "optimizer") if optimizer else ("model",))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def shapes(record: Record) -> Any:
         model = parts.model or build_model(config, len(record["class_names"]))
-        new = state_maker(config, model, lambda step: 0.0, parts.optimizer)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(new))
+        new = jax.eval_shape(state_maker(config, model, lambda step: 0.0, parts.optimizer if optimizer else None))
+        wanted = new if optimizer else new.replace(opt_state=())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)
 
     state, record = read_checkpoint(folder, shapes, checkpoint)
     return config, state, record

@@ -270,7 +270,9 @@ def _read(folder: Path, template: Template, step: int) -> tuple[Any, Record, int
     shapes = template(record)
     wanted = leaves_of(shapes)
     if problems := differences(there, wanted):
-        raise InputError(f"the checkpoint of step {step} in {folder} is of another model: {'; '.join(problems)}")
+        rest = {address: leaf for address, leaf in wanted.items() if not address.startswith("opt_state/")}
+        what = "model" if differences(there, rest) else "optimizer"
+        raise InputError(f"the checkpoint of step {step} in {folder} is of another {what}: {'; '.join(problems)}")
     found = _read_leaves(folder / str(step), wanted)
     return jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in wanted]), record, step
 

@@ -262,6 +262,7 @@ class FinishedRun:
     """A checkpoint of a run, with its data.
 
     Attributes:
+      state: without that of the optimizer.
       trained_on: how many examples of each other split are among those that the run was trained on.
       keep: evaluations hold the predictions.
       parts: the user's own.
@@ -327,7 +328,7 @@ def open_run(
     config = recorded(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
-    needed = [name for name in NAMES if name != "dataset"] if dataset is not None else None
+    needed = [name for name in NAMES if name != "optimizer" and (name != "dataset" or dataset is None)]
     for note in check_recorded(folder, parts, accept=True, needed=needed):
         say(f"WARNING: {note}", error=True)
     if dataset is not None:
@@ -372,7 +373,7 @@ def open_run(
         module, own = model_with_parts(config, parts, len(data.class_names))
         model: Any = block_by_block(module)
         made.update(model=model, parts=own, dataset=with_outputs(data, own.outputs_of(model)))
-        return sharded_shapes(state_maker(plain, model, lambda step: 0.0, own.optimizer), mesh)
+        return sharded_shapes(state_maker(plain, model, lambda step: 0.0), mesh).replace(opt_state=())
 
     state, record = read_checkpoint(folder, shapes, checkpoint)
     model, parts, found = made["model"], made["parts"], made["dataset"]

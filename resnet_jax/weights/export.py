@@ -73,7 +73,7 @@ def export_own_model(
 
     if form != "orbax":
         raise InputError(f"{path}: PyTorch's names are known for models of ours alone; take --format orbax")
-    config, state, _ = read_run(path_of(source, "SOURCE"), checkpoint, make_parts(parts))
+    config, state, _ = read_run(path_of(source, "SOURCE"), checkpoint, make_parts(parts), optimizer=False)
     variables = state.averages or state.variables
     write_tree(variables, path)
     return known(config.model.name, "model.name"), len(jax.tree.leaves(variables))

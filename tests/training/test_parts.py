@@ -20,6 +20,7 @@ import resnet_jax as rj
 from resnet_jax.cli import main
 from resnet_jax.recipe_files import load_recipe
 from resnet_jax.runs.trackers import read_lines
+from resnet_jax.training.evaluation import evaluate_run
 from resnet_jax.training.parts import check_recorded, make_parts, names_and_hashes
 
 
@@ -121,6 +122,15 @@ def test_parts_of_ones_own_train_stop_by_a_hook_and_resume_bit_by_bit(tmp_path, 
     assert states[0].collections["counts"]["calls"] == 6
     logged = [read_lines(tmp_path / name / "metrics.jsonl")[-1]["test/likelihood"] for name in ("whole", "run")]
     assert logged[0] == logged[1] == whole["test"]["likelihood"]
+
+    del parts["optimizer"]  # whose state is needed to train alone
+    result = evaluate_run(tmp_path / "whole", parts=make_parts(parts))
+    assert result["test"]["likelihood"] == whole["test"]["likelihood"]
+    rj.Predictor.from_run(tmp_path / "whole", model=Net())
+    with pytest.raises(rj.InputError, match=r"parts of its user's own: optimizer"):
+        rj.restore(tmp_path / "whole", model=Net())
+    with pytest.raises(rj.InputError, match="is of another optimizer: it has no opt_state"):
+        rj.restore(tmp_path / "whole", model=Net(), optimizer=optax.sgd(0.1, momentum=0.9))
 
 
 def test_other_parts_than_those_of_the_run_are_refused_unless_told(tmp_path):
