@@ -54,6 +54,11 @@ RUN_ALREADY: dict[tuple[Path, bytes], dict[str, Any]] = {}
 """Recipes that this process has run, by path and content: a command asks for the config and for the parts beside it."""
 
 
+def recipe_given() -> Path | None:
+    """Returns the recipe file of the user's own that this process has run last; None where there was none."""
+    return next((path for path, _ in reversed(RUN_ALREADY) if path.parent != FOLDER), None)
+
+
 def run_file(path: Path, what: str) -> dict[str, Any]:
     """Runs a Python file, which can import what lies beside it, and returns what it defines.
 

@@ -17,7 +17,7 @@ from resnet_jax import __version__
 from resnet_jax.config import Config, InputError, differences, to_dict
 from resnet_jax.files import in_bucket, path_of, read_json, to_json, write_whole
 from resnet_jax.output import say, wrapped
-from resnet_jax.recipe_files import WrongRecipe, read_recipe, recorded
+from resnet_jax.recipe_files import WrongRecipe, read_recipe, recipe_given, recorded
 from resnet_jax.runs.lock import BucketLock, Lock, hold, live_holder
 from resnet_jax.runs.signals import FolderLost, Stopped
 from resnet_jax.runs.trackers import split_lines
@@ -175,13 +175,26 @@ def finish(
             say(wrapped(line))
         classes = any("accuracy" in summary.get(kind, {}) for kind in ("validation", "test"))
         say(f"\nthe run lies in {folder}; next, type\n  {evaluate_command(folder)}{' --per-class' if classes else ''}")
+        if (own := parts_to_evaluate(folder)) and recipe_given() is None:
+            say(f"FILE is a recipe file that defines config and the run's {', '.join(own)}")
     return summary
 
 
 def evaluate_command(folder: Path) -> str:
-    """Returns the command that evaluates a run; with parts of the user's own it names their file as FILE."""
-    own = " --config FILE" if (folder / "parts.json").exists() else ""
+    """Returns the command that evaluates a run; with parts of the user's own it names the recipe file that this process
+    was given, or FILE where it was given none.
+    """
+    own = f" --config {shlex.quote(str(recipe_given() or 'FILE'))}" if parts_to_evaluate(folder) else ""
     return f"resnet-jax evaluate {shlex.quote(str(folder))}{own}"
+
+
+def parts_to_evaluate(folder: Path) -> list[str]:
+    """Returns the names of the parts of the user's own that are needed to evaluate a run."""
+    try:
+        noted = read_json(folder / "parts.json", dict[str, Any])
+    except FileNotFoundError:
+        return []
+    return list(dict.fromkeys(name.partition(".")[0] for name in noted if name != "optimizer"))
 
 
 def outcome(summary: dict[str, Any]) -> list[str]:

@@ -17,13 +17,14 @@ import jax
 
 class Stopped(RuntimeError):
     """The run in `folder` was told to stop by `signal`; `saved` says whether the disk took the step, and `command` goes
-    on with it.
+    on with it, or with parts of the user's own the same one again.
     """
 
     def __init__(self, folder: Path, step: int, number: int, saved: bool, command: str = "train") -> None:
         self.step, self.signal, self.saved = step, number, saved
         which = "which is saved" if saved else "which could NOT be saved: what counts is the last checkpoint"
-        command = f"resnet-jax {command} --workdir {shlex.quote(str(folder))}"
+        start = "the same command with" if (folder / "parts.json").exists() else f"resnet-jax {command}"
+        command = f"{start} --workdir {shlex.quote(str(folder))}"
         how = command if jax.process_count() == 1 else "the same command in all processes"
         what = f"stopped by {signal.Signals(number).name} after step {step}, {which}"
         super().__init__(f"{what}; {how} goes on from there")

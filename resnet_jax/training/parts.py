@@ -296,8 +296,8 @@ def check_recorded(
         )
     if missing := [f"{name} ({part['name']})" for name, part in before.items() if name not in now]:
         raise InputError(
-            f"the {what} in {folder} has parts of its user's own: {', '.join(missing)}. Give the file that defines "
-            "them with --config FILE, or from Python the same arguments"
+            f"the {what} in {folder} has parts of its user's own: {', '.join(missing)}. Give the recipe "
+            "file that defines them with --config FILE, or from Python the same arguments"
         )
     changed = [
         f"{name} ({part['name']}, now {now[name]['name']})"

@@ -1,11 +1,14 @@
 """Parts of the user's own: model, data, loss, optimizer, metrics and hooks in our loop."""
 
 import dataclasses
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import redirect_stdout
 
 import flax.linen as nn
 import jax
@@ -17,11 +20,14 @@ from flax import nnx
 from PIL import Image
 
 import resnet_jax as rj
+from resnet_jax import recipe_files
 from resnet_jax.cli import main
 from resnet_jax.recipe_files import load_recipe
+from resnet_jax.runs.folder import finish
 from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training.evaluation import evaluate_run
 from resnet_jax.training.parts import check_recorded, make_parts, names_and_hashes
+from resnet_jax.training.run_progress import RunProgress
 
 
 def recipe(steps=6, **train):
@@ -272,9 +278,22 @@ def own_run(tmp_path_factory):
     """A recipe file with parts of its own, and the run that the command made of it."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "mine.py").write_text(RECIPE)
-    assert main(["train", "--config", str(folder / "mine.py"), "--workdir", str(folder / "run")]) == 0
+    with redirect_stdout(io.StringIO()) as out:
+        assert main(["train", "--config", str(folder / "mine.py"), "--workdir", str(folder / "run")]) == 0
+    (folder / "out.txt").write_text(out.getvalue())
     Image.fromarray(IMAGES[0]).save(folder / "a.png")
     return folder
+
+
+def test_what_to_type_next_names_the_recipe_file_or_what_it_must_define(own_run, tmp_path, capsys, monkeypatch):
+    command = f"  resnet-jax evaluate {own_run / 'run'} --config {own_run / 'mine.py'} --per-class"
+    assert command in (own_run / "out.txt").read_text().splitlines()
+    monkeypatch.setattr(recipe_files, "RUN_ALREADY", {})
+    shutil.copy(own_run / "run/parts.json", tmp_path)
+    finish(tmp_path, RunProgress({}, [], False, step=4, selected=4), {}, "cpu")
+    *_, command, note = capsys.readouterr().out.splitlines()
+    assert command == f"  resnet-jax evaluate {tmp_path} --config FILE"
+    assert note == "FILE is a recipe file that defines config and the run's model, dataset, metrics"
 
 
 def test_a_run_notes_the_parts_of_a_recipe_file(own_run):
