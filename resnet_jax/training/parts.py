@@ -198,15 +198,19 @@ def names_and_hashes(parts: Parts) -> dict[str, dict[str, str]]:
     return found
 
 
+def recorded_parts(folder: Path) -> dict[str, dict[str, str]]:
+    """Returns what `names_and_hashes` gave where the run or sweep in a folder was started; empty where nothing was."""
+    try:
+        return read_json(folder / FILE, dict[str, dict[str, str]])
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
 def own_words(folder: Path) -> str:
     """Returns which parts the run or sweep in a folder has of its user's own, such as `loss (smooth), model (net.Net)`,
     for which the recipe's words do not hold; "" where there are none.
     """
-    try:
-        noted = read_json(folder / FILE, dict[str, dict[str, str]])
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
-    return ", ".join(f"{name} ({part['name']})" for name, part in noted.items())
+    return ", ".join(f"{name} ({part['name']})" for name, part in recorded_parts(folder).items())
 
 
 def without_file(text: str) -> str:
@@ -285,11 +289,7 @@ def check_recorded(
     Raises:
       InputError: a part is missing that the run had, or it is another one; the message says which file is needed.
     """
-    try:
-        before = read_json(folder / FILE, dict[str, dict[str, str]])
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    now = names_and_hashes(parts)
+    before, now = recorded_parts(folder), names_and_hashes(parts)
     if needed is not None:
         before, now = (
             {name: part for name, part in found.items() if name.partition(".")[0] in needed} for found in (before, now)

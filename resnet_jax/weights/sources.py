@@ -333,9 +333,14 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 def _from_run(folder: Path, checkpoint: str | None) -> Weights:
     """Reads the moving average of a run's checkpoint, or its parameters where there is no average."""
     from resnet_jax.training.checkpoints import read_variables
-    from resnet_jax.training.parts import NO_PARTS, check_recorded
+    from resnet_jax.training.parts import recorded_parts
 
-    check_recorded(folder, NO_PARTS, accept=True, needed=("model",))
+    if model := recorded_parts(folder).get("model"):
+        raise InputError(
+            f"the run in {folder} has parts of its user's own: model ({model['name']}), so it is no source of weights "
+            "for a named model. A command that opens the run takes the recipe file that defines it with --config FILE; "
+            f"in Python resnet_jax.restore({str(folder)!r}, model=...)[0].variables has the weights"
+        )
     step, record, variables = read_variables(folder, checkpoint)
     config = from_dict(record["recipe"])
     head = variables["params"].get("head", {}).get("bias")

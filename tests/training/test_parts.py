@@ -148,9 +148,11 @@ def test_other_parts_than_those_of_the_run_are_refused_unless_told(tmp_path):
         rj.train(config, tmp_path / "run", model=Net(outputs=4), dataset=DATA)
     with pytest.raises(rj.InputError, match=r"loss \(.*squared_error\), which was the recipe's"):
         rj.train(config, tmp_path / "run", model=Net(), dataset=DATA, loss=squared_error)
+    with pytest.raises(rj.InputError, match=r"started with other parts: loss \(.*squared_error\), which was the rec"):
+        check_recorded(tmp_path / "of the recipe alone", make_parts({"loss": squared_error}))
     accepting = dataclasses.replace(config, train=dataclasses.replace(config.train, accept_parts=True))
     rj.train(accepting, tmp_path / "run", model=Net(), dataset=DATA, loss=squared_error)
-    with pytest.raises(rj.InputError, match="parts of its user's own: model"):
+    with pytest.raises(rj.InputError, match=r"parts of its user's own: model .* resnet_jax.restore\(.*\.variables"):
         rj.load_pretrained(str(tmp_path / "run"))
     predictor = rj.Predictor.from_run(tmp_path / "run", model=Net())
     np.testing.assert_allclose(predictor([IMAGES[0], IMAGES[1]]).sum(1), 1.0, rtol=1e-6)
