@@ -335,9 +335,9 @@ def _from_run(folder: Path, checkpoint: str | None) -> Weights:
     from resnet_jax.training.checkpoints import read_variables
     from resnet_jax.training.parts import recorded_parts
 
-    if model := recorded_parts(folder).get("model"):
+    if own := recorded_parts(folder).get("model"):
         raise InputError(
-            f"the run in {folder} has parts of its user's own: model ({model['name']}), so it is no source of weights "
+            f"the run in {folder} has parts of its user's own: model ({own['name']}), so it is no source of weights "
             "for a named model. A command that opens the run takes the recipe file that defines it with --config FILE; "
             f"in Python resnet_jax.restore({str(folder)!r}, model=...)[0].variables has the weights"
         )
