@@ -30,6 +30,13 @@ def test_a_length_in_epochs_says_how_it_became_whole_steps(length, examples, wor
     assert length_of(config, make_plan(config, examples)) == words
 
 
+@pytest.mark.parametrize("source", ["no/such.pth", "hf-hub:a/b"])
+def test_weights_that_are_not_there_are_named_with_their_flag_and_what_to_give(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(InputError, match=r"^model.pretrained: .*--model.pretrained FILE .*--model.pretrained None"):
+        resolve(Config(model=ModelConfig("resnet50", pretrained=source)))
+
+
 @pytest.fixture
 def tensors():
     model = create_model("test_resnet", num_classes=4)
