@@ -69,6 +69,16 @@ def make_plan(config: Config, examples: int, evaluates: bool = True) -> Plan:
     return Plan(total, per_epoch, eval_every, save_every, config.log.every_steps, evaluates)
 
 
+def length_of(config: Config, plan: Plan) -> str:
+    """Returns a run's length in words: `43 steps (6 epochs of 7.03 steps, rounded up)`."""
+    steps = f"{plan.total:,} steps"
+    if config.train.steps is not None:
+        return f"{steps}, {plan.total / plan.per_epoch:.3g} epochs"
+    rounded = "" if plan.total == config.train.epochs * plan.per_epoch else ", rounded up"
+    epochs = f"{config.train.epochs:g} epoch{'s' * (config.train.epochs != 1)}"
+    return f"{steps} ({epochs} of {round(plan.per_epoch, 2):,g} steps{rounded})"
+
+
 def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainState:
     """Returns a first state with the recipe's pretrained weights, if it has any; a head that does not fit stays random.
 
