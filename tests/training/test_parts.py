@@ -24,6 +24,7 @@ from resnet_jax import recipe_files
 from resnet_jax.cli import main
 from resnet_jax.recipe_files import load_recipe
 from resnet_jax.runs.folder import finish
+from resnet_jax.runs.signals import Stopped
 from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training.evaluation import evaluate_run
 from resnet_jax.training.parts import check_recorded, make_parts, names_and_hashes
@@ -296,6 +297,7 @@ def test_what_to_type_next_names_the_recipe_file_or_what_it_must_define(own_run,
     *_, command, note = capsys.readouterr().out.splitlines()
     assert command == f"  resnet-jax evaluate {tmp_path} --config FILE"
     assert note == "FILE is a recipe file that defines config and the run's model, dataset, metrics"
+    assert f"; the same command with --workdir {tmp_path} goes on" in str(Stopped(tmp_path, 4, 15, True))
 
 
 def test_a_run_notes_the_parts_of_a_recipe_file(own_run):
