@@ -97,9 +97,8 @@ class Hooks:
                 raise InputError(
                     f"hooks[{place}] is the class {hook.__qualname__}: expected an object, such as {hook.__name__}()"
                 )
-            if not any(
-                hasattr(hook, name) and getattr(type(hook), name, None) is not of for name, of in METHODS.items()
-            ):
+            own = {name for name in METHODS if hasattr(hook, name)}
+            if not any(getattr(type(hook), name, None) is not METHODS[name] for name in own):
                 others = [name for name in dir(hook) if name.startswith("on_") and name not in METHODS]
                 raise InputError(
                     f"hooks[{place}], of type {type(hook).__qualname__}, has no method that is called: expected some "

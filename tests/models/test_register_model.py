@@ -230,8 +230,8 @@ def test_a_module_without_the_fields_that_it_needs_is_told_which():
     def flat(num_classes):
         return Flat(num_classes)
 
-    with pytest.raises(rj.InputError, match="flat: the module Flat has no field num_classes, by which"):
-        rj.create_model("flat", num_classes=3)
+    with pytest.raises(rj.InputError, match=r"model.name flat: the module Flat has no field num_classes, by which"):
+        build_model(Config(ModelConfig("flat"), DataConfig(image_size=8)), 3)
 
     class Flatter(Flat):
         num_classes: int = 3
