@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -225,12 +225,12 @@ def model_with_parts(config: Config, parts: Parts, classes: int) -> tuple[Any, P
     return model, dataclasses.replace(parts, outputs=model.num_classes if classes else 0)
 
 
-def restore(run: str | Path, step: int | None = None, **parts: Any) -> tuple[TrainState, int]:
+def restore(run: str | Path, step: int | Literal["best"] | None = None, **parts: Any) -> tuple[TrainState, int]:
     """Reads the state of a run, as its recipe's model and optimizer have it, on the first device of this process.
 
     Args:
       run: its folder; nothing in it is touched, and the run may be under way.
-      step: of a checkpoint that is kept; None takes the newest sound one.
+      step: of a checkpoint that is kept, or `best`; None takes the newest sound one.
       **parts: `model` and `optimizer` that the run's user brought, as for `train`.
 
     Returns:
@@ -242,6 +242,7 @@ def restore(run: str | Path, step: int | None = None, **parts: Any) -> tuple[Tra
     Example::
 
       state, step = rj.restore("runs/a")
+      model = rj.create_model("cifar_resnet20", num_classes=10)  # that of its recipe
       logits = model.apply(state.variables, images, train=False)
     """
     _, state, _ = read_run(path_of(run, "run"), "latest" if step is None else str(step), make_parts(parts))
