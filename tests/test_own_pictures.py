@@ -129,7 +129,7 @@ def test_a_program_serves_without_this_package(run, folder, tmp_path, capsys):
     assert main(["export", str(run), str(tmp_path / "net.stablehlo")]) == 0
     printed = capsys.readouterr()
     assert "takes uint8 pixels ['batch', 12, 12, 3], gives 3 probabilities" in printed.out
-    assert "100 generated pictures" in printed.out and "may take a minute" in printed.err
+    assert "100 generated pictures" in printed.out and "may take a minute" in printed.out
     assert "`pip install jax flatbuffers pillow`" in (ROOT / "docs" / "serving.md").read_text()
     predictor = rj.Predictor.from_run(run)
     files = sorted(folder.rglob("*.png"))[:7]

@@ -38,7 +38,7 @@ def export_program(
 
     The program takes pixels [batch, height, width, channel], uint8 for RGB and else float32, and gives probabilities,
     float32 [batch, classes], [batch, 1] of a network with one logit. It is written only after it agreed with the
-    network on 100 generated pictures. A line on standard error says so before it begins.
+    network on 100 generated pictures. A line says so before it begins.
 
     Args:
       source: as for `load_pretrained`.
@@ -71,7 +71,7 @@ def export_program(
     write = {"stablehlo": write_stablehlo, "onnx": write_onnx}[form]
     with written_beside(path) as beside:
         line = f"writing {path} and comparing it with the network on {CHECKED} generated pictures; it may take a minute"
-        say(line, error=True)
+        say(line)
         call = write(serve(predictor), shape, dtype, metadata, beside)
         agree(call, predictor, shape, dtype)
     return metadata
