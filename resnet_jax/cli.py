@@ -3,12 +3,14 @@
 import atexit
 import gc
 import io
+import logging
 import os
 import select
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from resnet_jax import __version__
@@ -75,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
     settle_matplotlib()
     try:
-        status = call(arguments)
+        with log_as_warnings():
+            status = call(arguments)
         sys.stdout.flush()
         return status
     except InputError as error:
@@ -101,6 +104,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__module__.startswith(("gcsfs.", "google.auth.")):  # such as HttpError, where there is no right
             return fail(about_bucket(error, arguments))
         raise
+
+
+@contextmanager
+def log_as_warnings() -> Iterator[None]:
+    """Prints what the package logs as commands print warnings, and not again as other libraries set the log up."""
+    logger, handler = logging.getLogger("resnet_jax"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
 
 
 def about_bucket(error: Exception, arguments: Sequence[str]) -> str:

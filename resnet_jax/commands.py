@@ -628,12 +628,13 @@ def export_command(
     from resnet_jax.runs.signals import cleaned_up
 
     if form in ("stablehlo", "onnx"):
-        from resnet_jax.predict.serving import export_program
+        from resnet_jax.predict.serving import CHECKED, export_program
 
         with cleaned_up():
             metadata = export_program(source, path, form, name, checkpoint, **given_parts(config))
         taken = f"{metadata['dtype']} pixels {metadata['input']}"
-        print(f"{path}: takes {taken}, gives {len(metadata['class_names'])} probabilities; checked on 100 pictures")
+        gives = f"gives {len(metadata['class_names'])} probabilities"
+        print(f"{path}: takes {taken}, {gives}; agrees with the network on {CHECKED} generated pictures")
         return 0
     from resnet_jax.weights.export import export
 

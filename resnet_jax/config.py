@@ -48,6 +48,11 @@ def known_size(size: Size | None) -> Size:
     return known(size, "data.image_size")  # type: ignore[return-value]  # mypy makes an object of the union
 
 
+def shown_size(size: Size) -> str:
+    """Returns a size, such as `32` or `32 x 48`."""
+    return str(size) if isinstance(size, int) else " x ".join(map(str, size))
+
+
 def sides(size: Size | None) -> tuple[int, int]:
     """Returns height and width.
 

@@ -18,6 +18,7 @@ from resnet_jax.cli import main
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.runs.trackers import read_lines
 from tests.browser import needs_chromium, screenshot, tags
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.xdist_group("own_pictures")  # one process makes what they share
 
@@ -119,13 +120,17 @@ program = jax.export.deserialize(bytearray(archive.read("program")))
 pixels = np.load(sys.argv[2])
 np.save(sys.argv[3], program.call(pixels))
 assert not any(name.startswith(("resnet_jax", "flax")) for name in sys.modules)
+assert "flatbuffers" in sys.modules
 print(json.loads(archive.read("metadata.json"))["class_names"])
 """
 
 
 def test_a_program_serves_without_this_package(run, folder, tmp_path, capsys):
     assert main(["export", str(run), str(tmp_path / "net.stablehlo")]) == 0
-    assert "takes uint8 pixels ['batch', 12, 12, 3], gives 3 probabilities" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "takes uint8 pixels ['batch', 12, 12, 3], gives 3 probabilities" in printed.out
+    assert "100 generated pictures" in printed.out and "may take a minute" in printed.out
+    assert "`pip install jax flatbuffers pillow`" in (ROOT / "docs" / "serving.md").read_text()
     predictor = rj.Predictor.from_run(run)
     files = sorted(folder.rglob("*.png"))[:7]
     np.save(tmp_path / "in.npy", np.stack([predictor.prepare(str(path)) for path in files]))

@@ -67,6 +67,7 @@ def test_the_step_in_a_loop_of_ones_own_trains():
     exec(snippet("class MyNet"), names)
     exec(snippet("rj.make_train_step"), names)
     assert names["state"].step == 8 and names["sums"]["count"] == 16 and names["sums"]["loss"] / 16 < 1.0
+    assert names["step"]._cache_size() == 1
 
 
 def test_parts_of_ones_own_train_in_our_loop(tmp_path, monkeypatch):

@@ -192,6 +192,18 @@ def folder_dataset(root: Path) -> Dataset:
     return _dataset(root, found, left)
 
 
+def classes_in(root: Path) -> tuple[str, ...]:
+    """Returns the classes of a folder as `folder_dataset` takes them, by the names of their folders alone, whose
+    pictures are not looked for.
+
+    Raises:
+      InputError: the folder cannot be read.
+    """
+    folders = _folders(root, LeftOut())
+    train = [folder for name, folder in folders.items() if split_of(name) == "train" and _has_folders(folder)]
+    return tuple(_folders(train[0], LeftOut()) if train else folders)
+
+
 def _has_folders(folder: Path) -> bool:
     """Whether there are folders in a folder, litter left aside."""
     return bool(_folders(folder, LeftOut()))

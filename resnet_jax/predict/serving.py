@@ -5,6 +5,7 @@ is made with jax2onnx and holds the same metadata among its properties.
 """
 
 import json
+import logging
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from resnet_jax.config import InputError, sides
 from resnet_jax.data.on_device import normalize
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.ops import use_custom_kernels
-from resnet_jax.output import first_line
+from resnet_jax.output import first_line, say
 from resnet_jax.predict.fold_batch_norm import fold_batch_norm
 from resnet_jax.predict.predictor import Predictor, to_probabilities
 from resnet_jax.typed import from_extra
@@ -26,8 +27,8 @@ from resnet_jax.weights.export import written_beside
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 CHECKED, TOLERANCE = 100, 1e-4
-"""Pictures on which a written program must agree with the network, and how far probabilities may differ, as a share
-of the largest."""
+"""Generated pictures on which a written program must agree with the network, and how far probabilities may differ, as a
+share of the largest."""
 
 
 def export_program(
@@ -37,7 +38,7 @@ def export_program(
 
     The program takes pixels [batch, height, width, channel], uint8 for RGB and else float32, and gives probabilities,
     float32 [batch, classes], [batch, 1] of a network with one logit. It is written only after it agreed with the
-    network on 100 pictures.
+    network on 100 generated pictures. A line says so before it begins.
 
     Args:
       source: as for `load_pretrained`.
@@ -69,6 +70,8 @@ def export_program(
     }
     write = {"stablehlo": write_stablehlo, "onnx": write_onnx}[form]
     with written_beside(path) as beside:
+        line = f"writing {path} and comparing it with the network on {CHECKED} generated pictures; it may take a minute"
+        say(line)
         call = write(serve(predictor), shape, dtype, metadata, beside)
         agree(call, predictor, shape, dtype)
     return metadata
@@ -121,6 +124,7 @@ def write_onnx(served: Any, shape: tuple[int, ...], dtype: Any, metadata: dict[s
     Raises:
       InputError: jax2onnx is not installed, or does not know an operation of the network.
     """
+    logging.getLogger("jax2onnx").setLevel(logging.ERROR)  # it warns of each of its parts for other libraries
     with from_extra("onnx", ".onnx, unlike .stablehlo,"):
         import onnx
         import onnxruntime

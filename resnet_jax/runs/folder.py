@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from resnet_jax import __version__
 from resnet_jax.config import Config, InputError, differences, to_dict
 from resnet_jax.files import in_bucket, path_of, read_json, to_json, write_whole
+from resnet_jax.models.registry import OURS
 from resnet_jax.output import say, wrapped
 from resnet_jax.recipe_files import WrongRecipe, read_recipe, recipe_given, recorded
 from resnet_jax.runs.lock import BucketLock, Lock, hold, live_holder
@@ -181,11 +182,13 @@ def finish(
 
 
 def evaluate_command(folder: Path) -> str:
-    """Returns the command that evaluates a run; with parts of the user's own it names the recipe file that this process
-    was given, or FILE where it was given none.
+    """Returns the command that evaluates a run; with parts or a named model of the user's own it names the recipe file
+    that this process was given, or FILE where it was given none.
     """
-    own = f" --config {shlex.quote(str(recipe_given() or 'FILE'))}" if parts_to_evaluate(folder) else ""
-    return f"resnet-jax evaluate {shlex.quote(str(folder))}{own}"
+    config = recorded(folder)
+    own = parts_to_evaluate(folder) or (config is not None and config.model.name not in OURS)
+    flag = f" --config {shlex.quote(str(recipe_given() or 'FILE'))}" if own else ""
+    return f"resnet-jax evaluate {shlex.quote(str(folder))}{flag}"
 
 
 def parts_to_evaluate(folder: Path) -> list[str]:

@@ -15,8 +15,11 @@ from jax.sharding import Sharding
 
 from resnet_jax.config import Config, InputError, known, sides
 from resnet_jax.data.dataset import Dataset
+from resnet_jax.data.folders import classes_in, table_dataset
 from resnet_jax.data.loader import checked_label
+from resnet_jax.files import in_bucket, path_of
 from resnet_jax.models.registry import default_classes
+from resnet_jax.ops import use_custom_kernels
 from resnet_jax.runs.tpu_target import CHIPS, bounds, largest_batch, parse_target, target_mesh
 from resnet_jax.training.build import (
     build_model,
@@ -26,6 +29,7 @@ from resnet_jax.training.build import (
     model_with_parts,
     state_maker,
 )
+from resnet_jax.training.check_tracing import counted
 from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.parts import NO_PARTS, Parts
 from resnet_jax.training.programs import recipe_step
@@ -51,10 +55,12 @@ def forecast(
     TPUs of a target such as `v5e:4x4`, which need not be there.
 
     Returns:
-      `devices`, `parameters` (their number), `flops` (of a step, on all devices, as XLA counts them), in bytes on each
-      device `state` (`params`, `batch_stats`, `opt_state`, `ema`), `batch`, `temporary` (activations and all else that
-      lives within a step) and `total`, and `collectives`: name -> bytes of a step that each device puts out. For a
-      target also, of one chip, `flops_a_chip`, `bytes_accessed`, `peak` (bytes), `compile_seconds`, and `bounds`.
+      `devices`, `parameters` (their number), `classes` (their number, None of a model of the user's own) with
+      `classes_from`, `flops` (of a step, on all devices, as `flops_of` counts them), in bytes on each device `state`
+      (`params`, `batch_stats`, `opt_state`, `ema`), `batch`, `temporary` (activations and all else that lives within a
+      step) and `total`, and `collectives`: name -> bytes of a step that each device puts out. For a target also, of one
+      chip, `flops_a_chip` and `bytes_accessed` (as its compiler counts them), `peak` (bytes), `compile_seconds`, and
+      `bounds`.
 
     Raises:
       InputError: the recipe contradicts itself or does not fit the devices, or its strategy is pmap.
@@ -68,10 +74,13 @@ def forecast(
     schedule = optax.constant_schedule(0.1)
     images_per_statistic(config, mesh.size)
     dataset = None if parts.dataset is None else data_of(config, parts)
+    classes: int | None
     if dataset is not None or parts.model is not None:
         model, parts = model_with_parts(config, parts, len((dataset or data_of(config, parts)).class_names))
+        classes, classes_from = getattr(model, "num_classes", None), "of your own parts"
     else:
-        model = build_model(config, config.model.num_classes or default_classes(known(config.model.name, "model.name")))
+        classes, classes_from = classes_of(config)
+        model = build_model(config, classes)
     new_state = state_maker(config, model, schedule, parts.optimizer)
     shapes = jax.eval_shape(lambda: in_form(new_state(), config))
     places = state_sharding(shapes, mesh)
@@ -83,12 +92,15 @@ def forecast(
         "label": jax.tree.map(partial(shape_of_batch, count=count, sharding=split), label_of(dataset)),
         "mirrored": jax.ShapeDtypeStruct((count,), jnp.bool_, sharding=split),
     }
-    step = recipe_step(
-        config, model, make_optimizer(config.optimizer, schedule, own=parts.optimizer), mesh, parts=parts
-    )
+
+    def new_step() -> Any:
+        return recipe_step(
+            config, model, make_optimizer(config.optimizer, schedule, own=parts.optimizer), mesh, parts=parts
+        )
+
     options = compiler_options() if target is None else {}
     compiled = partial(jax.jit, donate_argnums=0, compiler_options=options)
-    lowered = compiled(step, out_shardings=(places, replicated(mesh))).lower(state, batch)
+    lowered = compiled(new_step(), out_shardings=(places, replicated(mesh))).lower(state, batch)
     began = time.perf_counter()
     program = lowered.compile()
     held = {name: bytes_on_a_device(getattr(state, name)) for name in ("params", "batch_stats", "opt_state", "ema")}
@@ -96,7 +108,9 @@ def forecast(
     needs: dict[str, Any] = {
         "devices": mesh.size,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
-        "flops": (program.cost_analysis() or {}).get("flops", 0.0) * mesh.size,
+        "classes": classes,
+        "classes_from": classes_from,
+        "flops": flops_of(new_step(), state, batch),
         "state": held,
         "batch": images,
         "temporary": temporary,
@@ -110,6 +124,42 @@ def forecast(
         needs |= {"peak": memory.peak_memory_in_bytes, "compile_seconds": time.perf_counter() - began}
         needs |= {"target": target, "bounds": bounds(needs, target)}
     return needs
+
+
+def classes_of(config: Config) -> tuple[int, str]:
+    """Returns how many classes the model of a recipe has, and in a few words who says so: the recipe, the data where it
+    lies on this machine, or nobody.
+
+    Raises:
+      InputError: the data is there and cannot be read.
+    """
+    kind, _, rest = config.data.dataset.partition(":")
+    if config.model.num_classes is not None:
+        return config.model.num_classes, "by model.num_classes"
+    if config.data.dataset == "synthetic":
+        return config.data.synthetic_classes, "by data.synthetic_classes"
+    path = path_of(rest, "data.dataset") if kind in ("folder", "csv") and rest else None
+    if path is not None and not in_bucket(path) and path.exists():
+        names = table_dataset(path).class_names if kind == "csv" else classes_in(path)
+        if len(names) > 1:
+            return len(names), f"of {config.data.dataset}"
+    return default_classes(known(config.model.name, "model.name")), "assumed; --model.num_classes gives another number"
+
+
+def flops_of(step: Any, state: Any, batch: Any) -> int:
+    """Returns the floating-point operations of a step: two for each multiply-add of its convolutions and matrix
+    products, forward, backward and where something is computed again, on all devices together.
+
+    They are those of the plain operations, whatever the custom kernels make of them, with padding and without the holes
+    of strided gradients: 6 x the model's multiply-adds x images, less the gradient for the pixels, which nobody needs.
+
+    Args:
+      step: a step that was not traced before.
+      state, batch: what it takes, or shapes.
+    """
+    with use_custom_kernels(False):
+        traced = jax.make_jaxpr(step)(state, batch)
+    return 2 * sum(counted(getattr(traced, "jaxpr", traced)).values())
 
 
 def largest_batch_of(config: Config, target: str, parts: Parts = NO_PARTS) -> int:
@@ -189,8 +239,12 @@ def format_plan(needs: dict[str, Any]) -> str:
         if "target" not in needs
         else f"by the TPU's own compiler, for {needs['target']}"
     )
+    classes = "" if needs["classes"] is None else f" with {needs['classes']:,} classes ({needs['classes_from']})"
+    on = "1 device" if needs["devices"] == 1 else f"{needs['devices']} devices"
+    counted_as = "2 for each multiply-add of convolutions and matrix products"
     rows = [
-        f"{needs['parameters']:,} parameters, {needs['flops'] / 1e9:,.1f} GFLOP a step on {needs['devices']} devices",
+        f"{needs['parameters']:,} parameters{classes}",
+        f"{needs['flops'] / 1e9:,.1f} GFLOP a step on {on}: {counted_as}",
         f"memory of each device, in a step {compiler}:",
         *(f"{name:<28}{in_bytes(count):>12}" for name, count in held.items()),
     ]

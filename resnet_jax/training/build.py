@@ -116,6 +116,11 @@ def build_model(config: Config, classes: int) -> nn.Module:
     dtype = jnp.dtype(recipe.compute_dtype)
     fields = {} if config.data.channels == 3 else {"in_channels": config.data.channels}
     model: Any = create_model(name, num_classes=classes, dtype=dtype, **fields, **model_fields(recipe))
+    if not hasattr(model, "num_classes"):
+        raise InputError(
+            f"model.name {name}: the module {type(model).__name__} has no field num_classes, by which its outputs are "
+            "known: give it one, `num_classes: int`, in place of a field of another name"
+        )
     size, stride = min(sides(config.data.image_size)), stride_of(model)
     if hasattr(model, "image_size"):
         model = model.clone(image_size=size)

@@ -232,7 +232,11 @@ def multiply_adds(module: nn.Module, shapes: PyTree, image_shape: Shape) -> dict
 
 
 def counted(jaxpr: Any) -> dict[str, int]:
-    """Counts multiply-adds of a traced program, by type; of branches those with most."""
+    """Counts multiply-adds of a traced program, on all devices, by type; of branches those with most.
+
+    Positions of padding count, as in the tables of torchvision and timm; the holes of a dilated input, which the
+    gradient of a convolution with strides has, do not.
+    """
     found: Counter[str] = Counter()
     for equation in jaxpr.eqns:
         operation = equation.primitive.name
@@ -244,13 +248,15 @@ def counted(jaxpr: Any) -> dict[str, int]:
             else:
                 outputs = right.shape[equation.params["dimension_numbers"].rhs_spec[0]]
                 each = math.prod(right.shape) // max(1, outputs)
-            found[str(left.dtype)] += each * math.prod(equation.outvars[0].aval.shape)
+            holes = math.prod(equation.params.get("lhs_dilation", ()))
+            found[str(left.dtype)] += each * math.prod(equation.outvars[0].aval.shape) // holes
             continue
         inner = [counted(part) for part in programs_in(equation.params)]
         if operation == "cond":
             inner = [max(inner, key=lambda part: sum(part.values()))]
+        times = equation.params["mesh"].size if operation == "shard_map" else equation.params.get("length", 1)
         for part in inner:
-            found.update({kind: n * equation.params.get("length", 1) for kind, n in part.items()})
+            found.update({kind: n * times for kind, n in part.items()})
     return dict(found)
 
 

@@ -146,6 +146,7 @@ def train_with(
     start_processes(config.parallel)
     workdir = None if workdir is None else path_of(workdir, "--workdir")
     parts = make_parts(named)
+    told = Hooks(parts.hooks)
     before = recorded(workdir)
     if workdir is None or not begun(workdir):
         before = None  # a start that came to nothing does not bind
@@ -201,7 +202,6 @@ def train_with(
             check_pictures(folder, config, dataset)
             record(folder, parts)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
-            told = Hooks(parts.hooks)
             seen = dataset if look_at_test else replace(dataset, test=None)
             run = Run(folder, config, plan, module, seen, metric, mesh, checkpoints, stop, lock, parts, told)
             progress, images_per_second = fit_with_rollbacks(run, schedule)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_jax.config import Config, InputError, Size, known, known_size, sides, works_on_host
+from resnet_jax.config import Config, InputError, Size, known, known_size, shown_size, sides, works_on_host
 from resnet_jax.data.dataset import Dataset, Source, listed
 from resnet_jax.data.decode import BadImage, decode
 from resnet_jax.data.transforms import fit
@@ -50,6 +50,15 @@ OF_MODEL = tuple(
     )
 )
 """Fields that stay None where neither recipe nor weights change them: the model's own."""
+OF_PREPROCESSING = {
+    "image_size": "data.image_size",
+    "eval_image_size": "data.eval_image_size",
+    "eval_crop": "augment.eval_crop",
+    "interpolation": "augment.interpolation",
+    "mean": "data.mean",
+    "std": "data.std",
+}
+"""Fields of `Preprocessing` -> those of a recipe."""
 MEASURED = 1000
 """Training pictures, at most, of which mean and deviation are measured."""
 ON_DEVICE_BYTES = 2**30
@@ -210,12 +219,12 @@ def values_of_weights(config: Config, source: str, fetch: bool = True) -> dict[s
         )
     values = {f"model.{field}": value for field, value in weights.fields.items() if f"model.{field}" in OF_MODEL}
     values["model.name"] = name
-    found = preprocessing_of(dataclasses.replace(weights, name=weights.name or name), source)
+    taken = {field: f"--{name}" for field, name in OF_PREPROCESSING.items() if value_of(config, name) is None}
+    if "image_size" not in taken:
+        taken.pop("eval_image_size", None)
+    found = preprocessing_of(dataclasses.replace(weights, name=weights.name or name), source, taken)
     if found is not None:
-        for field in ("mean", "std", "image_size", "eval_image_size"):
-            values[f"data.{field}"] = getattr(found, field)
-        for field in ("eval_crop", "interpolation"):
-            values[f"augment.{field}"] = getattr(found, field)
+        values |= {name: getattr(found, field) for field, name in OF_PREPROCESSING.items()}
     return values
 
 
@@ -343,8 +352,3 @@ def fits_device(config: Config, count: int) -> tuple[bool, str]:
 def shown_value(value: object) -> str:
     """Returns a value as a line of a start shows it."""
     return " ".join(f"{x:g}" for x in value) if isinstance(value, tuple) else str(value)
-
-
-def shown_size(size: Size) -> str:
-    """Returns a size, such as `32` or `32 x 48`."""
-    return str(size) if isinstance(size, int) else " x ".join(map(str, size))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ def export_own_model(
 def written_beside(path: Path) -> Iterator[Path]:
     """Creates a file beside `path` to write into; it replaces `path` when the block ends, and is removed if that fails.
 
+    It has the permissions that the umask gives a new file, whatever the library that writes it sets.
+
     Raises:
       InputError: `path` is a folder or a device, cannot be written, or the disk is full; what was there stays.
     """
@@ -103,10 +106,13 @@ def written_beside(path: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
         beside.open("xb").close()
+        mode = beside.stat().st_mode
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error}") from error
     try:
         yield beside
+        if beside.stat().st_mode != mode:  # safetensors writes a file of its own, for its owner alone
+            beside.chmod(stat.S_IMODE(mode))
         beside.replace(target)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error}") from error

@@ -1,7 +1,7 @@
 """Loads a model with pretrained weights."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.config import InputError
+from resnet_jax.config import InputError, shown_size
 from resnet_jax.models.features import Features, features_of
 from resnet_jax.models.registry import OURS, channels_of, create_model, default_classes, list_models
 from resnet_jax.weights.convert import Tensors, adapt_stem, as_array, classes_of, fresh_head, from_torch, stem_channels
@@ -131,10 +131,14 @@ def model_of(weights: Weights, source: str) -> tuple[str, dict[str, Any]]:
     return weights.name, weights.fields | {"num_classes": classes or None}
 
 
-def preprocessing_of(weights: Weights, source: str) -> Preprocessing | None:
+def preprocessing_of(weights: Weights, source: str, flags: Mapping[str, str] | None = None) -> Preprocessing | None:
     """Returns how images are prepared for weights, as their source says.
 
     Where it does not say, it is as for the default tag of their model, which the log notes; None where there is no tag.
+
+    Args:
+      flags: field of `Preprocessing` -> the flag that gives another value, of the fields that are taken from here; None
+        where there are no such flags.
     """
     if weights.preprocessing is not None or not weights.name:
         return weights.preprocessing
@@ -142,7 +146,22 @@ def preprocessing_of(weights: Weights, source: str) -> Preprocessing | None:
     if not tags:
         return None
     found = tags[0].preprocessing
-    logger.warning("%s does not say how images are prepared: taken as for %s, %s", source, tags[0].tag, found)
+    words = {
+        "image_size": f"{shown_size(found.image_size)} pixels in training",
+        "eval_image_size": f"{shown_size(found.eval_image_size)} in evaluation",
+        "eval_crop": f"crop {found.eval_crop}",
+        "interpolation": found.interpolation,
+        "mean": f"mean {' '.join(map(str, found.mean))}",
+        "std": f"deviation {' '.join(map(str, found.std))}",
+    }
+    if flags is None:
+        taken, remedy = ", ".join(words.values()), "a folder that holds it and timm's config.json says otherwise"
+    else:
+        taken = ", ".join(f"{words[field]} ({flag})" for field, flag in flags.items())
+        remedy = "the flags in brackets change it"
+    if taken:
+        message = "%s does not say how images are prepared: taken as for %s, %s; %s"
+        logger.warning(message, source, tags[0].tag, taken, remedy)
     return found
 
 

@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, ModelConfig, ParallelConfig
 from resnet_jax.recipe_files import load_config
-from resnet_jax.runs.forecast import collective_bytes, forecast, parse_memory
+from resnet_jax.runs.forecast import classes_of, collective_bytes, flops_of, forecast, format_plan, parse_memory
 
 from ..conftest import ROOT
 
@@ -35,6 +36,47 @@ def test_a_spread_state_is_smaller_on_each_device_and_gathered():
     spread = forecast(dataclasses.replace(RECIPE, parallel=ParallelConfig(fsdp=8)), 8)
     assert spread["state"]["opt_state"] < 0.4 * whole["opt_state"]
     assert spread["collectives"]["all-gather"] > 0
+
+
+def test_operations_are_those_of_the_plain_network_and_classes_those_of_the_folder(tmp_path):
+    """By hand, with the custom kernels on: the gradients double each layer's operations again, but for the pixels'."""
+    for name in ("train/a", "train/b", "train/c", "validation/a"):
+        (tmp_path / name).mkdir(parents=True)
+    recipe = dataclasses.replace(
+        RECIPE,
+        model=ModelConfig("cifar_resnet8"),
+        data=dataclasses.replace(RECIPE.data, dataset=f"folder:{tmp_path}", image_size=32),
+    )
+    stages = (1024 * 9 * 2 * 16 * 16, 256 * 9 * (16 * 32 + 32 * 32), 64 * 9 * (32 * 64 + 64 * 64))
+    stem, head = 1024 * 9 * 3 * 16, 64 * 3
+    needs, images = forecast(recipe, 1), recipe.train.batch_size
+    assert needs["flops"] == images * 2 * (2 * stem + 3 * sum(stages) + 3 * head)
+    assert needs["parameters"] == 75_290 - 65 * 7
+    first, second, *_ = format_plan(needs).splitlines()
+    assert first == f"74,835 parameters with 3 classes (of folder:{tmp_path})" and "GFLOP a step on 1 device:" in second
+    nowhere = dataclasses.replace(recipe, data=DataConfig(dataset="folder:/nowhere"), model=ModelConfig("resnet18"))
+    assert classes_of(nowhere)[0] == 1000 and "assumed" in classes_of(nowhere)[1]
+
+
+def test_operations_of_loops_devices_and_strided_gradients_are_counted():
+    """Three turns of a convolution with strides and its two gradients, each of which has as many multiply-adds."""
+    mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+
+    def convolve(kernel, images):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(images, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout)
+
+    def turn(carry, _):
+        convolved, gradients = jax.vjp(convolve, *carry)
+        return gradients(convolved), None
+
+    def step(kernel, images):
+        return jax.lax.scan(turn, (kernel, images), None, length=3)[0]
+
+    spec = jax.sharding.PartitionSpec
+    split = jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data"), check_vma=False)
+    shapes = jnp.zeros((3, 3, 4, 6)), jnp.zeros((16, 8, 8, 4))
+    assert flops_of(split, *shapes) == 2 * 3 * 3 * 16 * (4 * 4 * 6) * (3 * 3 * 4) == flops_of(step, *shapes)
 
 
 def test_bytes_are_read_from_the_text_of_a_program():

@@ -8,12 +8,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from resnet_jax import InputError, Predictor, create_model, to_torch
-from resnet_jax.config import Config, DataConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
+from resnet_jax.cli import main
+from resnet_jax.config import AugmentConfig, Config, DataConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
 from resnet_jax.training.build import length_of, make_plan
 from resnet_jax.training.loop import train
 from resnet_jax.training.resolve import resolve
 from resnet_jax.weights.sources import find_weights
-from resnet_jax.weights.tags import tags_of
+from resnet_jax.weights.tags import find_tag, tags_of
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,28 @@ def test_a_bare_file_is_prepared_for_as_in_prediction(tmp_path, tensors, caplog)
     assert look(config) == dataclasses.astuple(expected) != look(resolve(Config()).config)
     assert Predictor.from_source(source, "test_resnet").preprocessing == expected
     assert "bare.safetensors does not say how images are prepared: taken as for test_resnet.r160_in1k" in caplog.text
+    assert "Preprocessing(" not in caplog.text
+
+
+def test_flags_give_a_bare_file_torchvisions_preprocessing_and_a_line_says_which_are_open(tmp_path, tensors, capsys):
+    """Those of docs/from_torchvision.md."""
+    source = str(tmp_path / "bare.safetensors")
+    save_file(tensors, source)
+    words = ["show-batch", str(tmp_path / "a.png"), "--data.dataset", "synthetic", "--train.batch_size", "2"]
+    words += ["--model.pretrained", source, "--model.name", "resnet18"]
+    assert main([*words, "--augment.eval_crop", "0.875"]) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "bare.safetensors" in line)
+    assert line.startswith(f"WARNING: {source} does not say how images are prepared: taken as for resnet18.a1_in1k, ")
+    assert "288 in evaluation (--data.eval_image_size), bicubic (--augment.interpolation), " in line
+    assert "eval_crop" not in line
+    config = Config(
+        model=ModelConfig("resnet18", pretrained=source),
+        data=DataConfig(image_size=224),
+        augment=AugmentConfig(eval_crop=0.875, interpolation="bilinear"),
+    )
+    expected, found = find_tag("resnet18.tv_in1k").preprocessing, look(resolve(config).config)
+    assert found == (expected.mean, expected.std, 224, None, expected.eval_crop, expected.interpolation)
+    assert (expected.image_size, expected.eval_image_size) == (224, 224)
 
 
 def test_a_run_from_a_bare_file_is_predicted_with_what_it_was_trained_with(tmp_path, tensors):

@@ -183,6 +183,17 @@ def test_an_export_that_is_ended_leaves_nothing_beside_its_target(source, tmp_pa
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_an_export_has_the_permissions_of_any_new_file(form, source, tmp_path):
+    """A server under another user reads it."""
+    out, before = tmp_path / f"out.{form}", os.umask(0o022)
+    try:
+        assert main(["export", source, str(out)]) == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o644
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_devices_pipes_and_folders_are_not_replaced(form, source, tmp_path, capsys):
     os.mkfifo(tmp_path / f"pipe.{form}")
