@@ -20,7 +20,7 @@ images = images.astype(np.uint8)
 
 model = rj.create_model("cifar_resnet8", num_classes=4)
 tx, mesh = optax.sgd(0.1, momentum=0.9), rj.make_mesh()
-state = rj.create_state(model, tx, jax.random.key(0), image_shape=(16, 16, 3))
+state = rj.create_state(model, tx, jax.random.key(0), image_shape=(16, 16, 3), mesh=mesh)
 pixels = {"mean": (0.4, 0.4, 0.4), "std": (0.25, 0.25, 0.25)}
 step = jax.jit(rj.make_train_step(model, tx, **pixels), donate_argnums=0)
 evaluate = jax.jit(rj.make_eval_step(model, **pixels))

@@ -16,7 +16,7 @@ import resnet_jax as rj
 class Mixer(nn.Module):
     """A tiny MLP-Mixer (Tolstikhin et al. 2021): mixes places, then channels."""
 
-    classes: int = 10
+    num_classes: int = 10
     width: int = 32
 
     @nn.compact
@@ -27,7 +27,7 @@ class Mixer(nn.Module):
             x += jnp.swapaxes(nn.Dense(x.shape[1])(nn.gelu(jnp.swapaxes(y, 1, 2))), 1, 2)
             x += nn.Dense(self.width)(nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(x))))
         x = nn.Dropout(0.1, deterministic=not train)(x.mean(1))
-        return nn.Dense(self.classes)(x)
+        return nn.Dense(self.num_classes)(x)
 
 
 model = Mixer()

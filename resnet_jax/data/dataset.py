@@ -109,7 +109,8 @@ class Dataset:
 
     A split of your own is a pair of arrays (images, labels), or anything with a length whose examples by index are
     `{"image", "label"}`: a list, a grain `MapDataset`, a Hugging Face dataset. Images are paths, bytes of a file,
-    arrays [height, width, channel] (uint8, or floating-point numbers in [0, 1]), or Pillow's.
+    arrays [height, width, channel] (uint8, or floating-point numbers in [0, 1]), or Pillow's. Threads read what is no
+    array or list one example at a time; processes (`data.workers`) read pickled copies.
 
     Attributes:
       train: the examples to train on.

@@ -1,6 +1,8 @@
 """Data of the user's own: splits that are arrays, lists, or anything with a length and examples by index."""
 
 import dataclasses
+import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,9 @@ from resnet_jax.data.dataset import Dataset
 @dataclass(frozen=True)
 class Examples:
     """A split whose `examples[i]` is `{"image", "label"}` or a pair of these.
+
+    Where they are no arrays or lists, the threads of a process read them one at a time: a `__getitem__` of the user's
+    own may move the position of an open file.
 
     Attributes:
       name: of the split.
@@ -27,13 +32,52 @@ class Examples:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, label = pair_of(self.examples[index], self.describe(index))
-        return as_picture(image), int(self.labels[index]) if self.labels is not None else label
+        image, label = self.read(index)
+        return image, int(self.labels[index]) if self.labels is not None else label
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        """Returns image and label of an example as they were given.
+
+        Raises:
+          InputError: it cannot be read, or is neither a dict with both nor a pair.
+        """
+        if in_memory(self.examples):
+            return self._read(index)
+        with ONE_AT_A_TIME:
+            UNDER_WAY.append((self.describe(index), time.monotonic()))
+            try:
+                return self._read(index)
+            finally:
+                UNDER_WAY.pop()
+
+    def _read(self, index: int) -> tuple[Any, Any]:
+        try:
+            example = self.examples[index]
+        except Exception as error:  # of the user's own code
+            raise InputError(f"{self.describe(index)} cannot be read: {type(error).__name__}: {error}") from error
+        image, label = pair_of(example, self.describe(index))
+        return as_picture(image), label
 
     def describe(self, index: int) -> str:
         return f"example {index} of dataset.{self.name}"
 
     key = describe
+
+
+ONE_AT_A_TIME = threading.RLock()
+"""Is held while an example of the user's own is read, of any split: two of them may share one open file."""
+UNDER_WAY: list[tuple[str, float]] = []
+"""What is being read now, and since when, in seconds of `time.monotonic`."""
+
+
+def held_up(seconds: float) -> str:
+    """Returns the end of a sentence that names an example of the user's own that has been read for longer than this;
+    "" where none has.
+    """
+    for what, began in UNDER_WAY[:1]:
+        if (passed := time.monotonic() - began) > seconds:
+            return f"{what} has been under way for {passed:.0f} seconds"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -108,6 +152,13 @@ def source_of(split: Any, name: str) -> Any:
     return Examples(split, name)
 
 
+def in_memory(examples: Any) -> bool:
+    """Returns whether examples are arrays of NumPy or plain lists, which any number of threads may read at once."""
+    if isinstance(examples, Pair):
+        return in_memory(examples.images) and in_memory(examples.labels)
+    return isinstance(examples, np.ndarray) or type(examples) in (list, tuple)
+
+
 def pair_of(example: Any, what: str) -> tuple[Any, Any]:
     """Returns image and label of an example.
 
@@ -155,7 +206,7 @@ def with_labels(split: Any) -> Any:
     elif is_table(split.examples):
         labels = split.examples["label"]
     else:
-        labels = [pair_of(split.examples[i], split.describe(i))[1] for i in range(len(split))]
+        labels = [split.read(i)[1] for i in range(len(split))]
     found = np.asarray(labels)
     if found.ndim != 1 or found.dtype.kind not in "iu":
         wrong = next((i for i in range(len(split)) if not is_integer(labels[i])), 0)

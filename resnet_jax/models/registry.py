@@ -43,10 +43,11 @@ def register_model(name: str) -> Callable[[Maker], Maker]:
 
     What is registered is a `flax.linen.Module` class, or a function that returns a module; it is called with
     `num_classes`, with `dtype` and `in_channels` where it takes them, and with the fields that are asked for. The
-    module is called as `module(images, train=...)` and returns logits, float32 [batch, num_classes]. A field
-    `image_size` of it is set to the side of the images, for parameters that depend on it, and a dense layer called
-    `head` is made anew where weights have other classes. In files of weights tensors have the module's paths, with
-    PyTorch's words and axes: `conv/kernel` is `conv.weight`.
+    module is called as `module(images, train=...)` and returns logits, float32 [batch, num_classes]; what is trained by
+    its name has a field `num_classes`. A field `image_size` is set to the side of the images: a module whose shapes
+    depend on it needs one, and a function that makes it has to take it. A dense layer called `head` is made anew where
+    weights have other classes. In files of weights tensors have the module's paths, with PyTorch's words and axes:
+    `conv/kernel` is `conv.weight`.
 
     The same definition may be registered again, as a notebook's cell that is run twice does: the newer one counts.
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from resnet_jax import __version__
 from resnet_jax.config import Config, InputError, differences, to_dict
 from resnet_jax.files import in_bucket, path_of, read_json, to_json, write_whole
+from resnet_jax.models.registry import OURS
 from resnet_jax.output import say, wrapped
 from resnet_jax.recipe_files import WrongRecipe, read_recipe, recorded
 from resnet_jax.runs.lock import BucketLock, Lock, hold, live_holder
@@ -179,9 +180,12 @@ def finish(
 
 
 def evaluate_command(folder: Path) -> str:
-    """Returns the command that evaluates a run; with parts of the user's own it names their file as FILE."""
-    own = " --config FILE" if (folder / "parts.json").exists() else ""
-    return f"resnet-jax evaluate {shlex.quote(str(folder))}{own}"
+    """Returns the command that evaluates a run; with parts or a named model of the user's own it names their file as
+    FILE.
+    """
+    config = recorded(folder)
+    own = (folder / "parts.json").exists() or (config is not None and config.model.name not in OURS)
+    return f"resnet-jax evaluate {shlex.quote(str(folder))}{' --config FILE' if own else ''}"
 
 
 def outcome(summary: dict[str, Any]) -> list[str]:

@@ -69,6 +69,16 @@ def make_plan(config: Config, examples: int, evaluates: bool = True) -> Plan:
     return Plan(total, per_epoch, eval_every, save_every, config.log.every_steps, evaluates)
 
 
+def length_of(config: Config, plan: Plan) -> str:
+    """Returns a run's length in words: `43 steps (6 epochs of 7.03 steps, rounded up)`."""
+    steps = f"{plan.total:,} steps"
+    if config.train.steps is not None:
+        return f"{steps}, {plan.total / plan.per_epoch:.3g} epochs"
+    rounded = "" if plan.total == config.train.epochs * plan.per_epoch else ", rounded up"
+    epochs = f"{config.train.epochs:g} epoch{'s' * (config.train.epochs != 1)}"
+    return f"{steps} ({epochs} of {round(plan.per_epoch, 2):,g} steps{rounded})"
+
+
 def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainState:
     """Returns a first state with the recipe's pretrained weights, if it has any; a head that does not fit stays random.
 
@@ -106,6 +116,11 @@ def build_model(config: Config, classes: int) -> nn.Module:
     dtype = jnp.dtype(recipe.compute_dtype)
     fields = {} if config.data.channels == 3 else {"in_channels": config.data.channels}
     model: Any = create_model(name, num_classes=classes, dtype=dtype, **fields, **model_fields(recipe))
+    if not hasattr(model, "num_classes"):
+        raise InputError(
+            f"model.name {name}: the module {type(model).__name__} has no field num_classes, by which its outputs are "
+            "known: give it one, `num_classes: int`, in place of a field of another name"
+        )
     size, stride = min(sides(config.data.image_size)), stride_of(model)
     if hasattr(model, "image_size"):
         model = model.clone(image_size=size)

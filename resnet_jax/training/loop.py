@@ -44,6 +44,7 @@ from resnet_jax.training.build import (
     data_of,
     images_per_statistic,
     in_form,
+    length_of,
     make_plan,
     model_with_parts,
     norms_of_one_value,
@@ -145,6 +146,7 @@ def train_with(
     start_processes(config.parallel)
     workdir = None if workdir is None else path_of(workdir, "--workdir")
     parts = make_parts(named)
+    told = Hooks(parts.hooks)
     before = recorded(workdir)
     if workdir is None or not begun(workdir):
         before = None  # a start that came to nothing does not bind
@@ -186,8 +188,7 @@ def train_with(
     folder = open_workdir(workdir, config)
     check_one_folder(folder)
     say(f"run: {folder}")
-    length = f"{plan.total:,} steps, {plan.total / plan.per_epoch:.3g} epochs"
-    say(wrapped(f"training {config.model.name} on {device_name(mesh)}: {length}"))
+    say(wrapped(f"training {config.model.name} on {device_name(mesh)}: {length_of(config, plan)}"))
     for split, source in dataset.splits().items():
         if split != "train":
             check_readable(source, config.data.channels, split)
@@ -201,7 +202,6 @@ def train_with(
             check_pictures(folder, config, dataset)
             record(folder, parts)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
-            told = Hooks(parts.hooks)
             seen = dataset if look_at_test else replace(dataset, test=None)
             run = Run(folder, config, plan, module, seen, metric, mesh, checkpoints, stop, lock, parts, told)
             progress, images_per_second = fit_with_rollbacks(run, schedule)

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
 
@@ -56,6 +57,7 @@ def create_state(
     key: jax.Array,
     image_shape: tuple[int, int, int],
     ema: bool = False,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """Returns a new state with random parameters, in one compiled program.
 
@@ -64,6 +66,8 @@ def create_state(
         default one, and may draw other values on another kind of device.
       image_shape: height, width, channel of an image.
       ema: whether to keep moving averages of parameters and statistics.
+      mesh: each of its devices gets the whole state, as the step returns it for batches of `shard_batch`: the step is
+        then compiled once, and not again for its own result. None leaves the state on the default device.
 
     Example:
       >>> class Net(nn.Module):
@@ -84,7 +88,8 @@ def create_state(
         averages = {"params": params, "batch_stats": batch_stats} if ema else None
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averages, others)
 
-    return jax.jit(new_state)(key)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(new_state, out_shardings=everywhere)(key)
 
 
 def path_map(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:

@@ -37,6 +37,9 @@ def to_torch(model: nn.Module, variables: VariableDict) -> dict[str, np.ndarray]
     Returns:
       Name -> NumPy array, with the type of the variable; kernels are [out, in, height, width], or [out, in].
 
+    Raises:
+      InputError: a variable is of another shape than the model's.
+
     Example:
       >>> model = rj.create_model("cifar_resnet8", stage_sizes=(1, 1))
       >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
@@ -48,6 +51,12 @@ def to_torch(model: nn.Module, variables: VariableDict) -> dict[str, np.ndarray]
     tensors = {}
     for entry in entries(model):
         value = np.asarray(flat[entry.path])
+        if value.shape != entry.shape:
+            raise InputError(
+                f"{'/'.join(entry.path)} is {list(value.shape)}, and {type(model).__name__} has {list(entry.shape)}: "
+                "give the fields with which it was made; a module of your own whose shapes depend on the size of the "
+                "images needs a field image_size, which is set to it"
+            )
         if not entry.same_axes:
             value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
         tensors[entry.key] = np.ascontiguousarray(value).reshape(entry.tensor_shape)

@@ -1,6 +1,10 @@
 """Splits of the user's own as sources: what they may be, and which labels are classes."""
 
+import dataclasses
 import io
+import os
+import threading
+import time
 
 import grain
 import jax.numpy as jnp
@@ -11,10 +15,12 @@ from PIL import Image
 import resnet_jax as rj
 from resnet_jax.config import Config, DataConfig
 from resnet_jax.data.decode import decode
-from resnet_jax.data.loader import checked_label, whole_split
-from resnet_jax.data.own_data import own_dataset
+from resnet_jax.data.loader import BadImages, checked_label, eval_batches, whole_split
+from resnet_jax.data.own_data import Examples, own_dataset
+from resnet_jax.data.watch import Stalled
 from resnet_jax.training.build import data_of
 from resnet_jax.training.parts import Parts
+from resnet_jax.training.sharding import make_mesh
 
 from ..small import digits
 
@@ -130,3 +136,71 @@ def test_one_channel_that_is_taken_three_times_is_said():
     one = Config(data=DataConfig(channels=1))
     for config, dataset in ((one, grey), (Config(), rj.Dataset((PIXELS, LABELS), (PIXELS, LABELS)))):
         assert not any("channel" in note for note in data_of(config, Parts(dataset=dataset)).notes)
+
+
+def evaluated(source, batch_size, **data):
+    """The images of a split, as an evaluation reads them."""
+    config = digits()
+    train, data = (dataclasses.replace(config.train, batch_size=batch_size), dataclasses.replace(config.data, **data))
+    batches = eval_batches(
+        source, dataclasses.replace(config, train=train, data=data), make_mesh(1), BadImages("error")
+    )
+    return np.concatenate([batch["image"] for batch in batches])
+
+
+class OneFile:
+    """Examples in one open file, of which each read moves the position; `clashes` counts reads that overlapped."""
+
+    def __init__(self, pixels):
+        self.file, self.busy, self.clashes = io.BytesIO(pixels.tobytes()), False, 0
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        self.clashes += self.busy
+        self.busy = True
+        self.file.seek(index * 192)
+        time.sleep(0.001)
+        image = np.frombuffer(self.file.read(192), np.uint8).reshape(8, 8, 3)
+        self.busy = False
+        return {"image": image, "label": index % 3}
+
+
+def test_threads_read_data_of_ones_own_one_example_at_a_time(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    data = OneFile(pixels)
+    source = own_dataset(rj.Dataset(train=data)).train
+    np.testing.assert_array_equal(evaluated(source, 16), pixels)
+    assert data.clashes == 0
+
+
+class Gone(Rows):
+    def __getitem__(self, index):
+        if index == 4:
+            raise OSError("the share is gone")
+        return super().__getitem__(index)
+
+
+def test_an_example_that_cannot_be_read_is_named():
+    message = "example 4 of dataset.validation cannot be read: OSError: the share is gone"
+    with pytest.raises(rj.InputError, match=message) as error:
+        own_dataset(rj.Dataset(train=Rows(), validation=Gone()))
+    assert isinstance(error.value.__cause__, OSError)
+    with pytest.raises(rj.InputError, match=r"example 4 of dataset\.train cannot be read"):
+        evaluated(Examples(Gone(), "train"), 6)
+
+
+def test_an_example_of_ones_own_that_hangs_is_named():
+    ended = threading.Event()
+
+    class Hangs(Rows):
+        def __getitem__(self, index):
+            if index == 4:
+                ended.wait(2.0)
+            return super().__getitem__(index)
+
+    with pytest.raises(Stalled, match=r"example 4 of dataset\.train has been under way"):
+        evaluated(Examples(Hangs(), "train"), 6, timeout=0.5)
+    ended.set()

@@ -1,14 +1,19 @@
 """Backbones: maps of a network, beside timm's and beside what the network itself gives."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import save_file
 
 import resnet_jax as rj
 from resnet_jax.models import registry
+
+from ..conftest import ROOT
 
 SMALL = {"stage_sizes": (1, 1, 1), "widths": (8, 16, 32), "stem_width": 8, "zero_init_last": False}
 IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
@@ -94,6 +99,25 @@ def test_gradients_flow_and_statistics_stay_where_they_are_frozen(frozen):
     evaluated = jax.jit(backbone.apply)(pretrained, IMAGES)
     trained = jax.jit(lambda v, x: backbone.apply(v, x, train=True, mutable=["batch_stats"])[0])(pretrained, IMAGES)
     assert all(bool((a == b).all()) is frozen for a, b in zip(evaluated, trained, strict=True))
+
+
+def test_a_pretrained_backbone_is_put_into_a_state_and_frozen_as_the_page_says():
+    page = (ROOT / "docs" / "backbones.md").read_text()
+    (shown,) = re.findall(r"(def with_backbone.*?)```", page, re.S)
+    (mask,) = re.findall(r"mask=(lambda params: .*?)\)\n", page)
+    (frozen,) = re.findall(r"frozen=(lambda path: .*?)\)\)\n", page)
+    exec(shown, names := {})
+    backbone, pretrained = rj.features("cifar_resnet8", (2, 3), key=jax.random.key(1), **SMALL)
+    detector, optimizer = Detector(backbone), optax.adamw(0.1, weight_decay=0.1, mask=eval(mask))
+    before = rj.create_state(detector, optimizer, jax.random.key(0), image_shape=(32, 32, 3))
+    before = names["with_backbone"](before, pretrained)
+    step = rj.make_train_step(
+        detector, optimizer, loss=lambda out, batch: jnp.square(out[:, 0] - 1), frozen=eval(frozen)
+    )
+    after, _ = jax.jit(step)(before, {"image": IMAGES, "label": np.zeros(4)})
+    for found, given in (("params", pretrained["params"]), ("batch_stats", pretrained["batch_stats"])):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, found)["backbone"], given)
+    assert (after.params["Dense_0"]["kernel"] != before.params["Dense_0"]["kernel"]).any()
 
 
 def test_what_cannot_be_given_is_named(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from functools import partial
 
 import flax.linen as nn
@@ -22,6 +23,8 @@ from resnet_jax.models.registry import cost, count_parameters
 from resnet_jax.recipe_files import load_config
 from resnet_jax.runs.forecast import forecast
 from resnet_jax.training.build import build_model
+
+from ..conftest import ROOT
 
 RECIPE = """
 import flax.linen as nn
@@ -196,6 +199,48 @@ def test_a_recipe_registers_what_it_names(run, capsys):
     del registry.MODELS["net-of-the-file"]
     assert main(["export", str(run / "run"), str(out)]) == 2
     assert "one of your own is there after `register_model`" in capsys.readouterr().err
+
+
+def test_the_module_of_the_page_trains_by_its_name_and_gives_its_weights(tmp_path, capsys):
+    blocks = re.findall(r"```{code-cell} ipython3\n(.*?)```", (ROOT / "docs" / "own_module.md").read_text(), re.S)
+    recipe = "".join(block for block in blocks if "class Mixer" in block or "register_model" in block)
+    settings = 'rj.config.ModelConfig("mixer_tiny"), train=rj.config.TrainConfig(steps=2, batch_size=96)'
+    file, run = tmp_path / "mixer.py", str(tmp_path / "run")
+    file.write_text(f"{recipe}\nimport resnet_jax.config\n\nconfig = rj.Config({settings})\n")
+    flags = ["--config", str(file), "--parallel.devices", "1", "--log.no_report"]
+    assert main(["train", *flags, "--workdir", run]) == 0
+    assert f"resnet-jax evaluate {run} --config FILE --per-class" in capsys.readouterr().out
+    model, variables = rj.load_pretrained(run)
+    assert (model.num_classes, model.image_size) == (10, 8)
+    assert model.apply(variables, jnp.zeros((1, 8, 8, 3)), train=False).shape == (1, 10)
+    larger = ["--model.pretrained", run, "--data.image_size", "16", "--workdir", str(tmp_path / "larger")]
+    assert main(["train", *flags, *larger]) == 2
+    assert "shape: Dense_0.weight is [16, 16], the model has [64, 64]" in capsys.readouterr().err
+
+
+def test_a_module_without_the_fields_that_it_needs_is_told_which():
+    class Flat(nn.Module):
+        classes: int
+
+        @nn.compact
+        def __call__(self, images, train):
+            return nn.Dense(self.classes)(images.reshape(len(images), -1))
+
+    @rj.register_model("flat")
+    def flat(num_classes):
+        return Flat(num_classes)
+
+    with pytest.raises(rj.InputError, match=r"model.name flat: the module Flat has no field num_classes, by which"):
+        build_model(Config(ModelConfig("flat"), DataConfig(image_size=8)), 3)
+
+    class Flatter(Flat):
+        num_classes: int = 3
+
+    model = Flatter(3)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), False)
+    message = r"params/Dense_0/kernel is \[192, 3\], and Flatter has \[12288, 3\].* needs a field image_size"
+    with pytest.raises(rj.InputError, match=message):
+        rj.to_torch(model, variables)
 
 
 def test_its_plan_is_made(tmp_path):

@@ -19,6 +19,7 @@ from PIL import Image
 import resnet_jax as rj
 from resnet_jax.cli import main
 from resnet_jax.recipe_files import load_recipe
+from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training.parts import check_recorded, make_parts, names_and_hashes
 
@@ -112,6 +113,10 @@ def test_parts_of_ones_own_train_stop_by_a_hook_and_resume_bit_by_bit(tmp_path, 
     assert ("checkpoint", 3, "3") in watch.told
     lines = [names for kind, *_, names in watch.told if kind == "evaluation"]
     assert "validation/likelihood" in lines[0]
+    assert all(name.startswith("validation/") for names in lines[:-1] for name in names)
+    assert all(name.startswith("test/") for name in lines[-1])
+    *before, (_, last, _) = (told for told in watch.told if told[0] == "evaluation")
+    assert last == stopped["selected"] and before[-1][1] == 3
     assert "train/likelihood" in next(names for kind, *_, names in watch.told if kind == "metrics")
 
     (tmp_path / "run" / "summary.json").unlink()  # as if it had been killed
@@ -326,6 +331,11 @@ class Endless:
         return {"image": IMAGES[0], "label": 0}
 
 
+class Mistyped(Hook):
+    def on_evaluate(self, step, metrics):
+        return True
+
+
 BAD = {
     "no_train": ({"model": NoTrain()}, "NoTrain does not take `train`"),
     "a_class": ({"model": Net}, "model is the class Net: expected an instance"),
@@ -348,6 +358,8 @@ BAD = {
     "optimizer": ({"optimizer": 0.1}, "optimizer is a value of type float: expected an optax transformation"),
     "maker": ({"optimizer": lambda schedule: 3}, "a function that returns a value of type int"),
     "hooks": ({"hooks": Watch()}, "hooks is a value of type .*Watch: expected a list"),
+    "hook_class": ({"hooks": [Watch]}, r"hooks\[0\] is the class Watch: expected an object, such as Watch\(\)"),
+    "mistyped_hook": ({"hooks": [Mistyped()]}, "Mistyped, has no method that is called: .*; it has on_evaluate"),
 }
 
 
