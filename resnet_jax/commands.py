@@ -329,7 +329,8 @@ def verify_command(
 
     Args:
       every: Replay all intervals, from step 0 to the last checkpoint.
-      intervals: How many to replay, drawn at random; 0 compares what the folder says with itself.
+      intervals: How many to replay, drawn at random; 0 replays none, and compares what the folder says
+        with itself and with an evaluation.
       seed: Of that draw; by default a new one, which is printed.
       rounding: Compare within rounding, for a run of another kind of processor.
     """
@@ -453,7 +454,7 @@ def predict_command(
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     write, bad = WRITERS[format](), []
-    counted = RightInFolders(predictor, paths)
+    counted = RightInFolders(predictor, source, paths)
     with progress_bar("pictures") as begin:
         advance = begin(len(pictures))
         for i, (path, row, reason) in enumerate(predict_files(predictor, pictures, batch)):
@@ -470,7 +471,7 @@ def predict_command(
     for path, reason in bad:
         what = reason if reason == NOT_FINITE else f"cannot be decoded ({reason})"
         print(f"error: {path} {what}", file=sys.stderr)
-    if line := counted.line():
+    for line in counted.lines():
         say(line, error=format != "table")
     return 1 if bad else 0
 
