@@ -536,7 +536,7 @@ def knn_command(
 def inspect_command(
     source: Annotated[
         tyro.conf.Positional[str | None],
-        tyro.conf.arg(metavar="SOURCE", help="A run, a tag or a file of weights, whose features are taken."),
+        tyro.conf.arg(metavar="[SOURCE]", help="A run, a tag or a file of weights, whose features are taken."),
     ] = None,
     dataset: Annotated[str | None, tyro.conf.arg(name="data.dataset", help="As in a recipe; of a run its own.")] = None,
     data_dir: Annotated[str | None, tyro.conf.arg(name="data.data_dir", help="As in a recipe.")] = None,
@@ -577,7 +577,7 @@ def inspect_command(
         load_config(config)
     prepare_jax()
     from resnet_jax.predict.inspect_data import inspect_data
-    from resnet_jax.runs.inspect_page import summary_of, write_inspection
+    from resnet_jax.runs.inspect_page import agreement_line, summary_of, write_inspection
 
     found = inspect_data(
         dataset,
@@ -594,6 +594,8 @@ def inspect_command(
     if as_json:
         print(to_json(summary, indent=2))
         return 0
+    if found.agreement is not None:
+        print(agreement_line(found.agreement))
     width = max(len(line["name"]) for line in summary["findings"])
     for line in summary["findings"]:
         print(f"{line['name']:<{width}}{line['count']:>8,}   {line['note']}")
