@@ -296,9 +296,6 @@ def evaluate_command(
     return 0
 
 
-SHARES = ("accuracy", "macro_recall", "macro_f1", "map")
-
-
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int], Callable[[], None]]]:
     """Yields `begin(steps) -> advance`: a bar on a terminal, a step further at each `advance()`."""
@@ -383,6 +380,7 @@ def runs_command(
 def format_runs(rows: list[dict[str, Any]]) -> list[str]:
     """Returns the lines that `resnet-jax runs` prints: columns as wide as their longest text, problems below."""
     from resnet_jax.runs.charts import spoken
+    from resnet_jax.runs.console import SHARES
 
     def best(row: dict[str, Any]) -> str:
         if row["best"] is None:

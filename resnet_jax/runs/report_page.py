@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config import Config, InputError, to_dict
-from resnet_jax.data.dataset import Dataset, default_split
+from resnet_jax.data.dataset import Dataset, Source, default_split
 from resnet_jax.data.folders import printable
 from resnet_jax.data.on_device import normalize
 from resnet_jax.data.show import as_shown, overlay, sized
@@ -256,9 +256,10 @@ def key_figures(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: l
         if kept["calibrated_on"] is None:
             rows.append(("calibration error", before, what))
         else:
-            rows.append(
-                ("calibration error", f"{before} → {after}", f"{what}, before and after fitting the temperature")
-            )
+            worse = kept["temperature"] != 1 and kept["calibrated"]["ece"] >= plain["ece"]
+            note = f"{what}, before and after fitting the temperature"
+            note += "; it is fitted for the least loss, and does not help this error here" * worse
+            rows.append(("calibration error", f"{before} → {after}", note))
             rows.append(
                 ("temperature", _number(kept["temperature"]), "above 1 the network was too certain, below 1 not enough")
             )
@@ -368,10 +369,16 @@ def _mistakes(run: FinishedRun, split: str, predictions: Predictions, temperatur
         truth, shown = predictions.labels[i], sized(as_shown(pixels), THUMBNAIL, 2 * THUMBNAIL)
         true = ", ".join(names[k] for k in np.flatnonzero(truth)) if truth.ndim else names[truth]
         card = {"predicted": names[label], "confidence": confidence, "truth": true or "nothing"}
-        card |= {"source": Path(source.describe(index)).name, "image": data_uri(shown)}
+        card |= {"source": caption_of(source, index), "image": data_uri(shown)}
         card |= {"heat": None if heat is None else data_uri(overlay(shown, heat))}
         cards.append(card | {"no_evidence": heat is not None and not np.any(heat)})
     return cards
+
+
+def caption_of(source: Source, index: int) -> str:
+    """Returns what the page calls an example: a file by its path below the root of the data, or its folder and name."""
+    key = source.key(index)
+    return "/".join(Path(key).parts[-2:]) if Path(key).is_absolute() else key
 
 
 def data_uri(pixels: Any) -> str:
