@@ -469,7 +469,7 @@ def predict_command(
     for path, reason in bad:
         what = reason if reason == NOT_FINITE else f"cannot be decoded ({reason})"
         print(f"error: {path} {what}", file=sys.stderr)
-    for line in counted.lines():
+    if line := counted.line():
         say(line, error=format != "table")
     return 1 if bad else 0
 

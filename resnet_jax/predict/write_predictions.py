@@ -48,21 +48,19 @@ class RightInFolders:
             if same is not None:
                 self.same[same] += 1
 
-    def lines(self) -> list[str]:
-        """Returns the accuracy with its interval, and what to know of it; nothing where no folder is named after a
-        class.
+    def line(self) -> str:
+        """Returns a line with the accuracy, its interval, and what to know of it; empty where no folder is named after
+        a class.
         """
         from resnet_jax.training.metrics import wilson
 
         if not self.count.total():
-            return []
+            return ""
         strangers = self.same[False] > self.same[True]
         trained, selecting = (0 if strangers else self.count[split] for split in ("train", "validation"))
         count = self.count.total() - trained
         if not count:
-            return [
-                f"no accuracy: the run was trained on all {trained:,} pictures in folders of classes, by their names"
-            ]
+            return f"no accuracy: the run was trained on all {trained:,} pictures in folders of classes, by their names"
         share = (self.right.total() - (self.right["train"] if trained else 0)) / count
         low, high = wilson(share, count)
         interval = f"[{low * 100:.2f}, {high * 100:.2f}]"
@@ -73,7 +71,7 @@ class RightInFolders:
             rows.append(f"{selecting:,} of those counted are the run's validation pictures, by which it was selected")
         if self.known is None:
             rows.append("which pictures the network was trained on is not known here: it may be these")
-        return rows
+        return "; ".join(rows)
 
 
 def as_table() -> Callable[[Row], None]:
