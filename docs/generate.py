@@ -73,9 +73,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def zoo() -> str:
     """Returns the named models, by family: parameters, multiply-adds, published weights."""
+    from resnet_jax.commands import count_models
     from resnet_jax.models import table as tables
 
-    described, text = costs(), []
+    described = costs()
+    text = [f"{count_models(list(described))}.\n".replace("cifar_*", "`cifar_*`")]
     for heading, name, source in FAMILIES:
         text.append(f"## {heading}\n\nSource: {source}.\n")
         rows = []

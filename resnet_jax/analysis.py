@@ -1,8 +1,10 @@
 """Curvature of a loss: products with its Hessian, extreme eigenvalues, trace and spectral density, without the matrix.
 
 Every function takes `loss(params) -> scalar`, any function of a tree of float32 or float64 arrays that JAX can
-differentiate twice, and is pure: a function of its arguments and the key, to be called inside `jax.jit`. GPUs and TPUs
-round the factors of float32 products: `jax.default_matmul_precision("highest")` around the call keeps them.
+differentiate twice, and is pure: a function of its arguments and the key. Inside `jax.jit` it is one program, compiled
+once for all calls; outside, each product with the Hessian is a call, which on a CPU is far faster for a network with
+XLA's convolutions, such as `nn.Conv`, that are slow in a compiled loop. GPUs and TPUs round the factors of float32
+products: `jax.default_matmul_precision("highest")` around the call keeps them.
 
 Example:
   def loss(params):  # of a network whose norms take the statistics of the batch, as in training
@@ -94,7 +96,10 @@ def lanczos(loss: Loss, params: PyTree, key: Array, iterations: int) -> RitzValu
       >>> np.asarray(rj.analysis.lanczos(loss, jnp.zeros(2), jax.random.key(0), 2).values).round(3)
       array([1., 3.], dtype=float32)
     """
-    flat, product = _raveled(loss, params)
+    return _lanczos(*_raveled(loss, params), key, iterations)
+
+
+def _lanczos(flat: Array, product: Callable[[Array], Array], key: Array, iterations: int) -> RitzValues:
     steps = min(_at_least(1, iterations, "iterations"), flat.size)
     tolerance = 100 * jnp.finfo(flat.dtype).eps
 
@@ -114,12 +119,12 @@ def lanczos(loss: Loss, params: PyTree, key: Array, iterations: int) -> RitzValu
         rest = orthogonalised(image, basis)
         size, largest = jnp.linalg.norm(rest), jnp.maximum(largest, jnp.linalg.norm(image))
         exhausted = size <= tolerance * largest
-        following = lax.cond(exhausted, lambda: drawn(basis, i + 1), lambda: rest / size)
+        following = jnp.where(exhausted, drawn(basis, i + 1), rest / size)
         return (basis, following, largest), (_dot(vector, image), jnp.where(exhausted, 0.0, size))
 
     basis = jnp.zeros((steps, flat.size), flat.dtype)
     start = (basis, drawn(basis, 0), jnp.zeros((), flat.dtype))
-    _, (diagonal, beside) = lax.scan(step, start, jnp.arange(steps))
+    _, (diagonal, beside) = _scan(step, start, jnp.arange(steps))
     matrix = jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1)
     values, vectors = jnp.linalg.eigh(matrix)
     return RitzValues(values, vectors[0] ** 2, beside[-1] * jnp.abs(vectors[-1]))
@@ -188,7 +193,7 @@ def hessian_trace(loss: Loss, params: PyTree, key: Array, samples: int = 32) -> 
         signs = jax.random.rademacher(key, flat.shape, flat.dtype)
         return _dot(signs, product(signs))
 
-    found = lax.map(one, jax.random.split(key, samples))
+    found = _map(one, jax.random.split(key, samples))
     return TraceEstimate(found.mean(), found.std(ddof=1) / samples**0.5)
 
 
@@ -220,12 +225,29 @@ def spectral_density(
       1.0
     """
     _at_least(1, samples, "samples")
+    flat, product = _raveled(loss, params)
 
     def one(key: Array) -> Array:
-        found = lanczos(loss, params, key, iterations)
+        found = _lanczos(flat, product, key, iterations)
         return jax.scipy.stats.norm.pdf(jnp.asarray(grid)[:, None], found.values, width) @ found.weights
 
-    return lax.map(one, jax.random.split(key, samples)).mean(0)
+    return _map(one, jax.random.split(key, samples)).mean(0)
+
+
+def _scan(step: Callable[[Any, Array], tuple[Any, Any]], carry: Any, xs: Array) -> tuple[Any, Any]:
+    """Returns what `lax.scan` does; outside of a compiled function by a loop of Python's."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((carry, xs))):
+        return lax.scan(step, carry, xs)
+    found = []
+    for x in xs:
+        carry, of_step = step(carry, x)
+        found.append(of_step)
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *found)
+
+
+def _map(function: Callable[[Array], Array], xs: Array) -> Array:
+    """Returns the results of a function for each of xs, one after another."""
+    return _scan(lambda carry, x: (carry, function(x)), None, xs)[1]
 
 
 def _raveled(loss: Loss, params: PyTree) -> tuple[Array, Callable[[Array], Array]]:
@@ -239,7 +261,7 @@ def _raveled(loss: Loss, params: PyTree) -> tuple[Array, Callable[[Array], Array
     flat, unravel = ravel_pytree(params)
     if not flat.size:
         raise InputError("params hold no array: give a tree with at least one parameter")
-    return flat, lambda v: ravel_pytree(hessian_vector_product(loss, params, unravel(v)))[0]
+    return flat, jax.jit(lambda v: ravel_pytree(hessian_vector_product(loss, params, unravel(v)))[0])
 
 
 def _size(params: PyTree) -> int:

@@ -664,6 +664,8 @@ def models_command(
             print(format_model(rows[-1]))
     if as_json:
         print(json.dumps(rows, indent=2))
+    elif pattern == "*":
+        print(f"\n{count_models(names)}")
     return 0
 
 
@@ -718,6 +720,17 @@ def describe_model(name: str) -> dict[str, Any]:
     parameters, macs = cost(create_model(name, num_classes=default_classes(name)), size)
     listed = [{"tag": t.tag, "license": t.license, "num_classes": t.num_classes, "default": t.default} for t in tags]
     return {"name": name, "parameters": parameters, "gmacs": round(macs / 1e9, 3), "size": size, "tags": listed}
+
+
+def count_models(names: Sequence[str]) -> str:
+    """Returns how many models there are, and how many of them have the names of timm and torchvision."""
+    from resnet_jax.models.table import NAMED_HERE
+
+    own = [name for name in names if name in NAMED_HERE or name.startswith("cifar_")]
+    return (
+        f"{len(names)} models: {len(names) - len(own)} by the names of timm and torchvision, and {len(own)} of this "
+        f"package's own (cifar_*, {', '.join(NAMED_HERE)})"
+    )
 
 
 def format_model(row: dict[str, Any]) -> str:
@@ -789,7 +802,8 @@ def lab_command(
       dataset: digits, or what data.dataset takes, at 32 x 32 pixels.
       depths: Of the networks, such as 20,56.
       seeds: Such as 0,1,2.
-      quick: The smallest version that still shows the effect.
+      quick: The smallest version that still shows the effect: up to a few minutes each on two CPU cores; without it
+        some take half an hour or more.
     """
     folder = local_path(out, "--out")
     if config is not None:

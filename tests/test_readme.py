@@ -9,6 +9,8 @@ import pytest
 
 import resnet_jax
 from resnet_jax import list_models
+from resnet_jax.commands import count_models
+from resnet_jax.models.registry import OURS
 
 from .conftest import ROOT
 
@@ -39,8 +41,14 @@ def test_the_pages_are_short():
 def test_it_counts_the_models_of_timm_and_torchvision():
     timm = (ROOT / "tests" / "models" / "timm_models.csv").read_text().splitlines()[1:]
     names = {line.partition(",")[0] for line in timm} | {"googlenet", "vit_b_16"}
-    assert names <= set(list_models())
+    own = set(OURS) - names
+    assert names <= set(list_models()) and {n for n in own if not n.startswith("cifar_")} == {"botnet50", "vit_tiny"}
     assert f"{len(names)} networks by the names of" in README and f"| {len(names)}, most residual |" in README
+    assert f"and {len(own)} of its own (`cifar_*`, `botnet50`, `vit_tiny`)" in " ".join(README.split())
+    told = (
+        f"{len(OURS)} models: {len(names)} by the names of timm and torchvision, and {len(own)} of this package's own"
+    )
+    assert count_models(sorted(OURS)) == f"{told} (cifar_*, botnet50, vit_tiny)"
 
 
 def test_the_block_in_a_module_of_ones_own_runs():

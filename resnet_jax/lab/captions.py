@@ -16,10 +16,11 @@ CAPTIONS = {
     "degradation": (
         "Networks of the same depth and the same number of parameters, with the same recipe. Without shortcuts the deep ones "
         "have a higher error on the training images themselves: this is not overfitting, they are harder to optimise. With "
-        "shortcuts depth does no harm, since a block that is not needed can stay near the identity.",
+        "shortcuts a block that is not needed can stay near the identity, so that depth need not harm the training; what it did "
+        "here to training and to test error, the table says.",
         "深さもパラメータ数も学習条件も同じネットワークの比較。ショートカットがないと、深いほど訓練画像に対する誤差そのものが"
         "高くなる。過学習ではなく、最適化が難しいのである。ショートカットがあれば、不要なブロックは恒等写像の近くに"
-        "とどまれるので、深くしても害がない。",
+        "とどまれるので、深さが学習の害になるとは限らない。ここで訓練誤差とテスト誤差がどうなったかは表に示す。",
     ),
     "gradients": (
         "The norm of the loss's gradient at the output of each block, before training. In a plain network without norms every "

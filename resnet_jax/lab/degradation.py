@@ -60,9 +60,9 @@ def table(found: Rows) -> Rows:
     return lines
 
 
-def percent(found: Rows, kind: str, depth: int) -> str:
-    """Returns the mean of the last training errors, in percent."""
-    return f"{100 * np.mean(last_errors(found, kind, depth)):.1f}"
+def percent(found: Rows, kind: str, depth: int, split: str = "train") -> str:
+    """Returns the mean of the last errors, in percent."""
+    return f"{100 * np.mean(last_errors(found, kind, depth, split)):.1f}"
 
 
 def takeaway(found: Rows) -> Text:
@@ -74,9 +74,12 @@ def takeaway(found: Rows) -> Text:
     if len(depths) == 1:
         return f"{english}one on {residual} % {seeds}.", f"{japanese}{seeds_ja}。"
     before, after = (percent(found, kind, depths[0]) for kind in KINDS)
+    shallow, deep = (percent(found, "residual", depth, "test") for depth in (depths[0], depths[-1]))
     return (
-        f"{english}one on {residual} %; with {depths[0]} layers it is {before} % and {after} % {seeds}.",
-        f"{japanese}。{depths[0]} 層ではそれぞれ {before} % と {after} % である{seeds_ja}。",
+        f"{english}one on {residual} %; with {depths[0]} layers it is {before} % and {after} %. On test images the "
+        f"residual one errs on {shallow} % with {depths[0]} layers, on {deep} % with {depths[-1]} {seeds}.",
+        f"{japanese}。{depths[0]} 層ではそれぞれ {before} % と {after} % である。残差のテスト誤差は {depths[0]} 層で "
+        f"{shallow} %、{depths[-1]} 層で {deep} % である{seeds_ja}。",
     )
 
 

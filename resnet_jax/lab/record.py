@@ -64,6 +64,7 @@ class Notebook:
         path = self.folder / "parts" / f"{digest}.json"
         if path.exists():
             return json.loads(path.read_text())["rows"]
+        print(f"  {name} ...", flush=True)
         began = time.perf_counter()
         rows = make()
         write_whole(path, json.dumps({"part": name, "rows": rows}))

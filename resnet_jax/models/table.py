@@ -207,3 +207,6 @@ VITS: dict[str, Fields] = {
     "vit_tiny": {"width": 192, "heads": 3, "mlp": 768},
     "cifar_vit": {"patch": 4, "width": 96, "depth": 6, "heads": 3, "mlp": 192, "image_size": 32, "num_classes": 10},
 }
+
+NAMED_HERE = ("botnet50", "vit_tiny")
+"""Networks that neither timm nor torchvision has by these names, beside all of `cifar_*`."""

@@ -202,7 +202,7 @@ def tidy(
     """
     from matplotlib.ticker import MaxNLocator
 
-    axes.set(xlabel=x_name, ylabel=y_name)
+    axes.set(xlabel=x_name, ylabel=f"{y_name} (log scale)" if log and y_name else y_name)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=ROUND, integer=whole, min_n_ticks=3))
     axes.xaxis.set_major_formatter(whole_number if whole else plain_number)
     if log:

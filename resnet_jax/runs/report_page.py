@@ -407,7 +407,7 @@ def _run(lines: list[dict[str, Any]], folder: Path) -> dict[str, str]:
         summary = None
     if summary:
         rows |= {"device": summary["device"], "steps": f"{summary['steps']:,}"}
-        rows["seconds since the last start"] = f"{summary['seconds']:,.1f}"
+        rows["seconds that it took, since the last start"] = f"{summary['seconds']:,.1f}"
         rows |= summary["versions"]
     return rows
 

@@ -48,6 +48,7 @@ def write_page(folder: Path, found: Mapping[str, Any]) -> Path:
         members=members,
         chosen=found["chosen"],
         seeds="train.seed" in found["varied"],
+        own_validation=found["own_validation"],
         charts={name: effect_chart(found, name) for name in found["varied"]} if found["chosen"] else {},
         recipe=json.dumps(found["recipe"], indent=2),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -67,6 +67,16 @@ def make_plan(config: Config, examples: int, evaluates: bool = True) -> Plan:
     if total * config.train.batch_size >= 2**32:
         raise InputError("the run draws 2**32 images or more, further than the order of the data counts: shorten it")
     return Plan(total, per_epoch, eval_every, save_every, config.log.every_steps, evaluates)
+
+
+def length_of(config: Config, plan: Plan) -> str:
+    """Returns a run's length in words: `43 steps (6 epochs of 7.03 steps, rounded up)`."""
+    steps = f"{plan.total:,} steps"
+    if config.train.steps is not None:
+        return f"{steps}, {plan.total / plan.per_epoch:.3g} epochs"
+    rounded = "" if plan.total == config.train.epochs * plan.per_epoch else ", rounded up"
+    epochs = f"{config.train.epochs:g} epoch{'s' * (config.train.epochs != 1)}"
+    return f"{steps} ({epochs} of {round(plan.per_epoch, 2):,g} steps{rounded})"
 
 
 def with_weights(state: TrainState, config: Config, model: nn.Module) -> TrainState:
@@ -225,12 +235,12 @@ def model_with_parts(config: Config, parts: Parts, classes: int) -> tuple[Any, P
     return model, dataclasses.replace(parts, outputs=model.num_classes if classes else 0)
 
 
-def restore(run: str | Path, step: int | None = None, **parts: Any) -> tuple[TrainState, int]:
+def restore(run: str | Path, step: int | Literal["best"] | None = None, **parts: Any) -> tuple[TrainState, int]:
     """Reads the state of a run, as its recipe's model and optimizer have it, on the first device of this process.
 
     Args:
       run: its folder; nothing in it is touched, and the run may be under way.
-      step: of a checkpoint that is kept; None takes the newest sound one.
+      step: of a checkpoint that is kept, or `best`; None takes the newest sound one.
       **parts: `model` and `optimizer` that the run's user brought, as for `train`.
 
     Returns:
@@ -242,6 +252,7 @@ def restore(run: str | Path, step: int | None = None, **parts: Any) -> tuple[Tra
     Example::
 
       state, step = rj.restore("runs/a")
+      model = rj.create_model("cifar_resnet20", num_classes=10)  # that of its recipe
       logits = model.apply(state.variables, images, train=False)
     """
     _, state, _ = read_run(path_of(run, "run"), "latest" if step is None else str(step), make_parts(parts))

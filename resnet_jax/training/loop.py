@@ -44,6 +44,7 @@ from resnet_jax.training.build import (
     data_of,
     images_per_statistic,
     in_form,
+    length_of,
     make_plan,
     model_with_parts,
     norms_of_one_value,
@@ -186,8 +187,7 @@ def train_with(
     folder = open_workdir(workdir, config)
     check_one_folder(folder)
     say(f"run: {folder}")
-    length = f"{plan.total:,} steps, {plan.total / plan.per_epoch:.3g} epochs"
-    say(wrapped(f"training {config.model.name} on {device_name(mesh)}: {length}"))
+    say(wrapped(f"training {config.model.name} on {device_name(mesh)}: {length_of(config, plan)}"))
     for split, source in dataset.splits().items():
         if split != "train":
             check_readable(source, config.data.channels, split)

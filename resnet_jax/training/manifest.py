@@ -185,7 +185,7 @@ def _step_of(workdir: Path, wanted: str) -> int:
         raise InputError(f"the run in {workdir} has selected no best checkpoint: take --checkpoint latest")
     if (step := str(best["step"] if best else wanted)) not in map(str, there):
         kept = ", ".join(map(str, there)) or "none"
-        raise Damaged(f"--checkpoint {step}: give best, latest or the step of one that is kept, which are {kept}")
+        raise Damaged(f"no checkpoint of step {step} is kept: give best, latest or one of {kept}")
     return int(step)
 
 

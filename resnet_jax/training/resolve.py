@@ -194,7 +194,12 @@ def values_of_weights(config: Config, source: str, fetch: bool = True) -> dict[s
     Raises:
       InputError: they cannot be found, nothing says their model, or they are of another one than the recipe names.
     """
-    weights, given = find_weights(source) if fetch else known_of_weights(source), config.model.name
+    given = config.model.name
+    try:
+        weights = find_weights(source) if fetch else known_of_weights(source)
+    except InputError as error:
+        remedy = "--model.pretrained FILE takes weights on this disk, and --model.pretrained None starts without any"
+        raise InputError(f"model.pretrained: {error}. {remedy}") from error
     name = given or weights.name
     if name is None:
         raise InputError(f"{source} does not say which model it belongs to: add --model.name, such as resnet50")

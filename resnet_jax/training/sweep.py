@@ -19,6 +19,7 @@ import numpy as np
 
 from resnet_jax.config import Config, InputError, differences, from_dict, result_fields, to_dict
 from resnet_jax.data.dataset import Dataset
+from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.files import path_of, read_json, remove_tree, to_json, write_whole
 from resnet_jax.output import say
 from resnet_jax.recipe_files import recorded
@@ -81,8 +82,8 @@ def sweep(
     Returns:
       What `sweep.json` holds: `recipe`, `varied`, `members` (`name`, `values`, `status`, `value` of the `metric` on the
       validation split, ...), `settings` (values without the seed, `count`, `mean` and `spread` over the seeds, the
-      standard deviation), the `chosen` member's name, and `test`: what its evaluation on the test split found, made
-      for it alone.
+      standard deviation), `own_validation` (whether each seed held out a validation split of its own), the `chosen`
+      member's name, and `test`: what its evaluation on the test split found, made for it alone.
 
     Raises:
       InputError: a field or value is not as it must be, or the folder holds another sweep.
@@ -123,7 +124,8 @@ def sweep(
             write_whole(folder / FILE, to_json(found, indent=1) + "\n")
 
         note([], [])
-        groups = grouped(make_members(combinations, folder, parts))
+        all_members = make_members(combinations, folder, parts)
+        groups = grouped(all_members)
         for number, members in enumerate(groups):
             left = [member for member in members if member.name not in rows]
             reason = why_alone(members[0].config, parts)
@@ -138,7 +140,7 @@ def sweep(
             for member in left:
                 say(f"member {member.name}, alone")
                 note([member], [train_alone(member, folder, named)])
-        found |= outcome(found["members"], config)
+        found |= outcome(found["members"], config) | {"own_validation": validation_by_seed(all_members)}
         same = found["chosen"] is not None and before.get("chosen") == found["chosen"]
         found["test"] = before["test"] if same else look_at_test(folder, found["chosen"], parts)
         write_whole(folder / FILE, to_json(found, indent=1) + "\n")
@@ -327,6 +329,13 @@ def outcome(rows: Rows, config: Config) -> dict[str, Any]:
     return {"metric": metric, "goal": goal, "settings": settings, "chosen": chosen}
 
 
+def validation_by_seed(members: Sequence[Member]) -> bool:
+    """Returns whether members with different seeds have different validation splits, as those that are held out are."""
+    folders = {member.config.train.seed: member.folder for member in members}
+    pictures = [load_fingerprint(folder) or {} for folder in folders.values()]
+    return len({of["validation"][:, 0].tobytes() for of in pictures if "validation" in of}) > 1
+
+
 def look_at_test(folder: Path, chosen: str | None, parts: Parts) -> dict[str, Any] | None:
     """Returns what the chosen member's evaluation on the test split finds; None where there is no member or split."""
     if chosen is None:
@@ -354,7 +363,10 @@ def format_outcome(found: Mapping[str, Any], most: int = 20) -> list[str]:
     """Returns lines on what came out: the settings, the best first, and the chosen member with its test."""
     if found["chosen"] is None:
         return ["no member came to its end: see why in sweep.json"]
-    lines = [f"validation {found['metric']}, mean over the seeds:"]
+    spreads = any(setting["spread"] is not None for setting in found["settings"])
+    lines = [f"validation {found['metric']}{', mean ± standard deviation over the seeds' if spreads else ''}:"]
+    if spreads and found["own_validation"]:
+        lines = [f"{lines[0][:-1]}, each of which held out a validation split of its own:"]
     for setting in found["settings"][:most]:
         words = ", ".join(f"{name} {value}" for name, value in setting["values"].items()) or "all"
         value = "none" if setting["mean"] is None else spoken_value(found["metric"], setting["mean"])

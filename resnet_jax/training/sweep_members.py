@@ -25,11 +25,13 @@ from resnet_jax.data.dataset import Dataset, with_outputs
 from resnet_jax.data.loader import BadImages
 from resnet_jax.files import to_json, write_whole
 from resnet_jax.models.stacking import unstack_blocks
+from resnet_jax.runs.charts import spoken
 from resnet_jax.runs.folder import device_name, finish
 from resnet_jax.runs.hooks import Hooks
 from resnet_jax.runs.lock import BucketLock, Lock
 from resnet_jax.runs.reporter import Reporter, say
 from resnet_jax.runs.signals import FolderLost, Stop, Stopped
+from resnet_jax.runs.sweep_page import spoken_value
 from resnet_jax.training.build import (
     data_of,
     images_per_statistic,
@@ -117,7 +119,6 @@ def train_together(
       Stopped: a signal asked for it; the states are saved.
       FolderLost: the sweep's folder is another one's.
     """
-    began = time.perf_counter()
     group, parts = start_members(members, parts, stop)
     config, module = group[0].run.config, group[0].run.model
     new_state = state_maker(config, module, lambda step: 0.0, parts.optimizer)
@@ -149,6 +150,7 @@ def train_together(
 
         marks = min(one.progress.step // one.run.plan.save_every for one in group)
         train = compiled(programs, rounds[0], given[0])
+        began = time.perf_counter()
         while any(one.active() for one in group):
             advanced = advance(group, programs, train, rounds, given)
             for one, sums, n in advanced:
@@ -164,12 +166,11 @@ def train_together(
             if not going or min(going) > marks:
                 marks = min(going, default=marks)
                 save()
-                say(standing(group))
+                say(standing(group, time.perf_counter() - began))
         checkpoints.settle()
-        seconds = time.perf_counter() - began
         for i, one in enumerate(group):
             if one.failed is None:
-                end_member(one, state_of(rounds[i // programs.width], i % programs.width), seconds)
+                end_member(one, state_of(rounds[i // programs.width], i % programs.width))
     return [row_of(one) for one in group]
 
 
@@ -341,9 +342,15 @@ def advance(
         n[: len(now)] = [one.steps(programs.most) for one in now]
         if not n.any():
             return []
+        began = time.perf_counter()
         rounds[i], sums = train(rounds[i], given[i], on_members(n, programs.mesh), programs.data)
         values = jax.device_get(sums)
-        return [(one, {k: v[j] for k, v in values.items()}, int(n[j])) for j, one in enumerate(now) if n[j]]
+        took, found = time.perf_counter() - began, []
+        for j, one in enumerate(now):
+            if n[j]:
+                one.trained += took
+                found.append((one, {k: v[j] for k, v in values.items()}, int(n[j])))
+        return found
 
     with ThreadPoolExecutor(programs.at_once) as threads:
         return [one for found in threads.map(call, range(len(rounds))) for one in found]
@@ -379,8 +386,11 @@ def evaluate_due(
                 del due[slot]
         if not due:
             continue
+        began = time.perf_counter()
         results = evaluate_round(states, given[i], programs, due, programs.batches[first : first + programs.width])
+        took = time.perf_counter() - began
         for slot, state in due.items():
+            now[slot].evaluated += took
             select(now[slot], state, results[slot])
 
 
@@ -414,18 +424,29 @@ def means_of(parts: Sequence[tuple[Sums, Any]]) -> dict[str, Any]:
     return found
 
 
-def standing(group: Sequence[Going]) -> str:
-    """Returns a line on how far the members are."""
-    best = [one.progress.best["value"] for one in group if one.progress.best and one.failed is None]
-    plan = group[0].run.plan
-    steps = [one.progress.step for one in group]
-    values = f", best {group[0].run.metric} from {min(best):.4f} to {max(best):.4f}" if best else ""
+def standing(group: Sequence[Going], seconds: float) -> str:
+    """Returns a line on how far all members are that have steps to go.
+
+    Args:
+      seconds: since the first step of this start.
+    """
+    going = [one for one in group if one.active()]
+    done = sum(one.progress.step - one.begin for one in group)
+    todo = sum(one.run.plan.total - one.progress.step for one in going)
+    epochs = [one.progress.step / one.run.plan.per_epoch for one in going or group]
+    best = [one.progress.best for one in group if one.progress.best and one.failed is None]
     failed = sum(one.failed is not None for one in group)
-    diverged = f", {failed} diverged" if failed else ""
-    return f"epoch {max(steps) / plan.per_epoch:.1f}: {len(group)} members{values}{diverged}"
+    line = f"epoch {min(epochs) if going else max(epochs):.1f}: {len(group)} members"
+    if best:
+        metric, values = best[0]["metric"], [found["value"] for found in best]
+        low, high = (spoken_value(metric.rpartition("/")[2], value) for value in (min(values), max(values)))
+        line += f", best {spoken(metric)} from {low} to {high}"
+    if failed:
+        line += f", {failed} diverged"
+    return f"{line}, {seconds * todo / done:.0f} s left" if done and todo else line
 
 
-def end_member(one: Going, state: Any, seconds: float) -> None:
+def end_member(one: Going, state: Any) -> None:
     """Leaves a member that has come to its end as a finished run in its folder."""
     progress, folder = one.progress, one.run.folder
     progress.selected = progress.best["step"] if progress.best else progress.step
@@ -435,7 +456,9 @@ def end_member(one: Going, state: Any, seconds: float) -> None:
         if one.kept.record is not None and one.kept.step != progress.step:
             checkpoints.save(one.kept.step or 0, one.kept.state, one.kept.record)
         checkpoints.save(progress.step, unstack_blocks(state), progress.to_record())
-    speed = {"images_per_second": one.reporter.speed(), "seconds": seconds}
+    images = (progress.step - one.begin) * one.run.config.train.batch_size
+    speed = {"images_per_second": images / one.trained if one.trained else 0.0}
+    speed["seconds"] = one.trained + one.evaluated  # of its own calls, not of the sweep
     finish(folder, progress, speed, device_name(one.run.mesh), quiet=True)
 
 

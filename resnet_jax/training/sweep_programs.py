@@ -188,6 +188,8 @@ class Going:
     Attributes:
       begin: the step at which this start began.
       failed: why it has ended, where its loss is no longer finite.
+      trained, evaluated: seconds that its calls took since this start, of which members that go through together share
+        all.
     """
 
     member: Member
@@ -199,6 +201,8 @@ class Going:
     reporter: Any = None
     begin: int = 0
     failed: str | None = None
+    trained: float = 0.0
+    evaluated: float = 0.0
 
     def active(self) -> bool:
         """Returns whether it has steps to go."""

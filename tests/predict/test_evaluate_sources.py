@@ -84,7 +84,7 @@ def test_each_command_takes_the_checkpoint_that_is_named(command, work, tmp_path
     assert found[None] == found["best"] == found[str(best)]
     assert len({found["best"], found["latest"], found["6"]}) == 3
     status, _, err = run([command, work / "run", *after.get(command, ()), "--checkpoint", "5"], capsys)
-    assert status == 2 and "--checkpoint 5: give best, latest or the step of one that is kept" in err
+    assert status == 2 and "no checkpoint of step 5 is kept: give best, latest or one of" in err
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,32 @@ from safetensors.numpy import save_file
 
 from resnet_jax import InputError, Predictor, create_model, to_torch
 from resnet_jax.config import Config, DataConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
+from resnet_jax.training.build import length_of, make_plan
 from resnet_jax.training.loop import train
 from resnet_jax.training.resolve import resolve
 from resnet_jax.weights.sources import find_weights
 from resnet_jax.weights.tags import tags_of
+
+
+@pytest.mark.parametrize(
+    ("length", "examples", "words"),
+    [
+        ({"epochs": 6}, 225, "43 steps (6 epochs of 7.03 steps, rounded up)"),
+        ({"epochs": 1}, 320, "10 steps (1 epoch of 10 steps)"),
+        ({"epochs": 90}, 1_281_167, "3,603,283 steps (90 epochs of 40,036.5 steps, rounded up)"),
+        ({"steps": 6}, 1157, "6 steps, 0.166 epochs"),
+    ],
+)
+def test_a_length_in_epochs_says_how_it_became_whole_steps(length, examples, words):
+    config = Config(train=TrainConfig(batch_size=32, **length))
+    assert length_of(config, make_plan(config, examples)) == words
+
+
+@pytest.mark.parametrize("source", ["no/such.pth", "hf-hub:a/b"])
+def test_weights_that_are_not_there_are_named_with_their_flag_and_what_to_give(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(InputError, match=r"^model.pretrained: .*--model.pretrained FILE .*--model.pretrained None"):
+        resolve(Config(model=ModelConfig("resnet50", pretrained=source)))
 
 
 @pytest.fixture

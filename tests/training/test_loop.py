@@ -194,7 +194,7 @@ def test_evaluate_needs_the_folder_alone(digits):
     assert best["step"] == summary["best"]["step"] and summary["best"]["metric"] == "ema/validation/accuracy"
     np.testing.assert_allclose(best["ema/validation"]["accuracy"], summary["best"]["value"])
     assert evaluate_run(folder, "latest")["step"] == summary["steps"]
-    with pytest.raises(InputError, match="--checkpoint 3: give best, latest or the step of one that is kept"):
+    with pytest.raises(InputError, match="no checkpoint of step 3 is kept: give best, latest or one of"):
         evaluate_run(folder, "3")
 
 

@@ -2,15 +2,19 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import Mesh
 
 from resnet_jax.commands import call
 from resnet_jax.config import (
@@ -35,6 +39,7 @@ from resnet_jax.training.loop import train
 from resnet_jax.training.parts import Parts
 from resnet_jax.training.resolve import with_values
 from resnet_jax.training.sweep import outcome, sweep
+from resnet_jax.training.sweep_programs import Going
 from resnet_jax.training.verify import verify
 
 from ..small import digits
@@ -173,9 +178,42 @@ def test_images_with_several_labels_are_compared_by_their_precision_after_a_tria
     found = sweep(base, {"train.seed": [0, 1]}, tmp_path / "sweep", **own, members_per_device="auto")
     said = capsys.readouterr().out
     assert "trial: 1 a device together" in said and "trial: 2 a device together" in said
+    assert re.search(
+        r"epoch \S+: 2 members, best validation map \(moving average\) from \S+\s% to \S+\s%(, \d+ s left)?\n", said
+    )
+    assert not found["own_validation"] and "validation map, mean ± standard deviation over the seeds:\n" in said
     assert [row["metric"] for row in found["members"]] == ["ema/validation/map"] * 2 and found["test"] is None
     place = tmp_path / "sweep/members" / found["members"][0]["name"]
     assert_equal_to_its_run(place, tmp_path, base, 1e-5, **own)
+
+
+def under_way(step=0):
+    """A member of 8 steps, 4 an epoch."""
+    plan = SimpleNamespace(total=8, per_epoch=4.0, eval_every=4, save_every=4, log_every=4)
+    run = SimpleNamespace(plan=plan, config=recipe())
+    best = {"metric": "validation/accuracy", "value": 0.25 + step / 8, "step": step} if step else None
+    return Going(None, run, None, None, None, SimpleNamespace(step=step, best=best, no_better=0))
+
+
+def test_a_members_seconds_are_those_of_its_own_calls():
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("members",))
+    programs = SimpleNamespace(width=1, most=4, mesh=mesh, data=None, at_once=1)
+
+    def train_slowly(state, *_):
+        time.sleep(state)
+        return state, {"loss": np.ones((1, 4))}
+
+    group = [under_way(), under_way(), under_way(step=8)]
+    told = sweep_members.advance(group, programs, train_slowly, [0.2, 0.0, 0.2], [None] * 3)
+    assert [(one is group[i], n) for i, (one, _, n) in enumerate(told)] == [(True, 1), (True, 1)]
+    assert group[0].trained >= 0.2 > group[1].trained > 0.0 == group[2].trained
+
+
+def test_the_line_on_a_sweep_tells_how_far_all_are_and_the_time_that_is_left():
+    told = sweep_members.standing([under_way(4), under_way(2)], 3.0).replace("\N{NO-BREAK SPACE}", " ")
+    assert told == "epoch 0.5: 2 members, best validation accuracy from 50.00 % to 75.00 %, 5 s left"
+    assert sweep_members.standing([under_way(8)], 3.0).startswith("epoch 2.0: 1 members, best")
+    assert "left" not in sweep_members.standing([under_way(8)], 3.0)
 
 
 class Halt(Exception):
@@ -220,7 +258,10 @@ def test_what_one_program_cannot_do_runs_one_by_one_and_test_is_seen_for_the_cho
     config = recipe(epochs=0.2, eval_every_epochs=0.2)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_device=False))
     found = sweep(config, {"optimizer.nesterov": [True, False], "train.seed": [0, 1]}, tmp_path / "sweep", model=Net())
-    assert "2 members one after another: the data is not kept on the device" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 members one after another: the data is not kept on the device" in said
+    assert found["own_validation"] and "the seeds, each of which held out a validation split of its own:\n" in said
+    assert "Each seed held out a validation split\nof its own" in (tmp_path / "sweep/sweep.html").read_text()
     folders = [tmp_path / "sweep/members" / row["name"] for row in found["members"]]
     assert all("test" not in read_summary(folder) and "validation" in read_summary(folder) for folder in folders)
     assert not any("test/loss" in line for folder in folders for line in lines_of(folder))
