@@ -296,9 +296,6 @@ def evaluate_command(
     return 0
 
 
-SHARES = ("accuracy", "macro_recall", "macro_f1", "map")
-
-
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int], Callable[[], None]]]:
     """Yields `begin(steps) -> advance`: a bar on a terminal, a step further at each `advance()`."""
@@ -329,7 +326,8 @@ def verify_command(
 
     Args:
       every: Replay all intervals, from step 0 to the last checkpoint.
-      intervals: How many to replay, drawn at random; 0 compares what the folder says with itself.
+      intervals: How many to replay, drawn at random; 0 replays none, and compares what the folder says
+        with itself and with an evaluation.
       seed: Of that draw; by default a new one, which is printed.
       rounding: Compare within rounding, for a run of another kind of processor.
     """
@@ -382,6 +380,7 @@ def runs_command(
 def format_runs(rows: list[dict[str, Any]]) -> list[str]:
     """Returns the lines that `resnet-jax runs` prints: columns as wide as their longest text, problems below."""
     from resnet_jax.runs.charts import spoken
+    from resnet_jax.runs.console import SHARES
 
     def best(row: dict[str, Any]) -> str:
         if row["best"] is None:
@@ -453,7 +452,7 @@ def predict_command(
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     write, bad = WRITERS[format](), []
-    counted = RightInFolders(predictor, paths)
+    counted = RightInFolders(predictor, source, paths)
     with progress_bar("pictures") as begin:
         advance = begin(len(pictures))
         for i, (path, row, reason) in enumerate(predict_files(predictor, pictures, batch)):
@@ -535,7 +534,7 @@ def knn_command(
 def inspect_command(
     source: Annotated[
         tyro.conf.Positional[str | None],
-        tyro.conf.arg(metavar="SOURCE", help="A run, a tag or a file of weights, whose features are taken."),
+        tyro.conf.arg(metavar="[SOURCE]", help="A run, a tag or a file of weights, whose features are taken."),
     ] = None,
     dataset: Annotated[str | None, tyro.conf.arg(name="data.dataset", help="As in a recipe; of a run its own.")] = None,
     data_dir: Annotated[str | None, tyro.conf.arg(name="data.data_dir", help="As in a recipe.")] = None,
@@ -576,7 +575,7 @@ def inspect_command(
         load_config(config)
     prepare_jax()
     from resnet_jax.predict.inspect_data import inspect_data
-    from resnet_jax.runs.inspect_page import summary_of, write_inspection
+    from resnet_jax.runs.inspect_page import agreement_line, summary_of, write_inspection
 
     found = inspect_data(
         dataset,
@@ -593,6 +592,8 @@ def inspect_command(
     if as_json:
         print(to_json(summary, indent=2))
         return 0
+    if found.agreement is not None:
+        print(agreement_line(found.agreement))
     width = max(len(line["name"]) for line in summary["findings"])
     for line in summary["findings"]:
         print(f"{line['name']:<{width}}{line['count']:>8,}   {line['note']}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,6 +189,21 @@ def shares_of(old: Fingerprint, new: Fingerprint) -> tuple[float, float | None]:
 def trained_on(old: Fingerprint, new: Fingerprint, split: str) -> int:
     """Counts the examples of a split, as it is now, that were in the training split of a run."""
     return int(np.isin(new[split][:, 0], old.get("train", _NONE)[:, 0]).sum())
+
+
+def find_file(found: Fingerprint, path: Path) -> tuple[str, bool | None]:
+    """Returns the split of a run that held a picture, told by the end of its path from its folder's name on, and
+    whether it has the size in bytes that was noted, None where none was; ("", None) where no split held it.
+    """
+    parts = os.path.abspath(path).split(os.sep)
+    keys = [_hash("/".join(parts[i:])) for i in range(len(parts) - 1)]
+    for split in sorted(found, key=lambda name: name != "train"):
+        rows = found[split]
+        for key in keys:
+            at = int(np.searchsorted(rows[:, 0], key))
+            if at < len(rows) and rows[at, 0] == key:
+                return split, None if rows[at, 2] < 0 else bool(rows[at, 2] == size_of(path))
+    return "", None
 
 
 def described(found: dict[str, Change]) -> str:

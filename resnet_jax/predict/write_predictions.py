@@ -4,9 +4,13 @@ import csv
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from resnet_jax.data.fingerprint import find_file, load
+from resnet_jax.files import path_of
 
 Row = tuple[Path, list[tuple[str, float]]]
 """A picture, and its classes with their probabilities."""
@@ -15,32 +19,59 @@ Row = tuple[Path, list[tuple[str, float]]]
 class RightInFolders:
     """Counts which predictions are right, of pictures in folders that are named after a class of the network.
 
+    Pictures that the run was trained on are left out, which a line says. They are known by their names, unless most of
+    those whose size the run noted have another size now: then they are others.
+
     Attributes:
-      right, count: pictures so far.
+      right, count: pictures so far, by the split of the run that held them; `""` where none did.
     """
 
-    def __init__(self, predictor: Any, paths: Sequence[str]) -> None:
-        """Takes the predictor, and the paths that were asked for: nothing is counted where none of them is a folder."""
-        self.right = self.count = 0
+    def __init__(self, predictor: Any, source: str, paths: Sequence[str]) -> None:
+        """Takes the predictor, where it came from, and the paths that were asked for: nothing is counted where none of
+        them is a folder.
+
+        Raises:
+          InputError: the source is a run, and its file that names the pictures is damaged.
+        """
+        self.right, self.count, self.same = Counter[str](), Counter[str](), Counter[bool]()
         asked = not predictor.multilabel and any(os.path.isdir(os.path.expanduser(path)) for path in paths)
         self.names = predictor.class_names if asked else ()
+        folder = path_of(source, "SOURCE")
+        self.known = load(folder) if asked and folder.is_dir() else None
 
     def add(self, path: Path, row: Any) -> None:
         """Adds a picture and its probabilities [classes]."""
         if path.parent.name in self.names:
-            self.count += 1
-            self.right += self.names[int(row.argmax())] == path.parent.name
+            split, same = find_file(self.known or {}, path)
+            self.count[split] += 1
+            self.right[split] += self.names[int(row.argmax())] == path.parent.name
+            if same is not None:
+                self.same[same] += 1
 
     def line(self) -> str:
-        """Returns a line with the accuracy and its interval; empty where no folder is named after a class."""
+        """Returns a line with the accuracy, its interval, and what to know of it; empty where no folder is named after
+        a class.
+        """
         from resnet_jax.training.metrics import wilson
 
-        if not self.count:
+        if not self.count.total():
             return ""
-        share = self.right / self.count
-        low, high = wilson(share, self.count)
+        strangers = self.same[False] > self.same[True]
+        trained, selecting = (0 if strangers else self.count[split] for split in ("train", "validation"))
+        count = self.count.total() - trained
+        if not count:
+            return f"no accuracy: the run was trained on all {trained:,} pictures in folders of classes, by their names"
+        share = (self.right.total() - (self.right["train"] if trained else 0)) / count
+        low, high = wilson(share, count)
         interval = f"[{low * 100:.2f}, {high * 100:.2f}]"
-        return f"accuracy {share:.2%} {interval} on {self.count} pictures in folders of classes, at 95 % confidence"
+        rows = [f"accuracy {share:.2%} {interval} on {count} pictures in folders of classes, at 95 % confidence"]
+        if trained:
+            rows.append(f"{trained:,} more are not counted: by their names, the run was trained on them")
+        if selecting:
+            rows.append(f"{selecting:,} of those counted are the run's validation pictures, by which it was selected")
+        if self.known is None:
+            rows.append("which pictures the network was trained on is not known here: it may be these")
+        return "; ".join(rows)
 
 
 def as_table() -> Callable[[Row], None]:

@@ -13,6 +13,8 @@ SECONDS_BETWEEN_LINES = 5.0
 """Where the output is no terminal, such as a file."""
 NOTED_WAIT = 0.05
 """Share of the time spent waiting for data from which on a line says so."""
+SHARES = ("accuracy", "macro_recall", "macro_f1", "map")
+"""Metrics that are shown in percent."""
 
 
 class Terminal(io.TextIOBase):
@@ -45,10 +47,14 @@ class Console:
       total: the step at which the run ends.
       steps_per_epoch: may be a fraction.
       evaluates: whether the run evaluates, so that the last line waits for the last evaluation.
+      metric: by which the best checkpoint is chosen, shown beside the accuracy, or else the loss, of an evaluation.
     """
 
-    def __init__(self, start: int, total: int, steps_per_epoch: float, evaluates: bool = True) -> None:
+    def __init__(
+        self, start: int, total: int, steps_per_epoch: float, evaluates: bool = True, metric: str = "accuracy"
+    ) -> None:
         self._total, self._steps_per_epoch, self._evaluates = total, steps_per_epoch, evaluates
+        self._metric = metric
         self._start, self._began, self._last_line = start, 0.0, -math.inf
         self._live: Any = None
         self._numbers: dict[str, tuple[int, float]] = {}  # name -> step, value: what no line has shown yet
@@ -105,13 +111,17 @@ class Console:
             of, value = self._numbers.get(name, (-1, 0.0))
             if of == step and not (name == "data_wait" and value < NOTED_WAIT):
                 shown.append(form.format(value))
-        for word, form in (("accuracy", "{:.2%}"), ("loss", "{:.4f}")):
-            kinds = [kind for kind in ("ema/validation", "validation") if f"{kind}/{word}" in self._numbers]
-            if kinds:
-                of, value = self._numbers[f"{kinds[0]}/{word}"]
-                notes = ["moving average"] * (kinds[0] != "validation") + [f"step {of}"] * (of != step)
-                shown.append(f"validation {word} {form.format(value)}" + (f" ({', '.join(notes)})" if notes else ""))
-                break
+        evaluated = {name.rpartition("/")[2] for name in self._numbers if "validation/" in name}
+        first = "accuracy" if "accuracy" in evaluated else "loss"
+        words = [word for word in dict.fromkeys((first, self._metric)) if word in evaluated]
+        if words:
+            kind = next(kind for kind in ("ema/validation", "validation") if f"{kind}/{words[0]}" in self._numbers)
+            of = self._numbers[f"{kind}/{words[0]}"][0]
+            values = [(word, self._numbers[f"{kind}/{word}"][1]) for word in words]
+            forms = (f"{value:.2%}" if word in SHARES else f"{value:.4f}" for word, value in values)
+            told = [f"{word.replace('_', ' ')} {text}" for word, text in zip(words, forms, strict=True)]
+            notes = ["moving average"] * (kind != "validation") + [f"step {of}"] * (of != step)
+            shown.append(f"validation {', '.join(told)}" + (f" ({', '.join(notes)})" if notes else ""))
         return "  ".join(shown)
 
     def close(self) -> None:

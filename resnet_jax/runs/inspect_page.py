@@ -142,9 +142,17 @@ def verdict(found: Inspection) -> str:
         known = {i for pair in across for i in (pair.first, pair.second) if found.pictures.split[i]}
         return f"{len(known):,} of the pictures that are measured on are in another split too."
     problems = len(found.inside()) + (0 if found.doubtful is None else len(found.doubtful.suspects))
-    return (
-        f"No picture is in two splits; {problems:,} other doubts on {count:,} pictures." if problems else "No doubts."
-    )
+    if not problems:
+        return "No doubts."
+    doubts = f"doubt{'s' * (problems != 1)} on {count:,} pictures."
+    if len(found.pictures.splits) == 1:
+        return f"{problems:,} {doubts}"
+    return f"No picture is in two splits; {problems:,} other {doubts}"
+
+
+def agreement_line(agreement: float) -> str:
+    """Returns the figure to read first in words: how far the doubtful labels can be trusted."""
+    return f"the probe agrees with {agreement:.1%} of the labels: the rest are its mistakes or wrong labels"
 
 
 def sections_of(found: Inspection) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config import Config, InputError, to_dict
-from resnet_jax.data.dataset import default_split
+from resnet_jax.data.dataset import Dataset, Source, default_split
 from resnet_jax.data.folders import printable
 from resnet_jax.data.on_device import normalize
 from resnet_jax.data.show import as_shown, overlay, sized
@@ -27,18 +29,20 @@ from resnet_jax.predict.gradcam import grad_cam
 from resnet_jax.runs.charts import chosen_step, line_chart, reliability_chart, spoken
 from resnet_jax.runs.folder import read_summary
 from resnet_jax.runs.trackers import points, read_lines
-from resnet_jax.training.evaluation import FinishedRun, Predictions, everywhere, open_run, served
+from resnet_jax.training.evaluation import FinishedRun, Predictions, Result, everywhere, open_run, served
 from resnet_jax.training.manifest import best_of
 from resnet_jax.training.metrics import fit_calibration, measure, probabilities, wilson
 from resnet_jax.training.parts import NO_PARTS, Parts, own_words
 from resnet_jax.typed import from_extra
 from resnet_jax.weights.sources import preprocessing_in
-from resnet_jax.weights.tags import UNCALIBRATED, Calibration
+from resnet_jax.weights.tags import UNCALIBRATED
 
 MISTAKES, THUMBNAIL = 12, 112
 """How many mistakes are shown, and the height that their images have at least, in pixels; twice as much at most."""
 MOST_CLASSES = 40
 """With more classes than this the page lists the most frequent confusions in place of the whole matrix."""
+MEASURES, CALIBRATION = "measures.json", "calibration.json"
+"""Names of the files with a report's figures, and with what predictions take of them."""
 INSPECTION = "inspect.json"
 """Name of the file with what `resnet-jax inspect` counted in a run's data."""
 CALIBRATED = {
@@ -79,19 +83,23 @@ def make_report(
     run = open_run(folder, checkpoint, keep=True, dataset=dataset, parts=parts)
     split = default_split(run.dataset)
     run.check_unseen(split)
-    means = served(run.evaluate(split) or {}, split)[1]
+    result: Result = {}
+    for name in measured_splits(run.dataset, run.class_names):
+        result |= run.evaluate(name) or {}
     step, best, lines = int(run.state.step), best_of(folder), read_lines(folder / "metrics.jsonl")
-    measured = of_classes(run, split, means) if run.class_names else {"plain": {"count": means["count"]}}
+    own = list(run.parts.metrics)
+    measured = measures_of(result, run.dataset, run.class_names, step, own)
+    plain, loss, calibrated = measured.plain, measured.kept["loss"], measured.calibrated
+    sections = {} if calibrated is None else of_classes(run, split, served(result, split)[1]["predictions"], measured)
     if jax.process_index() != 0:  # it has helped to evaluate
         return folder / "report.html"
-    plain = measured["plain"] | {name: means[name] for name in run.parts.metrics}
-    kept = {"step": step, "split": split, "loss": means["loss"]} | plain | measured.get("kept", {})
+    kept = measured.kept | ({"dataset": dataset} if run.other else {})
     if run.class_names and not run.other:
-        write_whole(folder / "calibration.json", to_json({"step": step} | measured["calibration"]) + "\n")
-    write_whole(folder / "measures.json", to_json(kept, indent=1) + "\n")
+        write_whole(folder / CALIBRATION, to_json(measured.calibration) + "\n")
+    write_whole(folder / MEASURES, to_json(kept, indent=1) + "\n")
     page = template().render(
         title=title_of(run.config),
-        verdict=verdict(plain, split, means["loss"]),
+        verdict=verdict(plain, split, loss),
         folder=folder.name,
         step=step,
         averaged=run.state.ema is not None,
@@ -99,43 +107,84 @@ def make_report(
         number_of_classes=len(run.class_names),
         split=split,
         chosen_by=spoken(best["metric"]) if best is not None and best["step"] == step else None,
-        figures=key_figures(plain, measured.get("kept", {}), means["loss"], list(run.parts.metrics)),
-        curves=_curves(lines, list(run.parts.metrics), _counts(run), chosen_step(folder)),
+        figures=key_figures(plain, {} if calibrated is None else kept, loss, own),
+        curves=_curves(lines, own, _counts(run), chosen_step(folder)),
         run=_run(lines, folder),
         inspection=read_inspection(folder),
         undecodable=sorted(run.bad.names)[:50],
         own=own_words(folder),
         recipe=json.dumps(to_dict(run.config), indent=2),
-        **measured.get("page", {}),
+        **sections,
     )
     write_whole(folder / "report.html", printable(page))
     return folder / "report.html"
 
 
-def of_classes(run: FinishedRun, split: str, means: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a report says of classes: `plain` measures, `calibration`, what is `kept`, what the `page` shows."""
+@dataclass(frozen=True)
+class Measures:
+    """What a report measures of a checkpoint.
+
+    Attributes:
+      plain: measures of the probabilities as the network gives them, and metrics of the user's own.
+      calibrated: measures with the calibration; None where there are no classes.
+      kept: what `measures.json` holds.
+      calibration: what `calibration.json` holds.
+    """
+
+    plain: dict[str, Any]
+    calibrated: dict[str, Any] | None
+    kept: dict[str, Any]
+    calibration: dict[str, Any]
+
+
+def measured_splits(dataset: Dataset, class_names: tuple[str, ...]) -> list[str]:
+    """Returns the splits that a report evaluates: the one it measures and, for classes, the one it calibrates on."""
+    both = bool(class_names) and dataset.validation is not None
+    return list(dict.fromkeys([default_split(dataset)] + ["validation"] * both))
+
+
+def measures_of(
+    result: Result, dataset: Dataset, class_names: tuple[str, ...], step: int, own: Sequence[str]
+) -> Measures:
+    """Returns what a report measures.
+
+    Args:
+      result: evaluations of `measured_splits`, with predictions where there are classes.
+      class_names: of the outputs; empty where they are no classes.
+      step: of the checkpoint.
+      own: names of metrics of the user's own.
+    """
+    split = default_split(dataset)
+    means = served(result, split)[1]
+    head, own_metrics = {"step": step, "split": split, "loss": means["loss"]}, {name: means[name] for name in own}
+    if not class_names:
+        plain = {"count": means["count"]} | own_metrics
+        return Measures(plain, None, head | plain, {})
     predictions: Predictions = means["predictions"]
     calibration, fitted_on = UNCALIBRATED, None
-    if run.dataset.validation is not None:
+    if dataset.validation is not None:
         fitted_on = "validation"
-        held_out = (
-            predictions if split == fitted_on else served(run.evaluate(fitted_on) or {}, fitted_on)[1]["predictions"]
-        )
+        held_out: Predictions = served(result, fitted_on)[1]["predictions"]
         calibration = fit_calibration(held_out.logits, held_out.labels)
-    names = run.class_names
-    plain = measure(predictions.logits, predictions.labels, names)
-    calibrated = measure(predictions.logits, predictions.labels, names, calibration)
-    page = {
+    plain = measure(predictions.logits, predictions.labels, class_names) | own_metrics
+    calibrated = measure(predictions.logits, predictions.labels, class_names, calibration)
+    more = {"calibrated": calibrated, "temperature": calibration.temperature, "calibrated_on": fitted_on}
+    return Measures(plain, calibrated, head | plain | more, {"step": step} | dataclasses.asdict(calibration))
+
+
+def of_classes(run: FinishedRun, split: str, predictions: Predictions, measured: Measures) -> dict[str, Any]:
+    """Returns what the page shows of classes."""
+    names, plain, calibrated, kept = run.class_names, measured.plain, measured.calibrated, measured.kept
+    assert calibrated is not None
+    return {
         "classes": [row | {"interval": interval_of(row["recall"], row["support"])} for row in calibrated["classes"]],
         "class_names": names,
         **confusion_of(calibrated, names),
-        "calibrated": CALIBRATED[fitted_on, split],
+        "calibrated": CALIBRATED[kept["calibrated_on"], split],
         "reliability_chart": reliability_chart(plain["reliability"]),
         "reliability": [row | {"interval": wilson(row["accuracy"], row["count"])} for row in plain["reliability"]],
-        "mistakes": _mistakes(run, split, predictions, calibration),
+        "mistakes": _mistakes(run, split, predictions, kept["temperature"]),
     }
-    kept = {"calibrated": calibrated, "temperature": calibration.temperature, "calibrated_on": fitted_on}
-    return {"plain": plain, "calibration": dataclasses.asdict(calibration), "kept": kept, "page": page}
 
 
 def template(name: str = "report_page.html") -> Any:
@@ -208,9 +257,10 @@ def key_figures(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: l
         if kept["calibrated_on"] is None:
             rows.append(("calibration error", before, what))
         else:
-            rows.append(
-                ("calibration error", f"{before} → {after}", f"{what}, before and after fitting the temperature")
-            )
+            worse = kept["temperature"] != 1 and kept["calibrated"]["ece"] >= plain["ece"]
+            note = f"{what}, before and after fitting the temperature"
+            note += "; it is fitted for the least loss, and does not help this error here" * worse
+            rows.append(("calibration error", f"{before} → {after}", note))
             rows.append(
                 ("temperature", _number(kept["temperature"]), "above 1 the network was too certain, below 1 not enough")
             )
@@ -299,9 +349,9 @@ def worst(predictions: Predictions, temperature: float) -> list[tuple[int, int, 
     return [(int(i), int(label[i]), float(confidence[i])) for i in order]
 
 
-def _mistakes(run: FinishedRun, split: str, predictions: Predictions, calibration: Calibration) -> list[dict[str, Any]]:
+def _mistakes(run: FinishedRun, split: str, predictions: Predictions, temperature: float) -> list[dict[str, Any]]:
     """Returns what the page shows of each of the most confident mistakes."""
-    chosen = worst(predictions, calibration.temperature)
+    chosen = worst(predictions, temperature)
     if not chosen:
         return []
     config, source, names = run.config, run.dataset.split(split), run.class_names
@@ -320,10 +370,16 @@ def _mistakes(run: FinishedRun, split: str, predictions: Predictions, calibratio
         truth, shown = predictions.labels[i], sized(as_shown(pixels), THUMBNAIL, 2 * THUMBNAIL)
         true = ", ".join(names[k] for k in np.flatnonzero(truth)) if truth.ndim else names[truth]
         card = {"predicted": names[label], "confidence": confidence, "truth": true or "nothing"}
-        card |= {"source": Path(source.describe(index)).name, "image": data_uri(shown)}
+        card |= {"source": caption_of(source, index), "image": data_uri(shown)}
         card |= {"heat": None if heat is None else data_uri(overlay(shown, heat))}
         cards.append(card | {"no_evidence": heat is not None and not np.any(heat)})
     return cards
+
+
+def caption_of(source: Source, index: int) -> str:
+    """Returns what the page calls an example: a file by its path below the root of the data, or its folder and name."""
+    key = source.key(index)
+    return "/".join(Path(key).parts[-2:]) if Path(key).is_absolute() else key
 
 
 def data_uri(pixels: Any) -> str:

@@ -93,7 +93,8 @@ class Reporter:
         first = jax.process_index() == 0
         self._tracker = Tracker(folder, step, config.log.tensorboard, progress.eval_pending) if first else None
         shown = first and terminal
-        self._console = Console(step, plan.total, plan.per_epoch, plan.evaluates) if shown else None
+        metric = "map" if config.train.metric == "auto" else config.train.metric  # auto takes map where there is one
+        self._console = Console(step, plan.total, plan.per_epoch, plan.evaluates, metric) if shown else None
         self._batch_size, self._per_epoch, self._schedule = config.train.batch_size, plan.per_epoch, schedule
         self._last_checkpoint, self._hooks = last_checkpoint, hooks or Hooks(())
         self._thread = ThreadPoolExecutor(1)

@@ -4,6 +4,7 @@ The replay is the loop of `training.loop` itself, in a temporary folder: from th
 checkpoint at an interval's start (or, from step 0, a new state) to the checkpoint at its end.
 """
 
+import json
 import random
 import re
 import secrets
@@ -20,11 +21,12 @@ from resnet_jax.data.dataset import with_outputs
 from resnet_jax.data.fingerprint import changes, described, fingerprint, other_resizer
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.transforms import resizer
-from resnet_jax.files import path_of
+from resnet_jax.files import path_of, read_file, to_json
 from resnet_jax.recipe_files import recorded
 from resnet_jax.runs.folder import device_name, read_summary, versions
 from resnet_jax.runs.hooks import Hooks
 from resnet_jax.runs.lock import live_holder
+from resnet_jax.runs.report_page import CALIBRATION, MEASURES, Measures, measured_splits, measures_of
 from resnet_jax.runs.signals import Stop
 from resnet_jax.runs.trackers import split_lines
 from resnet_jax.training.build import data_of, make_plan, model_with_parts
@@ -46,11 +48,14 @@ from resnet_jax.training.verify_compare import (
     best_in,
     chosen_recipe,
     compare_evaluation,
+    compare_measures,
     kind_of_line,
     read_records,
     shown,
 )
 from resnet_jax.training.verify_replay import Job, evaluate_checkpoint, spans_of, verify_span, verify_within_rounding
+from resnet_jax.typed import from_extra
+from resnet_jax.weights.load import names_of_outputs
 
 COMPUTES = ("jax", "jaxlib", "flax", "optax", "resnet_jax")
 """Packages another version of which may round otherwise."""
@@ -86,12 +91,15 @@ class Verification:
         return not self.differences
 
     def __str__(self) -> str:
-        spans = ", ".join(f"{a} to {b}" for a, b in self.replayed) or "none"
+        spans = ", ".join(f"{a} to {b}" for a, b in self.replayed)
         how = "bit by bit" if self.exact else "within rounding"
         drawn = "" if self.seed is None else f" (drawn with --seed {self.seed})"
         count = len(self.differences)
         found = f"{count} thing{'s differ' if count > 1 else ' differs'}" if count else "nothing differs"
         rows = [f"{self.run}: {found}", f"replayed {how}, steps: {spans}{drawn}"]
+        if not self.replayed:
+            found = found if count else "what its folder says agrees with itself"
+            rows = [f"{self.run}: {found}; no step was replayed, so what training wrote is not checked"]
         rows += [f"DIFFERS  {difference}" for difference in self.differences]
         return "\n".join(rows + [f"note     {note}" for note in self.notes])
 
@@ -111,7 +119,8 @@ def verify(
     times and speeds); where the run had other versions or devices, or other kinds of programs on its way, within
     `ARRAYS` and `FIGURES`, or `GROWTH` times what a change of the last bit at an interval's start grows to. Beside it
     recipe, pictures, parts of the user's own, best.json and summary.json are compared with the checkpoints, the lines,
-    and an evaluation of the selected checkpoint. Events for TensorBoard, times and pages are not looked at. Nothing in
+    and an evaluation of the selected checkpoint, and the report's measures.json and calibration.json with an evaluation
+    of theirs. Events for TensorBoard, times and pages are not looked at. Nothing in
     the folder is written or touched.
 
     Args:
@@ -179,6 +188,7 @@ def verify(
             else:
                 found += verify_within_rounding(job, span[0], span[-1], lines, notes)
         found += verify_selection(job, lines, notes)
+        found += verify_report(job, notes)
     if beyond := sorted({line["step"] for line in lines if line["step"] > steps[-1]}):
         notes.append(f"lines of {len(beyond)} steps after the last checkpoint, {steps[-1]}, were not looked at")
     unique = tuple(dict.fromkeys(found))
@@ -309,3 +319,35 @@ def verify_selection(job: Job, lines: Sequence[dict[str, Any]], notes: list[str]
     if result is None:
         return found
     return found + compare_evaluation(job.how, summary, lines, selected, result)
+
+
+def verify_report(job: Job, notes: list[str]) -> list[Difference]:
+    """Compares measures.json and calibration.json with a new evaluation of the checkpoint that they are of."""
+    found: list[Difference] = []
+    folder, parts, dataset = job.run.folder, job.run.parts, job.run.dataset
+    computed: dict[int, Measures] = {}
+    for file in (MEASURES, CALIBRATION):
+        try:
+            kept = json.loads(read_file(folder / file))
+            step = kept["step"]
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            found.append(Difference(file, None, f"it is damaged ({error}); resnet-jax report writes it anew"))
+            continue
+        if "dataset" in kept:
+            notes.append(f"{file} is of other data, {kept['dataset']}, so its figures were not looked at")
+            continue
+        if not isinstance(step, int) or step not in job.records:
+            notes.append(f"the checkpoint of step {step} is not there, so the figures of {file} were not looked at")
+            continue
+        if step not in computed:
+            names = names_of_outputs(parts.outputs_of(job.run.model), dataset.class_names, job.run.config.data.dataset)
+            result = evaluate_checkpoint(job, step, measured_splits(dataset, names), keep=True)
+            if result is None:
+                continue
+            with from_extra("report", f"verifying {file}"):
+                computed[step] = measures_of(result, dataset, names, step, list(parts.metrics))
+        now = computed[step].kept if file == MEASURES else computed[step].calibration
+        found += compare_measures(job.how, file, kept, json.loads(to_json(now)))
+    return found

@@ -1,7 +1,7 @@
 """Compares what a run's folder says: recipes and records with each other, arrays and lines with those of a replay."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ BFLOAT16 = 5.0
 
 GROWTH = 5.0
 """Times what a change of the last bit at an interval's start grows to by its end: rounding that training amplifies."""
+
+MEASURED = 1e-3
+"""Difference up to which a figure of the report is the same: its page shows no more digits."""
 
 TIMES = ("images_per_second", "data_wait")
 """What a line of metrics.jsonl says of speed."""
@@ -284,9 +287,9 @@ def compare_lines(
 
 
 def compare_figures(
-    how: Rounding, kept: Mapping[str, Any], found: Mapping[str, Any], step: int, kind: str
+    how: Rounding, kept: Mapping[str, Any], found: Mapping[str, Any], step: int, kind: str, by: str = "the replay"
 ) -> list[Difference]:
-    """Returns the figures of a line that differ from those that were found."""
+    """Returns the figures of a line that differ from those that were found, `by` a replay or an evaluation."""
     what = []
     for name in dict.fromkeys([*found, *kept]):
         if name in (*TIMES, "step"):
@@ -294,7 +297,7 @@ def compare_figures(
         if name not in kept or name not in found:
             what.append(f"{name} is {'missing' if name not in kept else 'none that it would have'}")
         elif not same_figure(how, name, kept[name], found[name]):
-            what.append(f"{name} is {kept[name]}, and the replay gives {found[name]}")
+            what.append(f"{name} is {kept[name]}, and {by} gives {found[name]}")
     return [Difference("metrics.jsonl", step, f"the line of {kind} was edited: {each}") for each in what]
 
 
@@ -329,10 +332,45 @@ def compare_evaluation(
         if wanted and not its_own:
             found.append(Difference("metrics.jsonl", selected, f"the line of {split} is missing"))
         for line in its_own[:1]:
-            found += compare_figures(how, line, wanted, selected, split)
+            by = f"evaluating the checkpoint of step {selected}"
+            found += compare_figures(how, line, wanted, selected, split, by)
         if split == "test" and len(kept_lines) > 1:
             found.append(Difference("metrics.jsonl", None, "there are several lines of test, and a run writes one"))
     return found
+
+
+def compare_measures(how: Rounding, file: str, kept: Any, found: Any) -> list[Difference]:
+    """Returns which of a report's figures differ from those that were found, by more than `MEASURED`, or rounding.
+
+    A report may have been made anew on another device than the run's: bits are not compared. Within rounding, what is
+    said of single classes and bins is left aside, where a picture more or less is much.
+    """
+    allowed = MEASURED if how.exact else FIGURES * how.times
+    old, new = dict(flattened(kept)), dict(flattened(found))
+    names = [name for name in (new | old) if how.exact or "[" not in name]
+    names = [name for name in names if not alike(old.get(name), new.get(name), allowed)]
+    what = [f"{name} is {old.get(name)}, and evaluating the checkpoint gives {new.get(name)}" for name in names[:FEW]]
+    what += [f"{len(names) - FEW} more of its figures differ"] * (len(names) > FEW)
+    return [Difference(file, None, each) for each in what]
+
+
+def flattened(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the single values of what a JSON file holds, such as (`classes[0]/recall`, 0.5)."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flattened(inner, f"{name}/{key}" if name else key)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from flattened(inner, f"{name}[{i}]")
+    else:
+        yield name, value
+
+
+def alike(kept: Any, found: Any, allowed: float) -> bool:
+    """Returns whether two values of JSON are equal, numbers up to a difference, above 1 in parts of the number."""
+    if isinstance(kept, int | float) and isinstance(found, int | float):
+        return abs(kept - found) <= allowed * max(1.0, abs(found))
+    return bool(kept == found)
 
 
 def best_in(lines: Sequence[dict[str, Any]], config: Config, metric: str | None) -> dict[str, Any] | None:

@@ -239,9 +239,9 @@ def unplanned_evaluation(job: Job) -> int | None:
     return last if last < plan.total and last % plan.eval_every else None
 
 
-def evaluate_checkpoint(job: Job, step: int, splits: Sequence[str]) -> Result | None:
-    """Returns the evaluations of a kept checkpoint on some splits, as the run makes them; None where it cannot be
-    read.
+def evaluate_checkpoint(job: Job, step: int, splits: Sequence[str], keep: bool = False) -> Result | None:
+    """Returns the evaluations of a kept checkpoint on some splits, as the run makes them; with predictions where `keep`
+    is set. None where it cannot be read.
     """
     say(f"evaluating the checkpoint of step {step}", error=True)
     with Replay(job, [step, step]).opened() as (run, state, _):
@@ -253,5 +253,5 @@ def evaluate_checkpoint(job: Job, step: int, splits: Sequence[str]) -> Result | 
         for split in splits:
             bad = BadImages("skip", channels=config.data.channels)
             given = (config, run.model, run.dataset, split, mesh, bad, None, features)
-            result |= make_evaluate(*given, parts=run.parts)(state) or {}
+            result |= make_evaluate(*given, keep=keep, parts=run.parts)(state) or {}
         return result

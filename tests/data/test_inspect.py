@@ -303,6 +303,7 @@ def test_the_command_writes_a_page_and_a_table_to_act_on(trial, tmp_path, capsys
     out = tmp_path / "out"
     assert main(["inspect", "--data.dataset", f"folder:{trial}", "--out", str(out), "--folds", "4"]) == 0
     printed = capsys.readouterr().out
+    assert re.match(r"the probe agrees with \d+\.\d% of the labels: ", printed)
     assert "twins across splits" in printed and f"{out / 'inspect.html'} and {out / 'inspect.csv'}" in printed
     assert "left out, since they cannot be decoded: " in printed and "00.png" in printed
     rows = list(csv.DictReader((out / "inspect.csv").read_text().splitlines()))
@@ -386,6 +387,7 @@ def test_data_without_one_class_each_is_looked_at_for_the_rest(tmp_path, monkeyp
     assert [(pair.first, pair.second) for pair in found.pairs] == [(0, 30)]
     page = inspect_page.write_inspection(found, tmp_path).read_text()
     assert "labels are not judged: there is not one class for each picture" in page and "Doubtful labels" not in page
+    assert '<p class="verdict">1 doubt on 31 pictures.</p>' in page
 
 
 def test_what_is_wrong_is_said_in_words(tmp_path, capsys):

@@ -390,6 +390,23 @@ def test_predict_says_the_accuracy_on_folders_of_classes(work, theirs, capsys):
     assert status == 0 and "accuracy" not in out + err
 
 
+def test_predict_counts_no_picture_that_was_trained_on(work, theirs, tmp_path, capsys):
+    status, out, _ = run(["predict", work / "run", work / "data"], capsys)
+    assert status == 0 and "on 16 pictures in folders of classes" in out
+    assert "24 more are not counted: by their names, the run was trained on them" in out
+    assert "8 of those counted are the run's validation pictures" in out
+    status, out, _ = run(["predict", work / "run", work / "data" / "train"], capsys)
+    assert status == 0 and "no accuracy: the run was trained on all 24 pictures" in out and "accuracy 1" not in out
+    (tmp_path / "train" / "light").mkdir(parents=True)
+    for i in range(5):  # other pictures under the names of the run's
+        Image.new("RGB", (40, 40), (210 + i,) * 3).save(tmp_path / "train" / "light" / f"{i}.png")
+    status, out, _ = run(["predict", work / "run", tmp_path], capsys)
+    assert status == 0 and "on 5 pictures" in out and "trained on" not in out
+    run(["export", work / "run", tmp_path / "out.safetensors"], capsys)
+    status, out, _ = run(["predict", tmp_path / "out.safetensors", theirs], capsys)
+    assert status == 0 and "on 10 pictures" in out and "is not known here" in out
+
+
 def test_tags_that_match_are_evaluated_and_one_that_cannot_be_fetched_is_a_row(theirs, tmp_path, capsys, monkeypatch):
     """The only tag that is there predicts class 7 of 1,000 always; a map says that the dark pictures are that."""
     model = rj.create_model("test_resnet", num_classes=1000)

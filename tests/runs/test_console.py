@@ -63,6 +63,18 @@ def test_the_time_that_is_left_counts_the_steps_and_the_time_of_this_start_alone
     assert "left" not in evaluated and "left" not in first and second.endswith("  4 s left")
 
 
+def test_the_metric_that_selects_stands_beside_the_accuracy(capsys):
+    console = Console(0, 20, 10.0, metric="macro_recall")
+    result = {"accuracy": 0.25, "macro_recall": 0.125, "loss": 1.0}
+    console.update(
+        20, {f"{kind}/{name}": value for kind in ("validation", "ema/validation") for name, value in result.items()}
+    )
+    assert "  validation accuracy 25.00%, macro recall 12.50% (moving average)" in capsys.readouterr().out
+    console = Console(0, 20, 10.0, metric="mine")
+    console.update(20, {"validation/loss": 1.0, "validation/mine": 0.5})
+    assert "  validation loss 1.0000, mine 0.5000" in capsys.readouterr().out
+
+
 def test_a_line_says_that_the_device_waited_where_that_is_much(capsys, monkeypatch):
     monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 0.0)
     console = Console(0, 30, 10.0)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from resnet_jax.config import Config, DataConfig
-from resnet_jax.runs.report_page import confusion_of, key_figures, template, title_of, verdict, worst
+from resnet_jax.data.dataset import FileSource
+from resnet_jax.runs.report_page import caption_of, confusion_of, key_figures, template, title_of, verdict, worst
 from resnet_jax.training.evaluation import Predictions
 
 from ..browser import Tags, needed_width, needs_chromium
@@ -71,6 +72,12 @@ def test_the_worst_mistakes_are_those_of_which_the_network_is_most_certain():
     assert [(index, label) for index, label, _ in found] == [(2, 2), (1, 1), (3, 1)] and found[0][2] > 0.9
 
 
+def test_a_mistake_is_called_by_its_path_below_the_data():
+    paths = ("/home/a/photos/cat/1.jpg", "/home/a/photos/dog/1.jpg")
+    assert caption_of(FileSource(paths, (0, 1), ("cat/1.jpg", "dog/1.jpg")), 1) == "dog/1.jpg"
+    assert caption_of(FileSource(paths, (0, 1)), 0) == "cat/1.jpg"
+
+
 @pytest.mark.parametrize(
     ("dataset", "name"),
     [("digits", "digits"), ("folder:/a/b/my photos/", "my photos"), ("csv:/a/table.csv", "table.csv")],
@@ -94,6 +101,9 @@ def test_key_figures_have_an_interval_where_they_are_shares_of_images():
     assert {name for name, row in rows.items() if row["interval"]} == {"accuracy"} and "AUC" not in rows
     assert rows["accuracy"]["interval"] == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert rows["accuracy"]["note"] == "5 of 10 images" and "→" in rows["calibration error"]["value"]
+    assert "does not help" not in rows["calibration error"]["note"]
+    rows = {row["name"]: row for row in key_figures(plain, kept | {"calibrated": {"ece": 0.12}}, 0.7, [])}
+    assert "and does not help this error here" in rows["calibration error"]["note"]
     rows = {row["name"]: row for row in key_figures(plain, kept | {"calibrated_on": None}, 0.7, [])}
     assert "temperature" not in rows and "→" not in rows["calibration error"]["value"]
     assert rows["macro F1"]["note"] == "mean over the classes"

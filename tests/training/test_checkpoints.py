@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -243,6 +244,20 @@ def test_the_page_on_checkpoints_opens_a_run_with_orbax(run):
     exec(code.replace("/absolute/path/of/runs/b", str(run)), names)
     state, _ = resnet_jax.restore(run)
     np.testing.assert_array_equal(names["kernel"], state.params["stem"]["conv"]["kernel"])
+
+
+def test_the_page_opens_a_run_of_two_devices_on_one_without_a_warning(run, tmp_path):
+    blocks = [block.partition("```")[0] for block in PAGE.read_text().split("```python\n")]
+    (opened,) = [block for block in blocks if "ocp.CheckpointManager(" in block]
+    (elsewhere,) = [block for block in blocks if "fallback_sharding" in block]
+    lines = [line for line in opened.splitlines() if "restore" not in line and "kernel" not in line]
+    code = "\n".join([*lines, elsewhere, 'kernel = tree["params"]["stem"]["conv"]["kernel"]'])
+    code += f"\nimport numpy\nnumpy.save({str(tmp_path / 'kernel.npy')!r}, kernel)\nassert len(jax.devices()) == 1"
+    command = [sys.executable, "-c", code.replace("/absolute/path/of/runs/b", str(run))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"XLA_FLAGS": ""})
+    assert done.returncode == 0 and "WARNING" not in done.stderr and "Warning" not in done.stderr, done.stderr
+    state, _ = resnet_jax.restore(run)
+    np.testing.assert_array_equal(np.load(tmp_path / "kernel.npy"), state.params["stem"]["conv"]["kernel"])
 
 
 def test_weights_are_exported_for_orbax_alone(run, tmp_path):

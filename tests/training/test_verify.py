@@ -15,12 +15,13 @@ from PIL import Image
 from resnet_jax.cli import main
 from resnet_jax.config import InputError, ParallelConfig, TrainConfig
 from resnet_jax.recipe_files import load_config
+from resnet_jax.runs.report_page import make_report
 from resnet_jax.runs.signals import Stop, Stopped
 from resnet_jax.training import loop
 from resnet_jax.training.build import build_model, sharded_shapes, state_maker
 from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
 from resnet_jax.training.sharding import make_mesh
-from resnet_jax.training.verify import verify
+from resnet_jax.training.verify import Verification, verify
 from resnet_jax.training.verify_compare import Rounding, compare_arrays, grown_to, measure_growth, same_figure
 
 pytestmark = pytest.mark.xdist_group("verify")  # one process makes what they share
@@ -231,6 +232,28 @@ def test_a_run_with_parts_of_its_users_own_needs_them_and_names_others(tmp_path)
     assert report.replayed == ((4, 6),) and named(report) == [("parts", None), ("checkpoints/6", 6)], str(report)
     assert "source of model" in report.differences[0].what
     assert "of another model: params/Dense_0/bias is (16,)" in report.differences[1].what
+
+
+def test_edited_figures_of_the_report_are_named_without_a_replay_and_the_headline_says_so(run):
+    head = str(Verification("runs/a", (4, 8), (), True, None)).splitlines()[0]
+    assert "no step was replayed" in head and "nothing differs" not in head
+    make_report(run)
+    rewrite(run / "measures.json", lambda held: held.update(accuracy=0.9))
+    rewrite(run / "measures.json", lambda held: held["calibrated"].update(ece=0.0))
+    rewrite(run / "calibration.json", lambda held: held.update(temperature=9.0))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    selected = json.loads((run / "summary.json").read_text())["selected"]
+    (line,) = (line for line in lines if line["step"] == selected and "validation/loss" in line)
+    line["validation/loss"] += 1.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = verify(run, 0)
+    files = ["metrics.jsonl", "measures.json", "measures.json", "calibration.json"]
+    assert named(report) == [("metrics.jsonl", selected), *((file, None) for file in files[1:])], str(report)
+    assert "4 things differ; no step was replayed" in str(report).splitlines()[0]
+    line, accuracy, ece, temperature = (difference.what for difference in report.differences)
+    assert "and evaluating the checkpoint of step" in line and "replay" not in line
+    assert "accuracy is 0.9, and evaluating the checkpoint gives 0." in accuracy
+    assert "calibrated/ece is 0.0" in ece and "temperature is 9.0" in temperature
 
 
 def test_the_command_ends_with_0_1_or_2(run, tmp_path, capsys):
