@@ -12,6 +12,7 @@ from resnet_jax.ops.batch_statistics import (
     plain_normalized_conv1x1,
     update_running_average,
 )
+from resnet_jax.ops.custom_kernels import sharded_batch
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(1.0, 2.0, size=(4, 5, 7, 6)).astype(np.float32)
@@ -63,3 +64,17 @@ def test_a_convolution_and_its_norm_as_one_are_the_two():
         np.testing.assert_allclose(found[0], whitened * scale + bias, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(found[1], y.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found[2], y.var((0, 1, 2)), rtol=1e-4)
+
+
+def test_the_order_of_a_tpu_is_the_same_norm_to_rounding():
+    rng = np.random.default_rng(0)
+    x, scale, bias = (jnp.asarray(rng.normal(1.0, 2.0, shape), jnp.float32) for shape in ((4, 5, 5, 8), 8, 8))
+
+    def norm(x):
+        return normalized(x, *batch_moments(x), scale, bias, 1e-5, jnp.float32)
+
+    expected, gradient = norm(x), jax.grad(lambda x: (norm(x) ** 3).sum())(x)
+    with sharded_batch(platform="tpu"):
+        np.testing.assert_allclose(norm(x), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(jax.grad(lambda x: (norm(x) ** 3).sum())(x), gradient, rtol=1e-4, atol=1e-3)
+        assert (norm(x) != expected).any()
