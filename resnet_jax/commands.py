@@ -575,7 +575,7 @@ def inspect_command(
         load_config(config)
     prepare_jax()
     from resnet_jax.predict.inspect_data import inspect_data
-    from resnet_jax.runs.inspect_page import agreement_line, summary_of, write_inspection
+    from resnet_jax.predict.inspect_page import agreement_line, summary_of, write_inspection
 
     found = inspect_data(
         dataset,
@@ -629,7 +629,7 @@ def export_command(
     from resnet_jax.runs.signals import cleaned_up
 
     if form in ("stablehlo", "onnx"):
-        from resnet_jax.predict.serving import CHECKED, export_program
+        from resnet_jax.predict.export_program import CHECKED, export_program
 
         with cleaned_up():
             metadata = export_program(source, path, form, name, checkpoint, **given_parts(config))

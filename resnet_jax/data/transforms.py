@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from resnet_jax.config import AugmentConfig, Size, known, sides
-from resnet_jax.data.augmentation import color_jitter, erase, rand_augment, trivial_augment
+from resnet_jax.data.color_and_shape import color_jitter, erase, rand_augment, trivial_augment
 from resnet_jax.data.decode import (
     ORIENTATIONS,
     Picture,

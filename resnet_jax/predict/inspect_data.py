@@ -35,7 +35,7 @@ from resnet_jax.data.sources import load_dataset
 from resnet_jax.files import path_of
 from resnet_jax.models.registry import channels_of, check_endpoints, create_model, dtype_of
 from resnet_jax.predict.knn import recipe_for
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.training.evaluation import mesh_for
 from resnet_jax.training.metrics import fit_calibration, probabilities
 from resnet_jax.training.sharding import compiler_options, replicated, sharded_over
@@ -316,7 +316,7 @@ class Network:
             raise InputError(f"{source} does not say how pictures are prepared; take the run, or what it exports")
         self.config = recipe_for(source, dataset, data_dir, self.look, channels_of(self.model), batch_size)
         path = path_of(source, "SOURCE")
-        self.run = recorded(path) if (path / "checkpoints").is_dir() else None
+        self.run = recorded_recipe(path) if (path / "checkpoints").is_dir() else None
         self.tensors = weights.tensors
 
     @property

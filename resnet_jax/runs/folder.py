@@ -1,7 +1,6 @@
 """A run's folder: its recipe, the lock that keeps a second run out, its summary; and the runs under a folder."""
 
 import contextlib
-import math
 import platform
 import shlex
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from resnet_jax.config import Config, InputError, differences, to_dict
 from resnet_jax.files import in_bucket, path_of, read_json, to_json, write_whole
 from resnet_jax.models.registry import OURS
 from resnet_jax.output import say, wrapped
-from resnet_jax.recipe_files import WrongRecipe, read_recipe, recipe_given, recorded
+from resnet_jax.recipe_files import WrongRecipe, read_recipe, recipe_given, recorded_parts, recorded_recipe
 from resnet_jax.runs.lock import BucketLock, Lock, hold, live_holder
 from resnet_jax.runs.signals import FolderLost, Stopped
 from resnet_jax.runs.trackers import split_lines
@@ -38,7 +37,7 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
     folder = Path("runs") / stamp if workdir is None else path_of(workdir, "--workdir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        previous = recorded(folder)
+        previous = recorded_recipe(folder)
         if previous is not None and begun(folder):
             changed = differences(previous, config)
             if changed:
@@ -185,7 +184,7 @@ def evaluate_command(folder: Path) -> str:
     """Returns the command that evaluates a run; with parts or a named model of the user's own it names the recipe file
     that this process was given, or FILE where it was given none.
     """
-    config = recorded(folder)
+    config = recorded_recipe(folder)
     own = parts_to_evaluate(folder) or (config is not None and config.model.name not in OURS)
     flag = f" --config {shlex.quote(str(recipe_given() or 'FILE'))}" if own else ""
     return f"resnet-jax evaluate {shlex.quote(str(folder))}{flag}"
@@ -193,11 +192,7 @@ def evaluate_command(folder: Path) -> str:
 
 def parts_to_evaluate(folder: Path) -> list[str]:
     """Returns the names of the parts of the user's own that are needed to evaluate a run."""
-    try:
-        noted = read_json(folder / "parts.json", dict[str, Any])
-    except FileNotFoundError:
-        return []
-    return list(dict.fromkeys(name.partition(".")[0] for name in noted if name != "optimizer"))
+    return list(dict.fromkeys(name.partition(".")[0] for name in recorded_parts(folder) if name != "optimizer"))
 
 
 def outcome(summary: dict[str, Any]) -> list[str]:
@@ -300,15 +295,3 @@ def describe_run(folder: Path) -> dict[str, Any]:
     if summary is None and (folder / "error.txt").exists():
         return row | {"state": "failed", "problem": (folder / "error.txt").read_text(errors="replace").strip()}
     return row | {"state": "finished" if summary else "stopped"}
-
-
-def better(goal: str, new: float | None, old: float | None) -> bool:
-    """Returns whether a value is better than another one: with the goal `min` the lower, with `max` the higher.
-
-    What is None or not a number is worse than any number, and never better than anything.
-    """
-    if new is None or math.isnan(new):
-        return False
-    if old is None or math.isnan(old):
-        return True
-    return new < old if goal == "min" else new > old

@@ -1,5 +1,6 @@
 """Exact evaluation: every example of a split counts once, on any number of devices."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,12 +23,12 @@ from resnet_jax.data.match_classes import ClassMap, match_classes
 from resnet_jax.files import path_of
 from resnet_jax.models.stacking import block_by_block
 from resnet_jax.output import say
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.training.build import data_of, model_with_parts, sharded_shapes, state_maker
 from resnet_jax.training.checkpoints import Record, read_checkpoint
 from resnet_jax.training.linear_probe import Features, head_of
 from resnet_jax.training.metrics import Sums, mean_average_precision, means, wilson
-from resnet_jax.training.parts import NAMES, NO_PARTS, Parts, check_recorded
+from resnet_jax.training.parts import NAMES, NO_PARTS, Parts, check_parts
 from resnet_jax.training.programs import recipe_eval_step
 from resnet_jax.training.sharding import check_batch, compiler_options, make_mesh, replicated, sharded_over
 from resnet_jax.training.state import TrainState
@@ -174,6 +175,18 @@ def goal_of(config: Config, metric: str) -> str:
     if config.train.metric_goal != "auto":
         return config.train.metric_goal
     return "min" if metric == "loss" else "max"
+
+
+def better(goal: str, new: float | None, old: float | None) -> bool:
+    """Returns whether a value is better than another one: with the goal `min` the lower, with `max` the higher.
+
+    What is None or not a number is worse than any number, and never better than anything.
+    """
+    if new is None or math.isnan(new):
+        return False
+    if old is None or math.isnan(old):
+        return True
+    return new < old if goal == "min" else new > old
 
 
 def served(result: Result, split: str) -> tuple[str, dict[str, Any]]:
@@ -325,11 +338,11 @@ def open_run(
         lies, or other data has classes that the run lacks.
     """
     folder = path_of(folder, "WORKDIR")
-    config = recorded(folder)
+    config = recorded_recipe(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
     needed = [name for name in NAMES if name != "optimizer" and (name != "dataset" or dataset is None)]
-    for note in check_recorded(folder, parts, accept=True, needed=needed):
+    for note in check_parts(folder, parts, accept=True, needed=needed):
         say(f"WARNING: {note}", error=True)
     if dataset is not None:
         config, parts = replace(config, data=replace(config.data, dataset=dataset)), replace(parts, dataset=None)

@@ -29,9 +29,9 @@ from resnet_jax.data.watch import check_guard, keep_tracker
 from resnet_jax.files import in_bucket, modified, path_of, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.output import wrapped
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.runs.charts import draw_curves
-from resnet_jax.runs.folder import begun, better, device_name, ended, evaluate_command, finish, locked, open_workdir
+from resnet_jax.runs.folder import begun, device_name, ended, evaluate_command, finish, locked, open_workdir
 from resnet_jax.runs.hooks import Hooks, RunStart
 from resnet_jax.runs.lock import BucketLock, Lock
 from resnet_jax.runs.processes import agree, check_one_folder, ending_together, facts_of, start_processes
@@ -53,14 +53,14 @@ from resnet_jax.training.build import (
     with_weights,
 )
 from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
-from resnet_jax.training.evaluation import Result, goal_of, make_evaluate, scalars, selecting_metric, served
+from resnet_jax.training.evaluation import Result, better, goal_of, make_evaluate, scalars, selecting_metric, served
 from resnet_jax.training.finetune import make_phases
 from resnet_jax.training.linear_probe import computes_features_once, head_of, make_features, whole_features
 from resnet_jax.training.losses import Loss
 from resnet_jax.training.manifest import BEST, Best
 from resnet_jax.training.metrics import Metric, Sums
 from resnet_jax.training.optimizers import OwnOptimizer, make_schedule, warmup_steps
-from resnet_jax.training.parts import Parts, check_recorded, make_parts, names_and_hashes, record
+from resnet_jax.training.parts import Parts, check_parts, make_parts, names_and_hashes, record_parts
 from resnet_jax.training.programs import compile_phases, steps_in_call, steps_per_call, weights_of_classes
 from resnet_jax.training.resolve import resolve
 from resnet_jax.training.run_progress import RunProgress
@@ -147,11 +147,11 @@ def train_with(
     workdir = None if workdir is None else path_of(workdir, "--workdir")
     parts = make_parts(named)
     told = Hooks(parts.hooks)
-    before = recorded(workdir)
+    before = recorded_recipe(workdir)
     if workdir is None or not begun(workdir):
         before = None  # a start that came to nothing does not bind
     elif before is not None:
-        for note in check_recorded(workdir, parts, config.train.accept_parts):
+        for note in check_parts(workdir, parts, config.train.accept_parts):
             say(f"WARNING: {note}", error=True)
     agree(facts_of(config) | {"parts of your own": json.dumps(names_and_hashes(parts))})
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
@@ -200,7 +200,7 @@ def train_with(
             return summary
         if jax.process_index() == 0:  # all processes have the same pictures, which `agree` saw to
             check_pictures(folder, config, dataset)
-            record(folder, parts)
+            record_parts(folder, parts)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
             seen = dataset if look_at_test else replace(dataset, test=None)
             run = Run(folder, config, plan, module, seen, metric, mesh, checkpoints, stop, lock, parts, told)

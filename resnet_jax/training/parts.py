@@ -17,14 +17,12 @@ import optax
 
 from resnet_jax.config import Config, InputError, ModelConfig, OptimizerConfig, sides
 from resnet_jax.data.dataset import Dataset
-from resnet_jax.files import read_json, to_json, write_whole
+from resnet_jax.files import to_json, write_whole
 from resnet_jax.models.registry import model_fields
+from resnet_jax.recipe_files import PARTS_FILE, recorded_parts
 from resnet_jax.training.losses import Loss
 from resnet_jax.training.metrics import Metric
 from resnet_jax.training.optimizers import OwnOptimizer
-
-FILE = "parts.json"
-"""Name of the file in a run's folder that says which parts were its user's own."""
 
 TAKEN = ("loss", "accuracy", "count", "top5", "macro_recall", "macro_f1", "map", "skipped")
 """Names of our own metrics."""
@@ -198,15 +196,7 @@ def names_and_hashes(parts: Parts) -> dict[str, dict[str, str]]:
     return found
 
 
-def recorded_parts(folder: Path) -> dict[str, dict[str, str]]:
-    """Returns what `names_and_hashes` gave where the run or sweep in a folder was started; empty where nothing was."""
-    try:
-        return read_json(folder / FILE, dict[str, dict[str, str]])
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-
-
-def own_words(folder: Path) -> str:
+def parts_in_words(folder: Path) -> str:
     """Returns which parts the run or sweep in a folder has of its user's own, such as `loss (smooth), model (net.Net)`,
     for which the recipe's words do not hold; "" where there are none.
     """
@@ -276,7 +266,7 @@ def source_in_file(defined: Any) -> str:
     return ""
 
 
-def check_recorded(
+def check_parts(
     folder: Path, parts: Parts, accept: bool = False, needed: Sequence[str] | None = None, what: str = "run"
 ) -> list[str]:
     """Compares the user's own parts with those that the run in a folder was started with; returns warnings.
@@ -315,7 +305,7 @@ def check_recorded(
     return [f"the {what} in {folder} was started with other parts: {part}" for part in changed]
 
 
-def record(folder: Path, parts: Parts) -> None:
+def record_parts(folder: Path, parts: Parts) -> None:
     """Writes which parts are the user's own into the folder of a run or sweep; nothing where there are none."""
     if found := names_and_hashes(parts):
-        write_whole(folder / FILE, to_json(found, indent=2) + "\n")
+        write_whole(folder / PARTS_FILE, to_json(found, indent=2) + "\n")

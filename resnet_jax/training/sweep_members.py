@@ -47,7 +47,7 @@ from resnet_jax.training.evaluation import Result, gathered, selecting_metric
 from resnet_jax.training.loop import Run, check_pictures, evaluate_step
 from resnet_jax.training.metrics import Sums, mean_average_precision, means
 from resnet_jax.training.optimizers import make_schedule
-from resnet_jax.training.parts import Parts, record
+from resnet_jax.training.parts import Parts, record_parts
 from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import check_batch, make_mesh
 from resnet_jax.training.state import TrainState
@@ -201,7 +201,7 @@ def start_members(members: Sequence[Member], parts: Parts, stop: Stop) -> tuple[
         member.folder.mkdir(parents=True, exist_ok=True)
         check_pictures(member.folder, config, dataset)
         write_whole(member.folder / "config.json", to_json(to_dict(config), indent=2) + "\n")
-        record(member.folder, own)
+        record_parts(member.folder, own)
         shared: Any = kept
         run = Run(member.folder, config, plan, module, dataset, metric, mesh, shared, stop, None, own, Hooks(()))
         names = names_of_outputs(own.outputs, dataset.class_names, config.data.dataset)

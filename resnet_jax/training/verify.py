@@ -22,7 +22,7 @@ from resnet_jax.data.fingerprint import changes, described, fingerprint, other_r
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.transforms import resizer
 from resnet_jax.files import path_of, read_file, to_json
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.runs.folder import device_name, read_summary, versions
 from resnet_jax.runs.hooks import Hooks
 from resnet_jax.runs.lock import live_holder
@@ -36,7 +36,7 @@ from resnet_jax.training.linear_probe import computes_features_once
 from resnet_jax.training.loop import Run
 from resnet_jax.training.manifest import best_of
 from resnet_jax.training.optimizers import make_schedule
-from resnet_jax.training.parts import NAMES, Parts, check_recorded, make_parts
+from resnet_jax.training.parts import NAMES, Parts, check_parts, make_parts
 from resnet_jax.training.programs import steps_per_call
 from resnet_jax.training.sharding import cached_where_sound, make_mesh
 from resnet_jax.training.verify_compare import (
@@ -144,7 +144,7 @@ def verify(
       assert report.ok
     """
     folder = path_of(run, "run")
-    config = recorded(folder)
+    config = recorded_recipe(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
     if intervals != "all" and intervals < 0:
@@ -161,7 +161,7 @@ def verify(
         config = replace(config, data=replace(config.data, dataset=data))
     given = make_parts(parts if data is None else parts | {"dataset": None})
     needed = None if data is None else [name for name in NAMES if name != "dataset"]
-    found += [Difference("parts", None, note) for note in check_recorded(folder, given, accept=True, needed=needed)]
+    found += [Difference("parts", None, note) for note in check_parts(folder, given, accept=True, needed=needed)]
     job = make_job(folder, config, given, records, rounding, found, notes)
 
     steps = sorted(records)

@@ -10,9 +10,8 @@ import numpy as np
 
 from resnet_jax.config import Config, InputError, differences, from_dict
 from resnet_jax.files import to_json
-from resnet_jax.runs.folder import better
 from resnet_jax.training.checkpoints import Record, leaves_of, read_record
-from resnet_jax.training.evaluation import Result, goal_of, scalars
+from resnet_jax.training.evaluation import Result, better, goal_of, scalars
 from resnet_jax.training.manifest import checkpoints_of, damage, steps_in
 from resnet_jax.training.run_progress import RunProgress
 

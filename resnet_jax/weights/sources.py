@@ -24,6 +24,7 @@ from resnet_jax.config import Config, InputError, ModelConfig, from_dict, known,
 from resnet_jax.files import in_bucket, path_of, read_file, read_json
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest, variable_shapes
 from resnet_jax.output import first_line, say
+from resnet_jax.recipe_files import recorded_parts
 from resnet_jax.typed import from_extra, shown, shown_name, typed
 from resnet_jax.weights.convert import as_array, to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag, tags_of
@@ -333,7 +334,6 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 def _from_run(folder: Path, checkpoint: str | None) -> Weights:
     """Reads the moving average of a run's checkpoint, or its parameters where there is no average."""
     from resnet_jax.training.checkpoints import read_variables
-    from resnet_jax.training.parts import recorded_parts
 
     if own := recorded_parts(folder).get("model"):
         raise InputError(

@@ -28,7 +28,7 @@ from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.signals import Stopped
 from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training.evaluation import evaluate_run
-from resnet_jax.training.parts import check_recorded, make_parts, names_and_hashes
+from resnet_jax.training.parts import check_parts, make_parts, names_and_hashes
 from resnet_jax.training.run_progress import RunProgress
 
 
@@ -155,7 +155,7 @@ def test_other_parts_than_those_of_the_run_are_refused_unless_told(tmp_path):
     with pytest.raises(rj.InputError, match=r"loss \(.*squared_error\), which was the recipe's"):
         rj.train(config, tmp_path / "run", model=Net(), dataset=DATA, loss=squared_error)
     with pytest.raises(rj.InputError, match=r"started with other parts: loss \(.*squared_error\), which was the rec"):
-        check_recorded(tmp_path / "of the recipe alone", make_parts({"loss": squared_error}))
+        check_parts(tmp_path / "of the recipe alone", make_parts({"loss": squared_error}))
     accepting = dataclasses.replace(config, train=dataclasses.replace(config.train, accept_parts=True))
     rj.train(accepting, tmp_path / "run", model=Net(), dataset=DATA, loss=squared_error)
     with pytest.raises(rj.InputError, match=r"parts of its user's own: model .* resnet_jax.restore\(.*\.variables"):
@@ -450,7 +450,7 @@ from pathlib import Path
 import flax.linen as nn
 
 import resnet_jax as rj
-from resnet_jax.training.parts import make_parts, record
+from resnet_jax.training.parts import make_parts, record_parts
 
 
 class Net(nn.Module):
@@ -472,7 +472,7 @@ def margin(logits, batch):
 
 model, metrics, config = Net(Mine), {"margin": margin}, rj.Config()
 if __name__ == "__main__":
-    record(Path(sys.argv[1]), make_parts(globals()))
+    record_parts(Path(sys.argv[1]), make_parts(globals()))
 """
 
 
@@ -483,7 +483,7 @@ def test_parts_of_a_script_are_known_again_in_a_recipe_file_and_other_ones_are_n
 
     def differences(text):
         (tmp_path / "recipe.py").write_text(text)
-        return check_recorded(tmp_path, make_parts(load_recipe(tmp_path / "recipe.py")), accept=True)
+        return check_parts(tmp_path, make_parts(load_recipe(tmp_path / "recipe.py")), accept=True)
 
     assert differences(SCRIPT) == []
     assert differences("from net import config, metrics, model") == []
