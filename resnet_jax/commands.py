@@ -130,7 +130,8 @@ def sweep_command(
     as --train.seed 0..4. The first word may be the recipe, in place of --config.
 
     Args:
-      members_per_device: Runs that go through a device together; 1 takes them in turn, auto tries what is fastest.
+      members_per_device: Runs that a device trains at the same time; 1 takes one after the other, auto tries what is
+        fastest.
     """
     chosen = checked(recipe)
     prepare_jax()

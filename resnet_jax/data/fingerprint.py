@@ -47,7 +47,7 @@ def _rows(source: Source, names: np.ndarray) -> np.ndarray:
 
 
 def _size_or_hash(source: Source, index: int) -> int:
-    """The size of a picture's file, the hash of one that lies in a table, or -1 where a source does not say."""
+    """Returns the size of a picture's file, the hash of one that lies in a table, or -1 where a source does not say."""
     if isinstance(source, Part):
         return _size_or_hash(source.source, int(source.indices[index]))
     if isinstance(source, FileSource):

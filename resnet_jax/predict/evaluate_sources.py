@@ -70,7 +70,7 @@ class Wanted:
 
     @property
     def on_host(self) -> bool:
-        """Whether the logits of each image are needed."""
+        """Returns whether the logits of each image are needed."""
         return self.keep or self.valid_labels or self.real is not None
 
 
@@ -97,12 +97,12 @@ class Evaluated:
 
     @property
     def means(self) -> dict[str, Any]:
-        """Means of what is served: of the moving average where there is one."""
+        """Returns the means of what is served: of the moving average where there is one."""
         return served(self.result, self.result["split"])[1]
 
 
 class Pace:
-    """Counts batches and notes when the first one had gone through, with which the program was compiled."""
+    """Counts batches and notes when the first one, which compiled the program, had ended."""
 
     def __init__(self, progress: Callable[[], None] | None = None) -> None:
         self.calls, self.progress = 0, progress

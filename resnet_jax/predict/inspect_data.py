@@ -321,7 +321,7 @@ class Network:
 
     @property
     def selects(self) -> bool:
-        """Whether it is a run that held pictures out for its selection."""
+        """Returns whether it is a run that held pictures out for its selection."""
         return self.run is not None and self.run.train.metric != "none"
 
     def has_seen(self, data: Any) -> bool:

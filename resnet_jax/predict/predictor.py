@@ -188,7 +188,7 @@ class Predictor:
 
     @property
     def dtype(self) -> Any:
-        """The type of images that the model takes."""
+        """Returns the type of images that the model takes."""
         return dtype_of(self.model)
 
     def prepare(self, raw: Any) -> np.ndarray:
@@ -233,11 +233,11 @@ class Predictor:
         return ranked[row[ranked] >= thresholds[ranked]]
 
     def __call__(self, images: Iterable[Any], batch: int = 32) -> np.ndarray:
-        """Probabilities, float32 [number of images, classes].
+        """Returns probabilities, float32 [number of images, classes].
 
         Args:
           images: paths, bytes of files, arrays [height, width, channel], or Pillow images.
-          batch: this number goes through the network at once.
+          batch: images that go through the network at once.
 
         Raises:
           BadImage: one cannot be decoded.

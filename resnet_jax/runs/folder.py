@@ -234,7 +234,7 @@ def device_name(mesh: Mesh) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of what computes."""
+    """Returns the versions of Python and of what computes."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
     ours = {"python": platform.python_version(), "resnet_jax": __version__}
     return ours | {name: metadata.version(name) for name in packages}

@@ -1,4 +1,4 @@
-"""The checks of `check` that call a module without jit, operation by operation, and look at what happens within."""
+"""The checks of `check` that call a module without jit, operation by operation, and record what submodules return."""
 
 import math
 from collections.abc import Callable, Sequence

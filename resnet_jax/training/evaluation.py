@@ -327,7 +327,7 @@ def open_run(
     classes: ClassMap | None = None,
     batch: int | None = None,
 ) -> FinishedRun:
-    """Opens what a run's folder holds, to be looked at; arguments as for `evaluate_run`.
+    """Opens what a run's folder holds, to evaluate it; arguments as for `evaluate_run`.
 
     Args:
       classes: which class of the run each class of other data is; None goes by their names.

@@ -359,7 +359,7 @@ def stacked(state: TrainState, run: Run) -> TrainState:
 def fit(
     run: Run, state: TrainState, progress: RunProgress, schedule: optax.Schedule, until: int | None = None
 ) -> tuple[RunProgress, float]:
-    """Trains from a state to the plan's end, or until `train.patience` is at its end, and looks at the test split.
+    """Trains from a state to the plan's end, or until `train.patience` is over, and evaluates the test split.
 
     `reporter.settle` writes all metrics and checks that they and the state are finite; only then may a checkpoint
     replace an older one. A checkpoint is written in the background while its step is evaluated; it says `eval_pending`,
@@ -367,7 +367,7 @@ def fit(
     so that slow steps end soon after a signal.
 
     Args:
-      until: a step up to which the run is gone through as ever, saved and left; None for the plan's end.
+      until: a step at which training ends, with a checkpoint and without the test split; None for the plan's end.
 
     Returns:
       What came out, and the images a second.
@@ -445,7 +445,7 @@ def fit(
             data = on_device if from_device else [next(batches) for _ in range(n)]
             waited = 0.0 if from_device else time.perf_counter() - asked
             if not from_device:
-                data += data[-1:] * (most - n)  # the program takes `most` batches, and looks at the first n
+                data += data[-1:] * (most - n)  # the program takes `most` batches, and uses the first n
             trace.before(step)
             state, sums = programs[phase](state, data, counts[n])
             step += n

@@ -273,7 +273,7 @@ def check_parts(
 
     Args:
       accept: take other parts than the run's.
-      needed: names of the parts that are looked at; None for all.
+      needed: names of the parts that are compared; None for all.
       what: the folder holds, for the messages: a run or a sweep.
 
     Raises:

@@ -77,8 +77,8 @@ def sweep(
       workdir: the sweep's folder; None makes a new one under `runs/`.
       model, dataset, loss, optimizer, metrics, hooks: as for `train`.
       members_per_device: members that go through a device together, by `vmap`: equal to their runs alone to rounding,
-        and on accelerators perhaps faster for small networks. 1 takes them in turn; `auto` tries 1, 2, 4, ... for a
-        few steps and takes the fastest.
+        and on accelerators perhaps faster for small networks. 1 takes one after the other; `auto` tries 1, 2, 4, ...
+        for a few steps and takes the fastest.
 
     Returns:
       What `sweep.json` holds: `recipe`, `varied`, `members` (`name`, `values`, `status`, `value` of the `metric` on the

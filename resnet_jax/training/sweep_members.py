@@ -1,9 +1,9 @@
 """Trains the members of a sweep that differ in numbers only by one compiled program: `train_together`.
 
 The states of the members lie one after another on a leading axis, and each device trains one member, or several by
-`vmap`, at a time. More members than that take their turns, call by call. What happens to a member at which step, and
-what is selected, is told by the functions of `training.loop`; which numbers may differ, and the program that they are
-inputs of, by `training.sweep_programs`.
+`vmap`, at a time. More members than that take their turns, call by call. When a member is
+evaluated and what is selected is decided by the functions of `training.loop`; which numbers may differ, and the program
+that takes them as inputs, is in `training.sweep_programs`.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ def train_together(
     """Trains members that share a program to their ends, and leaves each as a finished run in its folder.
 
     Args:
-      place: where the states of all lie on the way; a start that finds them goes on with them.
+      place: of the checkpoints of all members together; a start that finds one resumes from it.
       per_device: members that go through a device together by `vmap`; `auto` tries which number is fastest, and a
         later start keeps to it.
       folder: of the sweep.

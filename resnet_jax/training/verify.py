@@ -74,7 +74,7 @@ class Verification:
       exact: whether bits were compared; otherwise within rounding, for the reasons in the notes.
       seed: of the draw of intervals; None where all were replayed.
       differences: what is not as it should be; empty for a sound run.
-      notes: what a reader has to know beside: what was not looked at, other versions, another number of devices.
+      notes: what a reader has to know beside: what was not compared, other versions, another number of devices.
     """
 
     run: str
@@ -87,7 +87,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differs."""
+        """Returns whether nothing differs."""
         return not self.differences
 
     def __str__(self) -> str:

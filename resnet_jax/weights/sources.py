@@ -180,7 +180,7 @@ def _from_folder(folder: Path) -> Weights:
 
 
 def _described(file: Path, tensors: Mapping[str, Any], where: str) -> Weights:
-    """Weights with a `config.json` as timm writes it."""
+    """Returns weights with a `config.json` as timm writes it."""
     where = f"{where}: config.json"
     try:
         config = _parsed(read_file(file), dict[str, Any], where)
@@ -210,7 +210,7 @@ HARMLESS = frozenset({"num_classes", "in_chans", "img_size", "global_pool", "dro
 
 
 def _parsed(data: bytes, kind: Any, where: str) -> Any:
-    """JSON as a type, as `typed` gives it; nan is not taken for null, and so refused where a number is needed."""
+    """Returns JSON as a type, as `typed` gives it; nan is not taken for null, but refused where a number is needed."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -219,7 +219,7 @@ def _parsed(data: bytes, kind: Any, where: str) -> Any:
 
 
 def _preprocessing(known: dict[str, Any], name: str, where: str) -> Preprocessing | None:
-    """What a configuration of timm says, else what the model's default tag has; None where it says nothing."""
+    """Returns what a configuration of timm says, else what the model's default tag has; None where it says nothing."""
     size = known.get("input_size")
     given = {
         "mean": known.get("mean"),
