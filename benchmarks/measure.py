@@ -43,9 +43,9 @@ def alternate(
 ) -> dict[str, dict[str, Any]]:
     """Times contenders in the order A B C A B C ..., `rounds` times each after `warmup` calls.
 
-    Only one of the processes works at a time; the others are stopped, their children too, since a loader that fills
-    its buffers again would take the time of the next one. With `settle`, the calls of the first `settle` seconds of a
-    turn, one at least, are not timed: caches, threads that sleep, and memory that a process gives back after a call and asks
+    Only one of the processes works at a time; the others are stopped, their children too, since a loader that fills its
+    buffers again would take the time of the next one. With `settle`, the calls of the first `settle` seconds of a turn,
+    one at least, are not timed: caches, threads that sleep, and memory that a process gives back after a call and asks
     for again in the next, are otherwise those of the contender before.
 
     Returns:
