@@ -44,22 +44,22 @@ def load_recipe(given: str | Path) -> dict[str, Any]:
     """
     path = find_recipe(given)
     content = path.read_bytes()
-    if (path, content) in RUN_ALREADY:
-        return RUN_ALREADY[path, content]
+    if (path, content) in EXECUTED_RECIPES:
+        return EXECUTED_RECIPES[path, content]
     defined = run_file(path, "--config ")
     if not isinstance(defined.get("config"), Config):
         raise InputError(f"--config {path}: the file must define `config = Config(...)`")
-    RUN_ALREADY[path, content] = defined
+    EXECUTED_RECIPES[path, content] = defined
     return defined
 
 
-RUN_ALREADY: dict[tuple[Path, bytes], dict[str, Any]] = {}
+EXECUTED_RECIPES: dict[tuple[Path, bytes], dict[str, Any]] = {}
 """Recipes that this process has run, by path and content: a command asks for the config and for the parts beside it."""
 
 
 def recipe_given() -> Path | None:
     """Returns the recipe file of the user's own that this process has run last; None where there was none."""
-    return next((path for path, _ in reversed(RUN_ALREADY) if path.parent != FOLDER), None)
+    return next((path for path, _ in reversed(EXECUTED_RECIPES) if path.parent != FOLDER), None)
 
 
 def run_file(path: Path, what: str) -> dict[str, Any]:

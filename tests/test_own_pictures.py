@@ -182,7 +182,9 @@ def test_operations_of_the_family_are_translated(fields, tmp_path):
 def test_a_program_that_differs_is_not_written(run, tmp_path, monkeypatch, capsys):
     from resnet_jax.predict import export_program
 
-    monkeypatch.setattr(export_program, "serve", lambda predictor: lambda pixels: pixels[:, 0, 0] / 255.0)
+    monkeypatch.setattr(
+        export_program, "pixels_to_probabilities", lambda predictor: lambda pixels: pixels[:, 0, 0] / 255.0
+    )
     assert main(["export", str(run), str(tmp_path / "net.stablehlo")]) == 2
     assert "differs from the network" in capsys.readouterr().err and not list(tmp_path.iterdir())
 

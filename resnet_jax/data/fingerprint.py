@@ -72,14 +72,14 @@ def digest(found: Fingerprint) -> str:
     return whole.hexdigest()
 
 
-def save(found: Fingerprint, folder: Path) -> None:
+def save_fingerprint(found: Fingerprint, folder: Path) -> None:
     """Writes a fingerprint, and the name of the library that resizes, into a run's folder, at once or not at all."""
     content = io.BytesIO()
     np.savez(content, **found, **{RESIZER: np.asarray(resizer())})  # type: ignore[arg-type]
     write_whole(folder / FILE, content.getvalue())
 
 
-def load(folder: Path) -> Fingerprint | None:
+def load_fingerprint(folder: Path) -> Fingerprint | None:
     """Reads the fingerprint of a run; None where its folder has none.
 
     Raises:

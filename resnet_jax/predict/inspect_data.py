@@ -15,8 +15,7 @@ import numpy as np
 from resnet_jax.config import Config, DataConfig, InputError
 from resnet_jax.data.dataset import Part, Source
 from resnet_jax.data.decode import BadImage, decode
-from resnet_jax.data.fingerprint import fingerprint, trained_on
-from resnet_jax.data.fingerprint import load as load_fingerprint
+from resnet_jax.data.fingerprint import fingerprint, load_fingerprint, trained_on
 from resnet_jax.data.inspect import (
     DoubtfulLabels,
     Pair,

@@ -52,7 +52,7 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
     return folder
 
 
-OF_START = ("config.json", "parts.json", "pictures.npz")
+START_FILES = ("config.json", "parts.json", "pictures.npz")
 """What a start writes into a run's folder before its first step."""
 
 
@@ -79,7 +79,7 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
         try:
             lock = stack.enter_context(hold(folder / "lock"))
             if not begun(folder):
-                forget(folder)
+                remove_start_files(folder)
             write_whole(folder / "config.json", to_json(to_dict(config), indent=2) + "\n")
         except OSError as error:
             raise InputError(
@@ -96,13 +96,13 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
                     if not isinstance(error, Stopped | FolderLost):
                         write_whole(folder / "error.txt", f"{error or type(error).__name__}\n")
                 else:
-                    forget(folder)
+                    remove_start_files(folder)
             raise
 
 
-def forget(folder: Path) -> None:
+def remove_start_files(folder: Path) -> None:
     """Removes from a folder what a start wrote before its first step."""
-    for name in OF_START:
+    for name in START_FILES:
         (folder / name).unlink(missing_ok=True)
 
 

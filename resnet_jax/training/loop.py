@@ -20,9 +20,15 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError, to_dict
 from resnet_jax.data.dataset import Dataset, with_outputs
-from resnet_jax.data.fingerprint import changes, described, digest, fingerprint, other_resizer
-from resnet_jax.data.fingerprint import load as load_fingerprint
-from resnet_jax.data.fingerprint import save as save_fingerprint
+from resnet_jax.data.fingerprint import (
+    changes,
+    described,
+    digest,
+    fingerprint,
+    load_fingerprint,
+    other_resizer,
+    save_fingerprint,
+)
 from resnet_jax.data.loader import BadImages, check_readable, sampling_table, train_batches, whole_split
 from resnet_jax.data.transforms import resizer
 from resnet_jax.data.watch import check_guard, keep_tracker
@@ -34,7 +40,7 @@ from resnet_jax.runs.charts import draw_curves
 from resnet_jax.runs.folder import begun, device_name, ended, evaluate_command, finish, locked, open_workdir
 from resnet_jax.runs.hooks import Hooks, RunStart
 from resnet_jax.runs.lock import BucketLock, Lock
-from resnet_jax.runs.processes import agree, check_one_folder, ending_together, facts_of, start_processes
+from resnet_jax.runs.processes import check_equal, check_one_folder, ending_together, facts_of, start_processes
 from resnet_jax.runs.report_page import make_report
 from resnet_jax.runs.reporter import Diverged, Reporter, say
 from resnet_jax.runs.signals import FolderLost, Stop, Stopped, stop_signals
@@ -146,14 +152,14 @@ def train_with(
     start_processes(config.parallel)
     workdir = None if workdir is None else path_of(workdir, "--workdir")
     parts = make_parts(named)
-    told = Hooks(parts.hooks)
+    hooks = Hooks(parts.hooks)
     before = recorded_recipe(workdir)
     if workdir is None or not begun(workdir):
         before = None  # a start that came to nothing does not bind
     elif before is not None:
         for note in check_parts(workdir, parts, config.train.accept_parts):
             say(f"WARNING: {note}", error=True)
-    agree(facts_of(config) | {"parts of your own": json.dumps(names_and_hashes(parts))})
+    check_equal(facts_of(config) | {"parts of your own": json.dumps(names_and_hashes(parts))})
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     images_per_statistic(config, mesh.size)
@@ -167,7 +173,7 @@ def train_with(
     if not dataset.class_names and (config.augment.mixup or config.augment.cutmix):
         raise InputError("augment.mixup and augment.cutmix mix the targets of classes, and the labels are none")
     pictures = {f"{name} pictures": digest({name: rows[:, :2]}) for name, rows in fingerprint(dataset).items()}
-    agree(facts_of(config) | pictures | {"class names": json.dumps(dataset.class_names)})
+    check_equal(facts_of(config) | pictures | {"class names": json.dumps(dataset.class_names)})
     metric = selecting_metric(config, dataset, parts)
     if config.train.on_nonfinite == "rollback" and isinstance(parts.optimizer, optax.GradientTransformation):
         raise InputError(
@@ -198,24 +204,24 @@ def train_with(
             if look_at_test:
                 show(folder, config, parts)
             return summary
-        if jax.process_index() == 0:  # all processes have the same pictures, which `agree` saw to
+        if jax.process_index() == 0:  # all processes have the same pictures, which `check_equal` saw to
             check_pictures(folder, config, dataset)
             record_parts(folder, parts)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
             seen = dataset if look_at_test else replace(dataset, test=None)
-            run = Run(folder, config, plan, module, seen, metric, mesh, checkpoints, stop, lock, parts, told)
+            run = Run(folder, config, plan, module, seen, metric, mesh, checkpoints, stop, lock, parts, hooks)
             progress, images_per_second = fit_with_rollbacks(run, schedule)
             saved = checkpoints.has(progress.step)
         speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
         try:
-            summary = finish(folder, progress, speed, device_name(mesh), told.errors)
+            summary = finish(folder, progress, speed, device_name(mesh), hooks.errors)
         except OSError as error:
             raise NotSaved(f"{folder / 'summary.json'} could not be written: {error}", folder) from error
         if not saved:
             raise NotSaved(f"the checkpoint of the last step, {progress.step}, could not be written", folder)
         if look_at_test:
             show(folder, config, parts)
-        told.call("on_end", summary)
+        hooks.call("on_end", summary)
         return summary
 
 
@@ -345,10 +351,10 @@ def begin(run: Run) -> tuple[TrainState, RunProgress]:
     run.checkpoints.best = progress.best and progress.best["step"]
     note_best(run.folder, progress.best)
     say(f"resuming at step {step} of {run.plan.total}")
-    return stacked(state, run), progress
+    return with_stacked_blocks(state, run), progress
 
 
-def stacked(state: TrainState, run: Run) -> TrainState:
+def with_stacked_blocks(state: TrainState, run: Run) -> TrainState:
     """Stacks the blocks of a checkpoint's state where the model uses `scan`; else returns it as it is."""
     if not run.config.model.scan:
         return state
@@ -549,7 +555,7 @@ def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: 
         new_state = state_maker(run.config, run.model, lambda step: 0.0, run.parts.optimizer)
         shapes = sharded_shapes(new_state, run.mesh)
         try:
-            chosen = stacked(read_checkpoint(run.folder, lambda _: shapes, str(selected))[0], run)
+            chosen = with_stacked_blocks(read_checkpoint(run.folder, lambda _: shapes, str(selected))[0], run)
         except InputError as error:
             say(f"WARNING: {error}; the last step counts in its place", error=True)
             progress.selected = selected = progress.step

@@ -24,7 +24,7 @@ from resnet_jax.training.losses import Loss
 from resnet_jax.training.metrics import Metric
 from resnet_jax.training.optimizers import OwnOptimizer
 
-TAKEN = ("loss", "accuracy", "count", "top5", "macro_recall", "macro_f1", "map", "skipped")
+OUR_METRICS = ("loss", "accuracy", "count", "top5", "macro_recall", "macro_f1", "map", "skipped")
 """Names of our own metrics."""
 
 
@@ -97,7 +97,7 @@ def make_parts(given: Mapping[str, Any]) -> Parts:
         raise InputError(
             f"metrics is {kind_of(metrics)}: expected a dict from names to functions (logits, batch) -> [batch]"
         )
-    if taken := sorted(set(metrics) & set(TAKEN)):
+    if taken := sorted(set(metrics) & set(OUR_METRICS)):
         raise InputError(f"metrics: {', '.join(taken)} is a name of ours; give yours another one")
     hooks = found.get("hooks", ())
     if not isinstance(hooks, list | tuple):

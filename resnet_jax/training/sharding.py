@@ -152,6 +152,17 @@ def known_on_cpu(*options: tuple[str, str | bool]) -> dict[str, str | bool]:
     return dict(options)
 
 
+def memory_of(program: Any) -> int | None:
+    """Returns bytes of arguments, results and temporaries of a compiled program, what is reused once; None where the
+    platform does not say.
+    """
+    found = program.memory_analysis()
+    if found is None:
+        return None
+    parts = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
+    return int(sum(parts) - found.alias_size_in_bytes)
+
+
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Returns a batch, or this process's share of it, as global arrays [batch, ...] split over a mesh.
 

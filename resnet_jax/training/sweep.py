@@ -19,7 +19,7 @@ import numpy as np
 
 from resnet_jax.config import Config, InputError, differences, from_dict, result_fields, to_dict
 from resnet_jax.data.dataset import Dataset
-from resnet_jax.data.fingerprint import load as load_fingerprint
+from resnet_jax.data.fingerprint import load_fingerprint
 from resnet_jax.files import path_of, read_json, remove_tree, to_json, write_whole
 from resnet_jax.output import say
 from resnet_jax.recipe_files import recorded_recipe

@@ -18,8 +18,7 @@ import jax
 
 from resnet_jax.config import Config, InputError, from_dict
 from resnet_jax.data.dataset import with_outputs
-from resnet_jax.data.fingerprint import changes, described, fingerprint, other_resizer
-from resnet_jax.data.fingerprint import load as load_fingerprint
+from resnet_jax.data.fingerprint import changes, described, fingerprint, load_fingerprint, other_resizer
 from resnet_jax.data.transforms import resizer
 from resnet_jax.files import path_of, read_file, to_json
 from resnet_jax.recipe_files import recorded_recipe

@@ -296,7 +296,7 @@ def own_run(tmp_path_factory):
 def test_what_to_type_next_names_the_recipe_file_or_what_it_must_define(own_run, tmp_path, capsys, monkeypatch):
     command = f"  resnet-jax evaluate {own_run / 'run'} --config {own_run / 'mine.py'} --per-class"
     assert command in (own_run / "out.txt").read_text().splitlines()
-    monkeypatch.setattr(recipe_files, "RUN_ALREADY", {})
+    monkeypatch.setattr(recipe_files, "EXECUTED_RECIPES", {})
     shutil.copy(own_run / "run/parts.json", tmp_path)
     finish(tmp_path, RunProgress({}, [], False, step=4, selected=4), {}, "cpu")
     *_, command, note = capsys.readouterr().out.splitlines()

@@ -215,10 +215,10 @@ def test_a_members_seconds_are_those_of_its_own_calls():
 
 
 def test_the_line_on_a_sweep_tells_how_far_all_are_and_the_time_that_is_left():
-    told = sweep_members.standing([under_way(4), under_way(2)], 3.0).replace("\N{NO-BREAK SPACE}", " ")
+    told = sweep_members.progress_line([under_way(4), under_way(2)], 3.0).replace("\N{NO-BREAK SPACE}", " ")
     assert told == "epoch 0.5: 2 members, best validation accuracy from 50.00 % to 75.00 %, 5 s left"
-    assert sweep_members.standing([under_way(8)], 3.0).startswith("epoch 2.0: 1 members, best")
-    assert "left" not in sweep_members.standing([under_way(8)], 3.0)
+    assert sweep_members.progress_line([under_way(8)], 3.0).startswith("epoch 2.0: 1 members, best")
+    assert "left" not in sweep_members.progress_line([under_way(8)], 3.0)
 
 
 class Halt(Exception):
@@ -237,10 +237,10 @@ def test_a_sweep_that_was_ended_goes_on_to_the_same_bits(tmp_path, monkeypatch):
             raise Halt
 
     monkeypatch.setattr(Checkpoints, "save", save)
-    monkeypatch.setattr(sweep_members, "fastest", lambda *_: 1)
+    monkeypatch.setattr(sweep_members, "fastest_per_device", lambda *_: 1)
     with pytest.raises(Halt):
         sweep(recipe(), values, tmp_path / "halted", model=Net(), members_per_device="auto")
-    monkeypatch.delattr(sweep_members, "fastest")  # a later start keeps to what was found
+    monkeypatch.delattr(sweep_members, "fastest_per_device")  # a later start keeps to what was found
     monkeypatch.setattr(Checkpoints, "save", original)
     with pytest.raises(InputError, match="holds another sweep"):
         sweep(recipe(), values | {"train.seed": [0, 4]}, tmp_path / "halted", model=Net())
