@@ -186,7 +186,7 @@ def shares_of(old: Fingerprint, new: Fingerprint) -> tuple[float, float | None]:
     return float(np.isin(now[:, 0], before[:, 0]).mean()), same
 
 
-def trained_on(old: Fingerprint, new: Fingerprint, split: str) -> int:
+def count_trained_on(old: Fingerprint, new: Fingerprint, split: str) -> int:
     """Counts the examples of a split, as it is now, that were in the training split of a run."""
     return int(np.isin(new[split][:, 0], old.get("train", _NONE)[:, 0]).sum())
 

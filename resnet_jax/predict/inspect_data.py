@@ -15,7 +15,7 @@ import numpy as np
 from resnet_jax.config import Config, DataConfig, InputError
 from resnet_jax.data.dataset import Part, Source
 from resnet_jax.data.decode import BadImage, decode
-from resnet_jax.data.fingerprint import fingerprint, load_fingerprint, trained_on
+from resnet_jax.data.fingerprint import count_trained_on, fingerprint, load_fingerprint
 from resnet_jax.data.inspect import (
     DoubtfulLabels,
     Pair,
@@ -326,7 +326,7 @@ class Network:
     def has_seen(self, data: Any) -> bool:
         """Returns whether it was trained on pictures of the data, by what the run has noted of its own."""
         seen = load_fingerprint(path_of(self.source, "SOURCE")) if self.run else None
-        return seen is not None and any(trained_on(seen, fingerprint(data), split) for split in data.splits())
+        return seen is not None and any(count_trained_on(seen, fingerprint(data), split) for split in data.splits())
 
     def features(self, pictures: Pictures) -> np.ndarray:
         """Returns the pooled features of the pictures, float32 [n, channels].

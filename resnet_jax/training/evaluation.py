@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError
 from resnet_jax.data.dataset import Dataset, default_split, listed, with_outputs
-from resnet_jax.data.fingerprint import changes, described, fingerprint, load_fingerprint, shares_of
-from resnet_jax.data.fingerprint import trained_on as count_trained_on
+from resnet_jax.data.fingerprint import changes, count_trained_on, described, fingerprint, load_fingerprint, shares_of
 from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.match_classes import ClassMap, match_classes
 from resnet_jax.files import path_of

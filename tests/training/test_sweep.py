@@ -39,7 +39,7 @@ from resnet_jax.training.loop import train
 from resnet_jax.training.parts import Parts
 from resnet_jax.training.resolve import with_values
 from resnet_jax.training.sweep import outcome, sweep
-from resnet_jax.training.sweep_programs import Going
+from resnet_jax.training.sweep_programs import RunningMember
 from resnet_jax.training.verify import verify
 
 from ..small import digits
@@ -197,7 +197,7 @@ def under_way(step=0):
     plan = SimpleNamespace(total=8, per_epoch=4.0, eval_every=4, save_every=4, log_every=4)
     run = SimpleNamespace(plan=plan, config=recipe())
     best = {"metric": "validation/accuracy", "value": 0.25 + step / 8, "step": step} if step else None
-    return Going(None, run, None, None, None, SimpleNamespace(step=step, best=best, no_better=0))
+    return RunningMember(None, run, None, None, None, SimpleNamespace(step=step, best=best, no_better=0))
 
 
 def test_a_members_seconds_are_those_of_its_own_calls():
