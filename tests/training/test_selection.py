@@ -202,6 +202,26 @@ def test_a_folder_that_grows_is_named_and_what_was_held_out_stays_so(grown, tmp_
             path.unlink()
 
 
+@pytest.mark.parametrize("change", ["renamed", "added"])
+def test_classes_that_changed_are_refused_also_where_changes_are_accepted(change, tmp_path):
+    """The order of the names gives the classes their outputs: a renamed one would move the others to wrong outputs."""
+    root = make_splits(tmp_path / "data", {"train": 6, "val": 3}, swapped=None)
+    config = recipe(f"folder:{root}", steps=2)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=4))
+    loop.train(config, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    for split in ("train", "val"):
+        if change == "renamed":
+            (root / split / "dark").rename(root / split / "murky")
+        else:
+            picture(root / split / "black" / "0.png", 40, 0)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, accept_changes=True))
+    before = (tmp_path / "run" / "pictures.npz").read_bytes()
+    with pytest.raises(InputError, match=r"output 0 of the network stands for dark, and would now for (light|black)"):
+        loop.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "pictures.npz").read_bytes() == before
+
+
 @pytest.mark.parametrize("crop", ["random_resized", "none"])
 def test_a_resume_with_another_library_that_resizes_is_warned(crop, tmp_path, capsys, monkeypatch):
     """Both ways, once each; not where no random part of a picture is resized: the rest is always Pillow's work."""
