@@ -193,13 +193,15 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:
 
 
 def _best_threshold(p: np.ndarray, truth: np.ndarray) -> float:
+    """The threshold with the best F1, halfway between two probabilities, since a prediction rounds them otherwise."""
     from sklearn.metrics import precision_recall_curve
 
     if truth.min() == truth.max():
         return 0.5
     precision, recall, thresholds = precision_recall_curve(truth, p)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    return float(thresholds[f1[:-1].argmax()])
+    best = int(f1[:-1].argmax())
+    return float(thresholds[best] + (thresholds[best - 1] if best else 0.0)) / 2
 
 
 def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:

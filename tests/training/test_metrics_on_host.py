@@ -81,3 +81,14 @@ def test_thresholds_give_each_class_its_best_f1():
         assert sk.f1_score(SETS[:, k], p[:, k] >= found.thresholds[k]) == pytest.approx(best)
     plain, tuned = (measure(SCORES, SETS, tuple("abcde"), c)["macro_f1"] for c in (Calibration(), found))
     assert tuned > plain
+
+
+def test_thresholds_part_the_pictures_alike_where_probabilities_are_rounded():
+    """A prediction computes them in float32, and folds the norms."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((60, 8)) < 0.4).astype(int)
+    logits = (rng.normal(0, 1.5, labels.shape) + 2 * labels - 1).astype(np.float32)
+    found = fit_calibration(logits, labels)
+    p = probabilities(logits, True, found.temperature)
+    for rounded in (p.astype(np.float32), p - 1e-6, p + 1e-6):
+        np.testing.assert_array_equal(p >= found.thresholds, rounded >= found.thresholds)
