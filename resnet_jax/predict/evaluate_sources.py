@@ -175,7 +175,8 @@ def open_weights(source: str, wanted: Wanted) -> tuple[FinishedRun, Calibration]
         std=look.std,
         on_device=False,
     )
-    augment = AugmentConfig(crop="none", flip="none", eval_crop=look.eval_crop, interpolation=look.interpolation)  # type: ignore[arg-type]
+    seen: dict[str, Any] = {name: getattr(look, name) for name in ("eval_crop", "interpolation", "eval_flip")}
+    augment = AugmentConfig(crop="none", flip="none", **seen)
     train = TrainConfig(batch_size=wanted.batch or BATCH, loss="binary" if weights.multilabel else "cross_entropy")
     config = Config(model=ModelConfig(name=name), data=data, augment=augment, train=train)
     own = Parts(dataset=None if wanted.dataset else wanted.parts.dataset)
