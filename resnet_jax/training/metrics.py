@@ -248,8 +248,9 @@ def measure(
         truth, right = labels[:, None] == numbers, predicted == labels
         confidence, hits = p.max(1), right
     target = truth if multilabel else labels
-    rows = precision_recall_fscore_support(target, predicted, labels=numbers, zero_division=0)
-    macro = precision_recall_fscore_support(target, predicted, labels=numbers, average="macro", zero_division=0)
+    which = [1] if p.shape[1] == 1 else numbers  # scikit-learn takes a single column for the classes 0 and 1
+    rows = precision_recall_fscore_support(target, predicted, labels=which, zero_division=0)
+    macro = precision_recall_fscore_support(target, predicted, labels=which, average="macro", zero_division=0)
     aucs = [_auc(truth[:, k], p[:, k]) for k in numbers]
     known = [auc for auc in aucs if auc is not None]
     reliability, ece = calibration_error(confidence, hits)

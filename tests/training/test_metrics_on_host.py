@@ -92,3 +92,17 @@ def test_thresholds_part_the_pictures_alike_where_probabilities_are_rounded():
     p = probabilities(logits, True, found.temperature)
     for rounded in (p.astype(np.float32), p - 1e-6, p + 1e-6):
         np.testing.assert_array_equal(p >= found.thresholds, rounded >= found.thresholds)
+
+
+def test_a_single_class_that_images_have_or_not_is_measured_by_those_that_have_it():
+    truth, scores = SETS[:, :1], SCORES[:, :1]
+    found = measure(scores, truth, ("a",))
+    row = found["classes"][0]
+    expected = {
+        "precision": sk.precision_score(truth, scores > 0),
+        "recall": sk.recall_score(truth, scores > 0),
+        "f1": sk.f1_score(truth, scores > 0),
+        "support": truth.sum(),
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert found["macro_f1"] == pytest.approx(expected["f1"])
