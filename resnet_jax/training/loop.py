@@ -556,11 +556,12 @@ def evaluate_step(
         progress.result = scalars(result)
     if better(goal_of(run.config, run.metric), value, before and before["value"]):
         best: Best = {"step": step, "metric": f"{name}/{run.metric}", "value": value}
-        progress.result, progress.no_better = scalars(result), 0
+        chosen: dict[str, Any] = {"best": best, "result": scalars(result)}
+        progress.no_better = 0
         if not run.checkpoints.has(step):
-            run.checkpoints.save(step, unstack_blocks(state), replace(progress, best=best).to_record())
+            run.checkpoints.save(step, unstack_blocks(state), replace(progress, **chosen).to_record())
         if run.checkpoints.has(step):
-            progress.best = best
+            progress.best, progress.result = best, chosen["result"]
             run.checkpoints.best = step
             note_best(run.folder, best)
 
