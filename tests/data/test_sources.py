@@ -367,7 +367,8 @@ def test_a_table_may_give_several_labels(tmp_path):
 
 
 def test_several_labels_are_filled_up_for_a_model_with_more_outputs(tmp_path):
-    dataset = written(tmp_path, ["path,label,split", "pictures/a0.png,red;round,train", "pictures/a1.png,,train"])
+    rows = ["pictures/a0.png,red;round,train", "pictures/a1.png,,train", "pictures/b0.png,red,val"]
+    dataset = written(tmp_path, ["path,label,split", *rows])
     wider = with_outputs(dataset, 4)
     np.testing.assert_array_equal(labels_of(wider.train), [[1, 1, 0, 0], [0, 0, 0, 0]])
     assert not changes(fingerprint(dataset), fingerprint(wider))
