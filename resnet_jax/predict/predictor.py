@@ -245,8 +245,11 @@ class Predictor:
 
         Raises:
           BadImage: one cannot be decoded.
-          InputError: the network gives nan for one.
+          InputError: one picture is given in place of several, or the network gives nan for one.
         """
+        is_array = getattr(images, "shape", ())[2:] in ((1,), (3,), (self.channels,))  # its rows would be pictures
+        if is_array or isinstance(images, str | bytes | Path) or hasattr(images, "getexif"):
+            raise InputError("one picture is given, where several are expected: give a list, predictor([picture])")
         prepared = [self.prepare(raw) for raw in images]
         parts = [self.probabilities(prepared[i : i + batch]) for i in range(0, len(prepared), batch)]
         found = np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
