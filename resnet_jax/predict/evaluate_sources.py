@@ -301,13 +301,18 @@ def prediction_rows(evaluated: Evaluated) -> Iterator[tuple[str, str, str, str, 
         yield evaluated.source.describe(int(index)), wanted, shown, ";".join(f"{p[i, k]:.6g}" for k in chosen), right
 
 
-def write_predictions(evaluated: Evaluated, file: Path) -> None:
-    """Writes the table of predictions as comma-separated values.
+def write_predictions(evaluated: Evaluated, file: Path) -> str:
+    """Writes the table of predictions as comma-separated values; returns a line that says so.
 
     Raises:
       InputError: it cannot be written.
     """
-    write_table(file, [PREDICTION, *prediction_rows(evaluated)])
+    rows = list(prediction_rows(evaluated))
+    write_table(file, [PREDICTION, *rows])
+    if evaluated.calibration.thresholds is None:
+        return f"every prediction: {file}"
+    right = f"{sum(row[-1] for row in rows)} of {len(rows)}"
+    return f"every prediction, with the thresholds of the run's report, by which {right} are right: {file}"
 
 
 def write_table(file: Path, rows: list[Any]) -> None:

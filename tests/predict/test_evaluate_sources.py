@@ -356,6 +356,11 @@ def test_several_labels_an_image(work, exported, theirs, tmp_path, capsys):
     rows = rows_in(tmp_path / "out.csv")
     assert [row["label"] for row in rows] == ["dark", "dark;light", "", "dark"]
     assert [(row["predicted"], row["right"]) for row in rows] == [("dark", x) for x in ("1", "0", "0", "1")]
+    strict = dataclasses.replace(changed, calibration=tags.Calibration(1.0, (1.0, 1.0)))  # nothing reaches it
+    save_tensors(tmp_path / "many.safetensors", strict, "safetensors")
+    status, out, _ = run([*command, "--csv", tmp_path / "out.csv"], capsys)
+    assert "top-1 50.00%" in out and "with the thresholds of the run's report, by which 1 of 4 are right" in out
+    assert [row["right"] for row in rows_in(tmp_path / "out.csv")] == list("0010")
     status, _, err = run([*command, "--valid_labels"], capsys)
     assert status == 2 and "--valid_labels chooses one class an image" in err
     status, _, err = run(["evaluate", work / "out.safetensors", *command[2:]], capsys)
