@@ -48,6 +48,7 @@ from resnet_jax.training.loop import Run, check_pictures, evaluate_step, same_cl
 from resnet_jax.training.metrics import Sums, mean_average_precision, means
 from resnet_jax.training.optimizers import make_schedule
 from resnet_jax.training.parts import Parts, record_parts
+from resnet_jax.training.programs import check_scope
 from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import check_batch, make_mesh
 from resnet_jax.training.state import TrainState
@@ -192,6 +193,7 @@ def start_members(members: Sequence[Member], parts: Parts, stop: Stop) -> tuple[
                 say(note)
             if module is None:
                 module, own = model_with_parts(config, parts, len(found[key].class_names))
+                check_scope(config, module, 1)
             found[key] = with_outputs(found[key], own.outputs_of(module))
         dataset = found[key]
         if dataset.multilabel and parts.loss is None and config.train.loss != "binary":
