@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from resnet_jax.config import Config, InputError, ModelConfig, OptimizerConfig, 
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.files import to_json, write_whole
 from resnet_jax.models.registry import model_fields
-from resnet_jax.recipe_files import PARTS_FILE, recorded_parts
+from resnet_jax.recipe_files import PARTS_FILE, recipe_given, recorded_parts
 from resnet_jax.training.losses import Loss
 from resnet_jax.training.metrics import Metric
 from resnet_jax.training.optimizers import OwnOptimizer
@@ -165,6 +166,20 @@ def own_outputs(model: nn.Module, config: Config, classes: int) -> int:
         ) from error
     if "params" not in variables:
         raise InputError(f"{about} has no parameters: there is nothing to train")
+    apply = partial(model.apply, train=True, mutable=True, rngs={"dropout": keys["dropout"]})
+    try:
+        jax.eval_shape(apply, variables, images)
+    except flax.errors.InvalidRngError as error:
+        raise InputError(
+            f"{about} draws random numbers from a stream that the training step does not give: use "
+            f"self.make_rng('dropout') ({error})"
+        ) from error
+    except NameError:  # an axis over devices, which the step has
+        pass
+    except Exception as error:  # of the user's own code
+        raise InputError(
+            f"{about} cannot be called with images {list(images.shape)}, train=True: {type(error).__name__}: {error}"
+        ) from error
     if not classes:
         return 0
     shape = getattr(logits, "shape", None)
@@ -172,7 +187,7 @@ def own_outputs(model: nn.Module, config: Config, classes: int) -> int:
         found = f"an array {list(shape)}" if shape is not None else kind_of(logits)
         raise InputError(
             f"{about} gives {found} for {list(images.shape)}; the data has {classes} classes, so expected logits "
-            f"[2, {classes}]. For outputs that are no classes give labels that are none, and a loss of your own"
+            f"[2, {classes}]. For other outputs give a loss of your own, and a Dataset with class_names=()"
         )
     if shape[1] < classes:
         raise InputError(f"{about} gives {shape[1]} logits, and the data has {classes} classes")
@@ -285,9 +300,11 @@ def check_parts(
             {name: part for name, part in found.items() if name.partition(".")[0] in needed} for found in (before, now)
         )
     if missing := [f"{name} ({part['name']})" for name, part in before.items() if name not in now]:
+        given = recipe_given()
         raise InputError(
-            f"the {what} in {folder} has parts of its user's own: {', '.join(missing)}. Give the recipe "
-            "file that defines them with --config FILE, or from Python the same arguments"
+            f"the {what} in {folder} has parts of its user's own: {', '.join(missing)}. "
+            + (f"{given} does not define them. " if given is not None else "")
+            + "Give the recipe file that defines them with --config FILE, or from Python the same arguments"
         )
     changed = [
         f"{name} ({part['name']}, now {now[name]['name']})"

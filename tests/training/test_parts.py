@@ -348,6 +348,22 @@ class NoTrain(nn.Module):
         return nn.Dense(3)(images.mean((1, 2)))
 
 
+class Noise(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        if train:
+            images += jax.random.normal(self.make_rng("noise"), images.shape)
+        return nn.Dense(3)(images.mean((1, 2)))
+
+
+class OnlyPredicts(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        if train:
+            raise ValueError("not yet")
+        return nn.Dense(3)(images.mean((1, 2)))
+
+
 class Maps(nn.Module):
     @nn.compact
     def __call__(self, images, train):
@@ -373,6 +389,8 @@ class Mistyped(Hook):
 BAD = {
     "no_train": ({"model": NoTrain()}, "NoTrain does not take `train`"),
     "a_class": ({"model": Net}, "model is the class Net: expected an instance"),
+    "noise": ({"model": Noise()}, r"Noise draws random numbers from a stream .*make_rng\('dropout'\)"),
+    "in_training": ({"model": OnlyPredicts()}, r"OnlyPredicts cannot be called .*train=True: ValueError: not yet"),
     "maps": ({"model": Maps()}, r"Maps gives an array \[2, 8, 8, 3\].*expected logits \[2, 3\]"),
     "pairs": ({"model": Pairs()}, "Pairs gives a value of type tuple"),
     "few_outputs": ({"model": Net(2)}, "Net gives 2 logits, and the data has 3 classes"),
