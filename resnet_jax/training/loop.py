@@ -67,7 +67,7 @@ from resnet_jax.training.losses import Loss
 from resnet_jax.training.manifest import BEST, Best, Damaged, checkpoints_of, steps_in
 from resnet_jax.training.metrics import Metric, Sums
 from resnet_jax.training.optimizers import OwnOptimizer, make_schedule, warmup_steps
-from resnet_jax.training.parts import Parts, check_parts, make_parts, names_and_hashes, record_parts
+from resnet_jax.training.parts import Parts, check_parts, check_targets, make_parts, names_and_hashes, record_parts
 from resnet_jax.training.programs import check_scope, compile_phases, steps_in_call, steps_per_call, weights_of_classes
 from resnet_jax.training.resolve import resolve
 from resnet_jax.training.run_progress import RunProgress
@@ -183,6 +183,7 @@ def train_with(
     plan = make_plan(config, len(dataset.train), dataset.validation is not None)
     module, parts = model_with_parts(config, parts, len(dataset.class_names))
     check_scope(config, module, mesh.size)
+    check_targets(config, parts, parts.outputs_of(module), dataset.multilabel)
     dataset = with_outputs(dataset, parts.outputs_of(module))
     if single := norms_of_one_value(config, module, mesh.size):
         say(

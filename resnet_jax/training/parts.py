@@ -124,6 +124,9 @@ def named_after(config: Config, parts: Parts) -> Config:
             raise InputError(
                 f"model.{next(iter(fields))} has no effect on a model of your own: set it where the model is made"
             )
+        for name in ("num_classes", "compute_dtype"):
+            if getattr(config.model, name) != getattr(ModelConfig(), name):
+                raise InputError(f"model.{name} has no effect on a model of your own: set it where the model is made")
         if config.model.pretrained is not None:
             raise InputError(
                 "model.pretrained has no effect on a model of your own: register the model with "
@@ -192,6 +195,37 @@ def own_outputs(model: nn.Module, config: Config, classes: int) -> int:
     if shape[1] < classes:
         raise InputError(f"{about} gives {shape[1]} logits, and the data has {classes} classes")
     return shape[1]
+
+
+def check_targets(config: Config, parts: Parts, outputs: int, multilabel: bool) -> None:
+    """Checks that a loss of the user's own reads `batch["target"]` where the recipe mixes or smooths targets.
+
+    Args:
+      outputs: columns of the logits; 0 where they are no classes, and have no targets.
+      multilabel: whether images have several labels.
+
+    Raises:
+      InputError: it does not, so that the recipe would be without effect, or mix images whose labels stay.
+    """
+    mixing = {"augment.mixup": config.augment.mixup, "augment.cutmix": config.augment.cutmix}
+    asked = [
+        name for name, value in (mixing | {"train.label_smoothing": config.train.label_smoothing}).items() if value
+    ]
+    if parts.loss is None or not asked or not outputs:
+        return
+    rows = jax.ShapeDtypeStruct((2, outputs), jnp.float32)
+    images = jax.ShapeDtypeStruct((2, *sides(config.data.image_size), config.data.channels), jnp.float32)
+    label = rows if multilabel else jax.ShapeDtypeStruct((2,), jnp.int32)
+    try:
+        traced = jax.make_jaxpr(parts.loss)(rows, {"image": images, "label": label, "target": rows}).jaxpr
+    except Exception:  # the step says what is wrong with it
+        return
+    target = traced.invars[-1]
+    if target not in traced.outvars and not any(target in equation.invars for equation in traced.eqns):
+        raise InputError(
+            f"{asked[0]} changes batch['target'] [batch, {outputs}], which your loss does not read: use it in place of "
+            "batch['label'], or leave the field out of the recipe"
+        )
 
 
 def names_and_hashes(parts: Parts) -> dict[str, dict[str, str]]:

@@ -198,15 +198,17 @@ def recipe_eval_step(
     user's own.
     """
     dtype, (mean, std) = getattr(model, "dtype", None) or jnp.float32, normalization(config)
+    outputs = parts.outputs_of(model)
 
     def prepare(batch: Batch) -> Batch:
+        if outputs:
+            batch = batch | {"target": soft_targets(batch["label"], outputs, 0.0)}
         if "feature" in batch:
             return batch | {"image": batch["feature"]}
         return batch | {"image": on_device.normalize(batch["image"], mean, std, dtype)}
 
     loss = parts.loss or make_loss(config.train.loss, config.train.focal_gamma)
-    classes = parts.outputs_of(model) > 0
-    how: dict[str, Any] = {"metrics": parts.metrics, "classes": classes, "flip": config.augment.eval_flip}
+    how: dict[str, Any] = {"metrics": parts.metrics, "classes": outputs > 0, "flip": config.augment.eval_flip}
     return make_eval_step(model, loss=loss, prepare=prepare, **how)
 
 

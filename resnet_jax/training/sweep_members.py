@@ -47,7 +47,7 @@ from resnet_jax.training.evaluation import Result, gathered, selecting_metric
 from resnet_jax.training.loop import Run, check_pictures, evaluate_step, same_classes
 from resnet_jax.training.metrics import Sums, mean_average_precision, means
 from resnet_jax.training.optimizers import make_schedule
-from resnet_jax.training.parts import Parts, record_parts
+from resnet_jax.training.parts import Parts, check_targets, record_parts
 from resnet_jax.training.programs import check_scope
 from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import check_batch, make_mesh
@@ -194,6 +194,7 @@ def start_members(members: Sequence[Member], parts: Parts, stop: Stop) -> tuple[
             if module is None:
                 module, own = model_with_parts(config, parts, len(found[key].class_names))
                 check_scope(config, module, 1)
+                check_targets(config, own, own.outputs_of(module), found[key].multilabel)
             found[key] = with_outputs(found[key], own.outputs_of(module))
         dataset = found[key]
         if dataset.multilabel and parts.loss is None and config.train.loss != "binary":

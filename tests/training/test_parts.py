@@ -422,6 +422,33 @@ def test_a_part_that_is_not_as_expected_is_named(case, tmp_path):
         rj.train(recipe(2), tmp_path / "run", **{"model": Net(), "dataset": DATA} | given)
 
 
+@pytest.mark.parametrize("fields", [{"mixup": 0.5}, {"cutmix": 1.0}, {"label_smoothing": 0.1}])
+def test_a_loss_of_ones_own_reads_the_targets_that_the_recipe_changes(fields, tmp_path):
+    smoothing = fields.pop("label_smoothing", 0.0)
+    config = recipe(2, label_smoothing=smoothing)
+    config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, **fields))
+
+    def of_labels(logits, batch):
+        return -jnp.log(likelihood(logits, batch))
+
+    def of_targets(logits, batch):
+        return optax.softmax_cross_entropy(logits, batch["target"])
+
+    message = r"(mixup|cutmix|smoothing) changes batch\['target'\] \[batch, 3\], which your loss does not read"
+    with pytest.raises(rj.InputError, match=message):
+        rj.train(config, tmp_path / "a", model=Net(), dataset=DATA, loss=of_labels)
+    assert not (tmp_path / "a").exists()
+    found = rj.train(config, tmp_path / "b", model=Net(), dataset=DATA, loss=of_targets)
+    assert np.isfinite(found["test"]["loss"])
+
+
+@pytest.mark.parametrize("name", ["num_classes", "compute_dtype"])
+def test_what_a_recipe_cannot_change_in_ones_own_model_is_refused(name, tmp_path):
+    config = rj.Config(model=rj.config.ModelConfig(**{name: {"num_classes": 7, "compute_dtype": "bfloat16"}[name]}))
+    with pytest.raises(rj.InputError, match=f"model.{name} has no effect on a model of your own"):
+        rj.train(config, tmp_path, model=Net(), dataset=DATA)
+
+
 def test_a_metric_of_ones_own_needs_a_goal(tmp_path):
     with pytest.raises(rj.InputError, match=r"--train.metric_goal max or min"):
         rj.train(recipe(2, metric="a"), tmp_path, model=Net(), dataset=DATA, metrics={"a": likelihood})
