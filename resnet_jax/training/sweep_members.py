@@ -468,8 +468,7 @@ def end_member(one: RunningMember, state: Any, at_once: int) -> None:
     images = (progress.step - one.begin) * one.run.config.train.batch_size
     speed = {"images_per_second": images / one.trained if one.trained else 0.0}
     speed["seconds"] = one.trained + one.evaluated  # of its own calls, not of the sweep
-    if at_once > 1:
-        speed["members_at_once"] = at_once
+    speed["members_at_once"] = at_once
     finish(folder, progress, speed, device_name(one.run.mesh), quiet=True)
 
 
