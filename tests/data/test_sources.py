@@ -263,8 +263,9 @@ def test_a_label_that_is_no_class_is_refused(wrong, monkeypatch):
     images = np.zeros((5, 4, 4, 3), np.uint8)
     dataset = Dataset(ArraySource(images, labels, "ours"), None, None, ("a", "b", "c"))
     monkeypatch.setattr(sources, "_digits", lambda: dataset)
-    with pytest.raises(InputError, match=rf"example 3 of ours \(train\) has the label {wrong}, .* 3 classes"):
-        load_dataset(DataConfig(validation_fraction=0.0), seed=0)
+    for fraction in (0.0, 0.5):
+        with pytest.raises(InputError, match=rf"example 3 of ours \(train\) has the label {wrong}, .* 3 classes"):
+            load_dataset(DataConfig(validation_fraction=fraction), seed=0)
 
 
 def test_a_long_table_of_many_classes_is_read_in_seconds(tmp_path, monkeypatch):
