@@ -303,8 +303,8 @@ def table_dataset(file: Path) -> Dataset:
 
 
 def _table(file: Path) -> tuple[list[dict[str, str]], tuple[str, ...]]:
-    """Returns the rows of a CSV file: `path`, `label` and `split`, in any case, each "" where it is absent; and a note on
-    other columns.
+    """Returns the rows of a CSV file: `path`, `label` and `split`, in any case, each "" where it is absent; and a note
+    on other columns.
 
     UTF-8 with or without a byte order mark, and UTF-16 with one, are read.
     """

@@ -207,7 +207,8 @@ def outcome(summary: dict[str, Any]) -> list[str]:
         chosen = f", which this split chose by {best['metric'].rpartition('/')[2]}" if best and split != "test" else ""
         others = ["loss", *(name for name in values if name not in ("loss", "count", *CLASS_MEANS))]
         if "accuracy" in values:
-            first = f"{split} accuracy {values['accuracy']:.2%} on {values['count']} images"
+            how = " (all labels right, threshold one half)" if "map" in values else ""
+            first = f"{split} accuracy{how} {values['accuracy']:.2%} on {values['count']} images"
         else:
             first = f"{split} on {values['count']} images"
         named = ", ".join([first, *(f"{name} {values[name]:.4f}" for name in others)])
