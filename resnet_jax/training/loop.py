@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError, to_dict
 from resnet_jax.data.dataset import Dataset, with_outputs
-from resnet_jax.data.fingerprint import changes, described, digest, fingerprint, other_resizer
+from resnet_jax.data.fingerprint import changes, described, devices_of, digest, fingerprint, other_resizer
 from resnet_jax.data.fingerprint import load as load_fingerprint
 from resnet_jax.data.fingerprint import save as save_fingerprint
 from resnet_jax.data.loader import BadImages, check_readable, sampling_table, train_batches, whole_split
@@ -201,7 +201,7 @@ def train_with(
             return summary
         if jax.process_index() == 0:  # all processes have the same pictures, which `agree` saw to
             check_classes(folder, names_of_outputs(parts.outputs, dataset.class_names, config.data.dataset))
-            check_pictures(folder, config, dataset)
+            check_pictures(folder, config, dataset, mesh.size)
             record(folder, parts)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
             seen = dataset if look_at_test else replace(dataset, test=None)
@@ -246,8 +246,9 @@ def same_classes(before: Sequence[str], names: Sequence[str], folder: Path) -> N
             )
 
 
-def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
-    """Compares the pictures with those that the run in the folder was given, and what resizes them, and notes the new.
+def check_pictures(folder: Path, config: Config, dataset: Dataset, devices: int) -> None:
+    """Compares the pictures with those that the run in the folder was given, what resizes them, and the devices where
+    batch statistics are those of each; and notes the new.
 
     Raises:
       InputError: others are to be trained on than before, and the recipe does not accept it.
@@ -268,7 +269,15 @@ def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
             f"{resizer()}: pixels may differ by 1 of 255. The extra {DISTRIBUTION}[fast] installs cykooz.resizer",
             error=True,
         )
-    save_fingerprint(now, folder)
+    had = devices_of(folder) if config.parallel.batch_norm == "local" else None
+    if had not in (None, devices):
+        say(
+            f"WARNING: the run in {folder} had {had} devices, and now has {devices}: with parallel.batch_norm local "
+            f"the statistics are of another number of images. --parallel.devices {had} goes on as it began; a run that "
+            "begins with ghost:N does on any number of devices",
+            error=True,
+        )
+    save_fingerprint(now, folder, devices)
 
 
 class NotSaved(RuntimeError):
