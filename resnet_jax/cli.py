@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def log_as_warnings() -> Iterator[None]:
-    """Prints what the package logs as commands print warnings, and not again as other libraries set the log up."""
+    """Prints what the package logs as `WARNING: ...`, once, whatever handlers other libraries have added."""
     logger, handler = logging.getLogger("resnet_jax"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     before, logger.propagate = logger.propagate, False

@@ -765,7 +765,7 @@ def check_command(
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     prepare_jax()
-    from resnet_jax.training.check import check, module_of
+    from resnet_jax.training.check_module import check, module_of
 
     module, size = module_of(target, image_size, channels)
     report = check(module, size)
@@ -825,7 +825,9 @@ def lab_command(
 
 
 def prepare_jax() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told another place, and `run_in_caller`."""
+    """Sets JAX up for a command: compiled programs are kept in the user's cache folder, unless JAX has another one, and
+    programs run as `run_in_caller` says.
+    """
     import jax
 
     from resnet_jax.training.sharding import run_in_caller

@@ -72,13 +72,13 @@ from resnet_jax.training.resolve import resolve
 from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import (
     broadcast_from_first,
-    cached_where_sound,
     check_batch,
     make_mesh,
     put_everywhere,
     put_state,
     replicated,
     state_sharding,
+    uncached_where_it_hangs,
 )
 from resnet_jax.training.state import TrainState
 from resnet_jax.typed import DISTRIBUTION
@@ -198,7 +198,7 @@ def train_with(
     for split, source in dataset.splits().items():
         if split != "train":
             check_readable(source, config.data.channels, split)
-    with locked(folder, config) as lock, cached_where_sound(mesh), stop_signals() as stop:
+    with locked(folder, config) as lock, uncached_where_it_hangs(mesh), stop_signals() as stop:
         if summary := ended(folder):
             say(f"the run is finished; see it with: {evaluate_command(folder)}")
             if look_at_test:
@@ -226,7 +226,7 @@ def train_with(
 
 
 def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
-    """Compares the pictures with those that the run in the folder was given, and what resizes them, and notes the new.
+    """Compares the pictures with those that the run in the folder was given, and what resizes them, and records them.
 
     Raises:
       InputError: others are to be trained on than before, and the recipe does not accept it.

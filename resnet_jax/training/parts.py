@@ -198,7 +198,7 @@ def names_and_hashes(parts: Parts) -> dict[str, dict[str, str]]:
 
 def parts_in_words(folder: Path) -> str:
     """Returns which parts the run or sweep in a folder has of its user's own, such as `loss (smooth), model (net.Net)`,
-    for which the recipe's words do not hold; "" where there are none.
+    for which the recipe has no effect; "" where there are none.
     """
     return ", ".join(f"{name} ({part['name']})" for name, part in recorded_parts(folder).items())
 
@@ -209,7 +209,7 @@ def without_file(text: str) -> str:
 
 
 def same_name(one: str, other: str) -> bool:
-    """Returns whether two names of parts can be of the same one, of which a script or a recipe has no module's name."""
+    """Returns whether two names can be of the same part: a part of a script or a recipe has no module in its name."""
     one, other = f".{without_file(one)}", f".{without_file(other)}"
     return one.endswith(other) or other.endswith(one)
 
