@@ -923,7 +923,7 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
     """
     commands = dict(COMMANDS if commands is None else commands)
     name = arguments[0]
-    if name == "show-batch":  # else a flag with several values before FILE would take it, too
+    if name == "show-batch":  # a flag with several values before FILE would take FILE, too
         arguments = [name, *sorted(arguments[1:], key=lambda word: not word.endswith(".png"))]
     varied: dict[str, Any] = {}
     if name == "sweep":

@@ -155,7 +155,7 @@ def train_with(
     hooks = Hooks(parts.hooks)
     before = recorded_recipe(workdir)
     if workdir is None or not begun(workdir):
-        before = None  # a start that came to nothing does not bind
+        before = None  # what failed before its first step does not fix the recipe
     elif before is not None:
         for note in check_parts(workdir, parts, config.train.accept_parts):
             say(f"WARNING: {note}", error=True)
@@ -204,7 +204,7 @@ def train_with(
             if look_at_test:
                 show(folder, config, parts)
             return summary
-        if jax.process_index() == 0:  # all processes have the same pictures, which `check_equal` saw to
+        if jax.process_index() == 0:  # all processes have the same pictures, as `check_equal` has found
             check_pictures(folder, config, dataset)
             record_parts(folder, parts)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:

@@ -69,7 +69,7 @@ def make_parts(given: Mapping[str, Any]) -> Parts:
     Raises:
       InputError: one is not as expected; the message names it, what came and what was expected.
     """
-    sections = (ModelConfig, OptimizerConfig)  # which a recipe may call `model` and `optimizer` on its way
+    sections = (ModelConfig, OptimizerConfig)  # a recipe may give its sections these names
     found = {n: given[n] for n in NAMES if given.get(n) is not None and not isinstance(given[n], sections)}
     model, dataset, optimizer = (found.get(name) for name in ("model", "dataset", "optimizer"))
     if model is not None and not isinstance(model, nn.Module):

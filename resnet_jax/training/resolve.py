@@ -114,7 +114,7 @@ def resolve(
         nonlocal config
         new = {name: value for name, value in values.items() if value is not None and value_of(config, name) is None}
         if "data.image_size" not in new:
-            new.pop("data.eval_image_size", None)  # it belongs to the size of the same source
+            new.pop("data.eval_image_size", None)  # it is taken only with the image_size of the same source
         config = with_values(config, new)
         origins.update(dict.fromkeys(new, origin))
 
