@@ -290,10 +290,10 @@ def evaluate_command(
             return int(any(row["error"] for row in rows))
         evaluated = sources.evaluate_source(source, wanted, progress)
     if table is not None:
-        sources.write_predictions(evaluated, table)
+        written = sources.write_predictions(evaluated, table)
     print(to_json(evaluated.result, indent=2) if as_json else sources.format_result(evaluated))
     if table is not None and not as_json:
-        print(f"every prediction: {table}")
+        print(written)
     return 0
 
 

@@ -39,7 +39,7 @@ def _rows(source: Source, names: np.ndarray) -> np.ndarray:
     rows = np.stack([keys, np.zeros_like(keys), np.full_like(keys, -1)], 1)
     labels = known_labels(source)
     if labels is not None:
-        rows[:, 1] = names[labels] if labels.ndim == 1 else labels @ names
+        rows[:, 1] = names[labels] if labels.ndim == 1 else labels[:, : len(names)] @ names
     order = np.argsort(keys, kind="stable")
     for i in order[:SIZED].tolist():
         rows[i, 2] = _size_or_hash(source, i)

@@ -175,7 +175,8 @@ def open_weights(source: str, wanted: Wanted) -> tuple[FinishedRun, Calibration]
         std=look.std,
         on_device=False,
     )
-    augment = AugmentConfig(crop="none", flip="none", eval_crop=look.eval_crop, interpolation=look.interpolation)  # type: ignore[arg-type]
+    seen: dict[str, Any] = {name: getattr(look, name) for name in ("eval_crop", "interpolation", "eval_flip")}
+    augment = AugmentConfig(crop="none", flip="none", **seen)
     train = TrainConfig(batch_size=wanted.batch or BATCH, loss="binary" if weights.multilabel else "cross_entropy")
     config = Config(model=ModelConfig(name=name), data=data, augment=augment, train=train)
     own = Parts(dataset=None if wanted.dataset else wanted.parts.dataset)
@@ -300,13 +301,18 @@ def prediction_rows(evaluated: Evaluated) -> Iterator[tuple[str, str, str, str, 
         yield evaluated.source.describe(int(index)), wanted, shown, ";".join(f"{p[i, k]:.6g}" for k in chosen), right
 
 
-def write_predictions(evaluated: Evaluated, file: Path) -> None:
-    """Writes the table of predictions as comma-separated values.
+def write_predictions(evaluated: Evaluated, file: Path) -> str:
+    """Writes the table of predictions as comma-separated values; returns a line that says so.
 
     Raises:
       InputError: it cannot be written.
     """
-    write_table(file, [PREDICTION, *prediction_rows(evaluated)])
+    rows = list(prediction_rows(evaluated))
+    write_table(file, [PREDICTION, *rows])
+    if evaluated.calibration.thresholds is None:
+        return f"every prediction: {file}"
+    right = f"{sum(row[-1] for row in rows)} of {len(rows)}"
+    return f"every prediction, with the thresholds of the run's report, by which {right} are right: {file}"
 
 
 def write_table(file: Path, rows: list[Any]) -> None:

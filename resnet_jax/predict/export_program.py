@@ -8,6 +8,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.ops import use_custom_kernels
 from resnet_jax.output import first_line, say
 from resnet_jax.predict.fold_batch_norm import fold_batch_norm
-from resnet_jax.predict.predictor import Predictor, to_probabilities
+from resnet_jax.predict.predictor import Predictor, logits_of, to_probabilities
 from resnet_jax.typed import from_extra
 from resnet_jax.weights.export import written_beside
 
@@ -85,7 +86,8 @@ def pixels_to_probabilities(predictor: Predictor) -> Callable[[jax.Array], jax.A
     multilabel, temperature = predictor.multilabel, predictor.calibration.temperature
 
     def served(pixels: jax.Array) -> jax.Array:
-        logits = model.apply(variables, normalize(pixels, look.mean, look.std, predictor.dtype), train=False)
+        images = normalize(pixels, look.mean, look.std, predictor.dtype)
+        logits = logits_of(partial(model.apply, variables, train=False), images, look.eval_flip)
         return to_probabilities(logits, multilabel, temperature)
 
     return served
@@ -152,7 +154,8 @@ def check_program(call: Call, predictor: Predictor, shape: tuple[int, ...], dtyp
     for part in np.split(pictures, [1, 34]):
         look = predictor.preprocessing
         images = normalize(jnp.asarray(part), look.mean, look.std, predictor.dtype)
-        logits = predictor.model.apply(predictor.variables, images, train=False)
+        forward = partial(predictor.model.apply, predictor.variables, train=False)
+        logits = logits_of(forward, images, look.eval_flip)
         wanted = to_probabilities(logits, predictor.multilabel, predictor.calibration.temperature)
         off, largest = float(np.abs(call(part) - np.asarray(wanted)).max()), float(wanted.max())
         if not off <= TOLERANCE * largest:

@@ -1,6 +1,7 @@
 """A whole run, from a recipe to a folder with its results. Read `train` from top to bottom."""
 
 import contextlib
+import itertools
 import json
 import math
 import shlex
@@ -58,12 +59,12 @@ from resnet_jax.training.build import (
     state_maker,
     with_weights,
 )
-from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
+from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint, read_record
 from resnet_jax.training.evaluation import Result, better, goal_of, make_evaluate, scalars, selecting_metric, served
 from resnet_jax.training.finetune import make_phases
 from resnet_jax.training.linear_probe import computes_features_once, head_of, make_features, whole_features
 from resnet_jax.training.losses import Loss
-from resnet_jax.training.manifest import BEST, Best
+from resnet_jax.training.manifest import BEST, Best, Damaged, checkpoints_of, steps_in
 from resnet_jax.training.metrics import Metric, Sums
 from resnet_jax.training.optimizers import OwnOptimizer, make_schedule, warmup_steps
 from resnet_jax.training.parts import Parts, check_parts, make_parts, names_and_hashes, record_parts
@@ -205,6 +206,7 @@ def train_with(
                 show(folder, config, parts)
             return summary
         if jax.process_index() == 0:  # all processes have the same pictures, as `check_equal` has found
+            check_classes(folder, names_of_outputs(parts.outputs, dataset.class_names, config.data.dataset))
             check_pictures(folder, config, dataset)
             record_parts(folder, parts)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
@@ -223,6 +225,31 @@ def train_with(
             show(folder, config, parts)
         hooks.call("on_end", summary)
         return summary
+
+
+def check_classes(folder: Path, names: Sequence[str]) -> None:
+    """Compares the names of the outputs with those of the run in the folder, which its newest checkpoint has.
+
+    Raises:
+      InputError: they are others, or stand in another order: each output has learned the class of its number.
+    """
+    for step in steps_in(checkpoints_of(folder)):
+        with contextlib.suppress(Damaged):
+            same_classes(read_record(folder, step)["class_names"], names, folder)
+            return
+
+
+def same_classes(before: Sequence[str], names: Sequence[str], folder: Path) -> None:
+    """Raises InputError, as `check_classes` says, where the names of the outputs of a run in a folder are no more the
+    same.
+    """
+    for number, (was, now) in enumerate(itertools.zip_longest(before, names)):
+        if was != now:
+            raise InputError(
+                f"the classes of the data are not those of the run in {folder}: output {number} of the network stands "
+                f"for {was}, and would now for {now}. Give the classes their names and their order back, or start anew "
+                f"in another --workdir; --model.pretrained {shlex.quote(str(folder))} begins with what this run learned"
+            )
 
 
 def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
@@ -535,11 +562,12 @@ def evaluate_step(
         progress.result = scalars(result)
     if better(goal_of(run.config, run.metric), value, before and before["value"]):
         best: Best = {"step": step, "metric": f"{name}/{run.metric}", "value": value}
-        progress.result, progress.no_better = scalars(result), 0
+        chosen: dict[str, Any] = {"best": best, "result": scalars(result)}
+        progress.no_better = 0
         if not run.checkpoints.has(step):
-            run.checkpoints.save(step, unstack_blocks(state), replace(progress, best=best).to_record())
+            run.checkpoints.save(step, unstack_blocks(state), replace(progress, **chosen).to_record())
         if run.checkpoints.has(step):
-            progress.best = best
+            progress.best, progress.result = best, chosen["result"]
             run.checkpoints.best = step
             note_best(run.folder, best)
 

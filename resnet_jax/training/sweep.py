@@ -19,7 +19,7 @@ import numpy as np
 
 from resnet_jax.config import Config, InputError, differences, from_dict, result_fields, to_dict
 from resnet_jax.data.dataset import Dataset
-from resnet_jax.data.fingerprint import load_fingerprint
+from resnet_jax.data.fingerprint import changes, described, fingerprint, load_fingerprint
 from resnet_jax.files import path_of, read_json, remove_tree, to_json, write_whole
 from resnet_jax.output import say
 from resnet_jax.recipe_files import recorded_recipe
@@ -29,6 +29,7 @@ from resnet_jax.runs.lock import hold
 from resnet_jax.runs.reporter import Diverged
 from resnet_jax.runs.signals import Stopped, stop_signals
 from resnet_jax.runs.sweep_page import spoken_value, write_page
+from resnet_jax.training.build import data_of
 from resnet_jax.training.evaluation import goal_of, open_run, result_of
 from resnet_jax.training.loop import train_with
 from resnet_jax.training.losses import Loss
@@ -130,6 +131,7 @@ def sweep(
         record_parts(folder, parts)
         note([], [])
         all_members = make_members(combinations, folder, parts)
+        check_same_pictures([member for member in all_members if member.name in rows], len(all_members), parts)
         groups = grouped(all_members)
         for number, members in enumerate(groups):
             left = [member for member in members if member.name not in rows]
@@ -275,6 +277,23 @@ def make_members(combinations: Sequence[tuple[dict[str, Any], Config]], folder: 
     if line := next(iter(resolved.values())).line():
         say(line)
     return members
+
+
+def check_same_pictures(finished: Sequence[Member], count: int, parts: Parts) -> None:
+    """Compares the pictures with those that the finished ones of `count` members were given.
+
+    Raises:
+      InputError: they are others, by which those that are left could not be compared with them.
+    """
+    for member in finished[:1] if len(finished) < count else ():
+        before = load_fingerprint(member.folder)
+        if before is None or not (changed := changes(before, fingerprint(data_of(member.config, parts)))):
+            continue
+        raise InputError(
+            f"{member.config.data.dataset} is not as the finished member in {member.folder} was given it "
+            f"({described(changed)}), and members on other data cannot be compared with it: give the data as it was, "
+            "or start anew in another --workdir"
+        )
 
 
 def grouped(members: Sequence[Member]) -> list[list[Member]]:

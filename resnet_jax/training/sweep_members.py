@@ -44,7 +44,7 @@ from resnet_jax.training.build import (
 )
 from resnet_jax.training.checkpoints import Checkpoints, Record
 from resnet_jax.training.evaluation import Result, gathered, selecting_metric
-from resnet_jax.training.loop import Run, check_pictures, evaluate_step
+from resnet_jax.training.loop import Run, check_pictures, evaluate_step, same_classes
 from resnet_jax.training.metrics import Sums, mean_average_precision, means
 from resnet_jax.training.optimizers import make_schedule
 from resnet_jax.training.parts import Parts, record_parts
@@ -257,7 +257,9 @@ def restored(
     tree, kept, _ = found
     tree = jax.device_get(tree)
     for i, (one, values) in enumerate(zip(group, kept["members"], strict=True)):
+        names = one.progress.class_names
         one.progress, one.failed = RunProgress.from_record(values["progress"]), values["failed"]
+        same_classes(one.progress.class_names, names, one.run.folder)
         one.bad.names |= set(one.progress.skipped)
         if values["best"] is not None:
             step = one.progress.best["step"] if one.progress.best else 0

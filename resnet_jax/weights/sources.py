@@ -370,6 +370,7 @@ def preprocessing_in(config: Config) -> Preprocessing:
         data.eval_image_size or size,
         known(augment.eval_crop, "augment.eval_crop"),
         known(augment.interpolation, "augment.interpolation"),
+        augment.eval_flip,
     )
 
 

@@ -285,6 +285,27 @@ def test_a_sweep_that_goes_on_needs_the_parts_that_it_was_started_with(tmp_path,
         sweep(with_values(config, {"train.accept_parts": True}), workdir=folder, **own)
 
 
+def test_members_on_other_pictures_are_not_compared_with_those_that_are_finished(tmp_path, monkeypatch):
+    config, values, folder = recipe(epochs=0.2), {"train.steps": [1, 2]}, tmp_path / "sweep"
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_device=False))
+    images, labels = np.zeros((64, 8, 8, 3), np.uint8), np.arange(64) % 10
+    own = {"model": Net(), "dataset": Dataset((images, labels), (images, labels))}
+    original = sweep_module.train_alone
+
+    def halt_at_the_second(member, *rest):
+        if member.name.startswith("1"):
+            raise Halt
+        return original(member, *rest)
+
+    monkeypatch.setattr(sweep_module, "train_alone", halt_at_the_second)
+    with pytest.raises(Halt):
+        sweep(config, values, folder, **own)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"not as the finished member in .*0-steps=1.*validation: 32 lost"):
+        sweep(config, values, folder, **own | {"dataset": Dataset((images, labels), (images[:32], labels[:32]))})
+    assert len(sweep(config, values, folder, **own)["members"]) == 2
+
+
 def test_what_one_program_cannot_do_runs_one_by_one_and_test_is_seen_for_the_chosen_alone(tmp_path, capsys):
     config = recipe(epochs=0.2, eval_every_epochs=0.2)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_device=False))
