@@ -38,7 +38,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is evaluated on, and how.
+    """Which data a source is evaluated on, and how.
 
     Attributes:
       dataset: as `data.dataset` of a recipe; None takes the run's own.

@@ -269,12 +269,12 @@ def as_svg(figure: "Figure", title: str, colours: Mapping[str, str] = PAGE_COLOU
     import matplotlib
 
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters are not drawn as paths
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(text, format="svg", transparent=True, metadata=nothing)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
-    svg = re.sub(r"font-family: [^;]*; ", "", svg)  # that of the page
+    svg = re.sub(r"font-family: [^;]*; ", "", svg)  # the page sets it
     svg = re.sub(
         r' xmlns(:xlink)?="[^"]*"|(?<=<g) id="[^"]*"', "", svg
     )  # in HTML one is needless, the other not unique

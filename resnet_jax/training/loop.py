@@ -73,13 +73,13 @@ from resnet_jax.training.resolve import resolve
 from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import (
     broadcast_from_first,
-    cached_where_sound,
     check_batch,
     make_mesh,
     put_everywhere,
     put_state,
     replicated,
     state_sharding,
+    uncached_where_it_hangs,
 )
 from resnet_jax.training.state import TrainState
 from resnet_jax.typed import DISTRIBUTION
@@ -156,7 +156,7 @@ def train_with(
     hooks = Hooks(parts.hooks)
     before = recorded_recipe(workdir)
     if workdir is None or not begun(workdir):
-        before = None  # a start that came to nothing does not bind
+        before = None  # what failed before its first step does not fix the recipe
     elif before is not None:
         for note in check_parts(workdir, parts, config.train.accept_parts):
             say(f"WARNING: {note}", error=True)
@@ -201,13 +201,13 @@ def train_with(
     for split, source in dataset.splits().items():
         if split != "train":
             check_readable(source, config.data.channels, split)
-    with locked(folder, config) as lock, cached_where_sound(mesh), stop_signals() as stop:
+    with locked(folder, config) as lock, uncached_where_it_hangs(mesh), stop_signals() as stop:
         if summary := ended(folder):
             say(f"the run is finished; see it with: {evaluate_command(folder)}")
             if look_at_test:
                 show(folder, config, parts)
             return summary
-        if jax.process_index() == 0:  # all processes have the same pictures, which `check_equal` saw to
+        if jax.process_index() == 0:  # all processes have the same pictures, as `check_equal` has found
             check_classes(folder, names_of_outputs(parts.outputs, dataset.class_names, config.data.dataset))
             check_pictures(folder, config, dataset)
             record_parts(folder, parts)
@@ -255,7 +255,7 @@ def same_classes(before: Sequence[str], names: Sequence[str], folder: Path) -> N
 
 
 def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
-    """Compares the pictures with those that the run in the folder was given, and what resizes them, and notes the new.
+    """Compares the pictures with those that the run in the folder was given, and what resizes them, and records them.
 
     Raises:
       InputError: others are to be trained on than before, and the recipe does not accept it.

@@ -50,8 +50,8 @@ def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
     return Mesh(chosen.reshape(-1, fsdp), ("data", "fsdp")) if fsdp > 1 else Mesh(chosen, ("data",))
 
 
-def cached_where_sound(mesh: Mesh) -> AbstractContextManager[None]:
-    """Returns `uncached` for a state that is spread over a CPU's devices, else nothing.
+def uncached_where_it_hangs(mesh: Mesh) -> AbstractContextManager[None]:
+    """Returns the context `uncached` for a state that is spread over a CPU's devices, else one that changes nothing.
 
     From the cache such a program hangs (jaxlib 0.10.2): devices wait for each other in different collectives until XLA
     ends the process. It may be that their order is not kept.
