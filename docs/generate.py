@@ -8,7 +8,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -126,16 +126,42 @@ def recipes() -> str:
 
 
 def commands() -> str:
-    """Returns every command: what it does, and what its arguments are."""
+    """Returns every command: what it does, and its arguments as they are typed."""
     from resnet_jax.commands import COMMANDS
 
     text = ["## Commands\n"]
     for name, function in COMMANDS.items():
         first, _, rest = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:\n")
-        text.append(f"`resnet-jax {name}`\n: {escaped(' '.join(first.split()))}\n")
-        for argument, about in re.findall(r"^  (\w+): ((?:.|\n    )+)", rest, re.M):
-            text.append(f"  `{argument}`: {escaped(' '.join(about.split()))}\n")
+        told = dict(re.findall(r"^  (\w+): ((?:.|\n    )+)", rest, re.M))
+        words, entries = [f"resnet-jax {name}"], []
+        hints = get_type_hints(function, include_extras=True)
+        for parameter in inspect.signature(function).parameters.values():
+            if "Suppress" in str(hints[parameter.name]):
+                continue
+            if parameter.name == "recipe":
+                entries.append("  - every [field of a recipe](#fields-of-a-recipe) as a flag")
+                continue
+            argument, about = shown(parameter, hints[parameter.name])
+            words += [] if argument.startswith("--") else [argument]
+            about, value = told.get(parameter.name, about), parameter.default
+            default = f" *Default `{value}`.*" if value not in (parameter.empty, None, False, ()) else ""
+            entries.append(f"  - `{argument}`: {escaped(' '.join(about.split()))}{default}")
+        text.append(f"`{' '.join(words)}`\n: {escaped(' '.join(first.split()))}\n\n" + "\n".join(entries) + "\n")
     return "\n".join(text)
+
+
+def shown(parameter: inspect.Parameter, hint: Any) -> tuple[str, str]:
+    """Returns an argument as it is typed, and its help, from the annotation that tyro reads."""
+    typed = getattr(hint, "__metadata__", ())
+    told = {key: getattr(one, key) for one in typed for key in ("name", "metavar", "help") if getattr(one, key, None)}
+    kind = str(getattr(hint, "__origin__", hint) if typed else hint)
+    choices = re.findall(r"'(\w+)'", "".join(re.findall(r"Literal\[.*?\]", kind)))
+    takes = [] if "bool" in kind else ["N"] * ("int" in kind) + choices or ["VALUE"]
+    metavar = told.get("metavar", "|".join(takes))
+    if "Positional" not in map(str, typed):
+        return f"--{told.get('name', parameter.name)} {metavar}".strip(), told.get("help", "")
+    needed = parameter.default is parameter.empty or metavar.startswith("[")
+    return metavar if needed else f"[{metavar}]", told.get("help", "")
 
 
 def extras() -> str:
@@ -149,8 +175,11 @@ def extras() -> str:
 
 
 def escaped(text: str) -> str:
-    """Returns words with what Markdown would take for marks made plain."""
-    return re.sub(r"([*_<\[])", r"\\\1", text)
+    """Returns words in Markdown: what it would take for marks made plain, and flags as code."""
+    parts = re.split(r"(`[^`]*`|--[a-z]\w*(?:\.\w+)*)", text)
+    parts[::2] = [re.sub(r"([*_<\[])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [f"`{part.strip('`')}`" for part in parts[1::2]]
+    return "".join(parts)
 
 
 def flags() -> str:
@@ -162,7 +191,7 @@ def flags() -> str:
         if not isinstance(line, ast.AnnAssign):
             continue
         section, name = sections[ast.unparse(line.annotation)], ast.unparse(line.target)
-        text.append(f"## {name}\n\n{ast.get_docstring(section)}\n")
+        text.append(f"### {name}\n\n{ast.get_docstring(section)}\n")
         for field, words in zip(section.body, section.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(words, ast.Expr):
                 text.append(flag(name, field, " ".join(ast.literal_eval(words.value).split())))
@@ -176,7 +205,7 @@ def flag(section: str, field: ast.AnnAssign, about: str) -> str:
         value = value.args[0]
     kind = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", ""), ast.unparse(field.annotation))
     kind = kind.replace(" | None", "").replace("Size", "int or two ints")
-    return f"`--{section}.{ast.unparse(field.target)}`\n: {escaped(about)} *{kind}; default `{ast.unparse(value)}`*\n"
+    return f"`--{section}.{ast.unparse(field.target)}`\n: {escaped(about)} *{kind}; default `{value.value if isinstance(value, ast.Constant) else ast.unparse(value)}`*\n"
 
 
 def lab(language: str) -> str:
