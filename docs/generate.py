@@ -205,7 +205,8 @@ def flag(section: str, field: ast.AnnAssign, about: str) -> str:
         value = value.args[0]
     kind = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", ""), ast.unparse(field.annotation))
     kind = kind.replace(" | None", "").replace("Size", "int or two ints")
-    return f"`--{section}.{ast.unparse(field.target)}`\n: {escaped(about)} *{kind}; default `{value.value if isinstance(value, ast.Constant) else ast.unparse(value)}`*\n"
+    default = value.value if isinstance(value, ast.Constant) else ast.unparse(value)
+    return f"`--{section}.{ast.unparse(field.target)}`\n: {escaped(about)} *{kind}; default `{default}`*\n"
 
 
 def lab(language: str) -> str:
