@@ -4,6 +4,7 @@ the mesh.
 
 import gc
 import os
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -238,7 +239,8 @@ def _batches(
     """Yields the batches `start` to `stop - 1` on the mesh, made by threads, or by worker processes.
 
     Raises:
-      InputError: an image cannot be decoded and the policy of `bad` is `error`.
+      InputError: an image cannot be decoded and the policy of `bad` is `error`, or the dataset cannot be pickled for
+        worker processes.
       Stalled: nothing came for `timeout` seconds, or a worker process died.
     """
     with from_extra("train", "the loader"):
@@ -270,6 +272,14 @@ def _batches(
     except Stalled:
         stalled = True
         raise
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        if not workers or "pickle" not in str(error):
+            raise
+        raise InputError(
+            f"data.workers {workers}: a worker process is given a copy of the dataset, and this one cannot be copied "
+            f"({str(error).splitlines()[0]}): leave what holds a lock or an open file out by its __getstate__, or set "
+            "data.workers 0"
+        ) from error
     finally:
         if not stalled:  # what hangs could not be closed
             iterator.close()

@@ -58,7 +58,8 @@ def forecast(
       `devices`, `parameters` (their number), `classes` (their number, None of a model of the user's own) with
       `classes_from`, `flops` (of a step, on all devices, as `flops_of` counts them), in bytes on each device `state`
       (`params`, `batch_stats`, `opt_state`, `ema`), `batch`, `temporary` (activations and all else that lives within a
-      step) and `total`, and `collectives`: name -> bytes of a step that each device puts out. For a target also, of one
+      step) and `total`, whether the training images would be kept on each device beside it (`data_on_device`), and
+      `collectives`: name -> bytes of a step that each device puts out. For a target also, of one
       chip, `flops_a_chip` and `bytes_accessed` (as its compiler counts them), `peak` (bytes), `compile_seconds`, and
       `bounds`.
 
@@ -115,6 +116,7 @@ def forecast(
         "batch": images,
         "temporary": temporary,
         "total": sum(held.values()) + images + temporary,
+        "data_on_device": bool(config.data.on_device),
         "collectives": collective_bytes(program.as_text() or ""),
     }
     if target is not None:
@@ -248,6 +250,8 @@ def format_plan(needs: dict[str, Any]) -> str:
         f"memory of each device, in a step {compiler}:",
         *(f"{name:<28}{in_bytes(count):>12}" for name, count in held.items()),
     ]
+    if needs["data_on_device"]:
+        rows.append("beside it training images of less than 1 GiB are kept on each device, but for --data.no_on_device")
     if needs["collectives"]:
         rows.append("what each device exchanges in a step:")
     rows += [f"  {name:<26}{in_bytes(count):>12}" for name, count in needs["collectives"].items()]

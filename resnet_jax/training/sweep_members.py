@@ -170,7 +170,7 @@ def train_together(
         checkpoints.settle()
         for i, one in enumerate(group):
             if one.failed is None:
-                end_member(one, state_of(rounds[i // programs.width], i % programs.width))
+                end_member(one, state_of(rounds[i // programs.width], i % programs.width), programs.width)
     return [row_of(one) for one in group]
 
 
@@ -446,8 +446,12 @@ def standing(group: Sequence[Going], seconds: float) -> str:
     return f"{line}, {seconds * todo / done:.0f} s left" if done and todo else line
 
 
-def end_member(one: Going, state: Any) -> None:
-    """Leaves a member that has come to its end as a finished run in its folder."""
+def end_member(one: Going, state: Any, at_once: int) -> None:
+    """Leaves a member that has come to its end as a finished run in its folder.
+
+    Args:
+      at_once: members that went through the devices together, itself among them.
+    """
     progress, folder = one.progress, one.run.folder
     progress.selected = progress.best["step"] if progress.best else progress.step
     progress.skipped = sorted(one.bad.names)
@@ -459,6 +463,8 @@ def end_member(one: Going, state: Any) -> None:
     images = (progress.step - one.begin) * one.run.config.train.batch_size
     speed = {"images_per_second": images / one.trained if one.trained else 0.0}
     speed["seconds"] = one.trained + one.evaluated  # of its own calls, not of the sweep
+    if at_once > 1:
+        speed["members_at_once"] = at_once
     finish(folder, progress, speed, device_name(one.run.mesh), quiet=True)
 
 

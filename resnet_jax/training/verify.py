@@ -226,6 +226,8 @@ def make_job(
         if there != here:
             which = f"summary.json says {name} {there}, and here is {here}"
             (loose if name in COMPUTES else notes).append(which)
+    if (at_once := (summary or {}).get("members_at_once", 1)) > 1:
+        loose.append(f"the run is a member of a sweep that took {at_once} members at once")
     first = from_dict(records[min(records)]["recipe"])
     for section, name in (names.split(".") for names in ROUNDS):
         old, new = (getattr(getattr(recipe, section), name) for recipe in (first, config))

@@ -164,6 +164,9 @@ def test_members_over_devices_are_their_runs_to_rounding(per_device, tmp_path):
         decay = row["values"]["optimizer.weight_decay"]
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=decay))
         assert_equal_to_its_run(tmp_path / "sweep/members" / row["name"], place, config, 1e-5, model=Net())
+    verified = verify(tmp_path / "sweep/members" / found["members"][0]["name"], 1, seed=0, model=Net())
+    assert verified.ok and not verified.exact, str(verified)
+    assert f"a member of a sweep that took {2 * per_device} members at once" in str(verified)
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
