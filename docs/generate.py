@@ -36,6 +36,29 @@ FAMILIES = (
 )  # fmt: skip
 """Heading, name of a table in `resnet_jax/models/table.py`, and where its networks come from."""
 
+EXTRAS = {
+    "train": "the command `resnet-jax`, `rj.train`, checkpoints, pictures, the report",
+    "report": "the report and curves of a run; `train` brings it",
+    "hub": "weights by tag from the Hugging Face hub, and `.safetensors`",
+    "tfds": "data of tensorflow-datasets",
+    "hf": "data of Hugging Face's datasets, and Parquet files",
+    "export": "programs for serving (StableHLO)",
+    "gcs": "runs and pictures in Google Cloud Storage",
+    "wandb": "logs to Weights & Biases",
+    "mlflow": "logs to MLflow",
+    "fast": "training pictures resized in a third of the time",
+    "all": "all of the above",
+    "cuda12": "NVIDIA GPUs, CUDA 12",
+    "cuda13": "NVIDIA GPUs, CUDA 13",
+    "tpu": "TPUs, and plans for them",
+    "parity": "comparisons with PyTorch",
+    "onnx": "programs for ONNX Runtime",
+    "test": "the tests",
+    "docs": "this site",
+    "dev": "the tests, and hooks for commits",
+}
+"""What each extra of `pyproject.toml` is for."""
+
 
 def write_pages(repository: str | None) -> None:
     """Writes all of them; one that is as it was is left alone, so that a second build does not read it again.
@@ -57,7 +80,7 @@ def write_pages(repository: str | None) -> None:
         "depth.md": depth(),
         "proofs.md": proofs(),
         "changelog.md": relinked(ROOT / "CHANGELOG.md", repository),
-        "benchmarks.md": relinked(ROOT / "benchmarks" / "README.md", repository),
+        "benchmarks.md": benchmarks(repository),
     }
     OUT.mkdir(exist_ok=True)
     for name, text in pages.items():
@@ -167,11 +190,14 @@ def shown(parameter: inspect.Parameter, hint: Any) -> tuple[str, str]:
 def extras() -> str:
     """Returns the optional dependencies, of `pyproject.toml`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    rows = []
-    for name, requirements in project["optional-dependencies"].items():
+    extras = project["optional-dependencies"]
+    if set(extras) != set(EXTRAS):
+        raise ValueError(f"docs/generate.py: EXTRAS and pyproject.toml differ in {sorted(set(extras) ^ set(EXTRAS))}")
+    text = "| extra | what for | installs |\n|---|---|---|\n"
+    for name, requirements in extras.items():
         packages = [re.match(r"[\w.-]+(\[[\w,-]+\])?", requirement)[0] for requirement in requirements]
-        rows.append([f"`{name}`", ", ".join(packages)])
-    return "| extra | installs |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a, b in rows) + "\n"
+        text += f"| `{name}` | {EXTRAS[name]} | {', '.join(packages)} |\n"
+    return text
 
 
 def escaped(text: str) -> str:
@@ -221,7 +247,8 @@ def lab(language: str) -> str:
             "<tr>" + "".join(f"<{head}>{own(texts, language)}</{head}>" for texts in row) + "</tr>"
             for row, head in zip(section["table"], heads, strict=True)
         ]
-        table = f'<div class="pst-scrollable-table-container"><table class="table">{"".join(rows)}</table></div>'
+        title = f"<caption>{own(section['table_title'], language)}</caption>" if section["table_title"] else ""
+        table = f'<div class="pst-scrollable-table-container"><table class="table">{title}{"".join(rows)}</table></div>'
         body = (
             f'<div class="lab {language}"><p class="takeaway">{own(section["takeaway"], language)}</p>'
             + charts(section["panels"], language)
@@ -274,7 +301,7 @@ def means(name: str, of: str) -> str:
             for row in record["rows"]
             if "mean" in row
         ]
-        text.append(table(["", of, "seeds"], rows) + f"\nRecord: {{repo}}`benchmarks/results/{file}`.\n")
+        text.append(table(["training", of, "seeds"], rows) + f"\nRecord: {{repo}}`benchmarks/results/{file}`.\n")
     return "\n".join(text)
 
 
@@ -292,8 +319,18 @@ def depth() -> str:
     return "\n".join(text)
 
 
+def benchmarks(repository: str | None) -> str:
+    """Returns the page on benchmarks, with a sentence that says what it is for."""
+    title, rest = relinked(ROOT / "benchmarks" / "README.md", repository).split("\n", 1)
+    about = "How fast this package is beside PyTorch and Flax's example, and how to measure it yourself."
+    return f"{title}\n\n{about}\n{rest}"
+
+
 def relinked(path: Path, repository: str | None) -> str:
-    """Returns a page from elsewhere in the repository, its links changed to lead from `docs/`."""
+    """Returns a page from elsewhere in the repository, its links changed to lead from `docs/`.
+
+    Without the repository's address, links to pictures and records download them.
+    """
 
     def link(found: re.Match[str]) -> str:
         mark, words, target = found[1], found[2], found[3]
@@ -305,7 +342,9 @@ def relinked(path: Path, repository: str | None) -> str:
             return f"![{words}](../{there.relative_to(ROOT)})"
         if there.parent == DOCS and there.suffix == ".md":
             return f"[{words}]({there.name}{'#' + anchor if anchor else ''})"
-        return f"[{words}]({repository}/blob/main/{there.relative_to(ROOT)})" if repository else words
+        if repository:
+            return f"[{words}]({repository}/blob/main/{there.relative_to(ROOT)})"
+        return f"[{words}](../{there.relative_to(ROOT)})" if there.is_file() and there.suffix != ".md" else words
 
     return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, path.read_text(encoding="utf-8"))
 
