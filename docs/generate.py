@@ -315,7 +315,8 @@ def depth() -> str:
                 figures = (f"{row['compile_seconds']:.1f}", f"{row['temporary_mib']:.0f}", f"{row['median']:.2f}")
                 rows.append([row["case"], row["contender"], *figures])
         head = ["network", "how", "compile, s", "memory beside the state, MiB", "a step, s"]
-        text.append(table(head, rows) + f"\nRecord: {{repo}}`benchmarks/results/{file}`.\n")
+        lines = table(head, rows).replace("---: |", "--- |", 1)
+        text.append(lines + f"\nRecord: {{repo}}`benchmarks/results/{file}`.\n")
     return "\n".join(text)
 
 
