@@ -196,7 +196,7 @@ def extras() -> str:
     text = "| extra | what for | installs |\n|---|---|---|\n"
     for name, requirements in extras.items():
         packages = [re.match(r"[\w.-]+(\[[\w,-]+\])?", requirement)[0] for requirement in requirements]
-        text += f"| `{name}` | {EXTRAS[name]} | {', '.join(packages)} |\n"
+        text += f"| `{name}` | {EXTRAS[name]} | {re.sub(',(?! )', ', ', ', '.join(packages))} |\n"
     return text
 
 
