@@ -86,7 +86,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A name of the public face, out of its file."""
+    """Returns a name of the public face, which is imported when it is first asked for."""
     if name == "analysis":
         return import_module(f"{__name__}.analysis")
     for home, names in _HOMES.items():
@@ -98,5 +98,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What a user may ask for, also before it is imported."""
+    """Returns the names of the public face, also those that are not imported yet."""
     return [*globals(), *__all__]

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; resnet-jax train --workdir FOLDER goes on from the last checkpoint", status=130)
     except BrokenPipeError:
-        if not nobody_reads():
+        if not reader_is_gone():
             raise  # another pipe is broken
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
@@ -129,7 +129,7 @@ def about_bucket(error: Exception, arguments: Sequence[str]) -> str:
     return bucket_problem(words, error)
 
 
-def nobody_reads() -> bool:
+def reader_is_gone() -> bool:
     """Returns whether standard output is a pipe whose reader has seen enough, such as `head`."""
     output = select.poll()
     output.register(1, 0)

@@ -130,7 +130,8 @@ def sweep_command(
     as --train.seed 0..4. The first word may be the recipe, in place of --config.
 
     Args:
-      members_per_device: Runs that go through a device together; 1 takes them in turn, auto tries what is fastest.
+      members_per_device: Runs that a device trains at the same time; 1 takes one after the other, auto tries what is
+        fastest.
     """
     chosen = checked(recipe)
     prepare_jax()
@@ -289,10 +290,10 @@ def evaluate_command(
             return int(any(row["error"] for row in rows))
         evaluated = sources.evaluate_source(source, wanted, progress)
     if table is not None:
-        sources.write_predictions(evaluated, table)
+        written = sources.write_predictions(evaluated, table)
     print(to_json(evaluated.result, indent=2) if as_json else sources.format_result(evaluated))
     if table is not None and not as_json:
-        print(f"every prediction: {table}")
+        print(written)
     return 0
 
 
@@ -575,7 +576,7 @@ def inspect_command(
         load_config(config)
     prepare_jax()
     from resnet_jax.predict.inspect_data import inspect_data
-    from resnet_jax.runs.inspect_page import agreement_line, summary_of, write_inspection
+    from resnet_jax.predict.inspect_page import agreement_line, summary_of, write_inspection
 
     found = inspect_data(
         dataset,
@@ -629,7 +630,7 @@ def export_command(
     from resnet_jax.runs.signals import cleaned_up
 
     if form in ("stablehlo", "onnx"):
-        from resnet_jax.predict.serving import CHECKED, export_program
+        from resnet_jax.predict.export_program import CHECKED, export_program
 
         with cleaned_up():
             metadata = export_program(source, path, form, name, checkpoint, **given_parts(config))

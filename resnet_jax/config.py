@@ -354,7 +354,8 @@ class TrainConfig:
     nonfinite_limit: int = option(5, "[1, MOST]")
     """Skipped updates in a row, or rollbacks of a run, after which it ends all the same."""
     accumulate_steps: int = option(1, "[1, MOST]")
-    """Parts in which a batch goes through, to save memory; batch normalisation then sees one part at a time."""
+    """Parts of a batch that are computed one after the other, to save memory; batch normalisation then sees one part at
+    a time."""
     steps_per_call: int | None = option(None, "[1, 1000]")
     """Most steps that one compiled call runs; a call ends where something is logged, saved or evaluated. None: 5 with
     the data on the device, else 2 on a CPU and 1 elsewhere; 1 for a model of your own on a CPU. More share the host's

@@ -259,7 +259,7 @@ def with_outputs(dataset: Dataset, outputs: int) -> Dataset:
     """Fills multilabel labels up with zeros where a model has more outputs than the data has classes.
 
     Raises:
-      InputError: the model has fewer outputs than the data has classes.
+      InputError: the model has fewer outputs than the data has classes; or it has more, and the labels are no table's.
     """
     more = outputs - len(dataset.class_names)
     if more < 0:
@@ -270,9 +270,12 @@ def with_outputs(dataset: Dataset, outputs: int) -> Dataset:
     if not dataset.multilabel or not more:
         return dataset
 
-    def widened(source: Source | None) -> Source | None:
+    def widened(source: Source) -> Source:
         if not isinstance(source, FileSource):
-            return source
+            raise InputError(
+                f"model.num_classes {outputs} is above the {len(dataset.class_names)} classes of the data, whose "
+                "labels have a number for each class: give them as many as the model has outputs, or leave it out"
+            )
         labels: Any = tuple((*label, *(0,) * more) for label in source.labels)  # type: ignore[misc]
         return dataclasses.replace(source, labels=labels)
 

@@ -39,7 +39,7 @@ def _rows(source: Source, names: np.ndarray) -> np.ndarray:
     rows = np.stack([keys, np.zeros_like(keys), np.full_like(keys, -1)], 1)
     labels = known_labels(source)
     if labels is not None:
-        rows[:, 1] = names[labels] if labels.ndim == 1 else labels @ names
+        rows[:, 1] = names[labels] if labels.ndim == 1 else labels[:, : len(names)] @ names
     order = np.argsort(keys, kind="stable")
     for i in order[:SIZED].tolist():
         rows[i, 2] = _size_or_hash(source, i)
@@ -47,7 +47,7 @@ def _rows(source: Source, names: np.ndarray) -> np.ndarray:
 
 
 def _size_or_hash(source: Source, index: int) -> int:
-    """The size of a picture's file, the hash of one that lies in a table, or -1 where a source does not say."""
+    """Returns the size of a picture's file, the hash of one that lies in a table, or -1 where a source does not say."""
     if isinstance(source, Part):
         return _size_or_hash(source.source, int(source.indices[index]))
     if isinstance(source, FileSource):
@@ -72,14 +72,14 @@ def digest(found: Fingerprint) -> str:
     return whole.hexdigest()
 
 
-def save(found: Fingerprint, folder: Path) -> None:
+def save_fingerprint(found: Fingerprint, folder: Path) -> None:
     """Writes a fingerprint, and the name of the library that resizes, into a run's folder, at once or not at all."""
     content = io.BytesIO()
     np.savez(content, **found, **{RESIZER: np.asarray(resizer())})  # type: ignore[arg-type]
     write_whole(folder / FILE, content.getvalue())
 
 
-def load(folder: Path) -> Fingerprint | None:
+def load_fingerprint(folder: Path) -> Fingerprint | None:
     """Reads the fingerprint of a run; None where its folder has none.
 
     Raises:
@@ -186,7 +186,7 @@ def shares_of(old: Fingerprint, new: Fingerprint) -> tuple[float, float | None]:
     return float(np.isin(now[:, 0], before[:, 0]).mean()), same
 
 
-def trained_on(old: Fingerprint, new: Fingerprint, split: str) -> int:
+def count_trained_on(old: Fingerprint, new: Fingerprint, split: str) -> int:
     """Counts the examples of a split, as it is now, that were in the training split of a run."""
     return int(np.isin(new[split][:, 0], old.get("train", _NONE)[:, 0]).sum())
 

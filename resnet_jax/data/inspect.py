@@ -171,7 +171,7 @@ def near_pairs(pixels: np.ndarray, features: np.ndarray | None = None, least: fl
 
 
 def _near_by_hash(whole: np.ndarray, inner: np.ndarray) -> np.ndarray:
-    """Returns first * n + second, int64, of the pairs that are near by their hashes in any of four ways; by fewer bits
+    """Returns first * n + second, int64, of the pairs whose hashes are near in any of four ways; by fewer bits
     than `NEAR_BITS` where each picture would have more than `CANDIDATES`.
     """
     count, size = whole.shape

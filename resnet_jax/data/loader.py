@@ -18,7 +18,7 @@ from resnet_jax.config import AugmentConfig, Config, InputError, Size, known, kn
 from resnet_jax.data.dataset import Dataset, Source, labels_of
 from resnet_jax.data.decode import BadImage, decode
 from resnet_jax.data.order import balanced_table, example_index, is_mirrored
-from resnet_jax.data.own_data import held_up
+from resnet_jax.data.own_data import slow_example
 from resnet_jax.data.transforms import augment, fit
 from resnet_jax.data.watch import Stalled, awaited, check_guard, end_with_parent, name_what_hangs
 from resnet_jax.output import say
@@ -260,7 +260,7 @@ def _batches(
 
     def explain() -> str:
         seconds = min(timeout, 30.0)
-        return held_up(seconds / 2) or name_what_hangs(example, range(given * share, (given + 1) * share), seconds)
+        return slow_example(seconds / 2) or name_what_hangs(example, range(given * share, (given + 1) * share), seconds)
 
     try:
         for batch in awaited(iterator, timeout, explain):

@@ -1,4 +1,4 @@
-"""Draws images as the network gets them so that people can look at them."""
+"""Draws images as the network gets them, for people: enlarged, side by side, under a heat map."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def overlay(seen: np.ndarray, heat: np.ndarray, box: tuple[float, float, float, 
 
 
 def sized(pixels: np.ndarray, least: int = LEAST, most: int = MOST) -> np.ndarray:
-    """Returns an image, uint8 [height, width, 3], of a size to be looked at: one below `least` pixels in height is
+    """Returns an image, uint8 [height, width, 3], of a size for people: one below `least` pixels in height is
     enlarged by a whole number, one whose long side is above `most` made smaller.
     """
     from PIL import Image

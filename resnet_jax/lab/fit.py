@@ -177,7 +177,7 @@ def fit_seeds(
                     watch(step, states[place])
                 row: dict[str, float] = {"step": step, "epoch": step / per_epoch}
                 for split, values in (("train", data.train), ("test", data.test)):
-                    found = evaluate(variables_of(states[place]), values)
+                    found = evaluate(states[place].variables, values)
                     row |= {f"{split}_loss": found["loss"], f"{split}_error": 1.0 - found["accuracy"]}
                 curve.append(row)
             if step < steps:
@@ -187,11 +187,6 @@ def fit_seeds(
     at_once = (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
     with ThreadPoolExecutor(min(at_once, len(seeds))) as threads:
         return list(threads.map(train_one, range(len(seeds))))
-
-
-def variables_of(state: TrainState) -> Any:
-    """Returns parameters and running statistics as `model.apply` takes them."""
-    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def evaluator(model: nn.Module, config: Config) -> Callable[[Any, dict[str, np.ndarray]], dict[str, Any]]:

@@ -14,6 +14,7 @@ from resnet_jax.lab.captions import CAPTIONS, TABLES, TITLES
 from resnet_jax.lab.panels import DARK, LIGHT, draw_panels, panel_svg, short, translated
 from resnet_jax.lab.record import Notebook, Options, save, save_figure
 from resnet_jax.models.registry import nearest
+from resnet_jax.runs.report_page import page_template
 
 EXPERIMENTS = tuple(TITLES)
 """Names of the experiments. Each is a module of this folder with `rows(notebook)`, which computes what it records,
@@ -104,13 +105,8 @@ def write_page(folder: Path) -> Path:
     Raises:
       InputError: a record is damaged.
     """
-    import jinja2
-
     sections = [section(folder, name) for name in recorded_in(folder)]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    template = page_template(Path(__file__).with_name("page.html"))
     write_whole(folder / "index.html", template.render(sections=sections, light=LIGHT, dark=DARK))
     return folder / "index.html"
 

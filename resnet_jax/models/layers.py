@@ -108,8 +108,8 @@ class BatchNorm(nn.Module):
     Example:
       >>> norm, x = BatchNorm(momentum=0.75), jnp.ones((2, 4, 4, 8))
       >>> variables = norm.init(jax.random.key(0), x, train=False)
-      >>> y, moved = norm.apply(variables, x, train=True, mutable=["batch_stats"])
-      >>> moved["batch_stats"]["mean"][0]  # 0.75 times 0, and 0.25 times 1
+      >>> y, updates = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+      >>> updates["batch_stats"]["mean"][0]  # 0.75 times 0, and 0.25 times 1
       Array(0.25, dtype=float32)
     """
 

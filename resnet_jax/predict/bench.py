@@ -24,7 +24,7 @@ from resnet_jax.models.registry import (
 )
 from resnet_jax.output import first_line
 from resnet_jax.predict.predictor import make_forward
-from resnet_jax.training.sharding import compiler_options, uncached
+from resnet_jax.training.sharding import compiler_options, memory_of, uncached
 from resnet_jax.training.state import TrainState, create_state
 from resnet_jax.training.step import make_train_step
 from resnet_jax.weights.tags import tags_of
@@ -141,17 +141,6 @@ def compiled(function: Any, *given: Any) -> tuple[Any, float]:
     with uncached():
         start = time.perf_counter()
         return function.lower(*given).compile(), time.perf_counter() - start
-
-
-def memory_of(program: Any) -> int | None:
-    """Returns bytes of arguments, results and temporaries of a compiled program, what is reused once; None where the
-    platform does not say.
-    """
-    found = program.memory_analysis()
-    if found is None:
-        return None
-    parts = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
-    return int(sum(parts) - found.alias_size_in_bytes)
 
 
 def measured(made: tuple[Call, int | None, float], batch: int, repeats: int) -> dict[str, Any]:

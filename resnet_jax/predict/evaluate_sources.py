@@ -70,7 +70,7 @@ class Wanted:
 
     @property
     def on_host(self) -> bool:
-        """Whether the logits of each image are needed."""
+        """Returns whether the logits of each image are needed."""
         return self.keep or self.valid_labels or self.real is not None
 
 
@@ -97,12 +97,12 @@ class Evaluated:
 
     @property
     def means(self) -> dict[str, Any]:
-        """Means of what is served: of the moving average where there is one."""
+        """Returns the means of what is served: of the moving average where there is one."""
         return served(self.result, self.result["split"])[1]
 
 
 class Pace:
-    """Counts batches and notes when the first one had gone through, with which the program was compiled."""
+    """Counts batches and notes when the first one, which compiled the program, had ended."""
 
     def __init__(self, progress: Callable[[], None] | None = None) -> None:
         self.calls, self.progress = 0, progress
@@ -122,7 +122,7 @@ class Pace:
         return (count - batch) / (now - self.compiled) if count > batch else count / (now - self.started)
 
 
-def is_run(path: Path) -> bool:
+def names_a_run(path: Path) -> bool:
     """Returns whether a path is taken for the folder of a run: it is a folder, and none of weights; or nothing is
     there, and it is neither a tag nor called as a file of weights.
     """
@@ -175,7 +175,8 @@ def open_weights(source: str, wanted: Wanted) -> tuple[FinishedRun, Calibration]
         std=look.std,
         on_device=False,
     )
-    augment = AugmentConfig(crop="none", flip="none", eval_crop=look.eval_crop, interpolation=look.interpolation)  # type: ignore[arg-type]
+    seen: dict[str, Any] = {name: getattr(look, name) for name in ("eval_crop", "interpolation", "eval_flip")}
+    augment = AugmentConfig(crop="none", flip="none", **seen)
     train = TrainConfig(batch_size=wanted.batch or BATCH, loss="binary" if weights.multilabel else "cross_entropy")
     config = Config(model=ModelConfig(name=name), data=data, augment=augment, train=train)
     own = Parts(dataset=None if wanted.dataset else wanted.parts.dataset)
@@ -203,7 +204,7 @@ def evaluate_source(
       InputError: as for `open_run` and `open_weights`; or the data has no such split, holds pictures that the run was
         trained on, or has another number of images than there are ReaL labels.
     """
-    from_weights = source.startswith("hf-hub:") or not is_run(path_of(source, "SOURCE"))
+    from_weights = source.startswith("hf-hub:") or not names_a_run(path_of(source, "SOURCE"))
     run, calibration = (open_weights if from_weights else open_a_run)(source, wanted)
     split = wanted.split or default_split(run.dataset)
     run.check_unseen(split)
@@ -300,13 +301,18 @@ def prediction_rows(evaluated: Evaluated) -> Iterator[tuple[str, str, str, str, 
         yield evaluated.source.describe(int(index)), wanted, shown, ";".join(f"{p[i, k]:.6g}" for k in chosen), right
 
 
-def write_predictions(evaluated: Evaluated, file: Path) -> None:
-    """Writes the table of predictions as comma-separated values.
+def write_predictions(evaluated: Evaluated, file: Path) -> str:
+    """Writes the table of predictions as comma-separated values; returns a line that says so.
 
     Raises:
       InputError: it cannot be written.
     """
-    write_table(file, [PREDICTION, *prediction_rows(evaluated)])
+    rows = list(prediction_rows(evaluated))
+    write_table(file, [PREDICTION, *rows])
+    if evaluated.calibration.thresholds is None:
+        return f"every prediction: {file}"
+    right = f"{sum(row[-1] for row in rows)} of {len(rows)}"
+    return f"every prediction, with the thresholds of the run's report, by which {right} are right: {file}"
 
 
 def write_table(file: Path, rows: list[Any]) -> None:
@@ -376,7 +382,7 @@ def evaluate_matching(
       InputError: nothing matches, no data is given for what is no run, or the file is another one or cannot be written.
     """
     names = matching(pattern)
-    if wanted.dataset is None and not all(is_run(path_of(name, "SOURCE")) for name in names):
+    if wanted.dataset is None and not all(names_a_run(path_of(name, "SOURCE")) for name in names):
         raise InputError("say what to evaluate on: --data.dataset folder:PATH, or another kind of data")
     rows = read_rows(file)
     found = []

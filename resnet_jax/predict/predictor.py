@@ -76,6 +76,11 @@ def make_forward(model: nn.Module, variables: Any) -> Callable[[jax.Array], jax.
     return partial(compiled(logits), variables)
 
 
+def logits_of(forward: Callable[[jax.Array], jax.Array], images: jax.Array, flip: bool) -> jax.Array:
+    """Returns the logits of normalised images; with `flip` the mean of those of each image and of its mirror image."""
+    return (forward(images) + forward(images[:, :, ::-1])) / 2 if flip else forward(images)
+
+
 def to_probabilities(logits: jax.Array, multilabel: bool, temperature: float = 1.0) -> jax.Array:
     """Returns float32 [batch, classes]: softmax of logits / temperature, or with `multilabel` the sigmoid of each.
 
@@ -98,7 +103,8 @@ class Predictor:
       forward: normalised images -> logits.
       multilabel: each class has a probability of its own, since a picture may show several.
       calibration: temperature and thresholds that the run's report fitted.
-      flip: pictures are seen as they are and mirrored, and the logits are averaged.
+      flip: pictures are seen as they are and mirrored, and the logits are averaged, as they always are where the
+        preprocessing says so.
       channels: of the pictures.
 
     Example::
@@ -189,7 +195,7 @@ class Predictor:
 
     @property
     def dtype(self) -> Any:
-        """The type of images that the model takes."""
+        """Returns the type of images that the model takes."""
         return dtype_of(self.model)
 
     def prepare(self, raw: Any) -> np.ndarray:
@@ -214,10 +220,8 @@ class Predictor:
 
     def probabilities(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
         """Returns float32 [batch, classes] of prepared pictures."""
-        images = self.normalized(prepared)
-        logits = self.forward(images)
-        if self.flip:
-            logits = (logits + self.forward(images[:, :, ::-1])) / 2
+        flip = self.flip or self.preprocessing.eval_flip
+        logits = logits_of(self.forward, self.normalized(prepared), flip)
         return np.asarray(to_probabilities(logits, self.multilabel, self.calibration.temperature))
 
     def predicted_classes(self, row: np.ndarray) -> np.ndarray:
@@ -234,16 +238,19 @@ class Predictor:
         return ranked[row[ranked] >= thresholds[ranked]]
 
     def __call__(self, images: Iterable[Any], batch: int = 32) -> np.ndarray:
-        """Probabilities, float32 [number of images, classes].
+        """Returns probabilities, float32 [number of images, classes].
 
         Args:
           images: paths, bytes of files, arrays [height, width, channel], or Pillow images.
-          batch: this number goes through the network at once.
+          batch: images that go through the network at once.
 
         Raises:
           BadImage: one cannot be decoded.
-          InputError: the network gives nan for one.
+          InputError: one picture is given in place of several, or the network gives nan for one.
         """
+        is_array = getattr(images, "shape", ())[2:] in ((1,), (3,), (self.channels,))  # its rows would be pictures
+        if is_array or isinstance(images, str | bytes | Path) or hasattr(images, "getexif"):
+            raise InputError("one picture is given, where several are expected: give a list, predictor([picture])")
         prepared = [self.prepare(raw) for raw in images]
         parts = [self.probabilities(prepared[i : i + batch]) for i in range(0, len(prepared), batch)]
         found = np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.data.fingerprint import find_file, load
+from resnet_jax.data.fingerprint import find_file, load_fingerprint
 from resnet_jax.files import path_of
 
 Row = tuple[Path, list[tuple[str, float]]]
@@ -37,7 +37,7 @@ class RightInFolders:
         asked = not predictor.multilabel and any(os.path.isdir(os.path.expanduser(path)) for path in paths)
         self.names = predictor.class_names if asked else ()
         folder = path_of(source, "SOURCE")
-        self.known = load(folder) if asked and folder.is_dir() else None
+        self.known = load_fingerprint(folder) if asked and folder.is_dir() else None
 
     def add(self, path: Path, row: Any) -> None:
         """Adds a picture and its probabilities [classes]."""

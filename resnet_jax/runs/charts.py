@@ -157,7 +157,7 @@ def reliability_chart(rows: Sequence[Mapping[str, float]]) -> str:
         axes.plot(row["confidence"], row["accuracy"], "o", color=BLUE, markersize=size, clip_on=False)
         draw_intervals(axes, [(row["confidence"], row["accuracy"])], int(row["count"]), BLUE)
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    for place, count in apart([(row["confidence"], int(row["count"])) for row in rows]):
+    for place, count in spread_out([(row["confidence"], int(row["count"])) for row in rows]):
         text = str(count) if count < 1000 else f"{count / 1000:.3g}k"
         axes.text(place, 1.04, text, ha="center", va="bottom", fontsize=6.5, color=TEXT)
     axes.text(-0.03, 1.04, "count", ha="right", va="bottom", fontsize=6.5, color=TEXT)
@@ -167,7 +167,7 @@ def reliability_chart(rows: Sequence[Mapping[str, float]]) -> str:
     return as_svg(figure, "Accuracy against confidence")
 
 
-def apart(places: Sequence[tuple[float, int]], least: float = 0.066) -> list[tuple[float, int]]:
+def spread_out(places: Sequence[tuple[float, int]], least: float = 0.066) -> list[tuple[float, int]]:
     """Returns texts with their places in [0, 1], of rising x, moved so that neighbours are at least `least` apart."""
     moved = [x for x, _ in places]
     for _ in range(100):

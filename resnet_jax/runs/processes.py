@@ -488,7 +488,7 @@ def ending_together(*orderly: type[BaseException]) -> Iterator[None]:
         raise
 
 
-def agree(facts: dict[str, str]) -> None:
+def check_equal(facts: dict[str, str]) -> None:
     """Compares facts by name between all processes; to be called by all of them.
 
     Raises:

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from resnet_jax.data.folders import printable
 from resnet_jax.files import write_whole
 from resnet_jax.runs.charts import BLUE, GREY, RED, TEXT, as_svg, chart, plain_number, spoken, tidy
-from resnet_jax.training.parts import own_words
+from resnet_jax.runs.report_page import page_template
+from resnet_jax.training.parts import parts_in_words
 
 SHARES = ("accuracy", "macro_recall", "macro_f1", "map", "top5")
 """Metrics that are fractions."""
@@ -26,8 +28,6 @@ def write_page(folder: Path, found: Mapping[str, Any]) -> Path:
     Args:
       found: as `sweep` returns it.
     """
-    from resnet_jax.data.folders import printable
-
     metric = found["metric"] or "accuracy"
     shown = spoken_value if found["chosen"] else lambda *_: ""
     settings = [
@@ -40,7 +40,7 @@ def write_page(folder: Path, found: Mapping[str, Any]) -> Path:
         row | {"words": worded(row["values"]), "text": "" if row["value"] is None else shown(metric, row["value"])}
         for row in found["members"]
     ]
-    page = template().render(
+    page = page_template(Path(__file__).with_name("sweep_page.html")).render(
         title=f"{len(members)} runs over {' and '.join(map(last_of, found['varied']))}",
         folder=folder.name,
         verdict=verdict(found),
@@ -51,21 +51,11 @@ def write_page(folder: Path, found: Mapping[str, Any]) -> Path:
         seeds="train.seed" in found["varied"],
         own_validation=found["own_validation"],
         charts={name: effect_chart(found, name) for name in found["varied"]} if found["chosen"] else {},
-        own=own_words(folder),
+        own=parts_in_words(folder),
         recipe=json.dumps(found["recipe"], indent=2),
     )
     write_whole(folder / "sweep.html", printable(page))
     return folder / "sweep.html"
-
-
-def template() -> Any:
-    """Returns the page's template, a `jinja2.Template` that escapes every value."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(Path(__file__).with_name("sweep_page.html").read_text(encoding="utf-8"))
 
 
 def last_of(name: str) -> str:

@@ -88,7 +88,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """Returns whether nothing was found."""
         return not self.findings
 
     def __str__(self) -> str:
@@ -124,7 +124,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The module's class."""
+        """Returns the module's class."""
         return type(self.given).__name__
 
     def images(self, seed: int) -> np.ndarray:

@@ -193,13 +193,15 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:
 
 
 def _best_threshold(p: np.ndarray, truth: np.ndarray) -> float:
+    """The threshold with the best F1, halfway between two probabilities, since a prediction rounds them otherwise."""
     from sklearn.metrics import precision_recall_curve
 
     if truth.min() == truth.max():
         return 0.5
     precision, recall, thresholds = precision_recall_curve(truth, p)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    return float(thresholds[f1[:-1].argmax()])
+    best = int(f1[:-1].argmax())
+    return float(thresholds[best] + (thresholds[best - 1] if best else 0.0)) / 2
 
 
 def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -246,8 +248,9 @@ def measure(
         truth, right = labels[:, None] == numbers, predicted == labels
         confidence, hits = p.max(1), right
     target = truth if multilabel else labels
-    rows = precision_recall_fscore_support(target, predicted, labels=numbers, zero_division=0)
-    macro = precision_recall_fscore_support(target, predicted, labels=numbers, average="macro", zero_division=0)
+    which = [1] if p.shape[1] == 1 else numbers  # scikit-learn takes a single column for the classes 0 and 1
+    rows = precision_recall_fscore_support(target, predicted, labels=which, zero_division=0)
+    macro = precision_recall_fscore_support(target, predicted, labels=which, average="macro", zero_division=0)
     aucs = [_auc(truth[:, k], p[:, k]) for k in numbers]
     known = [auc for auc in aucs if auc is not None]
     reliability, ece = calibration_error(confidence, hits)

@@ -62,7 +62,7 @@ def cached_where_sound(mesh: Mesh) -> AbstractContextManager[None]:
 
 @contextmanager
 def uncached() -> Iterator[None]:
-    """Programs are compiled anew, and not kept in JAX's compilation cache."""
+    """Has programs compiled anew, and not kept in JAX's compilation cache."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX asks once whether there is one
@@ -124,7 +124,7 @@ def state_sharding(shapes: Any, mesh: Mesh) -> Any:
 
 
 def compiler_options() -> dict[str, str | bool]:
-    """Options for `jax.jit` that are worth setting on the default platform.
+    """Returns options for `jax.jit` that are worth setting on the default platform.
 
     On a CPU: Eigen's convolutions in place of YNNPACK's, which were slower wherever we measured
     (`benchmarks/train_step.py`); and the barriers of rematerialisation stay, without which XLA finds the second
@@ -136,7 +136,9 @@ def compiler_options() -> dict[str, str | bool]:
 
 @cache
 def known_on_cpu(*options: tuple[str, str | bool]) -> dict[str, str | bool]:
-    """Options for `jax.jit` if the default platform is a CPU and this version of XLA knows all of them, or none."""
+    """Returns options for `jax.jit` if the default platform is a CPU and this version of XLA knows all of them; else
+    none.
+    """
     if jax.default_backend() != "cpu":
         return {}
 
@@ -148,6 +150,17 @@ def known_on_cpu(*options: tuple[str, str | bool]) -> dict[str, str | bool]:
     except (jax.errors.JaxRuntimeError, ValueError):
         return {}
     return dict(options)
+
+
+def memory_of(program: Any) -> int | None:
+    """Returns bytes of arguments, results and temporaries of a compiled program, what is reused once; None where the
+    platform does not say.
+    """
+    found = program.memory_analysis()
+    if found is None:
+        return None
+    parts = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
+    return int(sum(parts) - found.alias_size_in_bytes)
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:

@@ -34,7 +34,7 @@ from resnet_jax.training.metrics import (
 from resnet_jax.training.state import PyTree, TrainState
 
 Batch: TypeAlias = dict[str, Any]
-"""`image` [batch, height, width, channel] and what loss and metrics look at, most often `label`: int32 [batch], 0 and 1
+"""`image` [batch, height, width, channel] and what loss and metrics need, most often `label`: int32 [batch], 0 and 1
 [batch, classes], or any arrays [batch, ...]. A prepared one may also hold `target`, float32 [batch, classes]."""
 
 Prepare: TypeAlias = Callable[[Batch, jax.Array], Batch]
@@ -205,7 +205,7 @@ def make_gradient(
 
 
 def accumulated(gradient: Gradient, parts: int) -> Gradient:
-    """Returns the gradient of a batch that goes through in `parts` parts; statistics move with each of them."""
+    """Returns the gradient of a batch that is computed in `parts` parts; each of them updates the statistics."""
 
     def whole(params: PyTree, stats: PyTree, key: jax.Array, batch: Batch) -> tuple[PyTree, PyTree, Sums]:
         def add_part(carried: tuple[PyTree, PyTree], part: tuple[jax.Array, Batch]) -> tuple[PyTree, Sums]:

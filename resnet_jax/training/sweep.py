@@ -19,22 +19,23 @@ import numpy as np
 
 from resnet_jax.config import Config, InputError, differences, from_dict, result_fields, to_dict
 from resnet_jax.data.dataset import Dataset
-from resnet_jax.data.fingerprint import load as load_fingerprint
+from resnet_jax.data.fingerprint import changes, described, fingerprint, load_fingerprint
 from resnet_jax.files import path_of, read_json, remove_tree, to_json, write_whole
 from resnet_jax.output import say
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.runs.charts import spoken
 from resnet_jax.runs.folder import begun
 from resnet_jax.runs.lock import hold
 from resnet_jax.runs.reporter import Diverged
 from resnet_jax.runs.signals import Stopped, stop_signals
 from resnet_jax.runs.sweep_page import spoken_value, write_page
+from resnet_jax.training.build import data_of
 from resnet_jax.training.evaluation import goal_of, open_run, result_of
 from resnet_jax.training.loop import train_with
 from resnet_jax.training.losses import Loss
 from resnet_jax.training.metrics import Metric
 from resnet_jax.training.optimizers import OwnOptimizer
-from resnet_jax.training.parts import Parts, check_recorded, make_parts, record
+from resnet_jax.training.parts import Parts, check_parts, make_parts, record_parts
 from resnet_jax.training.resolve import resolve, value_of, with_values
 from resnet_jax.training.sweep_members import NO_VALIDATION, train_together
 from resnet_jax.training.sweep_programs import Member, Rows, structure_of, why_alone
@@ -77,8 +78,8 @@ def sweep(
       workdir: the sweep's folder; None makes a new one under `runs/`.
       model, dataset, loss, optimizer, metrics, hooks: as for `train`.
       members_per_device: members that go through a device together, by `vmap`: equal to their runs alone to rounding,
-        and on accelerators perhaps faster for small networks. 1 takes them in turn; `auto` tries 1, 2, 4, ... for a
-        few steps and takes the fastest.
+        and on accelerators perhaps faster for small networks. 1 takes one after the other; `auto` tries 1, 2, 4, ...
+        for a few steps and takes the fastest.
 
     Returns:
       What `sweep.json` holds: `recipe`, `varied`, `members` (`name`, `values`, `status`, `value` of the `metric` on the
@@ -105,7 +106,7 @@ def sweep(
     before = sweep_in(folder)
     config, varied = recipe_and_values(folder, before, config, values)
     accept = config.train.accept_parts or not any(begun(place) for place in (folder / "members").glob("*"))
-    for warning in check_recorded(folder, parts, accept, what="sweep") if before else ():
+    for warning in check_parts(folder, parts, accept, what="sweep") if before else ():
         say(f"WARNING: {warning}", error=True)
     if config.parallel.distributed != "off" or jax.process_count() > 1:
         raise InputError("a sweep runs in one process: leave parallel.distributed off")
@@ -127,9 +128,10 @@ def sweep(
             found["members"] = sorted(rows.values(), key=lambda row: row["name"])
             write_whole(folder / FILE, to_json(found, indent=1) + "\n")
 
-        record(folder, parts)
+        record_parts(folder, parts)
         note([], [])
         all_members = make_members(combinations, folder, parts)
+        check_same_pictures([member for member in all_members if member.name in rows], len(all_members), parts)
         groups = grouped(all_members)
         for number, members in enumerate(groups):
             left = [member for member in members if member.name not in rows]
@@ -169,7 +171,7 @@ def sweep_in(folder: Path) -> dict[str, Any]:
         return read_json(folder / FILE, dict[str, Any], "the sweep")
     except (FileNotFoundError, NotADirectoryError):
         pass
-    if recorded(folder) is not None:
+    if recorded_recipe(folder) is not None:
         raise InputError(f"{folder} holds a run, not a sweep: give another --workdir")
     return {}
 
@@ -266,7 +268,7 @@ def make_members(combinations: Sequence[tuple[dict[str, Any], Config]], folder: 
         words = [f"{short[name]}={re.sub(r'[^A-Za-z0-9.+-]', '_', str(value))}" for name, value in values.items()]
         name = f"{i:0{digits}d}-{','.join(words)}"[:120]
         place = folder / "members" / name
-        before, key = recorded(place), (structure_of(config), config.train.seed)
+        before, key = recorded_recipe(place), (structure_of(config), config.train.seed)
         if before is not None or key not in resolved:
             resolved[key] = resolve(config, parts, before)
         of = resolved[key]
@@ -275,6 +277,23 @@ def make_members(combinations: Sequence[tuple[dict[str, Any], Config]], folder: 
     if line := next(iter(resolved.values())).line():
         say(line)
     return members
+
+
+def check_same_pictures(finished: Sequence[Member], count: int, parts: Parts) -> None:
+    """Compares the pictures with those that the finished ones of `count` members were given.
+
+    Raises:
+      InputError: they are others, by which those that are left could not be compared with them.
+    """
+    for member in finished[:1] if len(finished) < count else ():
+        before = load_fingerprint(member.folder)
+        if before is None or not (changed := changes(before, fingerprint(data_of(member.config, parts)))):
+            continue
+        raise InputError(
+            f"{member.config.data.dataset} is not as the finished member in {member.folder} was given it "
+            f"({described(changed)}), and members on other data cannot be compared with it: give the data as it was, "
+            "or start anew in another --workdir"
+        )
 
 
 def grouped(members: Sequence[Member]) -> list[list[Member]]:

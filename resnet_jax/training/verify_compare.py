@@ -10,9 +10,8 @@ import numpy as np
 
 from resnet_jax.config import Config, InputError, differences, from_dict
 from resnet_jax.files import to_json
-from resnet_jax.runs.folder import better
 from resnet_jax.training.checkpoints import Record, leaves_of, read_record
-from resnet_jax.training.evaluation import Result, goal_of, scalars
+from resnet_jax.training.evaluation import Result, better, goal_of, scalars
 from resnet_jax.training.manifest import checkpoints_of, damage, steps_in
 from resnet_jax.training.run_progress import RunProgress
 
@@ -104,7 +103,7 @@ def chosen_recipe(config: Config, records: dict[int, Record], found: list[Differ
     recipes = {step: from_dict(record["recipe"]) for step, record in records.items()}
     chosen = config
     if all(differences(recipe, config) for recipe in recipes.values()):
-        chosen = with_results_of(config, recipes[max(recipes)])
+        chosen = with_result_fields_of(config, recipes[max(recipes)])
         changed = "; ".join(differences(chosen, config))
         what = f"it is not the recipe that the checkpoints hold (theirs -> config.json): {changed}"
         found.append(Difference("config.json", None, what))
@@ -115,7 +114,7 @@ def chosen_recipe(config: Config, records: dict[int, Record], found: list[Differ
     return chosen
 
 
-def with_results_of(config: Config, other: Config) -> Config:
+def with_result_fields_of(config: Config, other: Config) -> Config:
     """Returns a recipe with all fields of another one that can change a result."""
     sections = {}
     for section, values in vars(config).items():
@@ -214,11 +213,13 @@ def distances(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[
     return {name: max(found[name], (means[name.partition("/")[0]] * a[name].size) ** 0.5) for name in found}
 
 
-def grown_to(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]) -> float:
+def relative_distance(
+    one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]
+) -> float:
     """Returns how far two replays are from each other in the parameters, in parts of what the first has changed."""
     names = [name for name in one if name.startswith("params/")]
-    apart, changed = (sum(norm(difference(one[n], x[n])) ** 2 for n in names) ** 0.5 for x in (other, before))
-    return apart / changed if changed else 0.0
+    distance, changed = (sum(norm(difference(one[n], x[n])) ** 2 for n in names) ** 0.5 for x in (other, before))
+    return distance / changed if changed else 0.0
 
 
 def measure_growth(

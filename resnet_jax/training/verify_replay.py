@@ -32,9 +32,9 @@ from resnet_jax.training.verify_compare import (
     compare_arrays,
     compare_lines,
     compare_records,
-    grown_to,
     measure_growth,
     on_host,
+    relative_distance,
 )
 
 
@@ -110,7 +110,10 @@ def verify_within_rounding(
         other.run_through()
         if end in other.ends:
             arrays = replay.ends[end][1], other.ends[end][1]
-            how, grown = measure_growth(job.how, arrays, (replay.lines, other.lines)), grown_to(*arrays, replay.before)
+            how, grown = (
+                measure_growth(job.how, arrays, (replay.lines, other.lines)),
+                relative_distance(*arrays, replay.before),
+            )
             notes.append(
                 f"steps {start} to {end}: a change of the last bit grows to {grown:.2%} of what they change in the "
                 f"parameters, and {GROWTH:g} times as much was taken for rounding"

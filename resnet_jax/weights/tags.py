@@ -19,6 +19,7 @@ class Preprocessing:
       eval_image_size: the same in evaluation.
       eval_crop: share of the short side that an evaluation image keeps.
       interpolation: `bilinear` or `bicubic`.
+      eval_flip: each image is looked at mirrored too, and the logits are averaged.
     """
 
     mean: tuple[float, ...]
@@ -27,6 +28,7 @@ class Preprocessing:
     eval_image_size: Size
     eval_crop: float
     interpolation: str
+    eval_flip: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from sklearn.model_selection import train_test_split
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError
 from resnet_jax.data import folders as files
 from resnet_jax.data import sources
-from resnet_jax.data.dataset import ArraySource, Dataset, labels_of
+from resnet_jax.data.dataset import ArraySource, Dataset, labels_of, with_outputs
+from resnet_jax.data.fingerprint import changes, fingerprint
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.training.loop import train
 
@@ -363,6 +364,17 @@ def test_a_table_may_give_several_labels(tmp_path):
     assert dataset.multilabel and dataset.class_names == ("big", "red", "round")
     np.testing.assert_array_equal(labels_of(dataset.train), [[0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 0]])
     assert dataset.validation[0][1] == (1, 0, 0)
+
+
+def test_several_labels_are_filled_up_for_a_model_with_more_outputs(tmp_path):
+    rows = ["pictures/a0.png,red;round,train", "pictures/a1.png,,train", "pictures/b0.png,red,val"]
+    dataset = written(tmp_path, ["path,label,split", *rows])
+    wider = with_outputs(dataset, 4)
+    np.testing.assert_array_equal(labels_of(wider.train), [[1, 1, 0, 0], [0, 0, 0, 0]])
+    assert not changes(fingerprint(dataset), fingerprint(wider))
+    arrays = dataclasses.replace(dataset, train=ArraySource(np.zeros((2, 4, 4, 3), np.uint8), np.eye(2, dtype=int)))
+    with pytest.raises(InputError, match="give them as many as the model has outputs"):
+        with_outputs(arrays, 4)
 
 
 def test_several_labels_are_held_out_by_name_where_no_split_is_given(tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import zipfile
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.special import softmax
 from scipy.stats import binomtest
 
 import resnet_jax as rj
@@ -113,6 +115,28 @@ def test_a_run_a_file_and_the_training_agree(work, exported, capsys):
     assert status == 0 and "validation split, 8 images" in out and "top-1 0.00% [0.00, 32.44] (0 right)" in out
     status, _, err = run(["evaluate", exported], capsys)
     assert status == 2 and "holds no run" in err and "give --data.dataset" in err
+
+
+def test_a_run_that_is_evaluated_mirrored_too_predicts_so_and_its_exports_do(tmp_path, capsys):
+    root = make_splits(tmp_path / "data", {"train": 8, "val": 4}, swapped=None)
+    config = recipe(f"folder:{root}", steps=2)
+    config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, eval_flip=True))
+    loop.train(config, tmp_path / "run")
+    for name in ("net.safetensors", "net.stablehlo"):
+        assert main(["export", str(tmp_path / "run"), str(tmp_path / name)]) == 0
+    wanted = evaluate_sources.Wanted(f"folder:{root}", "validation", keep=True)
+    files = sorted((root / "val").rglob("*.png"))
+    for source in ("run", "net.safetensors"):
+        found = evaluate_sources.evaluate_source(str(tmp_path / source), wanted)
+        expected = softmax(found.predictions.logits, axis=1)
+        predictor = rj.Predictor.from_source(str(tmp_path / source))
+        np.testing.assert_allclose(predictor(files), expected, atol=1e-5)
+        plain = dataclasses.replace(predictor.preprocessing, eval_flip=False)
+        assert np.abs(dataclasses.replace(predictor, preprocessing=plain)(files) - expected).max() > 1e-4
+    with zipfile.ZipFile(tmp_path / "net.stablehlo") as archive:
+        program = jax.export.deserialize(bytearray(archive.read("program")))
+    pixels = np.stack([predictor.prepare(str(path)) for path in files])
+    np.testing.assert_allclose(program.call(pixels), expected, atol=1e-5)
 
 
 def test_the_interval_is_that_of_scipy():
@@ -332,6 +356,11 @@ def test_several_labels_an_image(work, exported, theirs, tmp_path, capsys):
     rows = rows_in(tmp_path / "out.csv")
     assert [row["label"] for row in rows] == ["dark", "dark;light", "", "dark"]
     assert [(row["predicted"], row["right"]) for row in rows] == [("dark", x) for x in ("1", "0", "0", "1")]
+    strict = dataclasses.replace(changed, calibration=tags.Calibration(1.0, (1.0, 1.0)))  # nothing reaches it
+    save_tensors(tmp_path / "many.safetensors", strict, "safetensors")
+    status, out, _ = run([*command, "--csv", tmp_path / "out.csv"], capsys)
+    assert "top-1 50.00%" in out and "with the thresholds of the run's report, by which 1 of 4 are right" in out
+    assert [row["right"] for row in rows_in(tmp_path / "out.csv")] == list("0010")
     status, _, err = run([*command, "--valid_labels"], capsys)
     assert status == 2 and "--valid_labels chooses one class an image" in err
     status, _, err = run(["evaluate", work / "out.safetensors", *command[2:]], capsys)

@@ -14,11 +14,11 @@ from PIL import Image
 
 import resnet_jax as rj
 from resnet_jax.cli import main
-from resnet_jax.config import Config, DataConfig, TrainConfig
+from resnet_jax.config import Config, DataConfig, InputError, TrainConfig
 from resnet_jax.data.transforms import fit
 from resnet_jax.predict.predictor import Predictor, find_files, predict_files
 from resnet_jax.predict.write_predictions import draw_cam
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import find_weights
 
@@ -54,7 +54,7 @@ def test_probabilities_are_those_of_the_module_on_the_pictures_of_the_evaluation
     predictor = rj.Predictor.from_run(run / "run")
     files = sorted((run / "data").rglob("*.png"))
     images = np.stack([fit(str(path), 12, 0.9) for path in files])
-    data = recorded(run / "run").data
+    data = recorded_recipe(run / "run").data
     normal = (images / 255.0 - np.asarray(data.mean)) / np.asarray(data.std)
     model, variables = rj.load_pretrained(str(run / "run"))
     expected = jax.nn.softmax(jax.jit(model.apply)(variables, jnp.asarray(normal, jnp.float32)))
@@ -64,6 +64,9 @@ def test_probabilities_are_those_of_the_module_on_the_pictures_of_the_evaluation
     kinds = [Image.open(files[0]), files[0].read_bytes(), np.asarray(Image.open(files[0]))]
     np.testing.assert_allclose(predictor(kinds), np.repeat(expected[:1], 3, 0), atol=1e-5)
     assert predictor([]).shape == (0, 2)
+    for one in (str(files[0]), files[0], *kinds):  # the rows of an array would be taken for pictures of one channel
+        with pytest.raises(InputError, match=r"predictor\(\[picture\]\)"):
+            predictor(one)
 
 
 def test_files_stream_through_in_order_a_few_batches_ahead(run):

@@ -22,7 +22,7 @@ from resnet_jax.models.densenet import DenseNet
 from resnet_jax.models.googlenet import GoogLeNet
 from resnet_jax.models.registry import cost
 from resnet_jax.models.vit import ViT
-from resnet_jax.ops.custom_kernels import batch_is_sharded
+from resnet_jax.ops.custom_kernels import sharded_platform
 from resnet_jax.training import check
 from resnet_jax.training.check_report import CHECKS
 from resnet_jax.training.check_tracing import multiply_adds
@@ -437,7 +437,7 @@ class Similarities(nn.Module):
 class OtherOverDevices(nn.Module):
     @nn.compact
     def __call__(self, x, train):
-        return x * (2 if batch_is_sharded() else 1)
+        return x * (2 if sharded_platform() else 1)
 
 
 class Classes(nn.Module):

@@ -81,3 +81,28 @@ def test_thresholds_give_each_class_its_best_f1():
         assert sk.f1_score(SETS[:, k], p[:, k] >= found.thresholds[k]) == pytest.approx(best)
     plain, tuned = (measure(SCORES, SETS, tuple("abcde"), c)["macro_f1"] for c in (Calibration(), found))
     assert tuned > plain
+
+
+def test_thresholds_part_the_pictures_alike_where_probabilities_are_rounded():
+    """A prediction computes them in float32, and folds the norms."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((60, 8)) < 0.4).astype(int)
+    logits = (rng.normal(0, 1.5, labels.shape) + 2 * labels - 1).astype(np.float32)
+    found = fit_calibration(logits, labels)
+    p = probabilities(logits, True, found.temperature)
+    for rounded in (p.astype(np.float32), p - 1e-6, p + 1e-6):
+        np.testing.assert_array_equal(p >= found.thresholds, rounded >= found.thresholds)
+
+
+def test_a_single_class_that_images_have_or_not_is_measured_by_those_that_have_it():
+    truth, scores = SETS[:, :1], SCORES[:, :1]
+    found = measure(scores, truth, ("a",))
+    row = found["classes"][0]
+    expected = {
+        "precision": sk.precision_score(truth, scores > 0),
+        "recall": sk.recall_score(truth, scores > 0),
+        "f1": sk.f1_score(truth, scores > 0),
+        "support": truth.sum(),
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert found["macro_f1"] == pytest.approx(expected["f1"])

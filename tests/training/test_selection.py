@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from PIL import Image
 from resnet_jax.cli import main
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, ModelConfig, ParallelConfig
 from resnet_jax.data import transforms
-from resnet_jax.data.fingerprint import Change, changes, fingerprint, trained_on
+from resnet_jax.data.fingerprint import Change, changes, count_trained_on, fingerprint
+from resnet_jax.data.loader import BadImages
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training import loop
 from resnet_jax.training.evaluation import evaluate_run
+from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.weights.load import load_pretrained
 
 pytestmark = pytest.mark.xdist_group("selection")  # one process makes what they share
@@ -202,6 +205,41 @@ def test_a_folder_that_grows_is_named_and_what_was_held_out_stays_so(grown, tmp_
             path.unlink()
 
 
+def test_what_is_reported_is_of_a_step_that_the_disk_took(tmp_path, monkeypatch):
+    """The best of three evaluations is of a step whose checkpoint cannot be written."""
+    kept = {1}
+    checkpoints = SimpleNamespace(has=kept.__contains__, save=lambda *_: None, best=None)
+    run = SimpleNamespace(metric="accuracy", config=Config(), checkpoints=checkpoints, folder=tmp_path)
+    reporter = SimpleNamespace(evaluation=lambda *_: None)
+    monkeypatch.setattr(loop, "unstack_blocks", lambda state: state)
+    progress = RunProgress({}, ["a", "b"], False)
+    for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7)):
+        found = {"validation": {"accuracy": accuracy}}
+        loop.evaluate_step(run, None, step, progress, lambda _, found=found: found, reporter, BadImages("error"))
+    best = progress.best
+    assert (best["step"], best["value"]) == (1, 0.5) and progress.result == {"validation": {"accuracy": 0.5}}
+
+
+@pytest.mark.parametrize("change", ["renamed", "added"])
+def test_classes_that_changed_are_refused_also_where_changes_are_accepted(change, tmp_path):
+    """The order of the names gives the classes their outputs: a renamed one would move the others to wrong outputs."""
+    root = make_splits(tmp_path / "data", {"train": 6, "val": 3}, swapped=None)
+    config = recipe(f"folder:{root}", steps=2)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=4))
+    loop.train(config, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    for split in ("train", "val"):
+        if change == "renamed":
+            (root / split / "dark").rename(root / split / "murky")
+        else:
+            picture(root / split / "black" / "0.png", 40, 0)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, accept_changes=True))
+    before = (tmp_path / "run" / "pictures.npz").read_bytes()
+    with pytest.raises(InputError, match=r"output 0 of the network stands for dark, and would now for (light|black)"):
+        loop.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "pictures.npz").read_bytes() == before
+
+
 @pytest.mark.parametrize("crop", ["random_resized", "none"])
 def test_a_resume_with_another_library_that_resizes_is_warned(crop, tmp_path, capsys, monkeypatch):
     """Both ways, once each; not where no random part of a picture is resized: the rest is always Pillow's work."""
@@ -277,4 +315,4 @@ def test_every_kind_of_change_is_counted(tmp_path):
     after = fingerprint(load_dataset(config, 0))
     found = changes(before, after)
     assert found["train"] == Change(1, 1, 1, 0, 1, 1, 7) and found["validation"] == Change(0, 0, 0, 1, 0, 0, 3)
-    assert set(found) == {"train", "validation"} and trained_on(before, after, "test") == 0
+    assert set(found) == {"train", "validation"} and count_trained_on(before, after, "test") == 0

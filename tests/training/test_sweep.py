@@ -39,7 +39,7 @@ from resnet_jax.training.loop import train
 from resnet_jax.training.parts import Parts
 from resnet_jax.training.resolve import with_values
 from resnet_jax.training.sweep import outcome, sweep
-from resnet_jax.training.sweep_programs import Going
+from resnet_jax.training.sweep_programs import RunningMember
 from resnet_jax.training.verify import verify
 
 from ..small import digits
@@ -170,6 +170,14 @@ def test_members_over_devices_are_their_runs_to_rounding(per_device, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_members_of_one_step_a_call_are_verified_within_rounding(tmp_path):
+    short = recipe(epochs=0.4, steps_per_call=1)
+    found = sweep(short, {"optimizer.weight_decay": [0.0, 1e-2]}, tmp_path / "sweep", model=Net())
+    verified = verify(tmp_path / "sweep/members" / found["members"][0]["name"], "all", model=Net())
+    assert verified.ok and not verified.exact and "a sweep that made one step a call" in str(verified), str(verified)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_images_with_several_labels_are_compared_by_their_precision_after_a_trial(tmp_path, capsys):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (150, 3))
@@ -197,7 +205,7 @@ def under_way(step=0):
     plan = SimpleNamespace(total=8, per_epoch=4.0, eval_every=4, save_every=4, log_every=4)
     run = SimpleNamespace(plan=plan, config=recipe())
     best = {"metric": "validation/accuracy", "value": 0.25 + step / 8, "step": step} if step else None
-    return Going(None, run, None, None, None, SimpleNamespace(step=step, best=best, no_better=0))
+    return RunningMember(None, run, None, None, None, SimpleNamespace(step=step, best=best, no_better=0))
 
 
 def test_a_members_seconds_are_those_of_its_own_calls():
@@ -215,10 +223,10 @@ def test_a_members_seconds_are_those_of_its_own_calls():
 
 
 def test_the_line_on_a_sweep_tells_how_far_all_are_and_the_time_that_is_left():
-    told = sweep_members.standing([under_way(4), under_way(2)], 3.0).replace("\N{NO-BREAK SPACE}", " ")
+    told = sweep_members.progress_line([under_way(4), under_way(2)], 3.0).replace("\N{NO-BREAK SPACE}", " ")
     assert told == "epoch 0.5: 2 members, best validation accuracy from 50.00 % to 75.00 %, 5 s left"
-    assert sweep_members.standing([under_way(8)], 3.0).startswith("epoch 2.0: 1 members, best")
-    assert "left" not in sweep_members.standing([under_way(8)], 3.0)
+    assert sweep_members.progress_line([under_way(8)], 3.0).startswith("epoch 2.0: 1 members, best")
+    assert "left" not in sweep_members.progress_line([under_way(8)], 3.0)
 
 
 class Halt(Exception):
@@ -237,10 +245,10 @@ def test_a_sweep_that_was_ended_goes_on_to_the_same_bits(tmp_path, monkeypatch):
             raise Halt
 
     monkeypatch.setattr(Checkpoints, "save", save)
-    monkeypatch.setattr(sweep_members, "fastest", lambda *_: 1)
+    monkeypatch.setattr(sweep_members, "fastest_per_device", lambda *_: 1)
     with pytest.raises(Halt):
         sweep(recipe(), values, tmp_path / "halted", model=Net(), members_per_device="auto")
-    monkeypatch.delattr(sweep_members, "fastest")  # a later start keeps to what was found
+    monkeypatch.delattr(sweep_members, "fastest_per_device")  # a later start keeps to what was found
     monkeypatch.setattr(Checkpoints, "save", original)
     with pytest.raises(InputError, match="holds another sweep"):
         sweep(recipe(), values | {"train.seed": [0, 4]}, tmp_path / "halted", model=Net())
@@ -283,6 +291,27 @@ def test_a_sweep_that_goes_on_needs_the_parts_that_it_was_started_with(tmp_path,
         sweep(workdir=folder, **own)
     with pytest.raises(Halt):
         sweep(with_values(config, {"train.accept_parts": True}), workdir=folder, **own)
+
+
+def test_members_on_other_pictures_are_not_compared_with_those_that_are_finished(tmp_path, monkeypatch):
+    config, values, folder = recipe(epochs=0.2), {"train.steps": [1, 2]}, tmp_path / "sweep"
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_device=False))
+    images, labels = np.zeros((64, 8, 8, 3), np.uint8), np.arange(64) % 10
+    own = {"model": Net(), "dataset": Dataset((images, labels), (images, labels))}
+    original = sweep_module.train_alone
+
+    def halt_at_the_second(member, *rest):
+        if member.name.startswith("1"):
+            raise Halt
+        return original(member, *rest)
+
+    monkeypatch.setattr(sweep_module, "train_alone", halt_at_the_second)
+    with pytest.raises(Halt):
+        sweep(config, values, folder, **own)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"not as the finished member in .*0-steps=1.*validation: 32 lost"):
+        sweep(config, values, folder, **own | {"dataset": Dataset((images, labels), (images[:32], labels[:32]))})
+    assert len(sweep(config, values, folder, **own)["members"]) == 2
 
 
 def test_what_one_program_cannot_do_runs_one_by_one_and_test_is_seen_for_the_chosen_alone(tmp_path, capsys):

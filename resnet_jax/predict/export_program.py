@@ -8,6 +8,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.ops import use_custom_kernels
 from resnet_jax.output import first_line, say
 from resnet_jax.predict.fold_batch_norm import fold_batch_norm
-from resnet_jax.predict.predictor import Predictor, to_probabilities
+from resnet_jax.predict.predictor import Predictor, logits_of, to_probabilities
 from resnet_jax.typed import from_extra
 from resnet_jax.weights.export import written_beside
 
@@ -72,12 +73,12 @@ def export_program(
     with written_beside(path) as beside:
         line = f"writing {path} and comparing it with the network on {CHECKED} generated pictures; it may take a minute"
         say(line)
-        call = write(serve(predictor), shape, dtype, metadata, beside)
-        agree(call, predictor, shape, dtype)
+        call = write(pixels_to_probabilities(predictor), shape, dtype, metadata, beside)
+        check_program(call, predictor, shape, dtype)
     return metadata
 
 
-def serve(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
+def pixels_to_probabilities(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
     """Returns the whole way from pixels to probabilities as one function, with the norms folded."""
     model, variables, look = predictor.model, predictor.variables, predictor.preprocessing
     if isinstance(model, ResNet) and model.norm in ("batch", "frozen_batch"):
@@ -85,7 +86,8 @@ def serve(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
     multilabel, temperature = predictor.multilabel, predictor.calibration.temperature
 
     def served(pixels: jax.Array) -> jax.Array:
-        logits = model.apply(variables, normalize(pixels, look.mean, look.std, predictor.dtype), train=False)
+        images = normalize(pixels, look.mean, look.std, predictor.dtype)
+        logits = logits_of(partial(model.apply, variables, train=False), images, look.eval_flip)
         return to_probabilities(logits, multilabel, temperature)
 
     return served
@@ -144,7 +146,7 @@ def write_onnx(served: Any, shape: tuple[int, ...], dtype: Any, metadata: dict[s
     return lambda images: session.run(None, {pixels.name: images})[0]
 
 
-def agree(call: Call, predictor: Predictor, shape: tuple[int, ...], dtype: Any) -> None:
+def check_program(call: Call, predictor: Predictor, shape: tuple[int, ...], dtype: Any) -> None:
     """Raises InputError where a program and the network differ on random pictures, in batches of several sizes."""
     rng = np.random.default_rng(0)
     noise = rng.random((CHECKED, *shape), dtype=np.float32)
@@ -152,7 +154,8 @@ def agree(call: Call, predictor: Predictor, shape: tuple[int, ...], dtype: Any) 
     for part in np.split(pictures, [1, 34]):
         look = predictor.preprocessing
         images = normalize(jnp.asarray(part), look.mean, look.std, predictor.dtype)
-        logits = predictor.model.apply(predictor.variables, images, train=False)
+        forward = partial(predictor.model.apply, predictor.variables, train=False)
+        logits = logits_of(forward, images, look.eval_flip)
         wanted = to_probabilities(logits, predictor.multilabel, predictor.calibration.temperature)
         off, largest = float(np.abs(call(part) - np.asarray(wanted)).max()), float(wanted.max())
         if not off <= TOLERANCE * largest:
