@@ -145,7 +145,8 @@ class ResNet(nn.Module):
       norm: `batch`, `frozen_batch` (running statistics only, nothing of the norm trains), `group`, `none`,
         or `folded`, which `fold_batch_norm` makes. Without a norm no branch starts at zero, but for `preact`.
       unbiased_variance: running variances are kept the PyTorch way, n / (n - 1).
-      ghost, axis_name: scope of the batch statistics, as in `BatchNorm`.
+      ghost: images in a group that has its own batch statistics, as in `BatchNorm`.
+      axis_name: mapped axis over which they are averaged, as in `BatchNorm`.
       standardized: kernels are standardised before they are used.
       act: `relu`, `silu`, `gelu` or `identity`.
       zero_init_last: every branch starts at zero. Without effect on plain blocks.

@@ -83,6 +83,10 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, record: Record) -> None:
         """Starts to write a checkpoint and returns once the state has been copied."""
+        # The first evaluation would import it beside the thread that writes, and while grain 0.2.18 is imported every
+        # thread is given lazy modules (`etils.epy.lazy_imports`), with which Orbax fails.
+        import grain  # noqa: F401
+
         self.settle()
         self._last, self._writing = step, True
         tree = ocp.args.PyTreeSave(unflatten_dict(leaves_of(state), sep="/"))

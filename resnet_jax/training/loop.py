@@ -67,8 +67,8 @@ from resnet_jax.training.losses import Loss
 from resnet_jax.training.manifest import BEST, Best, Damaged, checkpoints_of, steps_in
 from resnet_jax.training.metrics import Metric, Sums
 from resnet_jax.training.optimizers import OwnOptimizer, make_schedule, warmup_steps
-from resnet_jax.training.parts import Parts, check_parts, make_parts, names_and_hashes, record_parts
-from resnet_jax.training.programs import compile_phases, steps_in_call, steps_per_call, weights_of_classes
+from resnet_jax.training.parts import Parts, check_parts, check_targets, make_parts, names_and_hashes, record_parts
+from resnet_jax.training.programs import check_scope, compile_phases, steps_in_call, steps_per_call, weights_of_classes
 from resnet_jax.training.resolve import resolve
 from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import (
@@ -182,6 +182,8 @@ def train_with(
         )
     plan = make_plan(config, len(dataset.train), dataset.validation is not None)
     module, parts = model_with_parts(config, parts, len(dataset.class_names))
+    check_scope(config, module, mesh.size)
+    check_targets(config, parts, parts.outputs_of(module), dataset.multilabel)
     dataset = with_outputs(dataset, parts.outputs_of(module))
     if single := norms_of_one_value(config, module, mesh.size):
         say(
@@ -523,7 +525,7 @@ def fit(
             end_early(run, state, step, progress)
         progress.selected = progress.best["step"] if progress.best else step
         if "test" in evaluates:
-            evaluate_test(run, state, progress, evaluates["test"], reporter)
+            evaluate_test(run, state, progress, evaluates, reporter)
         progress.skipped = sorted(bad.names)
     return progress, reporter.speed()
 
@@ -572,13 +574,15 @@ def evaluate_step(
             note_best(run.folder, best)
 
 
-def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: Evaluate, reporter: Reporter) -> None:
+def evaluate_test(
+    run: Run, state: TrainState, progress: RunProgress, evaluates: Mapping[str, Evaluate], reporter: Reporter
+) -> None:
     """Evaluates what was selected on the test split, at the end of the run, and adds it to the progress's result.
 
     Raises:
       Stopped: a signal came meanwhile; the last step is saved, and the same command does it then.
     """
-    chosen, selected = state, progress.selected or progress.step
+    chosen, selected, splits = state, progress.selected or progress.step, ["test"]
     if selected != progress.step:
         new_state = state_maker(run.config, run.model, lambda step: 0.0, run.parts.optimizer)
         shapes = sharded_shapes(new_state, run.mesh)
@@ -587,11 +591,14 @@ def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: 
         except InputError as error:
             say(f"WARNING: {error}; the last step counts in its place", error=True)
             progress.selected = selected = progress.step
-    result = evaluate(chosen)
-    if result is None:
-        end_early(run, state, progress.step, progress)
-    reporter.evaluation(selected, result)
-    progress.result = (progress.result or {}) | scalars(result)
+            splits = ["validation", "test"]  # what was measured on validation is of the step that is lost
+    for split in splits:
+        result = evaluates[split](chosen)
+        if result is None:
+            end_early(run, state, progress.step, progress)
+        if split == "test":
+            reporter.evaluation(selected, result)
+        progress.result = (progress.result or {}) | scalars(result)
 
 
 def end_early(run: Run, state: TrainState, step: int, progress: RunProgress) -> NoReturn:

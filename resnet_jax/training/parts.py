@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from resnet_jax.config import Config, InputError, ModelConfig, OptimizerConfig, 
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.files import to_json, write_whole
 from resnet_jax.models.registry import model_fields
-from resnet_jax.recipe_files import PARTS_FILE, recorded_parts
+from resnet_jax.recipe_files import PARTS_FILE, recipe_given, recorded_parts
 from resnet_jax.training.losses import Loss
 from resnet_jax.training.metrics import Metric
 from resnet_jax.training.optimizers import OwnOptimizer
@@ -123,6 +124,9 @@ def named_after(config: Config, parts: Parts) -> Config:
             raise InputError(
                 f"model.{next(iter(fields))} has no effect on a model of your own: set it where the model is made"
             )
+        for name in ("num_classes", "compute_dtype"):
+            if getattr(config.model, name) != getattr(ModelConfig(), name):
+                raise InputError(f"model.{name} has no effect on a model of your own: set it where the model is made")
         if config.model.pretrained is not None:
             raise InputError(
                 "model.pretrained has no effect on a model of your own: register the model with "
@@ -165,6 +169,20 @@ def own_outputs(model: nn.Module, config: Config, classes: int) -> int:
         ) from error
     if "params" not in variables:
         raise InputError(f"{about} has no parameters: there is nothing to train")
+    apply = partial(model.apply, train=True, mutable=True, rngs={"dropout": keys["dropout"]})
+    try:
+        jax.eval_shape(apply, variables, images)
+    except flax.errors.InvalidRngError as error:
+        raise InputError(
+            f"{about} draws random numbers from a stream that the training step does not give: use "
+            f"self.make_rng('dropout') ({error})"
+        ) from error
+    except NameError:  # an axis over devices, which the step has
+        pass
+    except Exception as error:  # of the user's own code
+        raise InputError(
+            f"{about} cannot be called with images {list(images.shape)}, train=True: {type(error).__name__}: {error}"
+        ) from error
     if not classes:
         return 0
     shape = getattr(logits, "shape", None)
@@ -172,11 +190,42 @@ def own_outputs(model: nn.Module, config: Config, classes: int) -> int:
         found = f"an array {list(shape)}" if shape is not None else kind_of(logits)
         raise InputError(
             f"{about} gives {found} for {list(images.shape)}; the data has {classes} classes, so expected logits "
-            f"[2, {classes}]. For outputs that are no classes give labels that are none, and a loss of your own"
+            f"[2, {classes}]. For other outputs give a loss of your own, and a Dataset with class_names=()"
         )
     if shape[1] < classes:
         raise InputError(f"{about} gives {shape[1]} logits, and the data has {classes} classes")
     return shape[1]
+
+
+def check_targets(config: Config, parts: Parts, outputs: int, multilabel: bool) -> None:
+    """Checks that a loss of the user's own reads `batch["target"]` where the recipe mixes or smooths targets.
+
+    Args:
+      outputs: columns of the logits; 0 where they are no classes, and have no targets.
+      multilabel: whether images have several labels.
+
+    Raises:
+      InputError: it does not, so that the recipe would be without effect, or mix images whose labels stay.
+    """
+    mixing = {"augment.mixup": config.augment.mixup, "augment.cutmix": config.augment.cutmix}
+    asked = [
+        name for name, value in (mixing | {"train.label_smoothing": config.train.label_smoothing}).items() if value
+    ]
+    if parts.loss is None or not asked or not outputs:
+        return
+    rows = jax.ShapeDtypeStruct((2, outputs), jnp.float32)
+    images = jax.ShapeDtypeStruct((2, *sides(config.data.image_size), config.data.channels), jnp.float32)
+    label = rows if multilabel else jax.ShapeDtypeStruct((2,), jnp.int32)
+    try:
+        traced = jax.make_jaxpr(parts.loss)(rows, {"image": images, "label": label, "target": rows}).jaxpr
+    except Exception:  # the step says what is wrong with it
+        return
+    target = traced.invars[-1]
+    if target not in traced.outvars and not any(target in equation.invars for equation in traced.eqns):
+        raise InputError(
+            f"{asked[0]} changes batch['target'] [batch, {outputs}], which your loss does not read: use it in place of "
+            "batch['label'], or leave the field out of the recipe"
+        )
 
 
 def names_and_hashes(parts: Parts) -> dict[str, dict[str, str]]:
@@ -285,9 +334,11 @@ def check_parts(
             {name: part for name, part in found.items() if name.partition(".")[0] in needed} for found in (before, now)
         )
     if missing := [f"{name} ({part['name']})" for name, part in before.items() if name not in now]:
+        given = recipe_given()
         raise InputError(
-            f"the {what} in {folder} has parts of its user's own: {', '.join(missing)}. Give the recipe "
-            "file that defines them with --config FILE, or from Python the same arguments"
+            f"the {what} in {folder} has parts of its user's own: {', '.join(missing)}. "
+            + (f"{given} does not define them. " if given is not None else "")
+            + "Give the recipe file that defines them with --config FILE, or from Python the same arguments"
         )
     changed = [
         f"{name} ({part['name']}, now {now[name]['name']})"

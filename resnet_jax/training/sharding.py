@@ -170,12 +170,21 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
       batch: arrays of NumPy, such as `{"image", "label"}`, with the same first axis.
       mesh: of `make_mesh`.
 
+    Raises:
+      InputError: the examples do not divide over this process's devices.
+
     Example:
       >>> batch = {"image": np.zeros((8, 4, 4, 3), np.uint8), "label": np.arange(8)}
       >>> rj.shard_batch(batch, rj.make_mesh(1))["image"].shape
       (8, 4, 4, 3)
     """
-    sharding = batch_sharding(mesh)
+    sharding, devices = batch_sharding(mesh), len(mesh.local_devices)
+    for array in jax.tree.leaves(batch):
+        if np.shape(array)[:1] and len(array) % devices:
+            raise InputError(
+                f"a batch of {len(array)} examples does not divide over {devices} devices: leave out the last "
+                f"{len(array) % devices}, or add some and mark them with a `mask` that is false"
+            )
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 

@@ -47,7 +47,8 @@ from resnet_jax.training.evaluation import Result, gathered, selecting_metric
 from resnet_jax.training.loop import Run, check_pictures, evaluate_step, same_classes
 from resnet_jax.training.metrics import Sums, mean_average_precision, means
 from resnet_jax.training.optimizers import make_schedule
-from resnet_jax.training.parts import Parts, record_parts
+from resnet_jax.training.parts import Parts, check_targets, record_parts
+from resnet_jax.training.programs import check_scope
 from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import check_batch, make_mesh
 from resnet_jax.training.state import TrainState
@@ -192,6 +193,8 @@ def start_members(members: Sequence[Member], parts: Parts, stop: Stop) -> tuple[
                 say(note)
             if module is None:
                 module, own = model_with_parts(config, parts, len(found[key].class_names))
+                check_scope(config, module, 1)
+                check_targets(config, own, own.outputs_of(module), found[key].multilabel)
             found[key] = with_outputs(found[key], own.outputs_of(module))
         dataset = found[key]
         if dataset.multilabel and parts.loss is None and config.train.loss != "binary":
@@ -465,8 +468,7 @@ def end_member(one: RunningMember, state: Any, at_once: int) -> None:
     images = (progress.step - one.begin) * one.run.config.train.batch_size
     speed = {"images_per_second": images / one.trained if one.trained else 0.0}
     speed["seconds"] = one.trained + one.evaluated  # of its own calls, not of the sweep
-    if at_once > 1:
-        speed["members_at_once"] = at_once
+    speed["members_at_once"] = at_once
     finish(folder, progress, speed, device_name(one.run.mesh), quiet=True)
 
 

@@ -225,8 +225,12 @@ def make_job(
         if there != here:
             which = f"summary.json says {name} {there}, and here is {here}"
             (loose if name in COMPUTES else notes).append(which)
-    if (at_once := (summary or {}).get("members_at_once", 1)) > 1:
-        loose.append(f"the run is a member of a sweep that took {at_once} members at once")
+    from_device = config.data.on_device or computes_features_once(config)
+    most = steps_per_call(config, from_device, parts.model is not None)
+    at_once = (summary or {}).get("members_at_once", 0)
+    if at_once > 1 or (at_once and most == 1):
+        what = f"took {at_once} members at once" if at_once > 1 else "made one step a call"
+        loose.append(f"the run is a member of a sweep that {what}")
     first = from_dict(records[min(records)]["recipe"])
     for section, name in (names.split(".") for names in ROUNDS):
         old, new = (getattr(getattr(recipe, section), name) for recipe in (first, config))
@@ -253,8 +257,6 @@ def make_job(
     metric = selecting_metric(config, dataset, parts)
     module, parts = model_with_parts(config, parts, len(dataset.class_names))
     dataset = with_outputs(dataset, parts.outputs_of(module))
-    from_device = config.data.on_device or computes_features_once(config)
-    most = steps_per_call(config, from_device, parts.model is not None)
     where = in_a_temporary_folder(config, usable, fsdp, most)
     run = Run(folder, where, plan, module, dataset, metric, mesh, NO_CHECKPOINTS, Stop(), None, parts, Hooks(()))
     schedule = make_schedule(config, plan.total, plan.per_epoch)

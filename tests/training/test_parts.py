@@ -348,6 +348,22 @@ class NoTrain(nn.Module):
         return nn.Dense(3)(images.mean((1, 2)))
 
 
+class Noise(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        if train:
+            images += jax.random.normal(self.make_rng("noise"), images.shape)
+        return nn.Dense(3)(images.mean((1, 2)))
+
+
+class OnlyPredicts(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        if train:
+            raise ValueError("not yet")
+        return nn.Dense(3)(images.mean((1, 2)))
+
+
 class Maps(nn.Module):
     @nn.compact
     def __call__(self, images, train):
@@ -373,6 +389,8 @@ class Mistyped(Hook):
 BAD = {
     "no_train": ({"model": NoTrain()}, "NoTrain does not take `train`"),
     "a_class": ({"model": Net}, "model is the class Net: expected an instance"),
+    "noise": ({"model": Noise()}, r"Noise draws random numbers from a stream .*make_rng\('dropout'\)"),
+    "in_training": ({"model": OnlyPredicts()}, r"OnlyPredicts cannot be called .*train=True: ValueError: not yet"),
     "maps": ({"model": Maps()}, r"Maps gives an array \[2, 8, 8, 3\].*expected logits \[2, 3\]"),
     "pairs": ({"model": Pairs()}, "Pairs gives a value of type tuple"),
     "few_outputs": ({"model": Net(2)}, "Net gives 2 logits, and the data has 3 classes"),
@@ -402,6 +420,33 @@ def test_a_part_that_is_not_as_expected_is_named(case, tmp_path):
     given, message = BAD[case]
     with pytest.raises(rj.InputError, match=message):
         rj.train(recipe(2), tmp_path / "run", **{"model": Net(), "dataset": DATA} | given)
+
+
+@pytest.mark.parametrize("fields", [{"mixup": 0.5}, {"cutmix": 1.0}, {"label_smoothing": 0.1}])
+def test_a_loss_of_ones_own_reads_the_targets_that_the_recipe_changes(fields, tmp_path):
+    smoothing = fields.pop("label_smoothing", 0.0)
+    config = recipe(2, label_smoothing=smoothing)
+    config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, **fields))
+
+    def of_labels(logits, batch):
+        return -jnp.log(likelihood(logits, batch))
+
+    def of_targets(logits, batch):
+        return optax.softmax_cross_entropy(logits, batch["target"])
+
+    message = r"(mixup|cutmix|smoothing) changes batch\['target'\] \[batch, 3\], which your loss does not read"
+    with pytest.raises(rj.InputError, match=message):
+        rj.train(config, tmp_path / "a", model=Net(), dataset=DATA, loss=of_labels)
+    assert not (tmp_path / "a").exists()
+    found = rj.train(config, tmp_path / "b", model=Net(), dataset=DATA, loss=of_targets)
+    assert np.isfinite(found["test"]["loss"])
+
+
+@pytest.mark.parametrize("name", ["num_classes", "compute_dtype"])
+def test_what_a_recipe_cannot_change_in_ones_own_model_is_refused(name, tmp_path):
+    config = rj.Config(model=rj.config.ModelConfig(**{name: {"num_classes": 7, "compute_dtype": "bfloat16"}[name]}))
+    with pytest.raises(rj.InputError, match=f"model.{name} has no effect on a model of your own"):
+        rj.train(config, tmp_path, model=Net(), dataset=DATA)
 
 
 def test_a_metric_of_ones_own_needs_a_goal(tmp_path):

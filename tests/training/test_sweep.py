@@ -170,6 +170,14 @@ def test_members_over_devices_are_their_runs_to_rounding(per_device, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_members_of_one_step_a_call_are_verified_within_rounding(tmp_path):
+    short = recipe(epochs=0.4, steps_per_call=1)
+    found = sweep(short, {"optimizer.weight_decay": [0.0, 1e-2]}, tmp_path / "sweep", model=Net())
+    verified = verify(tmp_path / "sweep/members" / found["members"][0]["name"], "all", model=Net())
+    assert verified.ok and not verified.exact and "a sweep that made one step a call" in str(verified), str(verified)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_images_with_several_labels_are_compared_by_their_precision_after_a_trial(tmp_path, capsys):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (150, 3))
@@ -181,7 +189,8 @@ def test_images_with_several_labels_are_compared_by_their_precision_after_a_tria
     found = sweep(base, {"train.seed": [0, 1]}, tmp_path / "sweep", **own, members_per_device="auto")
     said = capsys.readouterr().out
     assert "data: own: 3 classes" in said and "digits" not in said
-    assert "dataset (a pair of arrays)" in (tmp_path / "sweep/sweep.html").read_text()
+    page = (tmp_path / "sweep/sweep.html").read_text()
+    assert "dataset (a pair of arrays)" in page and ": validation map (moving average) " in page
     assert "trial: 1 a device together" in said and "trial: 2 a device together" in said
     assert re.search(
         r"epoch \S+: 2 members, best validation map \(moving average\) from \S+\s% to \S+\s%(, \d+ s left)?\n", said
