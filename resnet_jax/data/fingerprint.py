@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from resnet_jax.config import InputError
-from resnet_jax.data.dataset import Dataset, FileSource, Part, Source, known_labels
+from resnet_jax.data.dataset import ArraySource, Dataset, FileSource, Part, Source, known_labels
 from resnet_jax.data.hugging_face import HuggingFaceSource
+from resnet_jax.data.own_data import Examples, in_memory
 from resnet_jax.data.transforms import resizer
 from resnet_jax.files import parse_path, read_file, size_of, write_whole
 
@@ -25,7 +26,7 @@ SIZED = 64
 
 Fingerprint = dict[str, np.ndarray]
 """Split -> int64 [examples, 3], ordered by key: hash of the key, of its classes' names, bytes of the file or -1; of a
-picture in a table, which is no file, the last is a hash of it."""
+picture in a table or an array, which is no file, the last is a hash of it."""
 
 
 def fingerprint(dataset: Dataset) -> Fingerprint:
@@ -47,7 +48,9 @@ def _rows(source: Source, names: np.ndarray) -> np.ndarray:
 
 
 def _size_or_hash(source: Source, index: int) -> int:
-    """Returns the size of a picture's file, the hash of one that lies in a table, or -1 where a source does not say."""
+    """Returns the size of a picture's file, the hash of one that lies in a table or in an array, or -1 where a source
+    does not say: what a user's own code gives may be another picture each time.
+    """
     if isinstance(source, Part):
         return _size_or_hash(source.source, int(source.indices[index]))
     if isinstance(source, FileSource):
@@ -55,6 +58,9 @@ def _size_or_hash(source: Source, index: int) -> int:
     if isinstance(source, HuggingFaceSource):
         raw = source[index][0]
         return size_of(Path(raw)) if isinstance(raw, str) else abs(_hash(raw))
+    if isinstance(source, ArraySource) or (isinstance(source, Examples) and in_memory(source.examples)):
+        picture = source[index][0]
+        return abs(_hash(picture.tobytes())) if isinstance(picture, np.ndarray) else -1
     return -1
 
 

@@ -1,4 +1,4 @@
-"""How predictions are written: rows as a table, JSON or CSV, and pictures of where the network looked."""
+"""Writes predictions: rows as a table, JSON or CSV, and pictures under their heat map (Grad-CAM)."""
 
 import csv
 import json

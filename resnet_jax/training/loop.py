@@ -73,13 +73,13 @@ from resnet_jax.training.resolve import resolve
 from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import (
     broadcast_from_first,
-    cached_where_sound,
     check_batch,
     make_mesh,
     put_everywhere,
     put_state,
     replicated,
     state_sharding,
+    uncached_where_it_hangs,
 )
 from resnet_jax.training.state import TrainState
 from resnet_jax.typed import DISTRIBUTION
@@ -156,7 +156,7 @@ def train_with(
     hooks = Hooks(parts.hooks)
     before = recorded_recipe(workdir)
     if workdir is None or not begun(workdir):
-        before = None  # a start that came to nothing does not bind
+        before = None  # what failed before its first step does not fix the recipe
     elif before is not None:
         for note in check_parts(workdir, parts, config.train.accept_parts):
             say(f"WARNING: {note}", error=True)
@@ -201,13 +201,13 @@ def train_with(
     for split, source in dataset.splits().items():
         if split != "train":
             check_readable(source, config.data.channels, split)
-    with locked(folder, config) as lock, cached_where_sound(mesh), stop_signals() as stop:
+    with locked(folder, config) as lock, uncached_where_it_hangs(mesh), stop_signals() as stop:
         if summary := ended(folder):
             say(f"the run is finished; see it with: {evaluate_command(folder)}")
             if look_at_test:
                 show(folder, config, parts)
             return summary
-        if jax.process_index() == 0:  # all processes have the same pictures, which `check_equal` saw to
+        if jax.process_index() == 0:  # all processes have the same pictures, as `check_equal` has found
             check_classes(folder, names_of_outputs(parts.outputs, dataset.class_names, config.data.dataset))
             check_pictures(folder, config, dataset)
             record_parts(folder, parts)
@@ -255,7 +255,7 @@ def same_classes(before: Sequence[str], names: Sequence[str], folder: Path) -> N
 
 
 def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
-    """Compares the pictures with those that the run in the folder was given, and what resizes them, and notes the new.
+    """Compares the pictures with those that the run in the folder was given, and what resizes them, and records them.
 
     Raises:
       InputError: others are to be trained on than before, and the recipe does not accept it.
@@ -525,7 +525,7 @@ def fit(
             end_early(run, state, step, progress)
         progress.selected = progress.best["step"] if progress.best else step
         if "test" in evaluates:
-            evaluate_test(run, state, progress, evaluates["test"], reporter)
+            evaluate_test(run, state, progress, evaluates, reporter)
         progress.skipped = sorted(bad.names)
     return progress, reporter.speed()
 
@@ -574,13 +574,15 @@ def evaluate_step(
             note_best(run.folder, best)
 
 
-def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: Evaluate, reporter: Reporter) -> None:
+def evaluate_test(
+    run: Run, state: TrainState, progress: RunProgress, evaluates: Mapping[str, Evaluate], reporter: Reporter
+) -> None:
     """Evaluates what was selected on the test split, at the end of the run, and adds it to the progress's result.
 
     Raises:
       Stopped: a signal came meanwhile; the last step is saved, and the same command does it then.
     """
-    chosen, selected = state, progress.selected or progress.step
+    chosen, selected, splits = state, progress.selected or progress.step, ["test"]
     if selected != progress.step:
         new_state = state_maker(run.config, run.model, lambda step: 0.0, run.parts.optimizer)
         shapes = sharded_shapes(new_state, run.mesh)
@@ -589,11 +591,14 @@ def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: 
         except InputError as error:
             say(f"WARNING: {error}; the last step counts in its place", error=True)
             progress.selected = selected = progress.step
-    result = evaluate(chosen)
-    if result is None:
-        end_early(run, state, progress.step, progress)
-    reporter.evaluation(selected, result)
-    progress.result = (progress.result or {}) | scalars(result)
+            splits = ["validation", "test"]  # what was measured on validation is of the step that is lost
+    for split in splits:
+        result = evaluates[split](chosen)
+        if result is None:
+            end_early(run, state, progress.step, progress)
+        if split == "test":
+            reporter.evaluation(selected, result)
+        progress.result = (progress.result or {}) | scalars(result)
 
 
 def end_early(run: Run, state: TrainState, step: int, progress: RunProgress) -> NoReturn:

@@ -391,6 +391,16 @@ def test_a_pattern_makes_a_table_that_is_gone_on_with(three, exported, theirs, t
     again = json.loads(out)
     assert status == 0 and [int(row["count"]) for row in again] == [77, 10]
     assert len(rows_in(table)) == 3
+    sources_now = ["evaluate", tmp_path / "a.safetensors*", *command[2:]]
+    (tmp_path / "a.safetensors").write_bytes(three.read_bytes())  # other weights under the same name
+    status, out, _ = run(sources_now, capsys)
+    assert status == 1 and "no such class" in out
+    (tmp_path / "a.safetensors").write_bytes(exported.read_bytes())
+    (tmp_path / "map.json").write_text('{"dark": "light", "light": "dark"}')
+    status, out, _ = run([*sources_now, "--classes", tmp_path / "map.json"], capsys)
+    assert status == 0 and "top-1   0.00%" in out  # other options, other row
+    status, out, _ = run(sources_now, capsys)
+    assert status == 0 and "top-1 100.00%" in out and len(rows_in(table)) == 4
     status, _, err = run(command[:-2], capsys)
     assert status == 2 and "--csv results.csv" in err
     status, _, err = run([*command[:-1], tmp_path / "none" / "x.csv"], capsys)
