@@ -219,7 +219,7 @@ class AugmentConfig:
     flip_vertical: bool = False
     """Mirror half of the images top to bottom too, as aerial and microscopic pictures allow. Host data only."""
     color_jitter: float = option(0.0, "[0, 1)")
-    """Brightness, contrast and saturation are each changed by a factor of up to 1 +- this. Host data only."""
+    """Brightness, contrast and saturation are each changed by a factor of up to 1 ± this. Host data only."""
     randaugment: int = option(0, "[0, 10]")
     """Magnitude (1 to 10) of two random operations an image; 0 for none. Host data only."""
     trivial_augment: bool = False
