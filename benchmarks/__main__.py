@@ -10,7 +10,7 @@ SCRIPTS = ("train_step", "inference", "startup", "overhead", "weights")
 
 
 def draw(short: str) -> None:
-    """A bar for each opponent in each case on that hardware: how many times as fast ours is."""
+    """Draws a bar for each opponent in each case on that hardware: how many times as fast ours is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter

@@ -38,7 +38,7 @@ RATIOS = {
 
 
 def prepared(size: int, batch: int) -> tuple[Any, Any, Any]:
-    """A compiled step, a first state and a batch."""
+    """Returns a compiled step, a first state and a batch."""
     import jax
     import numpy as np
 
@@ -67,7 +67,7 @@ def prepared(size: int, batch: int) -> tuple[Any, Any, Any]:
 
 
 def seconds(function: Any) -> float:
-    """Time of a call."""
+    """Returns how long a call takes."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
@@ -83,7 +83,7 @@ def forget(files: list[Path]) -> None:
 
 
 def rounds(folder: Path, size: int, batch: int) -> Callable[[], dict[str, Any]]:
-    """A function that does one round: quiet steps, a save and the steps beside it, a save waited for, restores.
+    """Returns a function that does one round: quiet steps, a save and the steps beside it, a save waited for, restores.
 
     Its answer has the seconds of each row; those of what reads are lists, since what comes first changes with the turn.
     """

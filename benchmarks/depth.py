@@ -13,7 +13,7 @@ BATCH, SIZE = 8, 32
 
 
 def one_step(name: str, remat: str) -> Any:
-    """Compiles the step, takes it once, and looks at the gradient of every block."""
+    """Compiles the step, takes it once, and checks the gradient of every block."""
 
     def call() -> dict[str, float]:
         import jax
@@ -65,7 +65,7 @@ def one_step(name: str, remat: str) -> Any:
 
 
 def step_memory(name: str, remat: str, scan: bool) -> Any:
-    """Temporary memory of a compiled step at batch 128; nothing is run."""
+    """Returns the temporary memory of a compiled step at batch 128; nothing is run."""
 
     def call() -> dict[str, float]:
         from resnet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -81,7 +81,7 @@ def step_memory(name: str, remat: str, scan: bool) -> Any:
 
 
 def memory_rows(name: str) -> list[dict[str, Any]]:
-    """With and without computing blocks twice, and in a loop."""
+    """Returns rows of memory with and without computing blocks twice, and in a loop."""
     rows: list[dict[str, Any]] = []
     for remat, scan in (("none", False), ("block", False), ("block", True), ("stage", True)):
         form = f"remat {remat}" + (", scan" if scan else "")
@@ -98,12 +98,12 @@ def memory_rows(name: str) -> list[dict[str, Any]]:
 
 
 def once(value: float, unit: str) -> dict[str, Any]:
-    """A value that was measured once, as the other benchmarks write theirs."""
+    """Returns a value that was measured once, as the other benchmarks write theirs."""
     return {"median": value, "quartiles": [value, value], "n": 1, "unit": unit}
 
 
 def main() -> None:
-    """One process for each network and each way."""
+    """Measures each network each way, in a process of its own."""
     flags = options(__doc__ or "")
     names = ["cifar_resnet20", "cifar_resnet56", "cifar_resnet110", "cifar_resnet1202", "cifar_resnetv2_1001"]
     rows = []

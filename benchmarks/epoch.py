@@ -2,7 +2,7 @@
 
 The images are class folders (`--folder`, with `train` and `test`), such as CIFAR-10's. Both sides train the same
 network with the same recipe: SGD with Nesterov momentum, one cycle, pad-and-crop and flips, batch 128. All test images
-are gone through every `EVERY` steps, which is not timed; the first time that they come to `--target` counts.
+are evaluated every `EVERY` steps, which is not timed; the first time that they come to `--target` counts.
 """
 
 import statistics
@@ -39,7 +39,7 @@ def decode(folder: str, into: Path) -> int:
 
 
 def arrays(folder: str) -> list[dict[str, Any]]:
-    """Training and test split in memory."""
+    """Returns training and test split in memory."""
     return [dict(np.load(Path(folder) / f"{name}.npz")) for name in ("train", "test")]
 
 
@@ -59,22 +59,24 @@ def timed(steps: int, advance: Callable[[int], None], accuracy: Callable[[], flo
 
 
 def time_to(target: float, curve: list[tuple[float, float]]) -> float | None:
-    """The seconds after which a curve is first as high as that."""
+    """Returns the seconds after which a curve first reaches the target."""
     return next((seconds for seconds, accuracy in curve if accuracy >= target), None)
 
 
 def steps_in(epochs: int, images: int) -> int:
-    """Of both sides alike: a whole number of our calls."""
+    """Returns the steps that both sides take: a whole number of our calls."""
     return max(1, round(epochs * images / BATCH / in_a_call())) * in_a_call()
 
 
 def in_a_call() -> int:
-    """Our steps in one dispatch."""
+    """Returns how many of our steps one call of the device makes."""
     return 50 if has_gpu() else 5
 
 
 def ours(name: str, folder: str, epochs: int, seeds: int) -> Any:
-    """Each call trains from scratch with the next seed; the time is that of the epochs alone, compiled before."""
+    """Returns a function whose calls train from scratch, each with the next seed; the time is that of the epochs alone,
+    compiled before.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -115,7 +117,7 @@ def ours(name: str, folder: str, epochs: int, seeds: int) -> Any:
 
 
 def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, in_one_call: int) -> tuple[Any, Any, Any, Any]:
-    """What makes the first state of a seed, the compiled steps, the model and the recipe."""
+    """Returns what makes the first state of a seed, the compiled steps, the model and the recipe."""
     import jax
 
     from resnet_jax import config as c
@@ -144,7 +146,7 @@ def prepare(name: str, data: Any, seed: int, epochs: int, steps: int, in_one_cal
 
 
 def torch_epochs(name: str, folder: str, epochs: int, seeds: int) -> Any:
-    """The same in torch eager, data on the device, channels_last."""
+    """Returns what `ours` does, of torch eager, data on the device, channels_last."""
     import torch
 
     from benchmarks.torch_models import sgd, synchronize, torch_model
@@ -229,7 +231,7 @@ def main() -> None:
 
 
 def at_the_end(name: str, kind: str, result: dict[str, Any], flags: Any) -> dict[str, Any]:
-    """One row from the runs of all seeds: epochs a second, and the accuracy that they came to."""
+    """Returns a row from the runs of all seeds: epochs a second, and the accuracy at the end."""
     case = f"{flags.epochs} epochs {name}"
     if "error" in result:
         return row(case, kind, result, flags.epochs, "epochs")
@@ -240,7 +242,7 @@ def at_the_end(name: str, kind: str, result: dict[str, Any], flags: Any) -> dict
 
 
 def to_target(name: str, kind: str, result: dict[str, Any], flags: Any) -> dict[str, Any]:
-    """One row from the runs of all seeds: how many could come to `--target` in a second."""
+    """Returns a row from the runs of all seeds: how many trainings to `--target` a second."""
     times = [time_to(flags.target, kept["curve"]) for kept in result.get("kept", [])]
     if None in times:
         result = {"error": f"{times.count(None)} of {len(times)} seeds did not come to it"}

@@ -19,7 +19,7 @@ CLASSES, MOST, LEAST, SIDE, TESTED = 12, 250, 5, 16, 40
 
 
 def base(dataset: str, size: int, seed: int, epochs: float, batch: int, **sections: Any) -> Any:
-    """A recipe for cifar_resnet20 without averages and reports."""
+    """Returns a recipe for cifar_resnet20 without averages and reports."""
     from resnet_jax import config as c
 
     default = c.Config()
@@ -50,7 +50,7 @@ def table(path: Path, rows: list[tuple[Path, str, str]]) -> str:
 
 
 def transfer(root: Path, work: Path, seeds: int, epochs: float) -> list[dict[str, Any]]:
-    """Rows of accuracies on the test pictures of the two new classes."""
+    """Returns rows of accuracies on the test pictures of the two new classes."""
     import numpy as np
 
     from resnet_jax import config as c
@@ -112,7 +112,7 @@ def stripes(work: Path, seed: int) -> str:
 
 
 def imbalance(work: Path, seeds: int, epochs: float) -> list[dict[str, Any]]:
-    """Rows of macro recalls."""
+    """Returns rows of macro recalls."""
     from resnet_jax import config as c
     from resnet_jax import train
 
@@ -137,7 +137,7 @@ def imbalance(work: Path, seeds: int, epochs: float) -> list[dict[str, Any]]:
 
 
 def line(case: str, way: str, metric: str, values: list[float]) -> dict[str, Any]:
-    """One row: mean and deviation over the seeds; prints it too."""
+    """Prints and returns a row: mean and deviation over the seeds."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     print(f"{case:<12}{way:<34}{metric} {statistics.mean(values):.2%} +- {spread:.2%}, n = {len(values)}")
     row = {"case": case, "contender": way, "unit": metric, "median": statistics.median(values), "n": len(values)}

@@ -10,7 +10,7 @@ from resnet_jax.models.registry import create_model
 
 
 def network(name: str, classes: int, dtype: str, example: bool) -> Any:
-    """The network of this name as the example would build it, or ours."""
+    """Returns the network of this name as the example would build it, or ours."""
     if example:
         return ExampleResNet(name, classes, jnp.dtype(dtype))
     return create_model(name, num_classes=classes, dtype=jnp.dtype(dtype))

@@ -13,7 +13,9 @@ ON_GPU = (("resnet50", 224, 1, "bfloat16", 50), ("resnet50", 224, 256, "bfloat16
 
 
 def jax_forward(name: str, batch: int, size: int, classes: int, dtype: str, example: bool) -> Any:
-    """Logits of a batch a call, with ours folded, or with Flax's example network as it is."""
+    """Returns a function that computes the logits of a batch, with ours folded, or with Flax's example network as it
+    is.
+    """
     import jax
 
     from benchmarks.flax_example import network
@@ -31,7 +33,7 @@ def jax_forward(name: str, batch: int, size: int, classes: int, dtype: str, exam
 
 
 def torch_forward(name: str, batch: int, size: int, classes: int, dtype: str, compiled: bool) -> Any:
-    """The same of torch: channels_last, fused by torch.fx, in inference mode."""
+    """Returns what `jax_forward` does, of torch: channels_last, fused by torch.fx, in inference mode."""
     import torch
     from torch.fx.experimental.optimization import fuse
 

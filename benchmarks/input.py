@@ -20,7 +20,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def files_in(folder: str) -> list[str]:
-    """The JPEGs of a folder."""
+    """Returns the JPEGs of a folder."""
     return [str(path) for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
 
 
@@ -47,7 +47,7 @@ MORE: dict[str, dict[str, Any]] = {
 
 
 def ours_in_process(folder: str, more: str = "") -> Any:
-    """Our transform, called for each file in turn; uint8 comes out, since the device normalises."""
+    """Returns our transform, called for one file after another; it gives uint8, since the device normalises."""
     from resnet_jax.config import AugmentConfig
     from resnet_jax.data.transforms import augment
 
@@ -62,7 +62,7 @@ def ours_in_process(folder: str, more: str = "") -> Any:
 
 
 def torchvision_transform(more: str = "") -> Any:
-    """What torchvision's references do: Pillow, random resized crop, flip, to a normalised float tensor."""
+    """Returns what torchvision's references do: Pillow, random resized crop, flip, to a normalised float tensor."""
     import torch
 
     from benchmarks.torch_models import import_torchvision
@@ -83,7 +83,7 @@ def torchvision_transform(more: str = "") -> Any:
 
 
 def torch_in_process(folder: str, more: str = "") -> Any:
-    """torchvision's transform, called for each file in turn."""
+    """Returns torchvision's transform, called for one file after another."""
     from PIL import Image
 
     files, transform = files_in(folder), torchvision_transform(more)
@@ -97,7 +97,9 @@ def torch_in_process(folder: str, more: str = "") -> Any:
 
 
 def opencv_in_process(folder: str) -> Any:
-    """OpenCV as people use it: decode, cut out, resize with INTER_AREA (other pixels than Pillow's), flip; uint8."""
+    """Returns OpenCV's way as people use it: decode, cut out, resize with INTER_AREA (other pixels than Pillow's),
+    flip; uint8.
+    """
     import cv2
 
     cv2.setNumThreads(1)
@@ -118,7 +120,7 @@ def opencv_in_process(folder: str) -> Any:
 
 
 def our_batches(folder: str, workers: int, batch: int) -> Any:
-    """Batches of our whole loader: order, transform, workers, arrays on the device."""
+    """Yields batches of our whole loader: order, transform, workers, arrays on the device."""
     from resnet_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
     from resnet_jax.data.dataset import FileSource
     from resnet_jax.data.loader import BadImages, train_batches
@@ -136,7 +138,7 @@ def our_batches(folder: str, workers: int, batch: int) -> Any:
 
 
 def our_loader(folder: str, workers: int, passes: int) -> Any:
-    """Our whole loader alone; each call goes through the folder."""
+    """Returns our whole loader alone; each call reads the whole folder."""
     import jax
 
     batches, steps = our_batches(folder, workers, 50), len(files_in(folder)) * passes // 50
@@ -145,7 +147,7 @@ def our_loader(folder: str, workers: int, passes: int) -> Any:
 
 
 def training(folder: str, batch: int, steps: int, real: bool) -> Any:
-    """Training steps of resnet50, fed by our loader with one worker, or with one batch that is on the device."""
+    """Returns training steps of resnet50, fed by our loader with one worker, or with one batch on the device."""
     import jax
 
     from benchmarks.checkpoint import prepared
@@ -185,7 +187,7 @@ class Files:
 
 
 def torch_loader(folder: str, workers: int, passes: int) -> Any:
-    """torch's DataLoader over the same files with as many workers."""
+    """Returns torch's DataLoader over the same files with as many workers."""
     from torch.utils.data import DataLoader
 
     loader = DataLoader(Files(folder), batch_size=50, num_workers=workers, prefetch_factor=2,
@@ -196,7 +198,7 @@ def torch_loader(folder: str, workers: int, passes: int) -> Any:
 
 
 def steady_seconds(take: Any, steps: int) -> dict[str, float]:
-    """Time of so many batches, once those are gone that were made while nobody asked."""
+    """Returns the seconds that a number of batches takes, after those that were made ahead have been taken."""
     for _ in range(16):
         take()
     began = time.perf_counter()
@@ -206,7 +208,9 @@ def steady_seconds(take: Any, steps: int) -> dict[str, float]:
 
 
 def fed_steps(folder: str, rounds: int) -> list[dict[str, Any]]:
-    """Rows of training steps with pictures from the disk and with none; ours with the share of time spent waiting."""
+    """Returns rows of training steps with pictures from the disk and with none; ours with the share of time spent
+    waiting.
+    """
     batch, steps = (256, 20) if has_gpu() else (16, 3)
     given = {"folder": folder, "batch": batch, "steps": steps}
     pair = [

@@ -3,7 +3,7 @@
 From train/<class>/* and test/<class>/* of --folder as many pictures are drawn as --pictures says, an eighth of them
 from the test split; five percent of the labels are changed to another class, and copies of 50 training pictures are put
 into the test split: mirrored, recompressed (quality 40), cropped by 2 pixels at each edge, and all three. Precision is
-that of the first so many findings as were planted; chance is the share of what was planted among all that could be
+that of as many of the first findings as were planted; chance is the share of what was planted among all that could be
 named. Twins that the pictures had before count as wrong in `all pairs across splits`, and are listed.
 """
 
@@ -16,7 +16,7 @@ from benchmarks.measure import options, write
 
 TWINS, FLIPPED, TESTED = 50, 0.05, 8
 KINDS = ("mirrored", "recompressed", "cropped", "all three")
-"""What is done to a copy, in turns."""
+"""What is done to a copy, one after the other."""
 
 
 def draw(folder: Path, count: int, seed: int) -> list[tuple[Path, str, str]]:
@@ -128,7 +128,7 @@ def measured(found: Any, truth: dict[str, str], twins: dict[str, tuple]) -> list
 
 
 def row(case: str, what: str, precision: Any, chance: Any, count: int) -> dict[str, Any]:
-    """One row: precision of `count` findings, and chance."""
+    """Returns one row: precision of `count` findings, and chance."""
     return {"case": case, "contender": what, "precision": float(precision), "chance": float(chance), "n": count}
 
 

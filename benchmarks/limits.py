@@ -11,7 +11,9 @@ from resnet_jax.ops import use_custom_kernels
 
 
 def measure_limits(dtype: str) -> dict[str, float]:
-    """`flops`: of a square matrix product in `dtype`; `bytes`: read and written a second by a scaled copy."""
+    """Returns operations a second of a square matrix product in `dtype` (`flops`), and bytes read and written a second
+    by a scaled copy (`bytes`).
+    """
     gpu = jax.default_backend() != "cpu"
     size, elements = (8192, 2**30) if gpu else (3072, 2**26)
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
@@ -22,7 +24,7 @@ def measure_limits(dtype: str) -> dict[str, float]:
 
 
 def best_time(function: Any, *arguments: Any) -> float:
-    """Least of ten times, after a warm-up."""
+    """Returns the least of ten times, after a warm-up."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(10):
@@ -33,7 +35,8 @@ def best_time(function: Any, *arguments: Any) -> float:
 
 
 def forward_flops(model: Any, size: int) -> float:
-    """Floating-point operations of one image through a model, two for a multiply-add: convolutions and matrix products.
+    """Counts floating-point operations of one image through a model, two for a multiply-add: convolutions and matrix
+    products.
 
     They are counted in the traced program, since not every platform's XLA counts them.
     """
@@ -44,7 +47,7 @@ def forward_flops(model: Any, size: int) -> float:
 
 
 def operations(program: Any) -> int:
-    """The operations of a jaxpr's convolutions and matrix products, with those of the functions that it calls."""
+    """Counts the operations of a jaxpr's convolutions and matrix products, also in the functions that it calls."""
     total = 0
     for equation in getattr(program, "jaxpr", program).eqns:
         shape = equation.outvars[0].aval.size

@@ -43,8 +43,8 @@ def alternate(
 ) -> dict[str, dict[str, Any]]:
     """Times contenders in the order A B C A B C ..., `rounds` times each after `warmup` calls.
 
-    Only one of the processes works at a time; the others are stopped, their children too, since a loader that fills
-    its buffers again would take the time of the next one. With `settle`, the calls of a turn's first so many seconds,
+    Only one of the processes works at a time; the others are stopped, their children too, since a loader that fills its
+    buffers again would take the time of the next one. With `settle`, the calls of the first `settle` seconds of a turn,
     one at least, are not timed: caches, threads that sleep, and memory that a process gives back after a call and asks
     for again in the next, are otherwise those of the contender before.
 
@@ -87,7 +87,7 @@ def alternate(
 
 
 def _start(contender: Contender, warmup: int) -> tuple[Any, Any]:
-    """The pipe to a contender, and its process, which loads its modules."""
+    """Returns the pipe to a contender, and its process, which loads its modules."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     before = dict(os.environ)
@@ -132,7 +132,7 @@ def _work(pipe: Any, contender: Contender, warmup: int) -> None:
 
 
 def row(case: str, name: str, result: dict[str, Any], units: float, unit: str, **more: Any) -> dict[str, Any]:
-    """One line of a table: rate in `unit` a second as median, with quartiles and the number of rounds."""
+    """Returns one line of a table: rate in `unit` a second as median, with quartiles and the number of rounds."""
     if "error" in result:
         return {"case": case, "contender": name, "error": result["error"]}
     rates = sorted(units / seconds for seconds in result["seconds"])
@@ -152,7 +152,7 @@ def with_ratios(rows: list[dict[str, Any]], ours: str = "resnet_jax") -> list[di
 def network_rows(
     case: str, results: dict[str, dict[str, Any]], batch: int, flops: float, peak: float
 ) -> list[dict[str, Any]]:
-    """Rows of images a second, each with its share of the arithmetic that the hardware can do; prints them too.
+    """Prints and returns rows of images a second, each with its share of the arithmetic that the hardware can do.
 
     Args:
       flops: operations an image.
@@ -190,7 +190,7 @@ def write(script: str, rows: list[dict[str, Any]], name: str = "", **more: Any) 
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, its widest vector instructions, cores, memory and accelerator; `short` is for file names."""
+    """Returns processor, its widest vector instructions, cores, memory and accelerator; `short` is for file names."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
@@ -206,18 +206,20 @@ def hardware() -> dict[str, Any]:
 
 
 def short_name(processor: str, vectors: str | None, cores: int) -> str:
-    """What tells processors apart whose ratios differ: cores, maker and vectors, as in `cpu2-amd-avx512`."""
+    """Returns a name that tells processors with other ratios from each other: cores, maker and vectors, as in
+    `cpu2-amd-avx512`.
+    """
     maker = [name for name in ("amd", "intel") if name in processor.lower()]
     return "-".join([f"cpu{cores}", *maker, *([vectors.removesuffix("f")] if vectors else [])])
 
 
 def has_gpu() -> bool:
-    """Whether there is an NVIDIA GPU."""
+    """Returns whether there is an NVIDIA GPU."""
     return hardware()["gpu"] is not None
 
 
 def versions() -> dict[str, str]:
-    """Versions of what is measured."""
+    """Returns the versions of what is measured."""
     found = {"python": platform.python_version()}
     for package in ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "numpy", "pillow", "grain",
                     "opencv-python-headless", "cykooz.resizer", "orbax-checkpoint", "tensorstore"):  # fmt: skip
@@ -229,7 +231,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is measured, with a mark where files other than results differ from it."""
+    """Returns the commit that is measured, with a mark where files other than results differ from it."""
     git = ("git", "-C", str(Path(__file__).parent))
     status = ("status", "--porcelain", "-uno", "--", ":(top)", ":(top,exclude)benchmarks/results")
     try:
@@ -241,7 +243,7 @@ def commit() -> str:
 
 
 def options(description: str, **extra: Any) -> argparse.Namespace:
-    """Flags of a benchmark: `--rounds`, `--quick`, and switches of its own."""
+    """Parses the flags of a benchmark: `--rounds`, `--quick`, and switches of its own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=None, help="calls of each contender that are timed")
     parser.add_argument("--quick", action="store_true", help="the smallest cases, few rounds")

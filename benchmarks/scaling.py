@@ -16,7 +16,7 @@ ON_GPU = ("resnet50", 224, 256, "bfloat16", (1, 2, 4, 8, 16))
 
 
 def scaled_step(name: str, size: int, each: int, dtype: str, devices: int, strategy: str) -> Any:
-    """Ten steps a call on so many devices, as `train` runs them."""
+    """Returns ten steps a call on a number of devices, as `train` runs them."""
     import jax
     import numpy as np
 

@@ -79,7 +79,7 @@ cli.run(command)
 
 
 def fresh(code: str, cache: str) -> dict[str, float]:
-    """What a fresh process that runs the code tells of its times."""
+    """Returns the times that a fresh process prints which runs the code."""
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     environment |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     run = subprocess.run([sys.executable, "-c", TIMER + code], capture_output=True, text=True, env=environment)
@@ -90,12 +90,12 @@ def fresh(code: str, cache: str) -> dict[str, float]:
 
 
 def seconds_row(case: str, what: str, times: list[float]) -> dict[str, Any]:
-    """A row of seconds in place of a rate."""
+    """Returns a row of seconds in place of a rate."""
     return row(case, what, {"seconds": [1 / t for t in times], "setup": 0.0}, 1, "s") | {"unit": "s"}
 
 
 def first_step_rows(rounds: int) -> list[dict[str, Any]]:
-    """From the start of the command to the end of the first step of the digits, and how many programs were compiled."""
+    """Times a command from its start to the end of the first step of the digits, and counts compiled programs."""
     rows = []
     caches = [tempfile.mkdtemp() for _ in range(rounds)]
     for state in ("cold", "warm"):

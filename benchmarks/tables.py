@@ -119,7 +119,9 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def networks(records: Records) -> str:
-    """Training and inference: images a second of ours, and how many times as fast it is as each opponent."""
+    """Returns the table of training and inference: images a second of ours, and how many times as fast as each
+    opponent.
+    """
     rows = []
     for script in ("train_step", "inference"):
         for kind, record in of_script(records, script).items():
@@ -132,7 +134,7 @@ def networks(records: Records) -> str:
 
 
 def measures(records: Records) -> str:
-    """Everything else that is timed, one row a figure, one column a kind of hardware."""
+    """Returns the table of everything else that is timed, one row a figure, one column a kind of hardware."""
     scripts = sorted({script for _, script, *_ in MEASURES})
     kinds = sorted({kind for script in scripts for kind in of_script(records, script)}, key=order)
     rows = []
@@ -145,7 +147,9 @@ def measures(records: Records) -> str:
 
 
 def epochs(records: Records) -> str:
-    """Accuracy of both sides after as many epochs with one recipe, and PyTorch's time over ours."""
+    """Returns the table of accuracies of both sides after equally many epochs with one recipe, and PyTorch's time over
+    ours.
+    """
     rows = []
     for kind, record in of_script(records, "epoch").items():
         for ours in record["rows"]:
@@ -159,7 +163,7 @@ def epochs(records: Records) -> str:
 
 
 def accuracies(records: Records) -> str:
-    """Means over seeds of fine-tuning on few pictures and of balancing unequal classes."""
+    """Returns the table of means over seeds of fine-tuning on few pictures and of balancing unequal classes."""
     rows = []
     for script in ("finetune", "imbalance"):
         for record in of_script(records, script).values():
@@ -171,7 +175,7 @@ def accuracies(records: Records) -> str:
 
 
 def depth(records: Records) -> str:
-    """A step of deep networks in a loop: what it compiles in, needs and takes."""
+    """Returns the table of steps of deep networks in a loop: time to compile, memory, time of a step."""
     rows = []
     for record in of_script(records, "depth").values():
         for r in record["rows"]:
@@ -182,7 +186,7 @@ def depth(records: Records) -> str:
 
 
 def tpu(records: Records) -> str:
-    """What a TPU's own compiler counts of a step of resnet50, ours and Flax's example."""
+    """Returns the table of what a TPU's own compiler counts of a step of resnet50, ours and Flax's example."""
     rows = []
     for record in of_script(records, "tpu_cost").values():
         for r in record["rows"]:
@@ -193,7 +197,7 @@ def tpu(records: Records) -> str:
 
 
 def plans(records: Records) -> str:
-    """What `plan --target` says of networks on slices of TPUs, and how long the compiler took."""
+    """Returns the table of what `plan --target` says of networks on slices of TPUs, and how long the compiler took."""
     rows = []
     for record in of_script(records, "tpu_plan").values():
         for r in record["rows"]:
@@ -207,7 +211,7 @@ def plans(records: Records) -> str:
 
 
 def findings(records: Records) -> str:
-    """What `resnet-jax inspect` found of wrong labels and twins that were planted."""
+    """Returns the table of what `resnet-jax inspect` found of wrong labels and twins that were planted."""
     rows = []
     for record in of_script(records, "inspect").values():
         for label, case, contender in FINDINGS:
@@ -217,7 +221,7 @@ def findings(records: Records) -> str:
 
 
 def speed(records: Records) -> str:
-    """The few rows of the project's README."""
+    """Returns the few rows of the project's README."""
     rows = []
     for name, case in SPEED:
         record, kind = records[name], parts_of(name)[1]
@@ -232,7 +236,7 @@ def speed(records: Records) -> str:
 
 
 def others(records: Records) -> str:
-    """Every row of the scripts that no other table names."""
+    """Returns every row of the scripts that no other table names."""
     rows = []
     for name, record in records.items():
         script, kind = parts_of(name)
@@ -246,7 +250,7 @@ def others(records: Records) -> str:
 
 
 def sources(records: Records) -> str:
-    """Which commit each record measured, by script and kind of hardware, with a link to it."""
+    """Returns which commit each record measured, by script and kind of hardware, with a link to it."""
     kinds = sorted({parts_of(name)[1] for name in records}, key=order)
     scripts = sorted({parts_of(name)[0] for name in records})
     cells = {parts_of(name): f"[{record['commit']}](results/{name}.json)" for name, record in records.items()}

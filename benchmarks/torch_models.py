@@ -8,7 +8,7 @@ from torch import nn
 
 
 def torch_model(name: str, num_classes: int) -> nn.Module:
-    """A network of torchvision by its name, or a plain one for CIFAR."""
+    """Returns a network of torchvision by its name, or a plain one for CIFAR."""
     if name.startswith("cifar_"):
         return CifarResNet(name, num_classes)
     import_torchvision()
@@ -81,12 +81,14 @@ class CifarResNet(nn.Module):
 
 
 def sgd(model: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, fused, which PyTorch's documentation calls the fastest."""
+    """Returns SGD with Nesterov momentum, fused, which PyTorch's documentation calls the fastest."""
     return torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=decay, fused=True)
 
 
 def torch_train_step(name: str, batch: int, size: int, classes: int, dtype: str, compiled: bool, steps: int = 1) -> Any:
-    """Training steps: forward, backward, SGD with momentum, on random images; channels_last; waited for at the end."""
+    """Returns a function that takes training steps: forward, backward, SGD with momentum, on random images;
+    channels_last; waited for at the end.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True

@@ -14,7 +14,7 @@ QUICK = (("cifar_resnet20", 32, 8, "bfloat16"),)
 
 
 def compiled(name: str, size: int, each: int, dtype: str, target: str, example: bool) -> dict[str, Any]:
-    """The costs of a step of one of the two networks, compiled for the chips of a target."""
+    """Returns the costs of a step of one of the two networks, compiled for the chips of a target."""
     import jax
     import jax.numpy as jnp
     import optax

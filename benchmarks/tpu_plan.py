@@ -17,7 +17,7 @@ IMAGES_A_CHIP = 128
 
 
 def planned(model: str, target: str, chips: int, size: int, images: int) -> dict[str, Any]:
-    """The case and what the command says of it."""
+    """Returns the case and what the command says of it."""
     command = [sys.executable, "-m", "resnet_jax", "plan", "--config", "imagenet_resnet50", "--json"]
     command += ["--model.name", model, "--target", target, "--train.batch_size", str(images * chips)]
     command += ["--data.image_size", str(size)]

@@ -7,9 +7,9 @@ from benchmarks.limits import forward_flops, measure_limits
 from benchmarks.measure import MEMORY, Contender, alternate, hardware, has_gpu, network_rows, options, write
 
 STEPS = {"cpu": 2, "gpu": 10}
-"""So many steps of a large net are timed together; on a CPU ours runs them in one call, as the loop does."""
+"""Steps of a large net that are timed together; on a CPU ours runs them in one call, as the loop does."""
 PUBLISHED = 8000
-"""Images a second of resnet50 on one H200 in MLPerf Training 4.0: MXNet with kernels fused by hand, eight GPUs."""
+"""Images a second of resnet50 on one H200 in MLPerf Training 4.0: MXNet with hand-written fused kernels, eight GPUs."""
 OURS, THEIRS = ("jax", "flax.linen", "optax"), ("torch",)
 
 ON_CPU = (("resnet50", 224, 16, "float32", 11), ("cifar_resnet20", 32, 128, "float32", 15),
@@ -29,10 +29,19 @@ def jax_train_step(
     in_one_call: int = 1,
     calls: int = 1,
 ) -> Any:
-    """Training steps with ours, or with the same step around Flax's example network.
+    """Returns a function that takes training steps of our network, or of Flax's example network, with our step.
 
-    `options`: with the compiler options that our loop sets; `several`: steps in one call, of a small net on batches
-    drawn from data on the device, of a large one on batches that are given; `calls`: until it is waited for.
+    Args:
+      name: of the model.
+      batch: images of a step.
+      size: side of an image in pixels.
+      classes: number of logits.
+      dtype: of the model, `float32` or `bfloat16`.
+      example: take Flax's example network.
+      options: set the compiler options that our loop sets.
+      in_one_call: steps in one call of the device; a small net draws its batches from data on the device, a large one
+        is given them.
+      calls: until the function waits for the device.
     """
     import jax
     import numpy as np
@@ -87,7 +96,7 @@ def jax_train_step(
 
 
 def torch_step(**arguments: Any) -> Any:
-    """The opponent, imported in its own process."""
+    """Returns PyTorch's training step; torch is imported in its own process."""
     from benchmarks.torch_models import torch_train_step
 
     return torch_train_step(**arguments)
@@ -119,7 +128,7 @@ def main() -> None:
 
 
 def contenders(common: dict[str, Any]) -> list[Contender]:
-    """All that take part in one case."""
+    """Returns all that take part in one case."""
     small, gpu = common["size"] == 32, has_gpu()
     if small:  # steps in a call of ours, as the loop has them, and steps until a wait
         in_one_call, steps = (50, 50) if gpu else (5, 1)

@@ -9,7 +9,7 @@ from benchmarks.measure import Contender, alternate, options, print_table, row, 
 
 
 def write_files(folder: Path) -> list[Path]:
-    """Random weights of torchvision's resnet152 as safetensors and as PyTorch's own file."""
+    """Writes random weights of torchvision's resnet152 as safetensors and as PyTorch's own file."""
     import torch
     from safetensors.torch import save_file
 
@@ -23,7 +23,7 @@ def write_files(folder: Path) -> list[Path]:
 
 
 def peak_mib() -> float:
-    """The most memory that this process has held so far."""
+    """Returns the most memory that this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -72,7 +72,7 @@ def theirs(path: str) -> Any:
 
 
 def main() -> None:
-    """Times both in turn."""
+    """Times both, one after the other."""
     flags = options(__doc__ or "")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

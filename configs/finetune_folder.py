@@ -41,5 +41,5 @@ config = Config(
         metric="macro_recall",
         patience=5,
     ),
-    log=LogConfig(every_steps=20),
+    log=LogConfig(every_steps=10),
 )

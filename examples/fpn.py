@@ -43,7 +43,7 @@ class Detector(nn.Module):
 
 
 def main(steps=100):
-    """Returns a detector, its state after so many steps, and the mean IoU on the new squares of each."""
+    """Returns a detector, its state after a number of steps, and the mean IoU on the new squares of each."""
     first, *keys = jax.random.split(jax.random.key(0, impl="rbg"), steps + 1)
     shape = {"stage_sizes": (1,) * 4, "widths": (16, 32, 48, 64), "stem_width": 16}
     detector, optimizer = Detector(rj.features("resnet18", stages=(2, 3, 4), key=first, **shape)[0]), optax.adam(3e-3)

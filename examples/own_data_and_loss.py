@@ -13,7 +13,7 @@ import resnet_jax as rj
 
 
 def spots(count, seed):
-    """Pictures of noise with a bright spot, and its place (row, column), from 0 to 1."""
+    """Returns pictures of noise with a bright spot, and its place (row, column), from 0 to 1."""
     rng, grid = np.random.default_rng(seed), (np.arange(16) + 0.5) / 16
     places = rng.uniform(0.1, 0.9, (count, 2))
     rows, columns = (np.exp(-0.5 * ((grid - places[:, axis, None]) / 0.08) ** 2) for axis in (0, 1))
@@ -32,7 +32,7 @@ class Finder(nn.Module):
 
 
 def distance(places, batch):
-    """Distance of each picture, in parts of its width."""
+    """Computes the distance of each picture, in parts of its width."""
     return jnp.linalg.norm(places - batch["label"] + 1e-6, axis=-1)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from resnet_jax.predict.predictor import Predictor, make_forward
     from resnet_jax.runs.wandb_mlflow import MlflowHook, WandbHook
     from resnet_jax.training.build import restore
-    from resnet_jax.training.check import check
+    from resnet_jax.training.check_module import check
     from resnet_jax.training.loop import train
     from resnet_jax.training.metrics import means
     from resnet_jax.training.sharding import make_mesh, shard_batch
@@ -75,7 +75,7 @@ _HOMES = {
     "training.metrics": ("means",),
     "training.sharding": ("make_mesh", "shard_batch"),
     "training.build": ("restore",),
-    "training.check": ("check",),
+    "training.check_module": ("check",),
     "training.state": ("create_state",),
     "training.step": ("make_eval_step", "make_train_step"),
     "training.sweep": ("sweep",),
@@ -86,7 +86,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A name of the public face, out of its file."""
+    """Returns a name of the public face, which is imported when it is first asked for."""
     if name == "analysis":
         return import_module(f"{__name__}.analysis")
     for home, names in _HOMES.items():
@@ -98,5 +98,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What a user may ask for, also before it is imported."""
+    """Returns the names of the public face, also those that are not imported yet."""
     return [*globals(), *__all__]

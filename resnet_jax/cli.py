@@ -32,7 +32,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     memory` of `benchmarks/results/train_step-cpu2-*.json`. Garbage is looked for less often than Python's default,
     because what imports and traces make lives on.
     """
-    for number in (0, 1, 2):  # else a file of ours would get the number of a closed output, and what is printed to it
+    for number in (0, 1, 2):  # a file opened later would get a closed one's number, and its prints
         try:
             os.fstat(number)
         except OSError:
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; resnet-jax train --workdir FOLDER goes on from the last checkpoint", status=130)
     except BrokenPipeError:
-        if not nobody_reads():
+        if not reader_is_gone():
             raise  # another pipe is broken
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def log_as_warnings() -> Iterator[None]:
-    """Prints what the package logs as commands print warnings, and not again as other libraries set the log up."""
+    """Prints what the package logs as `WARNING: ...`, once, whatever handlers other libraries have added."""
     logger, handler = logging.getLogger("resnet_jax"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     before, logger.propagate = logger.propagate, False
@@ -129,7 +129,7 @@ def about_bucket(error: Exception, arguments: Sequence[str]) -> str:
     return bucket_problem(words, error)
 
 
-def nobody_reads() -> bool:
+def reader_is_gone() -> bool:
     """Returns whether standard output is a pipe whose reader has seen enough, such as `head`."""
     output = select.poll()
     output.register(1, 0)

@@ -130,7 +130,8 @@ def sweep_command(
     as --train.seed 0..4. The first word may be the recipe, in place of --config.
 
     Args:
-      members_per_device: Runs that go through a device together; 1 takes them in turn, auto tries what is fastest.
+      members_per_device: Runs that a device trains at the same time; 1 takes one after the other, auto tries what is
+        fastest.
     """
     chosen = checked(recipe)
     prepare_jax()
@@ -575,7 +576,7 @@ def inspect_command(
         load_config(config)
     prepare_jax()
     from resnet_jax.predict.inspect_data import inspect_data
-    from resnet_jax.runs.inspect_page import agreement_line, summary_of, write_inspection
+    from resnet_jax.predict.inspect_page import agreement_line, summary_of, write_inspection
 
     found = inspect_data(
         dataset,
@@ -629,7 +630,7 @@ def export_command(
     from resnet_jax.runs.signals import cleaned_up
 
     if form in ("stablehlo", "onnx"):
-        from resnet_jax.predict.serving import CHECKED, export_program
+        from resnet_jax.predict.export_program import CHECKED, export_program
 
         with cleaned_up():
             metadata = export_program(source, path, form, name, checkpoint, **given_parts(config))
@@ -764,7 +765,7 @@ def check_command(
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     prepare_jax()
-    from resnet_jax.training.check import check, module_of
+    from resnet_jax.training.check_module import check, module_of
 
     module, size = module_of(target, image_size, channels)
     report = check(module, size)
@@ -824,7 +825,9 @@ def lab_command(
 
 
 def prepare_jax() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told another place, and `run_in_caller`."""
+    """Sets JAX up for a command: compiled programs are kept in the user's cache folder, unless JAX has another one, and
+    programs run as `run_in_caller` says.
+    """
     import jax
 
     from resnet_jax.training.sharding import run_in_caller
@@ -920,7 +923,7 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
     """
     commands = dict(COMMANDS if commands is None else commands)
     name = arguments[0]
-    if name == "show-batch":  # else a flag with several values before FILE would take it, too
+    if name == "show-batch":  # a flag with several values before FILE would take FILE, too
         arguments = [name, *sorted(arguments[1:], key=lambda word: not word.endswith(".png"))]
     varied: dict[str, Any] = {}
     if name == "sweep":

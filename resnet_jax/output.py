@@ -34,5 +34,7 @@ def fail(message: str, status: int = 2) -> int:
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """Returns the first line of what an error says, up to so many characters; its kind where it says nothing."""
+    """Returns the first line of what an error says, at most `most` characters; the name of its type where it
+    says nothing.
+    """
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

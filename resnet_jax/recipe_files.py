@@ -1,4 +1,4 @@
-"""Recipe files and the recipes of runs."""
+"""Recipe files, and what the folder of a run says of its recipe and of its user's own parts."""
 
 import contextlib
 import dataclasses
@@ -13,6 +13,9 @@ from resnet_jax.config import Config, from_dict
 from resnet_jax.configs import FOLDER
 from resnet_jax.files import local_path, path_of, read_json
 from resnet_jax.typed import InputError
+
+PARTS_FILE = "parts.json"
+"""Name of the file in a run's folder that says which parts were its user's own."""
 
 
 class WrongRecipe(InputError):
@@ -41,22 +44,22 @@ def load_recipe(given: str | Path) -> dict[str, Any]:
     """
     path = find_recipe(given)
     content = path.read_bytes()
-    if (path, content) in RUN_ALREADY:
-        return RUN_ALREADY[path, content]
+    if (path, content) in EXECUTED_RECIPES:
+        return EXECUTED_RECIPES[path, content]
     defined = run_file(path, "--config ")
     if not isinstance(defined.get("config"), Config):
         raise InputError(f"--config {path}: the file must define `config = Config(...)`")
-    RUN_ALREADY[path, content] = defined
+    EXECUTED_RECIPES[path, content] = defined
     return defined
 
 
-RUN_ALREADY: dict[tuple[Path, bytes], dict[str, Any]] = {}
+EXECUTED_RECIPES: dict[tuple[Path, bytes], dict[str, Any]] = {}
 """Recipes that this process has run, by path and content: a command asks for the config and for the parts beside it."""
 
 
 def recipe_given() -> Path | None:
     """Returns the recipe file of the user's own that this process has run last; None where there was none."""
-    return next((path for path, _ in reversed(RUN_ALREADY) if path.parent != FOLDER), None)
+    return next((path for path, _ in reversed(EXECUTED_RECIPES) if path.parent != FOLDER), None)
 
 
 def run_file(path: Path, what: str) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def place_of(error: BaseException, path: Path) -> str:
     return f"{path}, line {lines[-1]}" if lines and lines[-1] else str(path)
 
 
-def recorded(workdir: str | Path | None) -> Config | None:
+def recorded_recipe(workdir: str | Path | None) -> Config | None:
     """Returns the recipe of the run that a folder holds; None where it holds none.
 
     Raises:
@@ -142,6 +145,16 @@ def recorded(workdir: str | Path | None) -> Config | None:
         return None
     except InputError as error:
         raise InputError(f"{error}; put back the one that the run wrote, or give another --workdir") from error
+
+
+def recorded_parts(folder: Path) -> dict[str, dict[str, str]]:
+    """Returns name and hash of each part of the user's own, as `names_and_hashes` gave them when the run or sweep in a
+    folder was started; empty where there were none.
+    """
+    try:
+        return read_json(folder / PARTS_FILE, dict[str, dict[str, str]])
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
 
 
 def read_recipe(file: Path) -> Config:
@@ -175,6 +188,6 @@ def starting_recipe(recipe: str | None, workdir: str | None) -> Config:
     """
     if recipe is not None:
         return load_config(recipe)
-    config = recorded(workdir) or Config()
+    config = recorded_recipe(workdir) or Config()
     alone = dataclasses.replace(config.parallel, distributed="off", coordinator=None, processes=None, process_id=None)
     return dataclasses.replace(config, parallel=alone)

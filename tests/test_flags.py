@@ -15,8 +15,8 @@ from PIL import Image
 from resnet_jax import cli
 from resnet_jax.config import Config
 from resnet_jax.lab.record import Notebook
+from resnet_jax.predict import export_program
 from resnet_jax.predict import predictor as inference
-from resnet_jax.predict import serving
 from resnet_jax.runs import forecast, show_batch
 from resnet_jax.training import loop, sharding
 
@@ -105,7 +105,7 @@ def folder(tmp_path_factory):
         patch.setattr(show_batch, "whole_split", reached)
         patch.setattr(show_batch, "train_batches", reached)
         patch.setattr(Notebook, "part", reached)
-        patch.setattr(serving, "write_stablehlo", reached)
+        patch.setattr(export_program, "write_stablehlo", reached)
         patch.setattr(inference, "make_forward", lambda model, variables: lambda images: jnp.zeros((len(images), 10)))
         patch.setattr(sharding, "run_in_caller", lambda: None)
         yield folder

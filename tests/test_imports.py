@@ -1,6 +1,9 @@
+import ast
 import subprocess
 import sys
+from fnmatch import fnmatch
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +63,44 @@ for line in ("--help", "--version", "train --help", "train --train.sed 3", "plan
 
 def test_help_and_wrong_flags_are_answered_before_jax():
     subprocess.run([sys.executable, "-c", WITHOUT_JAX], check=True, capture_output=True)
+
+
+LAYERS = """
+typed output configs config files recipe_files recipe_flags
+ops ops.*
+models models.*
+weights weights.*
+analysis predict.gradcam predict.fold_batch_norm training.state training.sharding
+data data.*
+training.[!lsv]* training.losses training.linear_probe training.several_steps training.step training
+runs runs.*
+training.loop training.sweep* training.verify*
+predict predict.* lab lab.*
+__init__ __main__ cli commands
+"""
+"""From below; a file imports of its own line and of those above it in this text. The first line that fits counts."""
+CHECKPOINTS_AS_WEIGHTS = {
+    ("weights.sources", "training.checkpoints"),
+    *(("weights.export", f"training.{name}") for name in ("build", "checkpoints", "parts")),
+}
+"""Inside functions: a run is a source of weights, and weights are written as a checkpoint."""
+
+
+def layer_of(module: str) -> int:
+    layers = [line.split() for line in LAYERS.strip().splitlines()]
+    return next(i for i, names in enumerate(layers) if any(fnmatch(module, name) for name in names))
+
+
+def test_nothing_imports_upward():
+    """The picture in CONTRIBUTING.md."""
+    import resnet_jax
+
+    root, upward = Path(resnet_jax.__file__).parent, set()
+    for file in root.rglob("*.py"):
+        module = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("resnet_jax."):
+                target = node.module.removeprefix("resnet_jax.")
+                if layer_of(target) > layer_of(module):
+                    upward.add((module, target))
+    assert upward == CHECKPOINTS_AS_WEIGHTS

@@ -17,7 +17,7 @@ from resnet_jax import InputError
 from resnet_jax.cli import main
 from resnet_jax.lab import curvature, degradation, gradients, landscape, lesion, relatives, response
 from resnet_jax.lab.captions import CAPTIONS, TITLES
-from resnet_jax.lab.fit import cifar_net, fit, fit_seeds, load, pixels, recipe, variables_of
+from resnet_jax.lab.fit import cifar_net, fit, fit_seeds, load, pixels, recipe
 from resnet_jax.lab.panels import COLOURS, draw_panels, panel_svg, short, translated, with_spread
 from resnet_jax.lab.record import Notebook, Options
 from resnet_jax.lab.run import EXPERIMENTS, module_of, write_page
@@ -143,9 +143,9 @@ def test_directions_have_the_norms_of_the_filters(digits):
     config = recipe(digits, 1.0)
     state, _ = fit(model, digits, config, points=1)
     batch = pixels(digits, 32, config)
-    losses = landscape.plane(model, variables_of(state), [direction, direction], batch, 10)(np.asarray([0.0, 0.5]), 0.0)
+    losses = landscape.plane(model, state.variables, [direction, direction], batch, 10)(np.asarray([0.0, 0.5]), 0.0)
     apply = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
-    logits, _ = apply(variables_of(state), batch[0])
+    logits, _ = apply(state.variables, batch[0])
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
     assert float(losses[0]) == pytest.approx(float(expected), rel=1e-4)
     assert losses[1] != losses[0]

@@ -165,7 +165,7 @@ NETWORKS = {
 def test_operations_of_the_family_are_translated(fields, tmp_path):
     """With values that tell: a pool without its border, say, would pass with a network that starts as zero."""
     pytest.importorskip("onnxruntime", reason="needs jax2onnx and onnxruntime")
-    from resnet_jax.predict.serving import write_onnx
+    from resnet_jax.predict.export_program import write_onnx
 
     model = ResNet(stage_sizes=(1, 1), widths=(32, 64), num_classes=5, **fields)
     images = jax.random.normal(jax.random.key(0), (3, 33, 33, 3))
@@ -180,9 +180,11 @@ def test_operations_of_the_family_are_translated(fields, tmp_path):
 
 
 def test_a_program_that_differs_is_not_written(run, tmp_path, monkeypatch, capsys):
-    from resnet_jax.predict import serving
+    from resnet_jax.predict import export_program
 
-    monkeypatch.setattr(serving, "serve", lambda predictor: lambda pixels: pixels[:, 0, 0] / 255.0)
+    monkeypatch.setattr(
+        export_program, "pixels_to_probabilities", lambda predictor: lambda pixels: pixels[:, 0, 0] / 255.0
+    )
     assert main(["export", str(run), str(tmp_path / "net.stablehlo")]) == 2
     assert "differs from the network" in capsys.readouterr().err and not list(tmp_path.iterdir())
 

@@ -48,8 +48,8 @@ def _rows(source: Source, names: np.ndarray) -> np.ndarray:
 
 
 def _size_or_hash(source: Source, index: int) -> int:
-    """The size of a picture's file, the hash of one that lies in a table or in an array, or -1 where a source does not
-    say: what a user's own code gives may be another picture each time.
+    """Returns the size of a picture's file, the hash of one that lies in a table or in an array, or -1 where a source
+    does not say: what a user's own code gives may be another picture each time.
     """
     if isinstance(source, Part):
         return _size_or_hash(source.source, int(source.indices[index]))
@@ -78,7 +78,7 @@ def digest(found: Fingerprint) -> str:
     return whole.hexdigest()
 
 
-def save(found: Fingerprint, folder: Path, devices: int) -> None:
+def save_fingerprint(found: Fingerprint, folder: Path, devices: int) -> None:
     """Writes a fingerprint, the name of the library that resizes and the number of devices into a run's folder, at once
     or not at all.
     """
@@ -87,7 +87,7 @@ def save(found: Fingerprint, folder: Path, devices: int) -> None:
     write_whole(folder / FILE, content.getvalue())
 
 
-def load(folder: Path) -> Fingerprint | None:
+def load_fingerprint(folder: Path) -> Fingerprint | None:
     """Reads the fingerprint of a run; None where its folder has none.
 
     Raises:
@@ -205,7 +205,7 @@ def shares_of(old: Fingerprint, new: Fingerprint) -> tuple[float, float | None]:
     return float(np.isin(now[:, 0], before[:, 0]).mean()), same
 
 
-def trained_on(old: Fingerprint, new: Fingerprint, split: str) -> int:
+def count_trained_on(old: Fingerprint, new: Fingerprint, split: str) -> int:
     """Counts the examples of a split, as it is now, that were in the training split of a run."""
     return int(np.isin(new[split][:, 0], old.get("train", _NONE)[:, 0]).sum())
 

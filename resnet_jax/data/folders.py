@@ -137,7 +137,7 @@ def pictures_under(folder: Path, left: LeftOut) -> Iterator[str]:
 
 
 def _folders(root: Path, left: LeftOut) -> dict[str, Path]:
-    """The folders in a folder by name, without litter."""
+    """Returns the folders in a folder by name, without litter."""
     found = {}
     for entry in entries_of(root):
         if is_litter(entry.name):
@@ -205,12 +205,12 @@ def classes_in(root: Path) -> tuple[str, ...]:
 
 
 def _has_folders(folder: Path) -> bool:
-    """Whether there are folders in a folder, litter left aside."""
+    """Returns whether there are folders in a folder, litter left aside."""
     return bool(_folders(folder, LeftOut()))
 
 
 def _class_files(place: Path, root: Path, left: LeftOut) -> list[Picture]:
-    """The pictures of each class folder in a place, both sorted by name; their keys are paths below the root."""
+    """Returns the pictures of each class folder in a place, both sorted by name; keys are paths below the root."""
     folders = _folders(place, left)
     if not folders:
         raise InputError(f"{place} has no classes: put the images of each class into a folder of the class's name")
@@ -235,7 +235,7 @@ def _dataset(
     multilabel: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Dataset:
-    """A dataset of pictures by split; classes are those of the training split.
+    """Returns a dataset of pictures by split; classes are those of the training split.
 
     Raises:
       InputError: there are fewer than two classes, or another split has one that is not trained on.
@@ -281,7 +281,7 @@ def table_dataset(file: Path) -> Dataset:
     for number, row in enumerate(rows, start=2):
         where = f"{file}, line {number}"
         path, labels = os.path.normpath(os.path.join(file.parent, row["path"])), _labels(row["label"])
-        path = path if there is None else path.replace("gs:/", "gs://", 1)  # of which normpath has made one slash
+        path = path if there is None else path.replace("gs:/", "gs://", 1)  # normpath has made one slash of two
         split = split_of(row["split"] or "train")
         if split is None:
             known = ", ".join(names[0] for names in SPLIT_NAMES.values())
@@ -303,8 +303,8 @@ def table_dataset(file: Path) -> Dataset:
 
 
 def _table(file: Path) -> tuple[list[dict[str, str]], tuple[str, ...]]:
-    """The rows of a CSV file: `path`, `label` and `split`, in any case, each "" where it is absent; and a note on other
-    columns.
+    """Returns the rows of a CSV file: `path`, `label` and `split`, in any case, each "" where it is absent; and a note
+    on other columns.
 
     UTF-8 with or without a byte order mark, and UTF-16 with one, are read.
     """

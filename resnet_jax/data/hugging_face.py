@@ -150,7 +150,7 @@ def hugging_face_dataset(spec: str, config: DataConfig, prepare: bool) -> Datase
 
 
 def _prepared(kind: str, given: str, name: str, home: str | None, prepare: bool) -> tuple[Any, Path | None]:
-    """A builder whose rows lie on the disk, and the folder where the data is one.
+    """Returns a builder whose rows lie on the disk, and the folder where the data is one.
 
     Raises:
       InputError: there is no such dataset, or it cannot be read.
@@ -194,7 +194,7 @@ def _prepared(kind: str, given: str, name: str, home: str | None, prepare: bool)
 
 
 def _parquet_files(path: Path, name: str) -> dict[str, list[str]]:
-    """Parquet files by split: of a file, a folder or a pattern."""
+    """Returns Parquet files by split: of a file, a folder or a pattern."""
     if path.is_dir():
         hidden = re.compile(r"(.*/)?\.")
         found = [file for file in path.rglob("*.parquet") if not hidden.match(file.relative_to(path).as_posix())]
@@ -215,7 +215,7 @@ def _parquet_files(path: Path, name: str) -> dict[str, list[str]]:
 
 
 def _column(what: str, features: Any, given: str | None, name: str) -> str:
-    """The column of the images or of the labels: the one that is named, else the only one of a fitting type.
+    """Returns the column of the images or of the labels: the one that is named, else the only one of a fitting type.
 
     Among several, the one that is called so goes before one that is declared so (`Image`, `ClassLabel`).
 
@@ -249,7 +249,7 @@ DECLARED = {"image": "Image", "label": "ClassLabel"}
 
 
 def _fits(what: str, feature: Any) -> bool:
-    """Whether a column can hold encoded images, or one label a row."""
+    """Returns whether a column can hold encoded images, or one label a row."""
     if what == "image":
         feature = feature.get("bytes") if isinstance(feature, dict) else feature
         return getattr(feature, "dtype", None) in BYTES
@@ -257,7 +257,7 @@ def _fits(what: str, feature: Any) -> bool:
 
 
 def _type(feature: Any) -> str:
-    """What to call the type of a column, such as `int64`, `ClassLabel`, `List(Value('int64'))`."""
+    """Returns the name of a column's type for messages, such as `int64`, `ClassLabel`, `List(Value('int64'))`."""
     if isinstance(feature, dict):
         return f"struct of {', '.join(feature)}"
     kind = type(feature).__name__
@@ -265,13 +265,13 @@ def _type(feature: Any) -> str:
 
 
 def _values(table: Any, column: str) -> list[Any]:
-    """All values of a column; None where there is none."""
+    """Returns all values of a column; None where there is none."""
     values: list[Any] = table.select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
     return values
 
 
 def _distinct(values: Iterable[Any], column: str, named: bool, name: str) -> tuple[Any, ...]:
-    """The distinct values of a column of labels, sorted.
+    """Returns the distinct values of a column of labels, sorted.
 
     Raises:
       InputError: there are fewer than two, a negative number, or, in a column that nobody named, one for each row.
@@ -291,7 +291,7 @@ def _distinct(values: Iterable[Any], column: str, named: bool, name: str) -> tup
 
 
 def _files_below(rows: Any, root: Path | None) -> tuple[str, ...]:
-    """Paths below a folder, where all images are files in it; else none. No image is read."""
+    """Returns paths below a folder, where all images are files in it; else none. No image is read."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -4,6 +4,7 @@ the mesh.
 
 import gc
 import os
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,7 +18,7 @@ from resnet_jax.config import AugmentConfig, Config, InputError, Size, known, kn
 from resnet_jax.data.dataset import Dataset, Source, labels_of
 from resnet_jax.data.decode import BadImage, decode
 from resnet_jax.data.order import balanced_table, example_index, is_mirrored
-from resnet_jax.data.own_data import held_up
+from resnet_jax.data.own_data import slow_example
 from resnet_jax.data.transforms import augment, fit
 from resnet_jax.data.watch import Stalled, awaited, check_guard, end_with_parent, name_what_hangs
 from resnet_jax.output import say
@@ -147,7 +148,7 @@ def _order_of_batch(start: int, count: int, size: int, seed: int, repeats: int) 
     return indices, is_mirrored(positions, indices, size, seed)
 
 
-def eval_look(recipe: AugmentConfig) -> tuple[float, str]:
+def eval_crop_and_interpolation(recipe: AugmentConfig) -> tuple[float, str]:
     """Returns crop and interpolation of images that are evaluated, as `fit` takes them."""
     return known(recipe.eval_crop, "augment.eval_crop"), known(recipe.interpolation, "augment.interpolation")
 
@@ -180,7 +181,7 @@ class EvalExample:
         if not here:
             return found | {"image": blank}
         try:
-            image = fit(raw, self.image_size, *eval_look(self.recipe), self.channels)
+            image = fit(raw, self.image_size, *eval_crop_and_interpolation(self.recipe), self.channels)
         except BadImage:
             return found | {"image": blank, "bad": np.int64(index)}
         return found | {"image": image, "mask": np.True_}
@@ -190,7 +191,7 @@ class EvalExample:
         return self.source.describe(self._example(place)[0])
 
     def _example(self, place: int) -> tuple[int, bool]:
-        """Returns the index of an example and True; behind the last example of the split 0 and False."""
+        """Returns the index of an example and True; past the last example of the split 0 and False."""
         step, offset = divmod(place, self.share)
         index = (step * self.hosts + self.rank) * self.share + offset
         return (index, True) if index < len(self.source) else (0, False)
@@ -238,7 +239,8 @@ def _batches(
     """Yields the batches `start` to `stop - 1` on the mesh, made by threads, or by worker processes.
 
     Raises:
-      InputError: an image cannot be decoded and the policy of `bad` is `error`.
+      InputError: an image cannot be decoded and the policy of `bad` is `error`, or the dataset cannot be pickled for
+        worker processes.
       Stalled: nothing came for `timeout` seconds, or a worker process died.
     """
     with from_extra("train", "the loader"):
@@ -258,7 +260,7 @@ def _batches(
 
     def explain() -> str:
         seconds = min(timeout, 30.0)
-        return held_up(seconds / 2) or name_what_hangs(example, range(given * share, (given + 1) * share), seconds)
+        return slow_example(seconds / 2) or name_what_hangs(example, range(given * share, (given + 1) * share), seconds)
 
     try:
         for batch in awaited(iterator, timeout, explain):
@@ -270,6 +272,14 @@ def _batches(
     except Stalled:
         stalled = True
         raise
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        if not workers or "pickle" not in str(error):
+            raise
+        raise InputError(
+            f"data.workers {workers}: a worker process is given a copy of the dataset, and this one cannot be copied "
+            f"({str(error).splitlines()[0]}): leave what holds a lock or an open file out by its __getstate__, or set "
+            "data.workers 0"
+        ) from error
     finally:
         if not stalled:  # what hangs could not be closed
             iterator.close()

@@ -17,7 +17,7 @@ ClassMap = Mapping[str, str | int]
 
 @dataclass(frozen=True)
 class Relabelled:
-    """A source whose classes have other numbers: class k is `numbers[k]`, of so many `outputs`.
+    """A source whose classes have other numbers: class k is `numbers[k]` of `outputs` classes.
 
     Attributes:
       multilabel: labels hold a 0 or 1 for each output.

@@ -43,12 +43,12 @@ class Examples:
         """
         if in_memory(self.examples):
             return self._read(index)
-        with ONE_AT_A_TIME:
-            UNDER_WAY.append((self.describe(index), time.monotonic()))
+        with READ_LOCK:
+            READS_UNDER_WAY.append((self.describe(index), time.monotonic()))
             try:
                 return self._read(index)
             finally:
-                UNDER_WAY.pop()
+                READS_UNDER_WAY.pop()
 
     def _read(self, index: int) -> tuple[Any, Any]:
         try:
@@ -64,17 +64,17 @@ class Examples:
     key = describe
 
 
-ONE_AT_A_TIME = threading.RLock()
+READ_LOCK = threading.RLock()
 """Is held while an example of the user's own is read, of any split: two of them may share one open file."""
-UNDER_WAY: list[tuple[str, float]] = []
+READS_UNDER_WAY: list[tuple[str, float]] = []
 """What is being read now, and since when, in seconds of `time.monotonic`."""
 
 
-def held_up(seconds: float) -> str:
+def slow_example(seconds: float) -> str:
     """Returns the end of a sentence that names an example of the user's own that has been read for longer than this;
     "" where none has.
     """
-    for what, began in UNDER_WAY[:1]:
+    for what, began in READS_UNDER_WAY[:1]:
         if (passed := time.monotonic() - began) > seconds:
             return f"{what} has been under way for {passed:.0f} seconds"
     return ""

@@ -101,7 +101,7 @@ def _check_labels(dataset: Dataset) -> None:
 
 
 def _spread(size: int, most: int) -> np.ndarray:
-    """At most `most` places, evenly over a split of `size`, the first and the last among them."""
+    """Returns at most `most` places, evenly over a split of `size`, the first and the last among them."""
     return np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(int))
 
 
@@ -122,7 +122,7 @@ def _digits() -> Dataset:
 
 
 def _synthetic(config: DataConfig, seed: int) -> Dataset:
-    """Random pixels and labels; the validation split is a tenth of the size."""
+    """Returns random pixels and labels; the validation split is a tenth of the size."""
     rng = np.random.default_rng(seed)
 
     def split(name: str, size: int, image: Size) -> ArraySource:
@@ -166,7 +166,9 @@ class TfdsSource:
 
 
 def _tfds(spec: str, config: DataConfig, prepare: bool) -> Dataset:
-    """`NAME` or `NAME:SPLIT`; validation and test are the splits of these names, where they have labels."""
+    """Returns the dataset of `NAME` or `NAME:SPLIT`; validation and test are the splits of these names, where they have
+    labels.
+    """
     with from_extra("tfds", f"data.dataset tfds:{spec}"):
         import tensorflow_datasets as tfds
 

@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from resnet_jax.config import AugmentConfig, Size, known, sides
-from resnet_jax.data.augmentation import color_jitter, erase, rand_augment, trivial_augment
+from resnet_jax.data.color_and_shape import color_jitter, erase, rand_augment, trivial_augment
 from resnet_jax.data.decode import (
     ORIENTATIONS,
     Picture,
@@ -152,12 +152,14 @@ def part_seen(found: tuple[int, int], size: Size, crop: float = 1.0) -> tuple[fl
 
 
 def _corner(large: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Top and left of the part of height and width `size` in the centre of an image, rounded as torchvision does."""
+    """Returns top and left of the part of height and width `size` in the centre of an image, rounded as torchvision
+    does.
+    """
     return round((large[0] - size[0]) / 2), round((large[1] - size[1]) / 2)
 
 
 def _covering(found: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
-    """Height and width to which a picture is resized to cover `least`, rounded as torchvision and timm do."""
+    """Returns height and width to which a picture is resized to cover `least`, rounded as torchvision and timm do."""
     if least[0] == least[1]:  # torchvision's Resize
         long = int(least[0] * max(found) / min(found))
         return (least[0], long) if found[0] <= found[1] else (long, least[0])

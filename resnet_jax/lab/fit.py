@@ -24,6 +24,7 @@ from resnet_jax.config import (
 )
 from resnet_jax.data.dataset import default_split
 from resnet_jax.data.loader import BadImages, whole_split
+from resnet_jax.data.on_device import normalize
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.registry import create_model
 from resnet_jax.recipe_files import load_config
@@ -177,7 +178,7 @@ def fit_seeds(
                     watch(step, states[place])
                 row: dict[str, float] = {"step": step, "epoch": step / per_epoch}
                 for split, values in (("train", data.train), ("test", data.test)):
-                    found = evaluate(variables_of(states[place]), values)
+                    found = evaluate(states[place].variables, values)
                     row |= {f"{split}_loss": found["loss"], f"{split}_error": 1.0 - found["accuracy"]}
                 curve.append(row)
             if step < steps:
@@ -187,11 +188,6 @@ def fit_seeds(
     at_once = (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
     with ThreadPoolExecutor(min(at_once, len(seeds))) as threads:
         return list(threads.map(train_one, range(len(seeds))))
-
-
-def variables_of(state: TrainState) -> Any:
-    """Returns parameters and running statistics as `model.apply` takes them."""
-    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def evaluator(model: nn.Module, config: Config) -> Callable[[Any, dict[str, np.ndarray]], dict[str, Any]]:
@@ -212,8 +208,6 @@ def evaluator(model: nn.Module, config: Config) -> Callable[[Any, dict[str, np.n
 
 def pixels(data: Data, count: int, config: Config) -> tuple[jax.Array, np.ndarray]:
     """Returns the first training images, float32 [count, height, width, 3], normalized, and labels, int32 [count]."""
-    from resnet_jax.data.on_device import normalize
-
     images = jnp.asarray(data.train["image"][:count])
     return normalize(images, *normalization(config), jnp.dtype("float32")), data.train["label"][:count]
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from resnet_jax.lab.fit import cifar_net, fit, load, network, pixels, recipe, variables_of
+from resnet_jax.lab.fit import cifar_net, fit, load, network, pixels, recipe
 from resnet_jax.lab.panels import COLOURS, Panel, Text, log_axis, short, translated
 from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.blocks import PreactBlock
@@ -189,7 +189,7 @@ def in_training(kind: str, data: Any, images: jax.Array, labels: Any, quick: boo
     gradients = jax.jit(partial(gradients_along, model))
 
     def watch(step: int, state: TrainState) -> None:
-        norms = np.asarray(gradients(variables_of(state), images, labels))
+        norms = np.asarray(gradients(state.variables, images, labels))
         found.append({"kind": kind, "norm": "batch", "init": "He", "depth": 20, "step": step,
                       "first": float(norms[0]), "last": float(norms[-1])})  # fmt: skip
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax.typing import VariableDict
 
-from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe, variables_of
+from resnet_jax.lab.fit import cifar_net, fit, load, pixels, recipe
 from resnet_jax.lab.panels import COLOURS, Panel, Text, log_axis, short, translated
 from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.runs.charts import log_ticks, plain_number
@@ -43,7 +43,7 @@ def rows(book: Notebook) -> Rows:
                 config = recipe(data, 8.0 if options.quick else 30.0, (options.seeds or (0,))[0])
                 model = cifar_net(kind, depth, data)
                 state, _ = fit(model, data, config, points=1)
-                variables = variables_of(state)
+                variables = state.variables
                 keys = jax.random.split(jax.random.key(0))
                 directions = [filter_normalised(key, variables["params"]) for key in keys]
                 trained.append(plane(model, variables, directions, pixels(data, 256, config), data.classes))

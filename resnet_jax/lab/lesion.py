@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import VariableDict
 
-from resnet_jax.lab.fit import cifar_net, fit_seeds, load, recipe, variables_of
+from resnet_jax.lab.fit import cifar_net, fit_seeds, load, recipe
 from resnet_jax.lab.panels import COLOURS, Panel, Text, plot_spread, seeds_of
 from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.blocks import ResidualBlock
@@ -41,7 +41,7 @@ def rows(book: Notebook) -> Rows:
             return [
                 {"kind": kind, "depth": depth, "seed": seed} | row
                 for seed, (state, _) in zip(seeds, runs, strict=True)
-                for row in lesions(model, variables_of(state), data, depth)
+                for row in lesions(model, state.variables, data, depth)
             ]
 
         found += book.part(f"{kind} {depth}, seeds {seeds}", of_kind)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from resnet_jax.config import OptimizerConfig
-from resnet_jax.lab.fit import EVALUATED, evaluator, fit_seeds, load, network, pixels, recipe, variables_of
+from resnet_jax.lab.fit import EVALUATED, evaluator, fit_seeds, load, network, pixels, recipe
 from resnet_jax.lab.panels import COLOURS, Panel, Text, listed, log_axis, plot_spread, seeds_of, short, with_spread
 from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.registry import cost, own_models
@@ -71,7 +71,7 @@ def rows_of(
         changes["optimizer"] = OptimizerConfig(name="adamw", learning_rate=2e-3, weight_decay=0.05)
     config = recipe(data, epochs, **changes)
     runs = fit_seeds(model, data, config, seeds, points=1)
-    variables = variables_of(runs[0][0])
+    variables = runs[0][0].variables
     evaluate = evaluator(model, config)
     evaluate(variables, data.test)
     began = time.perf_counter()

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax.typing import VariableDict
 
-from resnet_jax.lab.fit import cifar_net, fit_seeds, load, pixels, recipe, variables_of
+from resnet_jax.lab.fit import cifar_net, fit_seeds, load, pixels, recipe
 from resnet_jax.lab.panels import COLOURS, Panel, Text, seeds_of, short
 from resnet_jax.lab.record import Notebook, Rows
 from resnet_jax.models.blocks import ResidualBlock
@@ -34,7 +34,7 @@ def rows(book: Notebook) -> Rows:
             return [
                 {"kind": "residual", "depth": depth, "seed": seed} | row
                 for seed, (state, _) in zip(seeds, runs, strict=True)
-                for row in responses(model, variables_of(state), images)
+                for row in responses(model, state.variables, images)
             ]
 
         found += book.part(f"residual {depth}, seeds {seeds}", of_depth)

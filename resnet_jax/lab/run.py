@@ -14,6 +14,7 @@ from resnet_jax.lab.captions import CAPTIONS, TABLES, TITLES
 from resnet_jax.lab.panels import DARK, LIGHT, draw_panels, panel_svg, short, translated
 from resnet_jax.lab.record import Notebook, Options, save, save_figure
 from resnet_jax.models.registry import nearest
+from resnet_jax.runs.report_page import page_template
 
 EXPERIMENTS = tuple(TITLES)
 """Names of the experiments. Each is a module of this folder with `rows(notebook)`, which computes what it records,
@@ -38,7 +39,7 @@ def run(name: str, folder: Path, options: Options) -> dict[str, Any]:
     """
     if name not in EXPERIMENTS:
         raise InputError(f"there is no experiment {name!r}; {nearest(name, (*EXPERIMENTS, 'all', 'page'))}")
-    DataConfig(dataset=options.dataset)  # which checks it
+    DataConfig(dataset=options.dataset)  # raises where there is no such dataset
     for depth in options.depths or ():
         if not 8 <= depth <= MOST_LAYERS or (depth - 2) % 6:
             raise InputError(f"--depths {depth}: depths are 6n + 2 up to {MOST_LAYERS}, such as 8, 20, 56")
@@ -104,13 +105,8 @@ def write_page(folder: Path) -> Path:
     Raises:
       InputError: a record is damaged.
     """
-    import jinja2
-
     sections = [section(folder, name) for name in recorded_in(folder)]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    template = page_template(Path(__file__).with_name("page.html"))
     write_whole(folder / "index.html", template.render(sections=sections, light=LIGHT, dark=DARK))
     return folder / "index.html"
 

@@ -49,7 +49,8 @@ class EfficientChannelAttention(nn.Module):
 
 
 def channel_attention(x: Array, kind: str, ratio: float) -> Array:
-    """Weights the channels of x by a module called `attention`; x itself for `none`. To be called in a compact module.
+    """Returns x with its channels weighted by a module called `attention`; x itself for `none`. To be called in a
+    compact module.
 
     Args:
       kind: `none`, `se` (`SqueezeExcite`) or `eca` (`EfficientChannelAttention`).

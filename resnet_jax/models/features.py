@@ -47,7 +47,7 @@ def features_of(model: nn.Module, stages: Sequence[int] | None = None, frozen: b
         effect where there is no batch norm.
 
     Raises:
-      InputError: the model has no such stages, no maps, or norms that cannot be told to be frozen.
+      InputError: the model has no such stages, no maps, or norms that cannot be frozen.
     """
     kind = type(model).__qualname__
     found = {0 if f.name == "stem" else int(f.name.removeprefix("stage")): f for f in feature_info(model)}

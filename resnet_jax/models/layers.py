@@ -41,7 +41,10 @@ class Conv(nn.Module):
 
     Attributes:
       features: channels that come out.
-      kernel_size, strides, dilation, groups: as in `conv2d`; the kernel is square.
+      kernel_size: side of the kernel, which is square.
+      strides: as in `conv2d`.
+      dilation: as in `conv2d`.
+      groups: as in `conv2d`.
       standardized: the kernel of each output channel gets mean 0 and variance 1 first (Qiao et al. 2019).
       dtype: in which the convolution computes, and of the result.
 
@@ -105,8 +108,8 @@ class BatchNorm(nn.Module):
     Example:
       >>> norm, x = BatchNorm(momentum=0.75), jnp.ones((2, 4, 4, 8))
       >>> variables = norm.init(jax.random.key(0), x, train=False)
-      >>> y, moved = norm.apply(variables, x, train=True, mutable=["batch_stats"])
-      >>> moved["batch_stats"]["mean"][0]  # 0.75 times 0, and 0.25 times 1
+      >>> y, updates = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+      >>> updates["batch_stats"]["mean"][0]  # 0.75 times 0, and 0.25 times 1
       Array(0.25, dtype=float32)
     """
 

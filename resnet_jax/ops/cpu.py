@@ -134,9 +134,10 @@ def _along_x(x: Array, kernel: Array, strides: int, dilation: int, groups: int, 
 def _along_kernel(x: Array, kernel: Array, strides: int, dilation: int, groups: int, sharded: bool) -> Array:
     """Convolves in a form whose transpose along the kernel, the weight gradient, is fast.
 
-    Narrow layers go by 16 images at a time, each part materialised before it is transposed: as one operation the two
-    take half as long again, and apart they take a step of cifar_resnet20 to 0.96 of its time. The parts are not a loop,
-    since XLA puts off loops until all activations of a step are there, and rematerialisation would save little.
+    Narrow layers take 16 images at a time, and each such part is materialised before it is transposed: as one operation
+    the two take half as long again; as two operations, a step of cifar_resnet20 takes 0.96 of its time. The parts are
+    not a loop, since XLA puts off loops until all activations of a step are there, and rematerialisation would save
+    little.
     """
     winograd_too = _takes_winograd(x, kernel, strides, dilation, groups, sharded)
     if winograd_too and min(kernel.shape[2:]) >= winograd.MIN_CHANNELS_OF_GRADIENT:

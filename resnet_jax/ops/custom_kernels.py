@@ -66,11 +66,6 @@ def sharded_batch(sharded: bool = True, platform: str | None = None) -> Iterator
         _sharded.reset(token)
 
 
-def batch_is_sharded() -> bool:
-    """Returns whether functions that are traced now are said to take batches split over several devices."""
-    return bool(_sharded.get())
-
-
 def sharded_platform() -> str:
     """Returns the platform of the devices that batches are said to be split over; "" where they are not."""
     return _sharded.get()

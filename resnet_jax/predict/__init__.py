@@ -1,1 +1,1 @@
-"""Networks for use: pictures in, probabilities out; where a network looks; programs for serving."""
+"""Networks for use: pictures in, probabilities out; Grad-CAM; data on trial; programs for serving."""

@@ -24,7 +24,7 @@ from resnet_jax.models.registry import (
 )
 from resnet_jax.output import first_line
 from resnet_jax.predict.predictor import make_forward
-from resnet_jax.training.sharding import compiler_options
+from resnet_jax.training.sharding import compiler_options, memory_of, uncached
 from resnet_jax.training.state import TrainState, create_state
 from resnet_jax.training.step import make_train_step
 from resnet_jax.weights.tags import tags_of
@@ -50,7 +50,7 @@ def models_of(words: tuple[str, ...]) -> list[str]:
     for word in words:
         names = [word] if word in MODELS else list_models(word)
         if not names:
-            create_model(word)  # which says what is like it
+            create_model(word)  # raises, with the nearest names
         found |= dict.fromkeys(names)
     return list(found)
 
@@ -78,7 +78,7 @@ def bench(
       `name`, `image_size`, `batch`, `dtype`, `device`, `parameters`, `gmacs` (10**9 multiply-adds of an image), and of
       each kind a dict: `images_per_second` (the median), `quartiles` (of the same), `n` (calls), `memory` (bytes of
       arguments, results and temporaries of the compiled program; None where the platform does not say), and
-      `compile_seconds`.
+      `compile_seconds` (without JAX's cache of programs).
 
     Raises:
       InputError: there is no such model, or images are smaller than its stride.
@@ -137,20 +137,10 @@ PROGRAMS = {"inference": inference, "training": training}
 
 
 def compiled(function: Any, *given: Any) -> tuple[Any, float]:
-    """Returns a jitted function, compiled for these arguments, and the seconds that took."""
-    start = time.perf_counter()
-    return function.lower(*given).compile(), time.perf_counter() - start
-
-
-def memory_of(program: Any) -> int | None:
-    """Returns bytes of arguments, results and temporaries of a compiled program, what is reused once; None where the
-    platform does not say.
-    """
-    found = program.memory_analysis()
-    if found is None:
-        return None
-    parts = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
-    return int(sum(parts) - found.alias_size_in_bytes)
+    """Returns a jitted function, compiled for these arguments without JAX's cache, and the seconds that took."""
+    with uncached():
+        start = time.perf_counter()
+        return function.lower(*given).compile(), time.perf_counter() - start
 
 
 def measured(made: tuple[Call, int | None, float], batch: int, repeats: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is evaluated on, and how.
+    """Which data a source is evaluated on, and how.
 
     Attributes:
       dataset: as `data.dataset` of a recipe; None takes the run's own.
@@ -72,7 +72,7 @@ class Wanted:
 
     @property
     def on_host(self) -> bool:
-        """Whether the logits of each image are needed."""
+        """Returns whether the logits of each image are needed."""
         return self.keep or self.valid_labels or self.real is not None
 
 
@@ -99,12 +99,12 @@ class Evaluated:
 
     @property
     def means(self) -> dict[str, Any]:
-        """Means of what is served: of the moving average where there is one."""
+        """Returns the means of what is served: of the moving average where there is one."""
         return served(self.result, self.result["split"])[1]
 
 
 class Pace:
-    """Counts batches and notes when the first one had gone through, with which the program was compiled."""
+    """Counts batches and notes when the first one, which compiled the program, had ended."""
 
     def __init__(self, progress: Callable[[], None] | None = None) -> None:
         self.calls, self.progress = 0, progress
@@ -124,7 +124,7 @@ class Pace:
         return (count - batch) / (now - self.compiled) if count > batch else count / (now - self.started)
 
 
-def is_run(path: Path) -> bool:
+def names_a_run(path: Path) -> bool:
     """Returns whether a path is taken for the folder of a run: it is a folder, and none of weights; or nothing is
     there, and it is neither a tag nor called as a file of weights.
     """
@@ -206,7 +206,7 @@ def evaluate_source(
       InputError: as for `open_run` and `open_weights`; or the data has no such split, holds pictures that the run was
         trained on, or has another number of images than there are ReaL labels.
     """
-    from_weights = source.startswith("hf-hub:") or not is_run(path_of(source, "SOURCE"))
+    from_weights = source.startswith("hf-hub:") or not names_a_run(path_of(source, "SOURCE"))
     run, calibration = (open_weights if from_weights else open_a_run)(source, wanted)
     split = wanted.split or default_split(run.dataset)
     run.check_unseen(split)
@@ -387,7 +387,7 @@ def evaluate_matching(
       InputError: nothing matches, no data is given for what is no run, or the file is another one or cannot be written.
     """
     names = matching(pattern)
-    if wanted.dataset is None and not all(is_run(path_of(name, "SOURCE")) for name in names):
+    if wanted.dataset is None and not all(names_a_run(path_of(name, "SOURCE")) for name in names):
         raise InputError("say what to evaluate on: --data.dataset folder:PATH, or another kind of data")
     rows = read_rows(file)
     found = []

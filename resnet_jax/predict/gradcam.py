@@ -1,4 +1,4 @@
-"""Where a network looks: Grad-CAM (Selvaraju et al. 2016, arXiv:1610.02391), as a function of model and variables."""
+"""Grad-CAM (Selvaraju et al. 2016, arXiv:1610.02391): which parts of an image speak for a class."""
 
 import re
 from typing import Any
@@ -54,7 +54,7 @@ def grad_cam(model: Any, variables: Any, images: Array, classes: Array, stage: s
 def _forward(
     model: Any, variables: Any, images: Array, stage: str | None, delta: Any
 ) -> tuple[Array, dict[str, Array]]:
-    """Logits, and what every stage puts out, with `delta` added to that of one of them."""
+    """Returns logits, and what every stage puts out, with `delta` added to that of one of them."""
     stages = {}
 
     def tap(call: Any, args: Any, kwargs: Any, context: Any) -> Any:

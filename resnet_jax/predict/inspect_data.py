@@ -15,8 +15,7 @@ import numpy as np
 from resnet_jax.config import Config, DataConfig, InputError
 from resnet_jax.data.dataset import Part, Source
 from resnet_jax.data.decode import BadImage, decode
-from resnet_jax.data.fingerprint import fingerprint, trained_on
-from resnet_jax.data.fingerprint import load as load_fingerprint
+from resnet_jax.data.fingerprint import count_trained_on, fingerprint, load_fingerprint
 from resnet_jax.data.inspect import (
     DoubtfulLabels,
     Pair,
@@ -35,7 +34,7 @@ from resnet_jax.data.sources import load_dataset
 from resnet_jax.files import path_of
 from resnet_jax.models.registry import channels_of, check_endpoints, create_model, dtype_of
 from resnet_jax.predict.knn import recipe_for
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.training.evaluation import mesh_for
 from resnet_jax.training.metrics import fit_calibration, probabilities
 from resnet_jax.training.sharding import compiler_options, replicated, sharded_over
@@ -316,18 +315,18 @@ class Network:
             raise InputError(f"{source} does not say how pictures are prepared; take the run, or what it exports")
         self.config = recipe_for(source, dataset, data_dir, self.look, channels_of(self.model), batch_size)
         path = path_of(source, "SOURCE")
-        self.run = recorded(path) if (path / "checkpoints").is_dir() else None
+        self.run = recorded_recipe(path) if (path / "checkpoints").is_dir() else None
         self.tensors = weights.tensors
 
     @property
     def selects(self) -> bool:
-        """Whether it is a run that held pictures out for its selection."""
+        """Returns whether it is a run that held pictures out for its selection."""
         return self.run is not None and self.run.train.metric != "none"
 
     def has_seen(self, data: Any) -> bool:
         """Returns whether it was trained on pictures of the data, by what the run has noted of its own."""
         seen = load_fingerprint(path_of(self.source, "SOURCE")) if self.run else None
-        return seen is not None and any(trained_on(seen, fingerprint(data), split) for split in data.splits())
+        return seen is not None and any(count_trained_on(seen, fingerprint(data), split) for split in data.splits())
 
     def features(self, pictures: Pictures) -> np.ndarray:
         """Returns the pooled features of the pictures, float32 [n, channels].
@@ -387,7 +386,7 @@ def patch_features(pixels: np.ndarray, kernels: int = KERNELS, seed: int = 0) ->
     chosen /= np.maximum(np.linalg.norm(chosen, axis=1, keepdims=True), 1e-12)
     weights = whitening @ chosen.T
     bias = jnp.asarray(-centre @ weights, jnp.float32)
-    weights = weights - weights.mean(0)  # which takes the mean from each patch
+    weights = weights - weights.mean(0)  # so that each patch loses its mean
     kernel = jnp.asarray(weights.reshape(size, size, 3, kernels), jnp.float32)
     even = jnp.full((size, size, 3, 1), 1 / kernel[..., 0].size, jnp.float32)
 

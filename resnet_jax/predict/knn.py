@@ -14,7 +14,7 @@ from resnet_jax.data.on_device import normalize
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.files import path_of
 from resnet_jax.models.registry import channels_of, check_endpoints, create_model, dtype_of
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.training.evaluation import mesh_for
 from resnet_jax.training.sharding import compiler_options, replicated, sharded_over
 from resnet_jax.typed import from_extra
@@ -120,7 +120,7 @@ def recipe_for(
       InputError: nobody names a dataset.
     """
     path = path_of(source, "SOURCE")
-    run = recorded(path) if (path / "checkpoints").is_dir() else None
+    run = recorded_recipe(path) if (path / "checkpoints").is_dir() else None
     base = run or Config()
     if run is None and dataset is None:
         raise InputError(f"{source} is no run, which would name its data: give --data.dataset, such as folder:PATH")

@@ -95,7 +95,8 @@ class Predictor:
     """A network with what belongs to it: `predictor(images)` gives probabilities.
 
     Attributes:
-      model, variables: as `load_pretrained` gives them.
+      model: as `load_pretrained` gives it.
+      variables: as `load_pretrained` gives them.
       preprocessing: how pictures are resized, cut and normalised, as in the evaluation of the run.
       class_names: of the columns, as `names_of_outputs` says. A network with one logit has one column, the probability
         of the label 1.
@@ -194,7 +195,7 @@ class Predictor:
 
     @property
     def dtype(self) -> Any:
-        """The type of images that the model takes."""
+        """Returns the type of images that the model takes."""
         return dtype_of(self.model)
 
     def prepare(self, raw: Any) -> np.ndarray:
@@ -237,11 +238,11 @@ class Predictor:
         return ranked[row[ranked] >= thresholds[ranked]]
 
     def __call__(self, images: Iterable[Any], batch: int = 32) -> np.ndarray:
-        """Probabilities, float32 [number of images, classes].
+        """Returns probabilities, float32 [number of images, classes].
 
         Args:
           images: paths, bytes of files, arrays [height, width, channel], or Pillow images.
-          batch: this number goes through the network at once.
+          batch: images that go through the network at once.
 
         Raises:
           BadImage: one cannot be decoded.

@@ -1,4 +1,4 @@
-"""How predictions are written: rows as a table, JSON or CSV, and pictures of where the network looked."""
+"""Writes predictions: rows as a table, JSON or CSV, and pictures under their heat map (Grad-CAM)."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.data.fingerprint import find_file, load
+from resnet_jax.data.fingerprint import find_file, load_fingerprint
 from resnet_jax.files import path_of
 
 Row = tuple[Path, list[tuple[str, float]]]
@@ -38,7 +38,7 @@ class RightInFolders:
         asked = asked and not predictor.multilabel and len(predictor.class_names) > 1  # one output is always the first
         self.names = predictor.class_names if asked else ()
         folder = path_of(source, "SOURCE")
-        self.known = load(folder) if asked and folder.is_dir() else None
+        self.known = load_fingerprint(folder) if asked and folder.is_dir() else None
 
     def add(self, path: Path, row: Any) -> None:
         """Adds a picture and its probabilities [classes]."""

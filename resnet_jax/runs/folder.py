@@ -1,7 +1,6 @@
 """A run's folder: its recipe, the lock that keeps a second run out, its summary; and the runs under a folder."""
 
 import contextlib
-import math
 import platform
 import shlex
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from resnet_jax.config import Config, InputError, differences, to_dict
 from resnet_jax.files import in_bucket, path_of, read_json, to_json, write_whole
 from resnet_jax.models.registry import OURS
 from resnet_jax.output import say, wrapped
-from resnet_jax.recipe_files import WrongRecipe, read_recipe, recipe_given, recorded
+from resnet_jax.recipe_files import WrongRecipe, read_recipe, recipe_given, recorded_parts, recorded_recipe
 from resnet_jax.runs.lock import BucketLock, Lock, hold, live_holder
 from resnet_jax.runs.signals import FolderLost, Stopped
 from resnet_jax.runs.trackers import split_lines
@@ -38,7 +37,7 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
     folder = Path("runs") / stamp if workdir is None else path_of(workdir, "--workdir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        previous = recorded(folder)
+        previous = recorded_recipe(folder)
         if previous is not None and begun(folder):
             changed = differences(previous, config)
             if changed:
@@ -53,7 +52,7 @@ def open_workdir(workdir: str | Path | None, config: Config) -> Path:
     return folder
 
 
-OF_START = ("config.json", "parts.json", "pictures.npz")
+START_FILES = ("config.json", "parts.json", "pictures.npz")
 """What a start writes into a run's folder before its first step."""
 
 
@@ -80,7 +79,7 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
         try:
             lock = stack.enter_context(hold(folder / "lock"))
             if not begun(folder):
-                forget(folder)
+                remove_start_files(folder)
             write_whole(folder / "config.json", to_json(to_dict(config), indent=2) + "\n")
         except OSError as error:
             raise InputError(
@@ -97,13 +96,13 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
                     if not isinstance(error, Stopped | FolderLost):
                         write_whole(folder / "error.txt", f"{error or type(error).__name__}\n")
                 else:
-                    forget(folder)
+                    remove_start_files(folder)
             raise
 
 
-def forget(folder: Path) -> None:
+def remove_start_files(folder: Path) -> None:
     """Removes from a folder what a start wrote before its first step."""
-    for name in OF_START:
+    for name in START_FILES:
         (folder / name).unlink(missing_ok=True)
 
 
@@ -185,7 +184,7 @@ def evaluate_command(folder: Path) -> str:
     """Returns the command that evaluates a run; with parts or a named model of the user's own it names the recipe file
     that this process was given, or FILE where it was given none.
     """
-    config = recorded(folder)
+    config = recorded_recipe(folder)
     own = parts_to_evaluate(folder) or (config is not None and config.model.name not in OURS)
     flag = f" --config {shlex.quote(str(recipe_given() or 'FILE'))}" if own else ""
     return f"resnet-jax evaluate {shlex.quote(str(folder))}{flag}"
@@ -193,11 +192,7 @@ def evaluate_command(folder: Path) -> str:
 
 def parts_to_evaluate(folder: Path) -> list[str]:
     """Returns the names of the parts of the user's own that are needed to evaluate a run."""
-    try:
-        noted = read_json(folder / "parts.json", dict[str, Any])
-    except FileNotFoundError:
-        return []
-    return list(dict.fromkeys(name.partition(".")[0] for name in noted if name != "optimizer"))
+    return list(dict.fromkeys(name.partition(".")[0] for name in recorded_parts(folder) if name != "optimizer"))
 
 
 def outcome(summary: dict[str, Any]) -> list[str]:
@@ -239,7 +234,7 @@ def device_name(mesh: Mesh) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of what computes."""
+    """Returns the versions of Python and of what computes."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
     ours = {"python": platform.python_version(), "resnet_jax": __version__}
     return ours | {name: metadata.version(name) for name in packages}
@@ -300,15 +295,3 @@ def describe_run(folder: Path) -> dict[str, Any]:
     if summary is None and (folder / "error.txt").exists():
         return row | {"state": "failed", "problem": (folder / "error.txt").read_text(errors="replace").strip()}
     return row | {"state": "finished" if summary else "stopped"}
-
-
-def better(goal: str, new: float | None, old: float | None) -> bool:
-    """Returns whether a value is better than another one: with the goal `min` the lower, with `max` the higher.
-
-    What is None or not a number is worse than any number, and never better than anything.
-    """
-    if new is None or math.isnan(new):
-        return False
-    if old is None or math.isnan(old):
-        return True
-    return new < old if goal == "min" else new > old

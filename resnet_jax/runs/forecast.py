@@ -58,7 +58,8 @@ def forecast(
       `devices`, `parameters` (their number), `classes` (their number, None of a model of the user's own) with
       `classes_from`, `flops` (of a step, on all devices, as `flops_of` counts them), in bytes on each device `state`
       (`params`, `batch_stats`, `opt_state`, `ema`), `batch`, `temporary` (activations and all else that lives within a
-      step) and `total`, and `collectives`: name -> bytes of a step that each device puts out. For a target also, of one
+      step) and `total`, whether the training images would be kept on each device beside it (`data_on_device`), and
+      `collectives`: name -> bytes of a step that each device puts out. For a target also, of one
       chip, `flops_a_chip` and `bytes_accessed` (as its compiler counts them), `peak` (bytes), `compile_seconds`, and
       `bounds`.
 
@@ -115,6 +116,7 @@ def forecast(
         "batch": images,
         "temporary": temporary,
         "total": sum(held.values()) + images + temporary,
+        "data_on_device": bool(config.data.on_device),
         "collectives": collective_bytes(program.as_text() or ""),
     }
     if target is not None:
@@ -230,6 +232,11 @@ def in_bytes(count: float) -> str:
     return f"{count:,.1f} GiB"
 
 
+def giga(count: float) -> str:
+    """Returns a number in units of 10**9, to a tenth, or below 1 to two digits."""
+    return f"{count / 1e9:,.1f}" if count >= 1e9 else f"{count / 1e9:.2g}"
+
+
 def format_plan(needs: dict[str, Any]) -> str:
     """Returns the table that `resnet-jax plan` prints."""
     held = {f"  {name}": count for name, count in needs["state"].items()}
@@ -244,10 +251,12 @@ def format_plan(needs: dict[str, Any]) -> str:
     counted_as = "2 for each multiply-add of convolutions and matrix products"
     rows = [
         f"{needs['parameters']:,} parameters{classes}",
-        f"{needs['flops'] / 1e9:,.1f} GFLOP a step on {on}: {counted_as}",
+        f"{giga(needs['flops'])} GFLOP a step on {on}: {counted_as}",
         f"memory of each device, in a step {compiler}:",
         *(f"{name:<28}{in_bytes(count):>12}" for name, count in held.items()),
     ]
+    if needs["data_on_device"]:
+        rows.append("beside it training images of less than 1 GiB are kept on each device, but for --data.no_on_device")
     if needs["collectives"]:
         rows.append("what each device exchanges in a step:")
     rows += [f"  {name:<26}{in_bytes(count):>12}" for name, count in needs["collectives"].items()]

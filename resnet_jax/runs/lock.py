@@ -34,8 +34,8 @@ WATCHED_FOR = 2.5 * TOUCHED_EVERY
 SETTLED_AFTER = 2.0
 """Seconds after which of several runs that start at once in a bucket each has seen the others."""
 
-LOOKED_EVERY = 1.0
-"""Seconds at least from one look at whether the lock is still there to the next."""
+CHECKED_EVERY = 1.0
+"""Seconds at least between two checks that the lock is still there."""
 
 NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 """How disks say that they do not support `flock`."""
@@ -72,16 +72,16 @@ class Lock:
 
     def __init__(self, path: Path, holder: Holder, descriptor: int) -> None:
         self.path, self.holder = path, holder
-        self._descriptor, self._looked, self._lost = descriptor, 0.0, False
+        self._descriptor, self._checked, self._lost = descriptor, 0.0, False
 
     def lost(self, now: bool = False) -> bool:
         """Returns whether the lock was removed or another run has taken it; once it is lost, it stays so.
 
         Args:
-          now: look even where the last look was less than `LOOKED_EVERY` seconds ago.
+          now: check even where the last check was less than `CHECKED_EVERY` seconds ago.
         """
-        if not self._lost and (now or time.monotonic() - self._looked >= LOOKED_EVERY):
-            self._looked = time.monotonic()
+        if not self._lost and (now or time.monotonic() - self._checked >= CHECKED_EVERY):
+            self._checked = time.monotonic()
             self._lost = not self.lies_in(self.path.parent)
         return self._lost
 
@@ -98,7 +98,7 @@ class Lock:
             return True
 
     def moved_to(self) -> Path | None:
-        """The folder that now holds this lock, if its run's folder was renamed and the system says where to."""
+        """Returns the folder that now holds this lock, if its run's folder was renamed and the system says where to."""
         with contextlib.suppress(OSError):
             folder = Path(os.readlink(f"/proc/self/fd/{self._descriptor}")).parent
             if self.lies_in(folder):
@@ -140,7 +140,7 @@ class BucketLock:
         return self._lost
 
     def moved_to(self) -> None:
-        """Nothing is moved in a bucket."""
+        """Returns None: nothing is moved in a bucket."""
 
     def touch(self) -> None:
         """Shows others that the run goes on."""

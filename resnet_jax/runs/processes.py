@@ -265,7 +265,7 @@ class Hub:
 
 
 async def lines(reader: asyncio.StreamReader) -> Any:
-    """The lines of a connection but for signs of life.
+    """Yields the lines of a connection but for signs of life.
 
     Raises:
       OSError: it was closed, or silent for `LOST_AFTER` seconds.
@@ -488,7 +488,7 @@ def ending_together(*orderly: type[BaseException]) -> Iterator[None]:
         raise
 
 
-def agree(facts: dict[str, str]) -> None:
+def check_equal(facts: dict[str, str]) -> None:
     """Compares facts by name between all processes; to be called by all of them.
 
     Raises:

@@ -32,7 +32,7 @@ from resnet_jax.runs.trackers import points, read_lines
 from resnet_jax.training.evaluation import FinishedRun, Predictions, Result, everywhere, open_run, served
 from resnet_jax.training.manifest import best_of
 from resnet_jax.training.metrics import fit_calibration, measure, probabilities, wilson
-from resnet_jax.training.parts import NO_PARTS, Parts, own_words
+from resnet_jax.training.parts import NO_PARTS, Parts, parts_in_words
 from resnet_jax.typed import from_extra
 from resnet_jax.weights.sources import preprocessing_in
 from resnet_jax.weights.tags import UNCALIBRATED
@@ -97,7 +97,7 @@ def make_report(
     if run.class_names and not run.other:
         write_whole(folder / CALIBRATION, to_json(measured.calibration) + "\n")
     write_whole(folder / MEASURES, to_json(kept, indent=1) + "\n")
-    page = template().render(
+    page = page_template(Path(__file__).with_name("report_page.html")).render(
         title=title_of(run.config),
         verdict=verdict(plain, split, loss),
         folder=folder.name,
@@ -112,7 +112,7 @@ def make_report(
         run=_run(lines, folder),
         inspection=read_inspection(folder),
         undecodable=sorted(run.bad.names)[:50],
-        own=own_words(folder),
+        own=parts_in_words(folder),
         recipe=json.dumps(to_dict(run.config), indent=2),
         **sections,
     )
@@ -187,20 +187,16 @@ def of_classes(run: FinishedRun, split: str, predictions: Predictions, measured:
     }
 
 
-def template(name: str = "report_page.html") -> Any:
-    """Returns the template of a page, a `jinja2.Template` that escapes every value."""
+def page_template(file: Path) -> Any:
+    """Returns the template of a page in a file, a `jinja2.Template` that escapes every value."""
     with from_extra("report", "the page"):
         import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"percent": _percent, "number": _number, "auc": _auc, "interval": _interval}
-    return environment.get_template(name)
+    return environment.from_string(file.read_text(encoding="utf-8"))
 
 
 def title_of(config: Config) -> str:

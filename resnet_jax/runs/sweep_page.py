@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from resnet_jax.data.folders import printable
 from resnet_jax.files import write_whole
 from resnet_jax.runs.charts import BLUE, GREY, RED, TEXT, as_svg, chart, plain_number, spoken, tidy
-from resnet_jax.training.parts import own_words
+from resnet_jax.runs.report_page import page_template
+from resnet_jax.training.parts import parts_in_words
 
 SHARES = ("accuracy", "macro_recall", "macro_f1", "map", "top5")
 """Metrics that are fractions."""
@@ -26,8 +28,6 @@ def write_page(folder: Path, found: Mapping[str, Any]) -> Path:
     Args:
       found: as `sweep` returns it.
     """
-    from resnet_jax.data.folders import printable
-
     metric = found["metric"] or "accuracy"
     shown = spoken_value if found["chosen"] else lambda *_: ""
     settings = [
@@ -40,32 +40,27 @@ def write_page(folder: Path, found: Mapping[str, Any]) -> Path:
         row | {"words": worded(row["values"]), "text": "" if row["value"] is None else shown(metric, row["value"])}
         for row in found["members"]
     ]
-    page = template().render(
+    page = page_template(Path(__file__).with_name("sweep_page.html")).render(
         title=f"{len(members)} runs over {' and '.join(map(last_of, found['varied']))}",
         folder=folder.name,
         verdict=verdict(found),
-        metric=spoken(f"validation/{metric}"),
+        metric=spoken_metric(found),
         settings=settings,
         members=members,
         chosen=found["chosen"],
         seeds="train.seed" in found["varied"],
         own_validation=found["own_validation"],
         charts={name: effect_chart(found, name) for name in found["varied"]} if found["chosen"] else {},
-        own=own_words(folder),
+        own=parts_in_words(folder),
         recipe=json.dumps(found["recipe"], indent=2),
     )
     write_whole(folder / "sweep.html", printable(page))
     return folder / "sweep.html"
 
 
-def template() -> Any:
-    """Returns the page's template, a `jinja2.Template` that escapes every value."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(Path(__file__).with_name("sweep_page.html").read_text(encoding="utf-8"))
+def spoken_metric(found: Mapping[str, Any]) -> str:
+    """Returns what members are compared by, as people say it."""
+    return spoken(next((row["metric"] for row in found["members"] if row["metric"]), "validation/accuracy"))
 
 
 def last_of(name: str) -> str:
@@ -85,7 +80,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     best, metric = found["settings"][0], found["metric"]
     spread = "" if best["spread"] is None else f" ± {spoken_value(metric, best['spread'])} (standard deviation)"
     over = f" over {best['count'] - best['diverged']} seeds" if best["count"] > 1 else ""
-    first = f"Best is {worded(best['values']) or 'the recipe'}: validation {metric} "
+    first = f"Best is {worded(best['values']) or 'the recipe'}: {spoken_metric(found)} "
     first += f"{spoken_value(metric, best['mean'])}{spread}{over}."
     test = found["test"]
     if test is None:
@@ -93,7 +88,8 @@ def verdict(found: Mapping[str, Any]) -> str:
     name = "ema/test" if "ema/test" in test else "test"
     main = "accuracy" if "accuracy" in test[name] else "loss"
     value = spoken_value(main, test[name][main])
-    return f"{first} The chosen member has {value} test {main} on {test[name]['count']:,} images."
+    of = spoken(f"{name}/{main}")
+    return f"{first} The chosen member: {of} {value} on {test[name]['count']:,} images."
 
 
 def effect_chart(found: Mapping[str, Any], name: str) -> str:

@@ -83,7 +83,7 @@ class WandbHook:
             self._run.finish()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
-        if self._run is not None:  # W&B drops a row whose own count of steps does not rise
+        if self._run is not None:  # W&B drops a row whose step is below that of the row before
             self._run.log({"step": step} | metrics, step=max(step, self._run.step), commit=True)
 
 
@@ -170,7 +170,7 @@ class MlflowHook:
             self._client.log_batch(self._run_id, metrics=rows)
 
     def _open_run(self, run_id: str) -> Any:
-        """The run of this id; None where there is none, or it was deleted."""
+        """Returns the run of this id; None where there is none, or it was deleted."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -189,7 +189,7 @@ class Kept(TypedDict):
 
 
 def _read_id(path: Path) -> str | None:
-    """The id that a file keeps; None without such a file.
+    """Returns the id that a file keeps; None without such a file.
 
     Raises:
       InputError: it is damaged.
@@ -208,7 +208,7 @@ def _write_id(path: Path, run_id: str) -> None:
 
 
 def _fields(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """`section.field` and value of everything in a recipe."""
+    """Returns `section.field` and value of everything in a recipe."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _fields(value, f"{above}{name}.")
@@ -217,7 +217,7 @@ def _fields(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]
 
 
 def _numbers(summary: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """All numbers of a summary, under names such as `test/accuracy`."""
+    """Returns all numbers of a summary, under names such as `test/accuracy`."""
     for name, value in summary.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{below}", number) for below, number in _numbers(value))

@@ -21,10 +21,10 @@ from resnet_jax.files import path_of
 from resnet_jax.models.layers import BatchNorm
 from resnet_jax.models.registry import create_model, model_fields, stride_of, variable_shapes
 from resnet_jax.models.stacking import block_by_block, stack_blocks
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.training.checkpoints import Record, read_checkpoint
 from resnet_jax.training.optimizers import OwnOptimizer, make_optimizer, rate_of
-from resnet_jax.training.parts import NO_PARTS, Parts, check_recorded, kind_of, make_parts, own_outputs
+from resnet_jax.training.parts import NO_PARTS, Parts, check_parts, kind_of, make_parts, own_outputs
 from resnet_jax.training.sharding import state_sharding
 from resnet_jax.training.state import TrainState, create_state
 from resnet_jax.weights.load import fit_weights
@@ -272,10 +272,10 @@ def read_run(
     Args:
       optimizer: read its state too; where it is not, the user's own one need not be given.
     """
-    config = recorded(folder)
+    config = recorded_recipe(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
-    check_recorded(folder, parts, accept=True, needed=("model", "optimizer") if optimizer else ("model",))
+    check_parts(folder, parts, accept=True, needed=("model", "optimizer") if optimizer else ("model",))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def shapes(record: Record) -> Any:

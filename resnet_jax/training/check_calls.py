@@ -1,4 +1,4 @@
-"""The checks of `check` that call a module without jit, operation by operation, and look at what happens within."""
+"""The checks of `check` that call a module without jit, operation by operation, and record what submodules return."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ class Called:
 
     Attributes:
       first_state: key -> a new state.
-      initial, state: a new state, and the same with other parameters (`shaken`).
+      initial, state: a new state, and the same with other parameters (`perturbed`).
       batch: of `case.images(0)`, with the number of each image as its label.
       key: that the first training step gives to dropout.
       before, after: variables of `state`, and those after a training call.
@@ -93,7 +93,7 @@ def by_calling(case: Case, notes: Notes) -> Called | None:
     first_state, findings = state_program(case)
     notes.add("key", findings)
     initial = first_state(jax.random.key(case.seed))
-    state = initial.replace(params=shaken(initial.params, case.seed))
+    state = initial.replace(params=perturbed(initial.params, case.seed))
     before = state.variables
     images, half = case.images(0), case.size // 2
     key = jax.random.split(step_key(0, state.step), 4)[3]
@@ -108,7 +108,7 @@ def by_calling(case: Case, notes: Notes) -> Called | None:
         return None
     among = run(case, after, np.concatenate([images[:half], 3 * case.images(1)[half:] + 1]))
     if differ(alone.output[:half], among.output[:half]):
-        place = first_apart(alone, among, slice(half)) or case.name
+        place = first_difference(alone, among, slice(half)) or case.name
         problem = "with train=False the result for an image depends on the other images of its batch"
         remedy = "use running statistics where train is False (use_running_average=not train), and no mean over a batch"
         notes.add("evaluation", [Finding("evaluation", (place,), problem, remedy)])
@@ -135,13 +135,13 @@ def state_program(case: Case) -> tuple[Callable[[jax.Array], TrainState], list[F
 
 def impure(call: Call, again: Call) -> list[Finding]:
     """Finds the first module whose result differs between two equal calls."""
-    place = first_apart(call, again)
+    place = first_difference(call, again)
     problem = "two calls with the same variables, images and key give different results"
     remedy = "draw random numbers from self.make_rng('dropout'), not from random or numpy, and keep no state outside"
     return [Finding("pure", (place,), problem, f"{remedy} of the variables")] if place else []
 
 
-def first_apart(call: Call, other: Call, rows: slice = slice(None), tolerance: float = 1e-4) -> str | None:
+def first_difference(call: Call, other: Call, rows: slice = slice(None), tolerance: float = 1e-4) -> str | None:
     """Returns the path of the first module whose results differ in those rows of a batch; None where none does.
 
     Args:
@@ -199,7 +199,7 @@ def all_finite(values: Any) -> bool:
     return not jnp.issubdtype(values.dtype, jnp.floating) or bool(np.isfinite(values.astype(np.float64)).all())
 
 
-def shaken(params: PyTree, seed: int) -> PyTree:
+def perturbed(params: PyTree, seed: int) -> PyTree:
     """Returns parameters with noise of a tenth of each array's root mean square, or of 0.1 where it is 0.
 
     So every branch counts, also one whose last norm starts at zero.

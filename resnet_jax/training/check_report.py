@@ -88,7 +88,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """Returns whether nothing was found."""
         return not self.findings
 
     def __str__(self) -> str:
@@ -124,11 +124,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The module's class."""
+        """Returns the module's class."""
         return type(self.given).__name__
 
     def images(self, seed: int) -> np.ndarray:
-        """Returns normal images float32 [size, height, width, channel]; the last one is 0, as a black picture is."""
+        """Returns images of normal random numbers, float32 [size, height, width, channel]; the last one is black, 0."""
         images = np.random.default_rng([self.seed, seed]).normal(size=(self.size, *self.image_shape))
         images[-1] = 0
         return images.astype(np.float32)

@@ -60,7 +60,7 @@ def traced_shapes(case: Case) -> tuple[PyTree, list[Finding]]:
             problem = f"it returns a {type(output).__name__}, not one array"
             remedy = (
                 "return logits alone, and sow those of further heads into 'auxiliary_logits', whose loss counts; with "
-                "a loss of your own it can be trained as it is, but not checked"
+                "a loss of your own and a Dataset with class_names=() it can be trained as it is, but not checked"
             )
             return {}, [Finding("output", (case.name,), problem, remedy)]
         if not jnp.issubdtype(output.dtype, jnp.floating):

@@ -83,6 +83,10 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, record: Record) -> None:
         """Starts to write a checkpoint and returns once the state has been copied."""
+        # The first evaluation would import it beside the thread that writes, and while grain 0.2.18 is imported every
+        # thread is given lazy modules (`etils.epy.lazy_imports`), with which Orbax fails.
+        import grain  # noqa: F401
+
         self.settle()
         self._last, self._writing = step, True
         tree = ocp.args.PyTreeSave(unflatten_dict(leaves_of(state), sep="/"))
@@ -162,7 +166,7 @@ class Checkpoints:
             write_manifest([*self._begun(self._last), self.folder / str(self._last)][0])
 
     def _begun(self, step: int | str) -> list[Path]:
-        """Folders of a step, or of all (`*`), that are not whole."""
+        """Returns the folders of a step, or of all (`*`), that are not whole."""
         begun = [path for path in self.folder.glob(str(step)) if path.name.isdigit() and is_begun(path)]
         return [*self.folder.glob(f"{step}{ocp.utils.TMP_DIR_SUFFIX}*"), *begun]
 
@@ -278,7 +282,7 @@ def _read(folder: Path, template: Template, step: int) -> tuple[Any, Record, int
 
 
 def _describe(folder: Path) -> tuple[Record, dict[str, Any]]:
-    """What a checkpoint holds beside the state, and `shape` and `dtype` of each array of the state, by address."""
+    """Returns what a checkpoint holds beside the state, and `shape` and `dtype` of the state's arrays by address."""
     with unreadable_is_damaged(folder):
         record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "record")
         tree = ocp.PyTreeCheckpointer().metadata(folder / "state").item_metadata.tree
@@ -286,7 +290,7 @@ def _describe(folder: Path) -> tuple[Record, dict[str, Any]]:
 
 
 def _read_leaves(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Arrays of a checkpoint, by address, on the shardings that are given with their shapes."""
+    """Returns arrays of a checkpoint, by address, on the shardings that are given with their shapes."""
     tree = unflatten_dict(wanted, sep="/")
     with unreadable_is_damaged(folder):
         onto = ocp.checkpoint_utils.construct_restore_args(tree)

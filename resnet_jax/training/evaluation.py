@@ -1,5 +1,6 @@
 """Exact evaluation: every example of a split counts once, on any number of devices."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,20 +15,18 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError
 from resnet_jax.data.dataset import Dataset, default_split, listed, with_outputs
-from resnet_jax.data.fingerprint import changes, described, fingerprint, shares_of
-from resnet_jax.data.fingerprint import load as load_fingerprint
-from resnet_jax.data.fingerprint import trained_on as count_trained_on
+from resnet_jax.data.fingerprint import changes, count_trained_on, described, fingerprint, load_fingerprint, shares_of
 from resnet_jax.data.loader import BadImages, eval_batches
 from resnet_jax.data.match_classes import ClassMap, match_classes
 from resnet_jax.files import path_of
 from resnet_jax.models.stacking import block_by_block
 from resnet_jax.output import say
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.training.build import data_of, model_with_parts, sharded_shapes, state_maker
 from resnet_jax.training.checkpoints import Record, read_checkpoint
 from resnet_jax.training.linear_probe import Features, head_of
 from resnet_jax.training.metrics import Sums, mean_average_precision, means, wilson
-from resnet_jax.training.parts import NAMES, NO_PARTS, Parts, check_recorded
+from resnet_jax.training.parts import NAMES, NO_PARTS, Parts, check_parts
 from resnet_jax.training.programs import recipe_eval_step
 from resnet_jax.training.sharding import check_batch, compiler_options, make_mesh, replicated, sharded_over
 from resnet_jax.training.state import TrainState
@@ -176,6 +175,18 @@ def goal_of(config: Config, metric: str) -> str:
     return "min" if metric == "loss" else "max"
 
 
+def better(goal: str, new: float | None, old: float | None) -> bool:
+    """Returns whether a value is better than another one: with the goal `min` the lower, with `max` the higher.
+
+    What is None or not a number is worse than any number, and never better than anything.
+    """
+    if new is None or math.isnan(new):
+        return False
+    if old is None or math.isnan(old):
+        return True
+    return new < old if goal == "min" else new > old
+
+
 def served(result: Result, split: str) -> tuple[str, dict[str, Any]]:
     """Returns name and means of what is used later: the moving average where there is one, else the parameters."""
     name = f"ema/{split}" if f"ema/{split}" in result else split
@@ -314,7 +325,7 @@ def open_run(
     classes: ClassMap | None = None,
     batch: int | None = None,
 ) -> FinishedRun:
-    """Opens what a run's folder holds, to be looked at; arguments as for `evaluate_run`.
+    """Opens what a run's folder holds, to evaluate it; arguments as for `evaluate_run`.
 
     Args:
       classes: which class of the run each class of other data is; None goes by their names.
@@ -325,11 +336,11 @@ def open_run(
         lies, or other data has classes that the run lacks.
     """
     folder = path_of(folder, "WORKDIR")
-    config = recorded(folder)
+    config = recorded_recipe(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
     needed = [name for name in NAMES if name != "optimizer" and (name != "dataset" or dataset is None)]
-    for note in check_recorded(folder, parts, accept=True, needed=needed):
+    for note in check_parts(folder, parts, accept=True, needed=needed):
         say(f"WARNING: {note}", error=True)
     if dataset is not None:
         config, parts = replace(config, data=replace(config.data, dataset=dataset)), replace(parts, dataset=None)
@@ -358,7 +369,8 @@ def open_run(
     trained = {} if seen is None else {name: count_trained_on(seen, now, name) for name in now if name != "train"}
     if strangers or (other and accept_changes):
         trained = {}
-    without_rules = replace(config.optimizer, decay_rules=((".*", 0.0),), rate_rules=())  # a stranger's are not run
+    # Regular expressions out of somebody else's folder are not executed.
+    without_rules = replace(config.optimizer, decay_rules=((".*", 0.0),), rate_rules=())
     plain = replace(config, optimizer=without_rules)
     made: dict[str, Any] = {}
 

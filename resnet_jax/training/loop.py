@@ -21,21 +21,28 @@ from jax.sharding import Mesh
 
 from resnet_jax.config import Config, InputError, to_dict
 from resnet_jax.data.dataset import Dataset, with_outputs
-from resnet_jax.data.fingerprint import changes, described, devices_of, digest, fingerprint, other_resizer
-from resnet_jax.data.fingerprint import load as load_fingerprint
-from resnet_jax.data.fingerprint import save as save_fingerprint
+from resnet_jax.data.fingerprint import (
+    changes,
+    described,
+    devices_of,
+    digest,
+    fingerprint,
+    load_fingerprint,
+    other_resizer,
+    save_fingerprint,
+)
 from resnet_jax.data.loader import BadImages, check_readable, sampling_table, train_batches, whole_split
 from resnet_jax.data.transforms import resizer
 from resnet_jax.data.watch import check_guard, keep_tracker
 from resnet_jax.files import in_bucket, modified, path_of, to_json, write_whole
 from resnet_jax.models.stacking import stack_blocks, unstack_blocks
 from resnet_jax.output import wrapped
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.runs.charts import draw_curves
-from resnet_jax.runs.folder import begun, better, device_name, ended, evaluate_command, finish, locked, open_workdir
+from resnet_jax.runs.folder import begun, device_name, ended, evaluate_command, finish, locked, open_workdir
 from resnet_jax.runs.hooks import Hooks, RunStart
 from resnet_jax.runs.lock import BucketLock, Lock
-from resnet_jax.runs.processes import agree, check_one_folder, ending_together, facts_of, start_processes
+from resnet_jax.runs.processes import check_equal, check_one_folder, ending_together, facts_of, start_processes
 from resnet_jax.runs.report_page import make_report
 from resnet_jax.runs.reporter import Diverged, Reporter, say
 from resnet_jax.runs.signals import FolderLost, Stop, Stopped, stop_signals
@@ -54,26 +61,26 @@ from resnet_jax.training.build import (
     with_weights,
 )
 from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint, read_record
-from resnet_jax.training.evaluation import Result, goal_of, make_evaluate, scalars, selecting_metric, served
+from resnet_jax.training.evaluation import Result, better, goal_of, make_evaluate, scalars, selecting_metric, served
 from resnet_jax.training.finetune import make_phases
 from resnet_jax.training.linear_probe import computes_features_once, head_of, make_features, whole_features
 from resnet_jax.training.losses import Loss
 from resnet_jax.training.manifest import BEST, Best, Damaged, checkpoints_of, steps_in
 from resnet_jax.training.metrics import Metric, Sums
 from resnet_jax.training.optimizers import OwnOptimizer, make_schedule, warmup_steps
-from resnet_jax.training.parts import Parts, check_recorded, make_parts, names_and_hashes, record
-from resnet_jax.training.programs import compile_phases, steps_in_call, steps_per_call, weights_of_classes
+from resnet_jax.training.parts import Parts, check_parts, check_targets, make_parts, names_and_hashes, record_parts
+from resnet_jax.training.programs import check_scope, compile_phases, steps_in_call, steps_per_call, weights_of_classes
 from resnet_jax.training.resolve import resolve
 from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import (
     broadcast_from_first,
-    cached_where_sound,
     check_batch,
     make_mesh,
     put_everywhere,
     put_state,
     replicated,
     state_sharding,
+    uncached_where_it_hangs,
 )
 from resnet_jax.training.state import TrainState
 from resnet_jax.typed import DISTRIBUTION
@@ -147,14 +154,14 @@ def train_with(
     start_processes(config.parallel)
     workdir = None if workdir is None else path_of(workdir, "--workdir")
     parts = make_parts(named)
-    told = Hooks(parts.hooks)
-    before = recorded(workdir)
+    hooks = Hooks(parts.hooks)
+    before = recorded_recipe(workdir)
     if workdir is None or not begun(workdir):
-        before = None  # a start that came to nothing does not bind
+        before = None  # what failed before its first step does not fix the recipe
     elif before is not None:
-        for note in check_recorded(workdir, parts, config.train.accept_parts):
+        for note in check_parts(workdir, parts, config.train.accept_parts):
             say(f"WARNING: {note}", error=True)
-    agree(facts_of(config) | {"parts of your own": json.dumps(names_and_hashes(parts))})
+    check_equal(facts_of(config) | {"parts of your own": json.dumps(names_and_hashes(parts))})
     mesh = make_mesh(config.parallel.devices, config.parallel.fsdp)
     check_batch(config.train.batch_size, mesh, config.train.accumulate_steps)
     images_per_statistic(config, mesh.size)
@@ -168,7 +175,7 @@ def train_with(
     if not dataset.class_names and (config.augment.mixup or config.augment.cutmix):
         raise InputError("augment.mixup and augment.cutmix mix the targets of classes, and the labels are none")
     pictures = {f"{name} pictures": digest({name: rows[:, :2]}) for name, rows in fingerprint(dataset).items()}
-    agree(facts_of(config) | pictures | {"class names": json.dumps(dataset.class_names)})
+    check_equal(facts_of(config) | pictures | {"class names": json.dumps(dataset.class_names)})
     metric = selecting_metric(config, dataset, parts)
     if config.train.on_nonfinite == "rollback" and isinstance(parts.optimizer, optax.GradientTransformation):
         raise InputError(
@@ -176,6 +183,8 @@ def train_with(
         )
     plan = make_plan(config, len(dataset.train), dataset.validation is not None)
     module, parts = model_with_parts(config, parts, len(dataset.class_names))
+    check_scope(config, module, mesh.size)
+    check_targets(config, parts, parts.outputs_of(module), dataset.multilabel)
     dataset = with_outputs(dataset, parts.outputs_of(module))
     if single := norms_of_one_value(config, module, mesh.size):
         say(
@@ -193,31 +202,31 @@ def train_with(
     for split, source in dataset.splits().items():
         if split != "train":
             check_readable(source, config.data.channels, split)
-    with locked(folder, config) as lock, cached_where_sound(mesh), stop_signals() as stop:
+    with locked(folder, config) as lock, uncached_where_it_hangs(mesh), stop_signals() as stop:
         if summary := ended(folder):
             say(f"the run is finished; see it with: {evaluate_command(folder)}")
             if look_at_test:
-                show(folder, config, parts)
+                make_curves_and_page(folder, config, parts)
             return summary
-        if jax.process_index() == 0:  # all processes have the same pictures, which `agree` saw to
+        if jax.process_index() == 0:  # all processes have the same pictures, as `check_equal` has found
             check_classes(folder, names_of_outputs(parts.outputs, dataset.class_names, config.data.dataset))
             check_pictures(folder, config, dataset, mesh.size)
-            record(folder, parts)
+            record_parts(folder, parts)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
             seen = dataset if look_at_test else replace(dataset, test=None)
-            run = Run(folder, config, plan, module, seen, metric, mesh, checkpoints, stop, lock, parts, told)
+            run = Run(folder, config, plan, module, seen, metric, mesh, checkpoints, stop, lock, parts, hooks)
             progress, images_per_second = fit_with_rollbacks(run, schedule)
             saved = checkpoints.has(progress.step)
         speed = {"images_per_second": images_per_second, "seconds": time.perf_counter() - began}
         try:
-            summary = finish(folder, progress, speed, device_name(mesh), told.errors)
+            summary = finish(folder, progress, speed, device_name(mesh), hooks.errors)
         except OSError as error:
             raise NotSaved(f"{folder / 'summary.json'} could not be written: {error}", folder) from error
         if not saved:
             raise NotSaved(f"the checkpoint of the last step, {progress.step}, could not be written", folder)
         if look_at_test:
-            show(folder, config, parts)
-        told.call("on_end", summary)
+            make_curves_and_page(folder, config, parts)
+        hooks.call("on_end", summary)
         return summary
 
 
@@ -248,7 +257,7 @@ def same_classes(before: Sequence[str], names: Sequence[str], folder: Path) -> N
 
 def check_pictures(folder: Path, config: Config, dataset: Dataset, devices: int) -> None:
     """Compares the pictures with those that the run in the folder was given, what resizes them, and the devices where
-    batch statistics are those of each; and notes the new.
+    batch statistics are those of each; and records them.
 
     Raises:
       InputError: others are to be trained on than before, and the recipe does not accept it.
@@ -290,7 +299,7 @@ class NotSaved(RuntimeError):
         )
 
 
-def show(folder: Path, config: Config, parts: Parts) -> None:
+def make_curves_and_page(folder: Path, config: Config, parts: Parts) -> None:
     """Draws the curves of a run that has ended and makes the page on it, where a start before this one did not. What
     goes wrong with them is said, since the run itself is safe. All processes evaluate for the page; the first writes.
     """
@@ -381,10 +390,10 @@ def begin(run: Run) -> tuple[TrainState, RunProgress]:
     run.checkpoints.best = progress.best and progress.best["step"]
     note_best(run.folder, progress.best)
     say(f"resuming at step {step} of {run.plan.total}")
-    return stacked(state, run), progress
+    return with_stacked_blocks(state, run), progress
 
 
-def stacked(state: TrainState, run: Run) -> TrainState:
+def with_stacked_blocks(state: TrainState, run: Run) -> TrainState:
     """Stacks the blocks of a checkpoint's state where the model uses `scan`; else returns it as it is."""
     if not run.config.model.scan:
         return state
@@ -395,7 +404,7 @@ def stacked(state: TrainState, run: Run) -> TrainState:
 def fit(
     run: Run, state: TrainState, progress: RunProgress, schedule: optax.Schedule, until: int | None = None
 ) -> tuple[RunProgress, float]:
-    """Trains from a state to the plan's end, or until `train.patience` is at its end, and looks at the test split.
+    """Trains from a state to the plan's end, or until `train.patience` is over, and evaluates the test split.
 
     `reporter.settle` writes all metrics and checks that they and the state are finite; only then may a checkpoint
     replace an older one. A checkpoint is written in the background while its step is evaluated; it says `eval_pending`,
@@ -403,7 +412,7 @@ def fit(
     so that slow steps end soon after a signal.
 
     Args:
-      until: a step up to which the run is gone through as ever, saved and left; None for the plan's end.
+      until: a step at which training ends, with a checkpoint and without the test split; None for the plan's end.
 
     Returns:
       What came out, and the images a second.
@@ -481,7 +490,7 @@ def fit(
             data = on_device if from_device else [next(batches) for _ in range(n)]
             waited = 0.0 if from_device else time.perf_counter() - asked
             if not from_device:
-                data += data[-1:] * (most - n)  # the program takes `most` batches, and looks at the first n
+                data += data[-1:] * (most - n)  # the program takes `most` batches, and uses the first n
             trace.before(step)
             state, sums = programs[phase](state, data, counts[n])
             step += n
@@ -588,7 +597,7 @@ def evaluate_test(
         new_state = state_maker(run.config, run.model, lambda step: 0.0, run.parts.optimizer)
         shapes = sharded_shapes(new_state, run.mesh)
         try:
-            chosen = stacked(read_checkpoint(run.folder, lambda _: shapes, str(selected))[0], run)
+            chosen = with_stacked_blocks(read_checkpoint(run.folder, lambda _: shapes, str(selected))[0], run)
         except InputError as error:
             say(f"WARNING: {error}; the last step counts in its place", error=True)
             progress.selected = selected = progress.step

@@ -179,7 +179,7 @@ def selected(workdir: Path) -> bool:
 
 
 def _step_of(workdir: Path, wanted: str) -> int:
-    """Step that `best` or a number means; raises InputError where the run has no such checkpoint."""
+    """Returns the step that `best` or a number means; raises InputError where the run has no such checkpoint."""
     there, best = steps_in(checkpoints_of(workdir)), best_of(workdir) if wanted == "best" else None
     if wanted == "best" and best is None:
         raise InputError(f"the run in {workdir} has selected no best checkpoint: take --checkpoint latest")

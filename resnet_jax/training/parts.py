@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,14 @@ import optax
 
 from resnet_jax.config import Config, InputError, ModelConfig, OptimizerConfig, sides
 from resnet_jax.data.dataset import Dataset
-from resnet_jax.files import read_json, to_json, write_whole
+from resnet_jax.files import to_json, write_whole
 from resnet_jax.models.registry import model_fields
+from resnet_jax.recipe_files import PARTS_FILE, recipe_given, recorded_parts
 from resnet_jax.training.losses import Loss
 from resnet_jax.training.metrics import Metric
 from resnet_jax.training.optimizers import OwnOptimizer
 
-FILE = "parts.json"
-"""Name of the file in a run's folder that says which parts were its user's own."""
-
-TAKEN = ("loss", "accuracy", "count", "top5", "macro_recall", "macro_f1", "map", "skipped")
+OUR_METRICS = ("loss", "accuracy", "count", "top5", "macro_recall", "macro_f1", "map", "skipped")
 """Names of our own metrics."""
 
 
@@ -71,7 +70,7 @@ def make_parts(given: Mapping[str, Any]) -> Parts:
     Raises:
       InputError: one is not as expected; the message names it, what came and what was expected.
     """
-    sections = (ModelConfig, OptimizerConfig)  # which a recipe may call `model` and `optimizer` on its way
+    sections = (ModelConfig, OptimizerConfig)  # a recipe may give its sections these names
     found = {n: given[n] for n in NAMES if given.get(n) is not None and not isinstance(given[n], sections)}
     model, dataset, optimizer = (found.get(name) for name in ("model", "dataset", "optimizer"))
     if model is not None and not isinstance(model, nn.Module):
@@ -99,7 +98,7 @@ def make_parts(given: Mapping[str, Any]) -> Parts:
         raise InputError(
             f"metrics is {kind_of(metrics)}: expected a dict from names to functions (logits, batch) -> [batch]"
         )
-    if taken := sorted(set(metrics) & set(TAKEN)):
+    if taken := sorted(set(metrics) & set(OUR_METRICS)):
         raise InputError(f"metrics: {', '.join(taken)} is a name of ours; give yours another one")
     hooks = found.get("hooks", ())
     if not isinstance(hooks, list | tuple):
@@ -125,6 +124,9 @@ def named_after(config: Config, parts: Parts) -> Config:
             raise InputError(
                 f"model.{next(iter(fields))} has no effect on a model of your own: set it where the model is made"
             )
+        for name in ("num_classes", "compute_dtype"):
+            if getattr(config.model, name) != getattr(ModelConfig(), name):
+                raise InputError(f"model.{name} has no effect on a model of your own: set it where the model is made")
         if config.model.pretrained is not None:
             raise InputError(
                 "model.pretrained has no effect on a model of your own: register the model with "
@@ -167,6 +169,20 @@ def own_outputs(model: nn.Module, config: Config, classes: int) -> int:
         ) from error
     if "params" not in variables:
         raise InputError(f"{about} has no parameters: there is nothing to train")
+    apply = partial(model.apply, train=True, mutable=True, rngs={"dropout": keys["dropout"]})
+    try:
+        jax.eval_shape(apply, variables, images)
+    except flax.errors.InvalidRngError as error:
+        raise InputError(
+            f"{about} draws random numbers from a stream that the training step does not give: use "
+            f"self.make_rng('dropout') ({error})"
+        ) from error
+    except NameError:  # an axis over devices, which the step has
+        pass
+    except Exception as error:  # of the user's own code
+        raise InputError(
+            f"{about} cannot be called with images {list(images.shape)}, train=True: {type(error).__name__}: {error}"
+        ) from error
     if not classes:
         return 0
     shape = getattr(logits, "shape", None)
@@ -174,11 +190,42 @@ def own_outputs(model: nn.Module, config: Config, classes: int) -> int:
         found = f"an array {list(shape)}" if shape is not None else kind_of(logits)
         raise InputError(
             f"{about} gives {found} for {list(images.shape)}; the data has {classes} classes, so expected logits "
-            f"[2, {classes}]. For outputs that are no classes give labels that are none, and a loss of your own"
+            f"[2, {classes}]. For other outputs give a loss of your own, and a Dataset with class_names=()"
         )
     if shape[1] < classes:
         raise InputError(f"{about} gives {shape[1]} logits, and the data has {classes} classes")
     return shape[1]
+
+
+def check_targets(config: Config, parts: Parts, outputs: int, multilabel: bool) -> None:
+    """Checks that a loss of the user's own reads `batch["target"]` where the recipe mixes or smooths targets.
+
+    Args:
+      outputs: columns of the logits; 0 where they are no classes, and have no targets.
+      multilabel: whether images have several labels.
+
+    Raises:
+      InputError: it does not, so that the recipe would be without effect, or mix images whose labels stay.
+    """
+    mixing = {"augment.mixup": config.augment.mixup, "augment.cutmix": config.augment.cutmix}
+    asked = [
+        name for name, value in (mixing | {"train.label_smoothing": config.train.label_smoothing}).items() if value
+    ]
+    if parts.loss is None or not asked or not outputs:
+        return
+    rows = jax.ShapeDtypeStruct((2, outputs), jnp.float32)
+    images = jax.ShapeDtypeStruct((2, *sides(config.data.image_size), config.data.channels), jnp.float32)
+    label = rows if multilabel else jax.ShapeDtypeStruct((2,), jnp.int32)
+    try:
+        traced = jax.make_jaxpr(parts.loss)(rows, {"image": images, "label": label, "target": rows}).jaxpr
+    except Exception:  # the step says what is wrong with it
+        return
+    target = traced.invars[-1]
+    if target not in traced.outvars and not any(target in equation.invars for equation in traced.eqns):
+        raise InputError(
+            f"{asked[0]} changes batch['target'] [batch, {outputs}], which your loss does not read: use it in place of "
+            "batch['label'], or leave the field out of the recipe"
+        )
 
 
 def names_and_hashes(parts: Parts) -> dict[str, dict[str, str]]:
@@ -198,17 +245,9 @@ def names_and_hashes(parts: Parts) -> dict[str, dict[str, str]]:
     return found
 
 
-def recorded_parts(folder: Path) -> dict[str, dict[str, str]]:
-    """Returns what `names_and_hashes` gave where the run or sweep in a folder was started; empty where nothing was."""
-    try:
-        return read_json(folder / FILE, dict[str, dict[str, str]])
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-
-
-def own_words(folder: Path) -> str:
+def parts_in_words(folder: Path) -> str:
     """Returns which parts the run or sweep in a folder has of its user's own, such as `loss (smooth), model (net.Net)`,
-    for which the recipe's words do not hold; "" where there are none.
+    for which the recipe has no effect; "" where there are none.
     """
     return ", ".join(f"{name} ({part['name']})" for name, part in recorded_parts(folder).items())
 
@@ -219,7 +258,7 @@ def without_file(text: str) -> str:
 
 
 def same_name(one: str, other: str) -> bool:
-    """Returns whether two names of parts can be of the same one, of which a script or a recipe has no module's name."""
+    """Returns whether two names can be of the same part: a part of a script or a recipe has no module in its name."""
     one, other = f".{without_file(one)}", f".{without_file(other)}"
     return one.endswith(other) or other.endswith(one)
 
@@ -276,14 +315,14 @@ def source_in_file(defined: Any) -> str:
     return ""
 
 
-def check_recorded(
+def check_parts(
     folder: Path, parts: Parts, accept: bool = False, needed: Sequence[str] | None = None, what: str = "run"
 ) -> list[str]:
     """Compares the user's own parts with those that the run in a folder was started with; returns warnings.
 
     Args:
       accept: take other parts than the run's.
-      needed: names of the parts that are looked at; None for all.
+      needed: names of the parts that are compared; None for all.
       what: the folder holds, for the messages: a run or a sweep.
 
     Raises:
@@ -295,9 +334,11 @@ def check_recorded(
             {name: part for name, part in found.items() if name.partition(".")[0] in needed} for found in (before, now)
         )
     if missing := [f"{name} ({part['name']})" for name, part in before.items() if name not in now]:
+        given = recipe_given()
         raise InputError(
-            f"the {what} in {folder} has parts of its user's own: {', '.join(missing)}. Give the recipe "
-            "file that defines them with --config FILE, or from Python the same arguments"
+            f"the {what} in {folder} has parts of its user's own: {', '.join(missing)}. "
+            + (f"{given} does not define them. " if given is not None else "")
+            + "Give the recipe file that defines them with --config FILE, or from Python the same arguments"
         )
     changed = [
         f"{name} ({part['name']}, now {now[name]['name']})"
@@ -315,7 +356,7 @@ def check_recorded(
     return [f"the {what} in {folder} was started with other parts: {part}" for part in changed]
 
 
-def record(folder: Path, parts: Parts) -> None:
+def record_parts(folder: Path, parts: Parts) -> None:
     """Writes which parts are the user's own into the folder of a run or sweep; nothing where there are none."""
     if found := names_and_hashes(parts):
-        write_whole(folder / FILE, to_json(found, indent=2) + "\n")
+        write_whole(folder / PARTS_FILE, to_json(found, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """The compiled programs of a recipe: its training step, several of them in a call, and its evaluation step."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -10,9 +11,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from resnet_jax.config import Config, InputError, known
+from resnet_jax.config import Config, InputError, known, sides
 from resnet_jax.data import on_device
 from resnet_jax.data.dataset import Dataset, labels_of
+from resnet_jax.training.build import images_per_statistic
 from resnet_jax.training.finetune import Phase
 from resnet_jax.training.losses import class_weights, make_loss, soft_targets
 from resnet_jax.training.metrics import Sums
@@ -96,7 +98,7 @@ def names_of_sums(config: Config, model: nn.Module, parts: Parts = NO_PARTS) -> 
 
 
 def with_scope(model: nn.Module, config: Config, devices: int) -> Any:
-    """Returns the model with batch statistics of the recipe's scope, for what its strategy sees of the batch."""
+    """Returns the model with batch statistics of the recipe's scope, for the part of the batch that its step sees."""
     scope, per_device = config.parallel.batch_norm, config.parallel.strategy != "jit"
     parts = config.train.accumulate_steps
     if not hasattr(model, "ghost"):
@@ -107,6 +109,46 @@ def with_scope(model: nn.Module, config: Config, devices: int) -> Any:
     if scope == "local":
         return model if per_device else model.clone(ghost=config.train.batch_size // devices // parts)
     return model.clone(axis_name="data") if per_device else model
+
+
+def check_scope(config: Config, model: nn.Module, devices: int) -> None:
+    """Checks that batch statistics of a model of the user's own are of as many images as `parallel.batch_norm` says.
+
+    Raises:
+      InputError: they are not; the message says what to give the module, or which recipe it fits.
+    """
+    if hasattr(model, "ghost"):
+        return
+    per_device, parts = config.parallel.strategy != "jit", config.train.accumulate_steps
+    wanted, seen = images_per_statistic(config, devices), config.train.batch_size // parts
+    if wanted == (seen // devices if per_device else seen):
+        return
+    images = jax.ShapeDtypeStruct((2, *sides(config.data.image_size), config.data.channels), jnp.float32)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = jax.eval_shape(partial(model.init, train=False), keys, images)
+
+    def updated(variables: PyTree, images: jax.Array) -> PyTree:
+        scoped = with_scope(model, config, devices)
+        return scoped.apply(variables, images, train=True, mutable=True, rngs=keys)[1].get("batch_stats", {})
+
+    try:
+        traced = jax.make_jaxpr(updated)(variables, images).jaxpr
+    except NameError:  # it asks for the axis over which the devices are mapped, and so for their statistics
+        return
+    if all(value in traced.invars for value in traced.outvars):
+        return
+    scope, strategy = config.parallel.batch_norm, config.parallel.strategy
+    name = type(model).__name__
+    if per_device and scope == "global":
+        raise InputError(
+            f"parallel.strategy {strategy}: the batch statistics of {name} would be those of each device's own "
+            f"{seen // devices} images. Give its norms axis_name=self.axis_name, a field of the module that is None by "
+            "default, or train with --parallel.strategy jit, or say so with --parallel.batch_norm local"
+        )
+    raise InputError(
+        f"parallel.batch_norm {scope} has no effect on {name}, which has no field `ghost`: build it of "
+        "resnet_jax.models.layers.BatchNorm(ghost=self.ghost), or leave parallel.batch_norm global"
+    )
 
 
 def make_prepare(config: Config, model: nn.Module, parts: Parts = NO_PARTS) -> Prepare:
@@ -145,7 +187,7 @@ def make_prepare(config: Config, model: nn.Module, parts: Parts = NO_PARTS) -> P
 
 
 def normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and deviation of the channels, as a recipe says or its start has found them."""
+    """Returns mean and deviation of the channels, of the recipe or as measured at the start of the run."""
     return known(config.data.mean, "data.mean"), known(config.data.std, "data.std")
 
 
@@ -156,15 +198,17 @@ def recipe_eval_step(
     user's own.
     """
     dtype, (mean, std) = getattr(model, "dtype", None) or jnp.float32, normalization(config)
+    outputs = parts.outputs_of(model)
 
     def prepare(batch: Batch) -> Batch:
+        if outputs:
+            batch = batch | {"target": soft_targets(batch["label"], outputs, 0.0)}
         if "feature" in batch:
             return batch | {"image": batch["feature"]}
         return batch | {"image": on_device.normalize(batch["image"], mean, std, dtype)}
 
     loss = parts.loss or make_loss(config.train.loss, config.train.focal_gamma)
-    classes = parts.outputs_of(model) > 0
-    how: dict[str, Any] = {"metrics": parts.metrics, "classes": classes, "flip": config.augment.eval_flip}
+    how: dict[str, Any] = {"metrics": parts.metrics, "classes": outputs > 0, "flip": config.augment.eval_flip}
     return make_eval_step(model, loss=loss, prepare=prepare, **how)
 
 

@@ -24,7 +24,7 @@ def steps_on_device(
     """Returns `steps(state, data, n) -> (state, sums)`: n steps on batches drawn from data that lies on the device.
 
     Args:
-      most: steps in a call; n, an int32 scalar, is at most that, and is not looked at where it is 1.
+      most: steps in a call; n, an int32 scalar, is at most that, and has no effect where it is 1.
       sums: their names.
 
     Returns:

@@ -50,8 +50,8 @@ def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
     return Mesh(chosen.reshape(-1, fsdp), ("data", "fsdp")) if fsdp > 1 else Mesh(chosen, ("data",))
 
 
-def cached_where_sound(mesh: Mesh) -> AbstractContextManager[None]:
-    """Returns `uncached` for a state that is spread over a CPU's devices, else nothing.
+def uncached_where_it_hangs(mesh: Mesh) -> AbstractContextManager[None]:
+    """Returns the context `uncached` for a state that is spread over a CPU's devices, else one that changes nothing.
 
     From the cache such a program hangs (jaxlib 0.10.2): devices wait for each other in different collectives until XLA
     ends the process. It may be that their order is not kept.
@@ -62,7 +62,7 @@ def cached_where_sound(mesh: Mesh) -> AbstractContextManager[None]:
 
 @contextmanager
 def uncached() -> Iterator[None]:
-    """Programs are compiled anew, and not kept in JAX's compilation cache."""
+    """Has programs compiled anew, and not kept in JAX's compilation cache."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX asks once whether there is one
@@ -124,7 +124,7 @@ def state_sharding(shapes: Any, mesh: Mesh) -> Any:
 
 
 def compiler_options() -> dict[str, str | bool]:
-    """Options for `jax.jit` that are worth setting on the default platform.
+    """Returns options for `jax.jit` that are worth setting on the default platform.
 
     On a CPU: Eigen's convolutions in place of YNNPACK's, which were slower wherever we measured
     (`benchmarks/train_step.py`); and the barriers of rematerialisation stay, without which XLA finds the second
@@ -136,7 +136,9 @@ def compiler_options() -> dict[str, str | bool]:
 
 @cache
 def known_on_cpu(*options: tuple[str, str | bool]) -> dict[str, str | bool]:
-    """Options for `jax.jit` if the default platform is a CPU and this version of XLA knows all of them, or none."""
+    """Returns options for `jax.jit` if the default platform is a CPU and this version of XLA knows all of them; else
+    none.
+    """
     if jax.default_backend() != "cpu":
         return {}
 
@@ -150,6 +152,17 @@ def known_on_cpu(*options: tuple[str, str | bool]) -> dict[str, str | bool]:
     return dict(options)
 
 
+def memory_of(program: Any) -> int | None:
+    """Returns bytes of arguments, results and temporaries of a compiled program, what is reused once; None where the
+    platform does not say.
+    """
+    found = program.memory_analysis()
+    if found is None:
+        return None
+    parts = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
+    return int(sum(parts) - found.alias_size_in_bytes)
+
+
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Returns a batch, or this process's share of it, as global arrays [batch, ...] split over a mesh.
 
@@ -157,12 +170,21 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
       batch: arrays of NumPy, such as `{"image", "label"}`, with the same first axis.
       mesh: of `make_mesh`.
 
+    Raises:
+      InputError: the examples do not divide over this process's devices.
+
     Example:
       >>> batch = {"image": np.zeros((8, 4, 4, 3), np.uint8), "label": np.arange(8)}
       >>> rj.shard_batch(batch, rj.make_mesh(1))["image"].shape
       (8, 4, 4, 3)
     """
-    sharding = batch_sharding(mesh)
+    sharding, devices = batch_sharding(mesh), len(mesh.local_devices)
+    for array in jax.tree.leaves(batch):
+        if np.shape(array)[:1] and len(array) % devices:
+            raise InputError(
+                f"a batch of {len(array)} examples does not divide over {devices} devices: leave out the last "
+                f"{len(array) % devices}, or add some and mark them with a `mask` that is false"
+            )
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 

@@ -42,12 +42,14 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def variables(self) -> PyTree:
-        """The model's variables, as `model.apply` takes them."""
+        """Returns the model's variables, as `model.apply` takes them."""
         return {"params": self.params, "batch_stats": self.batch_stats} | self.collections
 
     @property
     def averages(self) -> PyTree | None:
-        """The model's variables with the moving averages in place of what they are of; None where there are none."""
+        """Returns the model's variables with the moving averages in place of parameters and statistics; None where
+        there are none.
+        """
         return None if self.ema is None else self.ema | self.collections
 
 

@@ -34,7 +34,7 @@ from resnet_jax.training.metrics import (
 from resnet_jax.training.state import PyTree, TrainState
 
 Batch: TypeAlias = dict[str, Any]
-"""`image` [batch, height, width, channel] and what loss and metrics look at, most often `label`: int32 [batch], 0 and 1
+"""`image` [batch, height, width, channel] and what loss and metrics need, most often `label`: int32 [batch], 0 and 1
 [batch, classes], or any arrays [batch, ...]. A prepared one may also hold `target`, float32 [batch, classes]."""
 
 Prepare: TypeAlias = Callable[[Batch, jax.Array], Batch]
@@ -92,7 +92,8 @@ def make_train_step(
       accumulate_steps: parts of a batch whose gradients are added up one after the other, which saves memory; batch
         normalisation takes the statistics of each part.
       sam_rho: radius of sharpness-aware minimisation (Foret et al. 2020); 0 for none.
-      ema_decay: of the moving average of parameters and statistics, which `state.ema` holds; None for none.
+      ema_decay: of the moving average of parameters and statistics, which `state.ema` holds; at first
+        (1 + step) / (10 + step) where that is less; None for none.
       skip_nonfinite: an update whose loss or values are not finite leaves the state as it was.
       frozen: whether a parameter, by its path, is a constant; the batch statistics of its norm stay too.
       mesh: with an axis `data`.
@@ -205,7 +206,7 @@ def make_gradient(
 
 
 def accumulated(gradient: Gradient, parts: int) -> Gradient:
-    """Returns the gradient of a batch that goes through in `parts` parts; statistics move with each of them."""
+    """Returns the gradient of a batch that is computed in `parts` parts; each of them updates the statistics."""
 
     def whole(params: PyTree, stats: PyTree, key: jax.Array, batch: Batch) -> tuple[PyTree, PyTree, Sums]:
         def add_part(carried: tuple[PyTree, PyTree], part: tuple[jax.Array, Batch]) -> tuple[PyTree, Sums]:

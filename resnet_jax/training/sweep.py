@@ -19,11 +19,10 @@ import numpy as np
 
 from resnet_jax.config import Config, InputError, differences, from_dict, result_fields, to_dict
 from resnet_jax.data.dataset import Dataset
-from resnet_jax.data.fingerprint import changes, described, fingerprint
-from resnet_jax.data.fingerprint import load as load_fingerprint
+from resnet_jax.data.fingerprint import changes, described, fingerprint, load_fingerprint
 from resnet_jax.files import path_of, read_json, remove_tree, to_json, write_whole
 from resnet_jax.output import say
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.runs.charts import spoken
 from resnet_jax.runs.folder import begun
 from resnet_jax.runs.lock import hold
@@ -36,7 +35,7 @@ from resnet_jax.training.loop import train_with
 from resnet_jax.training.losses import Loss
 from resnet_jax.training.metrics import Metric
 from resnet_jax.training.optimizers import OwnOptimizer
-from resnet_jax.training.parts import Parts, check_recorded, make_parts, record
+from resnet_jax.training.parts import Parts, check_parts, make_parts, record_parts
 from resnet_jax.training.resolve import resolve, value_of, with_values
 from resnet_jax.training.sweep_members import NO_VALIDATION, train_together
 from resnet_jax.training.sweep_programs import Member, Rows, structure_of, why_alone
@@ -79,8 +78,8 @@ def sweep(
       workdir: the sweep's folder; None makes a new one under `runs/`.
       model, dataset, loss, optimizer, metrics, hooks: as for `train`.
       members_per_device: members that go through a device together, by `vmap`: equal to their runs alone to rounding,
-        and on accelerators perhaps faster for small networks. 1 takes them in turn; `auto` tries 1, 2, 4, ... for a
-        few steps and takes the fastest.
+        and on accelerators perhaps faster for small networks. 1 takes one after the other; `auto` tries 1, 2, 4, ...
+        for a few steps and takes the fastest.
 
     Returns:
       What `sweep.json` holds: `recipe`, `varied`, `members` (`name`, `values`, `status`, `value` of the `metric` on the
@@ -107,7 +106,7 @@ def sweep(
     before = sweep_in(folder)
     config, varied = recipe_and_values(folder, before, config, values)
     accept = config.train.accept_parts or not any(begun(place) for place in (folder / "members").glob("*"))
-    for warning in check_recorded(folder, parts, accept, what="sweep") if before else ():
+    for warning in check_parts(folder, parts, accept, what="sweep") if before else ():
         say(f"WARNING: {warning}", error=True)
     if config.parallel.distributed != "off" or jax.process_count() > 1:
         raise InputError("a sweep runs in one process: leave parallel.distributed off")
@@ -129,7 +128,7 @@ def sweep(
             found["members"] = sorted(rows.values(), key=lambda row: row["name"])
             write_whole(folder / FILE, to_json(found, indent=1) + "\n")
 
-        record(folder, parts)
+        record_parts(folder, parts)
         note([], [])
         all_members = make_members(combinations, folder, parts)
         check_same_pictures([member for member in all_members if member.name in rows], len(all_members), parts)
@@ -172,7 +171,7 @@ def sweep_in(folder: Path) -> dict[str, Any]:
         return read_json(folder / FILE, dict[str, Any], "the sweep")
     except (FileNotFoundError, NotADirectoryError):
         pass
-    if recorded(folder) is not None:
+    if recorded_recipe(folder) is not None:
         raise InputError(f"{folder} holds a run, not a sweep: give another --workdir")
     return {}
 
@@ -269,7 +268,7 @@ def make_members(combinations: Sequence[tuple[dict[str, Any], Config]], folder: 
         words = [f"{short[name]}={re.sub(r'[^A-Za-z0-9.+-]', '_', str(value))}" for name, value in values.items()]
         name = f"{i:0{digits}d}-{','.join(words)}"[:120]
         place = folder / "members" / name
-        before, key = recorded(place), (structure_of(config), config.train.seed)
+        before, key = recorded_recipe(place), (structure_of(config), config.train.seed)
         if before is not None or key not in resolved:
             resolved[key] = resolve(config, parts, before)
         of = resolved[key]

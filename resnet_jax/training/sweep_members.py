@@ -1,9 +1,9 @@
 """Trains the members of a sweep that differ in numbers only by one compiled program: `train_together`.
 
 The states of the members lie one after another on a leading axis, and each device trains one member, or several by
-`vmap`, at a time. More members than that take their turns, call by call. What happens to a member at which step, and
-what is selected, is told by the functions of `training.loop`; which numbers may differ, and the program that they are
-inputs of, by `training.sweep_programs`.
+`vmap`, at a time. More members than that take their turns, call by call. When a member is
+evaluated and what is selected is decided by the functions of `training.loop`; which numbers may differ, and the program
+that takes them as inputs, is in `training.sweep_programs`.
 """
 
 import contextlib
@@ -47,24 +47,25 @@ from resnet_jax.training.evaluation import Result, gathered, selecting_metric
 from resnet_jax.training.loop import Run, check_pictures, evaluate_step, same_classes
 from resnet_jax.training.metrics import Sums, mean_average_precision, means
 from resnet_jax.training.optimizers import make_schedule
-from resnet_jax.training.parts import Parts, record
+from resnet_jax.training.parts import Parts, check_targets, record_parts
+from resnet_jax.training.programs import check_scope
 from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import check_batch, make_mesh
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.sweep_programs import (
-    Going,
-    Kept,
+    BestState,
     Member,
     Programs,
     Rows,
+    RunningMember,
     make_programs,
-    stacked,
+    stack_trees,
     with_inputs,
 )
 from resnet_jax.weights.load import names_of_outputs
 
 
-def put_rounds(trees: Any, programs: Programs) -> list[Any]:
+def in_rounds(trees: Any, programs: Programs) -> list[Any]:
     """Returns a tree [members, ...] in parts of `width` members on their devices; the last is filled up."""
     rounds = []
     for first in range(0, len(jax.tree.leaves(trees)[0]), programs.width):
@@ -106,7 +107,7 @@ def train_together(
     """Trains members that share a program to their ends, and leaves each as a finished run in its folder.
 
     Args:
-      place: where the states of all lie on the way; a start that finds them goes on with them.
+      place: of the checkpoints of all members together; a start that finds one resumes from it.
       per_device: members that go through a device together by `vmap`; `auto` tries which number is fastest, and a
         later start keeps to it.
       folder: of the sweep.
@@ -126,14 +127,14 @@ def train_together(
         found = restored(checkpoints, group, config, new_state)
         states, before = (first_states(group, parts), None) if found is None else found
         make = make_programs(group, jax.tree.map(lambda x: x[0], states.params), parts)
-        chosen = before or fastest(make, states) if per_device == "auto" else per_device
+        chosen = before or fastest_per_device(make, states) if per_device == "auto" else per_device
         programs = make(chosen)
         for one in group:
             one.begin = one.progress.step
             known = None if isinstance(parts.optimizer, optax.GradientTransformation) else one.schedule
             about = (one.run.folder, one.run.config, one.run.plan, known, one.begin, one.progress)
             one.reporter = open_reporters.enter_context(Reporter(*about, lambda: None, terminal=False))
-        rounds, given = put_rounds(states, programs), put_rounds(programs.inputs, programs)
+        rounds, given = in_rounds(states, programs), in_rounds(programs.inputs, programs)
 
         def save() -> None:
             kept = []
@@ -144,9 +145,9 @@ def train_together(
                         one.progress.sums = one.reporter.settle(state)
                     one.progress.skipped_updates = dict(one.reporter.skipped)
                 kept.append((state, unstack_blocks(state) if one.kept.state is None else one.kept.state))
-            tree = {"state": stacked([state for state, _ in kept]), "best": stacked([best for _, best in kept])}
+            tree = {"state": stack_trees([state for state, _ in kept]), "best": stack_trees([best for _, best in kept])}
             record = {"members": [record_of(one) for one in group], "per_device": chosen}
-            checkpoints.save(passed(group), tree, record)
+            checkpoints.save(total_steps(group), tree, record)
 
         marks = min(one.progress.step // one.run.plan.save_every for one in group)
         train = compiled(programs, rounds[0], given[0])
@@ -160,21 +161,23 @@ def train_together(
             if stop.asked() or lost:
                 save()
                 if lost or (lock is not None and lock.lost(now=True)):
-                    raise FolderLost(folder, passed(group), None)
-                raise Stopped(folder, passed(group), stop.signal or 0, checkpoints.has(passed(group)), "sweep")
+                    raise FolderLost(folder, total_steps(group), None)
+                raise Stopped(
+                    folder, total_steps(group), stop.signal or 0, checkpoints.has(total_steps(group)), "sweep"
+                )
             going = [one.progress.step // one.run.plan.save_every for one in group if one.active()]
             if not going or min(going) > marks:
                 marks = min(going, default=marks)
                 save()
-                say(standing(group, time.perf_counter() - began))
+                say(progress_line(group, time.perf_counter() - began))
         checkpoints.settle()
         for i, one in enumerate(group):
             if one.failed is None:
-                end_member(one, state_of(rounds[i // programs.width], i % programs.width))
+                end_member(one, state_of(rounds[i // programs.width], i % programs.width), programs.width)
     return [row_of(one) for one in group]
 
 
-def start_members(members: Sequence[Member], parts: Parts, stop: Stop) -> tuple[list[Going], Parts]:
+def start_members(members: Sequence[Member], parts: Parts, stop: Stop) -> tuple[list[RunningMember], Parts]:
     """Returns the members before their first step, with their data, and the parts with the outputs of the model."""
     mesh, group, found = make_mesh(1), [], dict[str, Dataset]()
     config = members[0].config
@@ -190,6 +193,8 @@ def start_members(members: Sequence[Member], parts: Parts, stop: Stop) -> tuple[
                 say(note)
             if module is None:
                 module, own = model_with_parts(config, parts, len(found[key].class_names))
+                check_scope(config, module, 1)
+                check_targets(config, own, own.outputs_of(module), found[key].multilabel)
             found[key] = with_outputs(found[key], own.outputs_of(module))
         dataset = found[key]
         if dataset.multilabel and parts.loss is None and config.train.loss != "binary":
@@ -197,17 +202,17 @@ def start_members(members: Sequence[Member], parts: Parts, stop: Stop) -> tuple[
         metric = selecting_metric(config, dataset, own)
         if metric is None or dataset.validation is None:
             raise InputError(NO_VALIDATION)
-        plan, kept = make_plan(config, len(dataset.train)), Kept()
+        plan, kept = make_plan(config, len(dataset.train)), BestState()
         member.folder.mkdir(parents=True, exist_ok=True)
         check_pictures(member.folder, config, dataset, 1)
         write_whole(member.folder / "config.json", to_json(to_dict(config), indent=2) + "\n")
-        record(member.folder, own)
+        record_parts(member.folder, own)
         shared: Any = kept
         run = Run(member.folder, config, plan, module, dataset, metric, mesh, shared, stop, None, own, Hooks(()))
         names = names_of_outputs(own.outputs, dataset.class_names, config.data.dataset)
         progress = RunProgress(to_dict(config), list(names), dataset.multilabel)
         bad = BadImages(config.data.on_bad_image, channels=config.data.channels)
-        group.append(Going(member, run, kept, make_schedule(config, plan.total, plan.per_epoch), bad, progress))
+        group.append(RunningMember(member, run, kept, make_schedule(config, plan.total, plan.per_epoch), bad, progress))
     if single := norms_of_one_value(config, module, 1):
         say(f"WARNING: {len(single)} batch norms, {single[0]} the first, see one value a channel in training")
     return group, own
@@ -219,7 +224,7 @@ NO_VALIDATION = (
 )
 
 
-def first_states(group: Sequence[Going], parts: Parts) -> Any:
+def first_states(group: Sequence[RunningMember], parts: Parts) -> Any:
     """Returns the first states of all members, [members, ...], each with the bits of a run alone."""
     config, module = group[0].run.config, group[0].run.model
 
@@ -233,11 +238,11 @@ def first_states(group: Sequence[Going], parts: Parts) -> Any:
         if seed not in states:
             state = with_weights(make(np.uint32(seed)), one.run.config, module)
             states[seed] = jax.device_get(in_form(state, one.run.config))
-    return stacked([states[one.run.config.train.seed] for one in group])
+    return stack_trees([states[one.run.config.train.seed] for one in group])
 
 
 def restored(
-    checkpoints: Checkpoints, group: Sequence[Going], config: Config, new_state: Callable[[], TrainState]
+    checkpoints: Checkpoints, group: Sequence[RunningMember], config: Config, new_state: Callable[[], TrainState]
 ) -> tuple[Any, int] | None:
     """Returns the states of all members from the newest checkpoint and how many went through a device together, and
     gives the members what belongs to them; None where there is none.
@@ -273,7 +278,7 @@ def compiled(programs: Programs, states: Any, given: Any) -> Any:
     return programs.train.lower(states, given, first, programs.data).compile()
 
 
-def fastest(make: Callable[[int], Programs], states: Any) -> int:
+def fastest_per_device(make: Callable[[int], Programs], states: Any) -> int:
     """Returns how many members should go through a device together: a short trial doubles it while that is faster.
 
     Args:
@@ -301,9 +306,7 @@ def fastest(make: Callable[[int], Programs], states: Any) -> int:
 def seconds_of_a_step(programs: Programs, states: Any) -> float:
     """Returns the seconds that a step of a member takes where all members of some calls are trained, the best of 3."""
     taken = programs.at_once * programs.width
-    rounds, given = (
-        put_rounds(jax.tree.map(lambda x: x[:taken], tree), programs) for tree in (states, programs.inputs)
-    )
+    rounds, given = (in_rounds(jax.tree.map(lambda x: x[:taken], tree), programs) for tree in (states, programs.inputs))
     train, n = compiled(programs, rounds[0], given[0]), np.full(programs.width, programs.most, np.int32)
 
     def call(i: int) -> None:
@@ -319,19 +322,19 @@ def seconds_of_a_step(programs: Programs, states: Any) -> float:
     return min(took[1:]) / (len(rounds) * programs.width * programs.most)
 
 
-def record_of(one: Going) -> Record:
+def record_of(one: RunningMember) -> Record:
     """Returns what the checkpoint of all holds of a member beside its states."""
     return {"progress": one.progress.to_record(), "best": one.kept.record, "failed": one.failed}
 
 
-def passed(group: Sequence[Going]) -> int:
+def total_steps(group: Sequence[RunningMember]) -> int:
     """Returns the steps that all members have made together, by which their checkpoints are numbered."""
     return sum(one.progress.step for one in group)
 
 
 def advance(
-    group: Sequence[Going], programs: Programs, train: Any, rounds: list[Any], given: Sequence[Any]
-) -> list[tuple[Going, Sums, int]]:
+    group: Sequence[RunningMember], programs: Programs, train: Any, rounds: list[Any], given: Sequence[Any]
+) -> list[tuple[RunningMember, Sums, int]]:
     """Runs the next call of every member that has steps to go; returns each with its sums and number of steps.
 
     Args:
@@ -339,7 +342,7 @@ def advance(
     """
     width = programs.width
 
-    def call(i: int) -> list[tuple[Going, Sums, int]]:
+    def call(i: int) -> list[tuple[RunningMember, Sums, int]]:
         now, n = group[i * width : (i + 1) * width], np.zeros(width, np.int32)
         n[: len(now)] = [one.steps(programs.most) for one in now]
         if not n.any():
@@ -358,7 +361,7 @@ def advance(
         return [one for found in threads.map(call, range(len(rounds))) for one in found]
 
 
-def take_steps(one: Going, sums: Sums, n: int) -> None:
+def take_steps(one: RunningMember, sums: Sums, n: int) -> None:
     """Gives the sums of a member's steps to its log."""
     progress, plan = one.progress, one.run.plan
     progress.step += n
@@ -369,7 +372,7 @@ def take_steps(one: Going, sums: Sums, n: int) -> None:
 
 
 def evaluate_due(
-    group: Sequence[Going], advanced: set[str], programs: Programs, rounds: Sequence[Any], given: Sequence[Any]
+    group: Sequence[RunningMember], advanced: set[str], programs: Programs, rounds: Sequence[Any], given: Sequence[Any]
 ) -> None:
     """Evaluates the members that have `advanced` to a step where their plan says so, and keeps those that are best."""
     for i, states in enumerate(rounds):
@@ -396,7 +399,7 @@ def evaluate_due(
             select(now[slot], state, results[slot])
 
 
-def select(one: Going, state: Any, result: Result) -> None:
+def select(one: RunningMember, state: Any, result: Result) -> None:
     """Takes the evaluation of a member's step as a run alone takes it, and keeps the state where it is the best."""
     one.progress.skipped_updates = dict(one.reporter.skipped)
     with one.reporter.paused():
@@ -426,7 +429,7 @@ def means_of(parts: Sequence[tuple[Sums, Any]]) -> dict[str, Any]:
     return found
 
 
-def standing(group: Sequence[Going], seconds: float) -> str:
+def progress_line(group: Sequence[RunningMember], seconds: float) -> str:
     """Returns a line on how far all members are that have steps to go.
 
     Args:
@@ -448,8 +451,12 @@ def standing(group: Sequence[Going], seconds: float) -> str:
     return f"{line}, {seconds * todo / done:.0f} s left" if done and todo else line
 
 
-def end_member(one: Going, state: Any) -> None:
-    """Leaves a member that has come to its end as a finished run in its folder."""
+def end_member(one: RunningMember, state: Any, at_once: int) -> None:
+    """Leaves a member that has come to its end as a finished run in its folder.
+
+    Args:
+      at_once: members that went through the devices together, itself among them.
+    """
     progress, folder = one.progress, one.run.folder
     progress.selected = progress.best["step"] if progress.best else progress.step
     progress.skipped = sorted(one.bad.names)
@@ -461,10 +468,11 @@ def end_member(one: Going, state: Any) -> None:
     images = (progress.step - one.begin) * one.run.config.train.batch_size
     speed = {"images_per_second": images / one.trained if one.trained else 0.0}
     speed["seconds"] = one.trained + one.evaluated  # of its own calls, not of the sweep
+    speed["members_at_once"] = at_once
     finish(folder, progress, speed, device_name(one.run.mesh), quiet=True)
 
 
-def row_of(one: Going) -> dict[str, Any]:
+def row_of(one: RunningMember) -> dict[str, Any]:
     """Returns what came out of a member."""
     best: Any = one.progress.best or {"metric": f"validation/{one.run.metric}", "value": None, "step": None}
     return {

@@ -60,7 +60,7 @@ INPUTS = (
     "data.std",
 )
 """Numbers that are inputs of the program where members differ in them."""
-OF_STEPS = (
+SCHEDULE_FIELDS = (
     "optimizer.learning_rate",
     "optimizer.base_batch_size",
     *(f"schedule.{field.name}" for field in fields(ScheduleConfig)),
@@ -96,7 +96,7 @@ class Member:
 def structure_of(config: Config) -> str:
     """Returns a text that is the same for recipes that share a compiled program."""
     flat = {f"{section}.{name}": value for section, of in to_dict(config).items() for name, value in of.items()}
-    rest = {name: value for name, value in flat.items() if name not in (*INPUTS, *OF_STEPS)}
+    rest = {name: value for name, value in flat.items() if name not in (*INPUTS, *SCHEDULE_FIELDS)}
     return to_json([rest, {name: kind_of_number(name, flat[name]) for name in INPUTS}])
 
 
@@ -163,7 +163,7 @@ def rates_by_step(schedule: optax.Schedule, steps: int) -> np.ndarray:
     return np.asarray(jax.jit(rates, compiler_options=compiler_options())())
 
 
-class Kept:
+class BestState:
     """Holds the best state of a member on the host, where a run alone has its checkpoint."""
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ class Kept:
 
 
 @dataclass
-class Going:
+class RunningMember:
     """A member under way.
 
     Attributes:
@@ -194,7 +194,7 @@ class Going:
 
     member: Member
     run: Run
-    kept: Kept
+    kept: BestState
     schedule: optax.Schedule
     bad: BadImages
     progress: RunProgress
@@ -266,7 +266,7 @@ def each_member(function: Callable[[Any, Any], Any], mesh: Mesh, per_device: int
     return jax.shard_map(of_device, mesh=mesh, in_specs=(split, whole), out_specs=split, check_vma=False)
 
 
-def make_programs(group: Sequence[Going], params: PyTree, parts: Parts) -> Callable[[int], Programs]:
+def make_programs(group: Sequence[RunningMember], params: PyTree, parts: Parts) -> Callable[[int], Programs]:
     """Returns `programs(per_device)`: the compiled programs of a group, with the inputs of its members.
 
     `per_device` is how many members go through a device together.
@@ -292,7 +292,7 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts) -> Calla
     size, batch = max(map(len, tables)), config.train.batch_size
     batches = [len(place) // batch for place in where]
 
-    def inputs_of(one: Going) -> PyTree:
+    def inputs_of(one: RunningMember) -> PyTree:
         i, run = order.index(id(one.run.dataset)), one.run
         numbers = {
             n: np.asarray(value_of(run.config, n), np.uint32 if n == "train.seed" else np.float32) for n in varied
@@ -309,7 +309,7 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts) -> Calla
         } | ({} if weights is None else {"weights": np.asarray(weights, np.float32)})
 
     most_steps = max(run.plan.total for run in runs)
-    inputs = stacked([inputs_of(one) for one in group])
+    inputs = stack_trees([inputs_of(one) for one in group])
     phase = make_phases(config, params, runs[0].plan.per_epoch)[0]
     freezes = config.finetune.mode != "none" or any(factor == 0 for _, factor in config.optimizer.rate_rules)
     frozen = (lambda path: phase.rates(path) == 0.0) if freezes else None
@@ -327,7 +327,7 @@ def make_programs(group: Sequence[Going], params: PyTree, parts: Parts) -> Calla
             return draw_batch(of_member, at, batch, recipe.train.seed, recipe.augment.repeats)
 
         steps = steps_on_device(step, draw, most, names)
-        if most > 1 or alone:  # in its call, where it always has steps to go
+        if most > 1 or alone:  # `steps` takes n = 0 too where it is a loop; a member alone always has steps to go
             return steps(state, data, n)
         nothing = {name: jnp.zeros(1) for name in names}
         return jax.lax.cond(n > 0, lambda: steps(state, data, n), lambda: (state, nothing))
@@ -408,6 +408,6 @@ def padded(rows: np.ndarray, count: int) -> np.ndarray:
     return np.pad(rows, ((0, count - len(rows)), *((0, 0),) * (rows.ndim - 1)))
 
 
-def stacked(trees: Sequence[Any]) -> Any:
+def stack_trees(trees: Sequence[Any]) -> Any:
     """Returns trees of arrays as one tree [len(trees), ...], on the host."""
     return jax.tree.map(lambda *parts: np.stack(parts), *trees)

@@ -18,11 +18,10 @@ import jax
 
 from resnet_jax.config import Config, InputError, from_dict
 from resnet_jax.data.dataset import with_outputs
-from resnet_jax.data.fingerprint import changes, described, fingerprint, other_resizer
-from resnet_jax.data.fingerprint import load as load_fingerprint
+from resnet_jax.data.fingerprint import changes, described, fingerprint, load_fingerprint, other_resizer
 from resnet_jax.data.transforms import resizer
 from resnet_jax.files import path_of, read_file, to_json
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.runs.folder import device_name, read_summary, versions
 from resnet_jax.runs.hooks import Hooks
 from resnet_jax.runs.lock import live_holder
@@ -36,9 +35,9 @@ from resnet_jax.training.linear_probe import computes_features_once
 from resnet_jax.training.loop import Run
 from resnet_jax.training.manifest import best_of
 from resnet_jax.training.optimizers import make_schedule
-from resnet_jax.training.parts import NAMES, Parts, check_recorded, make_parts
+from resnet_jax.training.parts import NAMES, Parts, check_parts, make_parts
 from resnet_jax.training.programs import steps_per_call
-from resnet_jax.training.sharding import cached_where_sound, make_mesh
+from resnet_jax.training.sharding import make_mesh, uncached_where_it_hangs
 from resnet_jax.training.verify_compare import (
     ARRAYS,
     BFLOAT16,
@@ -74,7 +73,7 @@ class Verification:
       exact: whether bits were compared; otherwise within rounding, for the reasons in the notes.
       seed: of the draw of intervals; None where all were replayed.
       differences: what is not as it should be; empty for a sound run.
-      notes: what a reader has to know beside: what was not looked at, other versions, another number of devices.
+      notes: what a reader has to know beside: what was not compared, other versions, another number of devices.
     """
 
     run: str
@@ -87,7 +86,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differs."""
+        """Returns whether nothing differs."""
         return not self.differences
 
     def __str__(self) -> str:
@@ -113,7 +112,7 @@ def verify(
     data: str | None = None,
     **parts: Any,
 ) -> Verification:
-    """Replays a run between its checkpoints from the recorded recipe and data, and says what does not come out again.
+    """Replays a run between its checkpoints from the recorded recipe and data, and returns what it does not reproduce.
 
     Compared bit by bit are parameters, statistics, optimizer state, averages and the lines of metrics.jsonl (without
     times and speeds); where the run had other versions or devices, or other kinds of programs on its way, within
@@ -144,7 +143,7 @@ def verify(
       assert report.ok
     """
     folder = path_of(run, "run")
-    config = recorded(folder)
+    config = recorded_recipe(folder)
     if config is None:
         raise InputError(f"{folder} holds no run: there is no {folder / 'config.json'}")
     if intervals != "all" and intervals < 0:
@@ -161,7 +160,7 @@ def verify(
         config = replace(config, data=replace(config.data, dataset=data))
     given = make_parts(parts if data is None else parts | {"dataset": None})
     needed = None if data is None else [name for name in NAMES if name != "dataset"]
-    found += [Difference("parts", None, note) for note in check_recorded(folder, given, accept=True, needed=needed)]
+    found += [Difference("parts", None, note) for note in check_parts(folder, given, accept=True, needed=needed)]
     job = make_job(folder, config, given, records, rounding, found, notes)
 
     steps = sorted(records)
@@ -181,7 +180,7 @@ def verify(
     lines, torn = split_lines(folder / "metrics.jsonl")
     if torn:
         found.append(Difference("metrics.jsonl", None, f"{len(torn)} lines cannot be read"))
-    with cached_where_sound(job.run.mesh):
+    with uncached_where_it_hangs(job.run.mesh):
         for span in spans_of(chosen, job):
             if job.how.exact:
                 found += verify_span(job, span, lines)
@@ -226,6 +225,12 @@ def make_job(
         if there != here:
             which = f"summary.json says {name} {there}, and here is {here}"
             (loose if name in COMPUTES else notes).append(which)
+    from_device = config.data.on_device or computes_features_once(config)
+    most = steps_per_call(config, from_device, parts.model is not None)
+    at_once = (summary or {}).get("members_at_once", 0)
+    if at_once > 1 or (at_once and most == 1):
+        what = f"took {at_once} members at once" if at_once > 1 else "made one step a call"
+        loose.append(f"the run is a member of a sweep that {what}")
     first = from_dict(records[min(records)]["recipe"])
     for section, name in (names.split(".") for names in ROUNDS):
         old, new = (getattr(getattr(recipe, section), name) for recipe in (first, config))
@@ -252,8 +257,6 @@ def make_job(
     metric = selecting_metric(config, dataset, parts)
     module, parts = model_with_parts(config, parts, len(dataset.class_names))
     dataset = with_outputs(dataset, parts.outputs_of(module))
-    from_device = config.data.on_device or computes_features_once(config)
-    most = steps_per_call(config, from_device, parts.model is not None)
     where = in_a_temporary_folder(config, usable, fsdp, most)
     run = Run(folder, where, plan, module, dataset, metric, mesh, NO_CHECKPOINTS, Stop(), None, parts, Hooks(()))
     schedule = make_schedule(config, plan.total, plan.per_epoch)

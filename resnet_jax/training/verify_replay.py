@@ -32,9 +32,9 @@ from resnet_jax.training.verify_compare import (
     compare_arrays,
     compare_lines,
     compare_records,
-    grown_to,
     measure_growth,
     on_host,
+    relative_distance,
 )
 
 
@@ -46,7 +46,7 @@ class Job:
       run: with everything but a place for checkpoints.
       records: step -> what the checkpoint holds beside the state.
       summary: None where the run has not ended.
-      how: how equal the replay has to be.
+      how: how closely the replay has to agree.
       same_kind: whether the devices are of the run's kind, so that the first state is drawn from the same bits.
     """
 
@@ -110,7 +110,10 @@ def verify_within_rounding(
         other.run_through()
         if end in other.ends:
             arrays = replay.ends[end][1], other.ends[end][1]
-            how, grown = measure_growth(job.how, arrays, (replay.lines, other.lines)), grown_to(*arrays, replay.before)
+            how, grown = (
+                measure_growth(job.how, arrays, (replay.lines, other.lines)),
+                relative_distance(*arrays, replay.before),
+            )
             notes.append(
                 f"steps {start} to {end}: a change of the last bit grows to {grown:.2%} of what they change in the "
                 f"parameters, and {GROWTH:g} times as much was taken for rounding"
@@ -222,7 +225,7 @@ class Replay:
         self.found[step] = problems or (compare_records(its_record, record) if how.exact else [])
 
     def has(self, step: int) -> bool:
-        """Returns whether the replay has come by a step that is saved."""
+        """Returns whether the replay has reached this step and it is one that is saved."""
         return step in self.steps
 
     def latest(self) -> int | None:

@@ -24,6 +24,7 @@ from resnet_jax.config import Config, InputError, ModelConfig, from_dict, known,
 from resnet_jax.files import in_bucket, path_of, read_file, read_json
 from resnet_jax.models.registry import MODELS, create_model, model_fields, nearest, variable_shapes
 from resnet_jax.output import first_line, say
+from resnet_jax.recipe_files import recorded_parts
 from resnet_jax.typed import from_extra, shown, shown_name, typed
 from resnet_jax.weights.convert import as_array, to_torch
 from resnet_jax.weights.tags import UNCALIBRATED, Calibration, Preprocessing, find_tag, tags_of
@@ -179,7 +180,7 @@ def _from_folder(folder: Path) -> Weights:
 
 
 def _described(file: Path, tensors: Mapping[str, Any], where: str) -> Weights:
-    """Weights with a `config.json` as timm writes it."""
+    """Returns weights with a `config.json` as timm writes it."""
     where = f"{where}: config.json"
     try:
         config = _parsed(read_file(file), dict[str, Any], where)
@@ -209,7 +210,7 @@ HARMLESS = frozenset({"num_classes", "in_chans", "img_size", "global_pool", "dro
 
 
 def _parsed(data: bytes, kind: Any, where: str) -> Any:
-    """JSON as a type, as `typed` gives it; nan is not taken for null, and so refused where a number is needed."""
+    """Returns JSON as a type, as `typed` gives it; nan is not taken for null, but refused where a number is needed."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -218,7 +219,7 @@ def _parsed(data: bytes, kind: Any, where: str) -> Any:
 
 
 def _preprocessing(known: dict[str, Any], name: str, where: str) -> Preprocessing | None:
-    """What a configuration of timm says, else what the model's default tag has; None where it says nothing."""
+    """Returns what a configuration of timm says, else what the model's default tag has; None where it says nothing."""
     size = known.get("input_size")
     given = {
         "mean": known.get("mean"),
@@ -333,7 +334,6 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 def _from_run(folder: Path, checkpoint: str | None) -> Weights:
     """Reads the moving average of a run's checkpoint, or its parameters where there is no average."""
     from resnet_jax.training.checkpoints import read_variables
-    from resnet_jax.training.parts import recorded_parts
 
     if own := recorded_parts(folder).get("model"):
         raise InputError(

@@ -30,8 +30,8 @@ from resnet_jax.data.inspect import (
 )
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.predict import inspect_data as inspecting
+from resnet_jax.predict import inspect_page
 from resnet_jax.predict.inspect_data import folds_of, inspect_data, out_of_fold, patch_features, read_pictures
-from resnet_jax.runs import inspect_page
 from resnet_jax.runs.report_page import read_inspection
 
 from ..browser import Tags, needed_width, needs_chromium

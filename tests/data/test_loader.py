@@ -2,6 +2,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -168,6 +169,18 @@ def test_loaders_leave_no_open_files_and_no_folders(workers, files, tmp_path, mo
         opened.append(len(os.listdir("/proc/self/fd")))
     assert min(opened[-2:]) <= max(opened[:2]) + 2  # a batch can be given back a moment later
     assert os.listdir(tmp_path / "temporary") == []
+
+
+class HoldsALock(ArraySource):
+    def __init__(self):
+        super().__init__(SOURCE.images, SOURCE.labels)
+        object.__setattr__(self, "lock", threading.Lock())
+
+
+def test_a_dataset_that_worker_processes_cannot_be_given_is_refused_with_the_remedy():
+    assert len(next(train_batches(HoldsALock(), recipe(8), make_mesh(1), BadImages("error"), range(1)))["label"]) == 8
+    with pytest.raises(InputError, match=r"data.workers 1: .*_thread.lock.* __getstate__, or set data.workers 0"):
+        next(train_batches(HoldsALock(), recipe(8, workers=1), make_mesh(1), BadImages("error"), range(1)))
 
 
 def test_few_images_are_evaluated_without_starting_processes(monkeypatch):

@@ -5,12 +5,12 @@ import sys
 import pytest
 
 from resnet_jax.ops import sharded_batch, use_custom_kernels
-from resnet_jax.ops.custom_kernels import batch_is_sharded, custom_kernels_enabled
+from resnet_jax.ops.custom_kernels import custom_kernels_enabled, sharded_platform
 
 
 @pytest.mark.parametrize(
     ("setting", "read", "default"),
-    [(use_custom_kernels, custom_kernels_enabled, True), (sharded_batch, batch_is_sharded, False)],
+    [(use_custom_kernels, custom_kernels_enabled, True), (sharded_batch, lambda: bool(sharded_platform()), False)],
 )
 def test_a_setting_holds_within_its_block_and_its_function(setting, read, default):
     assert read() is default

@@ -2,7 +2,11 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import resnet_jax as rj
 from resnet_jax.cli import main
@@ -25,6 +29,23 @@ def test_a_model_is_measured(capsys):
     print(bench.format_bench(row))
     out = capsys.readouterr().out
     assert "GMACs at 8 pixels, batch 4, float32" in out and "inference" in out and "n = 3" in out
+
+
+def test_the_time_to_compile_is_not_that_of_reading_the_cache(tmp_path):
+    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        x = jnp.ones(3)
+        program, seconds = bench.compiled(jax.jit(lambda x: 17 * x), x)
+        assert seconds > 0 and not any("lambda" in file.name for file in tmp_path.iterdir())
+        np.testing.assert_array_equal(program(x), jax.jit(lambda x: 17 * x)(x))  # which JAX keeps
+        assert any("lambda" in file.name for file in tmp_path.iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_the_median_of_calls_after_the_warm_up_counts(monkeypatch):

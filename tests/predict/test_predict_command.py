@@ -18,7 +18,7 @@ from resnet_jax.config import Config, DataConfig, InputError, TrainConfig
 from resnet_jax.data.transforms import fit
 from resnet_jax.predict.predictor import Predictor, find_files, predict_files
 from resnet_jax.predict.write_predictions import draw_cam
-from resnet_jax.recipe_files import recorded
+from resnet_jax.recipe_files import recorded_recipe
 from resnet_jax.weights.export import save_tensors
 from resnet_jax.weights.sources import find_weights
 
@@ -54,7 +54,7 @@ def test_probabilities_are_those_of_the_module_on_the_pictures_of_the_evaluation
     predictor = rj.Predictor.from_run(run / "run")
     files = sorted((run / "data").rglob("*.png"))
     images = np.stack([fit(str(path), 12, 0.9) for path in files])
-    data = recorded(run / "run").data
+    data = recorded_recipe(run / "run").data
     normal = (images / 255.0 - np.asarray(data.mean)) / np.asarray(data.std)
     model, variables = rj.load_pretrained(str(run / "run"))
     expected = jax.nn.softmax(jax.jit(model.apply)(variables, jnp.asarray(normal, jnp.float32)))

@@ -8,7 +8,7 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax import InputError
-from resnet_jax.predict import serving
+from resnet_jax.predict import export_program
 
 
 @pytest.mark.parametrize(("count", "constant"), [(1, 2**20), (1, 0), (64, 2**20), (130, 2**20), (256, 0)])
@@ -36,4 +36,4 @@ def test_a_network_that_asks_for_the_number_of_images_is_no_program_and_is_told_
         return pixels.reshape(len(pixels), -1)
 
     with pytest.raises(InputError, match=r"takes that number as x.shape\[0\] or -1, not as len\(x\)"):
-        serving.write_stablehlo(served, (8, 8, 3), np.uint8, {}, tmp_path / "net.stablehlo")
+        export_program.write_stablehlo(served, (8, 8, 3), np.uint8, {}, tmp_path / "net.stablehlo")

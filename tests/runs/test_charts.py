@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from resnet_jax.runs.charts import (
-    apart,
     chart,
     chosen_step,
     draw_curves,
@@ -16,6 +15,7 @@ from resnet_jax.runs.charts import (
     line_chart,
     log_ticks,
     reliability_chart,
+    spread_out,
 )
 from resnet_jax.training.metrics import wilson
 
@@ -157,5 +157,5 @@ def test_calibration_says_how_many_predictions_each_dot_is_of():
 
 @pytest.mark.parametrize("places", [[0.0, 0.01, 0.02], [0.97, 0.98, 1.0], [i / 15 for i in range(15)], [0.5]])
 def test_texts_of_neighbours_are_moved_apart(places):
-    moved = [place for place, _ in apart([(place, 1) for place in places])]
+    moved = [place for place, _ in spread_out([(place, 1) for place in places])]
     assert np.all(np.diff(moved) > 0.05) and min(moved) >= -1e-9 and max(moved) <= 1 + 1e-9

@@ -12,10 +12,10 @@ from PIL import Image
 from resnet_jax import cli
 from resnet_jax.config import Config, InputError, LogConfig, TrainConfig, from_dict, to_dict
 from resnet_jax.files import to_json
-from resnet_jax.runs.folder import better
 from resnet_jax.runs.trackers import Tracker, read_lines
 from resnet_jax.training import loop
 from resnet_jax.training.checkpoints import Checkpoints, unreadable_is_damaged
+from resnet_jax.training.evaluation import better
 from resnet_jax.training.manifest import newest_sound, steps_in, write_manifest
 
 from ..browser import Tags, needs_chromium, tags

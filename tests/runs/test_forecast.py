@@ -27,6 +27,7 @@ def test_data_parallel_steps_exchange_gradients_and_batch_statistics_and_no_acti
 def test_nothing_travels_but_gradients_and_statistics_with_crops_and_flips_on_the_device():
     small = load_config(ROOT / "configs" / "cifar10_resnet20.py")
     needs = forecast(dataclasses.replace(small, train=dataclasses.replace(small.train, batch_size=128)), 2)
+    assert "\nbeside it training images of less than 1 GiB are kept on each device" in format_plan(needs)
     assert set(needs["collectives"]) == {"all-reduce"} and needs["parameters"] == 269_722
     assert needs["collectives"]["all-reduce"] <= 1.01 * (4 * needs["parameters"] + needs["state"]["batch_stats"])
 
@@ -53,6 +54,7 @@ def test_operations_are_those_of_the_plain_network_and_classes_those_of_the_fold
     assert needs["flops"] == images * 2 * (2 * stem + 3 * sum(stages) + 3 * head)
     assert needs["parameters"] == 75_290 - 65 * 7
     first, second, *_ = format_plan(needs).splitlines()
+    assert "kept on each device" not in format_plan(needs)
     assert first == f"74,835 parameters with 3 classes (of folder:{tmp_path})" and "GFLOP a step on 1 device:" in second
     nowhere = dataclasses.replace(recipe, data=DataConfig(dataset="folder:/nowhere"), model=ModelConfig("resnet18"))
     assert classes_of(nowhere)[0] == 1000 and "assumed" in classes_of(nowhere)[1]

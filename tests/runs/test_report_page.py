@@ -2,17 +2,20 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from resnet_jax.config import Config, DataConfig
 from resnet_jax.data.dataset import FileSource
-from resnet_jax.runs.report_page import caption_of, confusion_of, key_figures, template, title_of, verdict, worst
+from resnet_jax.runs import report_page
+from resnet_jax.runs.report_page import caption_of, confusion_of, key_figures, page_template, title_of, verdict, worst
 from resnet_jax.training.evaluation import Predictions
 
 from ..browser import Tags, needed_width, needs_chromium
 
+PAGE = Path(report_page.__file__).with_name("report_page.html")
 NAME = '<b onclick="x">&'
 ROW = {"name": NAME, "precision": 0.5, "recall": None, "f1": 0.25, "support": 1234, "auc": None, "interval": None}
 PLAIN = {
@@ -26,7 +29,7 @@ PLAIN = {
 
 
 def page(measures, names, **values):
-    text = template().render(PLAIN | {"class_names": names} | confusion_of(measures, names) | values)
+    text = page_template(PAGE).render(PLAIN | {"class_names": names} | confusion_of(measures, names) | values)
     found = Tags()
     found.feed(text)
     assert "onclick=" not in text.replace("&lt;b onclick=&#34;x&#34;&gt;&amp;", "") and "http" not in text

@@ -28,7 +28,7 @@ from resnet_jax.runs.hooks import Hook
 from resnet_jax.runs.signals import Stopped
 from resnet_jax.runs.trackers import read_lines
 from resnet_jax.training.evaluation import evaluate_run
-from resnet_jax.training.parts import check_recorded, make_parts, names_and_hashes
+from resnet_jax.training.parts import check_parts, make_parts, names_and_hashes
 from resnet_jax.training.run_progress import RunProgress
 
 
@@ -155,7 +155,7 @@ def test_other_parts_than_those_of_the_run_are_refused_unless_told(tmp_path):
     with pytest.raises(rj.InputError, match=r"loss \(.*squared_error\), which was the recipe's"):
         rj.train(config, tmp_path / "run", model=Net(), dataset=DATA, loss=squared_error)
     with pytest.raises(rj.InputError, match=r"started with other parts: loss \(.*squared_error\), which was the rec"):
-        check_recorded(tmp_path / "of the recipe alone", make_parts({"loss": squared_error}))
+        check_parts(tmp_path / "of the recipe alone", make_parts({"loss": squared_error}))
     accepting = dataclasses.replace(config, train=dataclasses.replace(config.train, accept_parts=True))
     rj.train(accepting, tmp_path / "run", model=Net(), dataset=DATA, loss=squared_error)
     with pytest.raises(rj.InputError, match=r"parts of its user's own: model .* resnet_jax.restore\(.*\.variables"):
@@ -296,7 +296,7 @@ def own_run(tmp_path_factory):
 def test_what_to_type_next_names_the_recipe_file_or_what_it_must_define(own_run, tmp_path, capsys, monkeypatch):
     command = f"  resnet-jax evaluate {own_run / 'run'} --config {own_run / 'mine.py'} --per-class"
     assert command in (own_run / "out.txt").read_text().splitlines()
-    monkeypatch.setattr(recipe_files, "RUN_ALREADY", {})
+    monkeypatch.setattr(recipe_files, "EXECUTED_RECIPES", {})
     shutil.copy(own_run / "run/parts.json", tmp_path)
     finish(tmp_path, RunProgress({}, [], False, step=4, selected=4), {}, "cpu")
     *_, command, note = capsys.readouterr().out.splitlines()
@@ -348,6 +348,22 @@ class NoTrain(nn.Module):
         return nn.Dense(3)(images.mean((1, 2)))
 
 
+class Noise(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        if train:
+            images += jax.random.normal(self.make_rng("noise"), images.shape)
+        return nn.Dense(3)(images.mean((1, 2)))
+
+
+class OnlyPredicts(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        if train:
+            raise ValueError("not yet")
+        return nn.Dense(3)(images.mean((1, 2)))
+
+
 class Maps(nn.Module):
     @nn.compact
     def __call__(self, images, train):
@@ -373,6 +389,8 @@ class Mistyped(Hook):
 BAD = {
     "no_train": ({"model": NoTrain()}, "NoTrain does not take `train`"),
     "a_class": ({"model": Net}, "model is the class Net: expected an instance"),
+    "noise": ({"model": Noise()}, r"Noise draws random numbers from a stream .*make_rng\('dropout'\)"),
+    "in_training": ({"model": OnlyPredicts()}, r"OnlyPredicts cannot be called .*train=True: ValueError: not yet"),
     "maps": ({"model": Maps()}, r"Maps gives an array \[2, 8, 8, 3\].*expected logits \[2, 3\]"),
     "pairs": ({"model": Pairs()}, "Pairs gives a value of type tuple"),
     "few_outputs": ({"model": Net(2)}, "Net gives 2 logits, and the data has 3 classes"),
@@ -402,6 +420,33 @@ def test_a_part_that_is_not_as_expected_is_named(case, tmp_path):
     given, message = BAD[case]
     with pytest.raises(rj.InputError, match=message):
         rj.train(recipe(2), tmp_path / "run", **{"model": Net(), "dataset": DATA} | given)
+
+
+@pytest.mark.parametrize("fields", [{"mixup": 0.5}, {"cutmix": 1.0}, {"label_smoothing": 0.1}])
+def test_a_loss_of_ones_own_reads_the_targets_that_the_recipe_changes(fields, tmp_path):
+    smoothing = fields.pop("label_smoothing", 0.0)
+    config = recipe(2, label_smoothing=smoothing)
+    config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, **fields))
+
+    def of_labels(logits, batch):
+        return -jnp.log(likelihood(logits, batch))
+
+    def of_targets(logits, batch):
+        return optax.softmax_cross_entropy(logits, batch["target"])
+
+    message = r"(mixup|cutmix|smoothing) changes batch\['target'\] \[batch, 3\], which your loss does not read"
+    with pytest.raises(rj.InputError, match=message):
+        rj.train(config, tmp_path / "a", model=Net(), dataset=DATA, loss=of_labels)
+    assert not (tmp_path / "a").exists()
+    found = rj.train(config, tmp_path / "b", model=Net(), dataset=DATA, loss=of_targets)
+    assert np.isfinite(found["test"]["loss"])
+
+
+@pytest.mark.parametrize("name", ["num_classes", "compute_dtype"])
+def test_what_a_recipe_cannot_change_in_ones_own_model_is_refused(name, tmp_path):
+    config = rj.Config(model=rj.config.ModelConfig(**{name: {"num_classes": 7, "compute_dtype": "bfloat16"}[name]}))
+    with pytest.raises(rj.InputError, match=f"model.{name} has no effect on a model of your own"):
+        rj.train(config, tmp_path, model=Net(), dataset=DATA)
 
 
 def test_a_metric_of_ones_own_needs_a_goal(tmp_path):
@@ -450,7 +495,7 @@ from pathlib import Path
 import flax.linen as nn
 
 import resnet_jax as rj
-from resnet_jax.training.parts import make_parts, record
+from resnet_jax.training.parts import make_parts, record_parts
 
 
 class Net(nn.Module):
@@ -472,7 +517,7 @@ def margin(logits, batch):
 
 model, metrics, config = Net(Mine), {"margin": margin}, rj.Config()
 if __name__ == "__main__":
-    record(Path(sys.argv[1]), make_parts(globals()))
+    record_parts(Path(sys.argv[1]), make_parts(globals()))
 """
 
 
@@ -483,7 +528,7 @@ def test_parts_of_a_script_are_known_again_in_a_recipe_file_and_other_ones_are_n
 
     def differences(text):
         (tmp_path / "recipe.py").write_text(text)
-        return check_recorded(tmp_path, make_parts(load_recipe(tmp_path / "recipe.py")), accept=True)
+        return check_parts(tmp_path, make_parts(load_recipe(tmp_path / "recipe.py")), accept=True)
 
     assert differences(SCRIPT) == []
     assert differences("from net import config, metrics, model") == []

@@ -13,7 +13,7 @@ from resnet_jax.cli import main
 from resnet_jax.config import AugmentConfig, Config, DataConfig, FinetuneConfig, ModelConfig, to_dict
 from resnet_jax.data.dataset import ArraySource
 from resnet_jax.data.watch import Stalled
-from resnet_jax.recipe_files import load_config, recorded
+from resnet_jax.recipe_files import load_config, recorded_recipe
 from resnet_jax.training import loop, resolve
 from resnet_jax.training.parts import Parts
 from resnet_jax.training.programs import make_prepare
@@ -171,7 +171,7 @@ def test_a_start_that_failed_binds_nothing(photographs, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(loop, "fit_with_rollbacks", fails)
         assert main([*start, f"folder:{photographs}", "--model.name", "cifar_resnet14"]) == 2
-    assert recorded(tmp_path) is None and not (tmp_path / "pictures.npz").exists()
+    assert recorded_recipe(tmp_path) is None and not (tmp_path / "pictures.npz").exists()
     (tmp_path / "config.json").write_text(json.dumps(to_dict(load_config("imagenet_resnet50"))))
     (tmp_path / "metrics.jsonl").write_text("")
     capsys.readouterr()
@@ -186,7 +186,7 @@ def test_a_start_that_failed_binds_nothing(photographs, tmp_path, monkeypatch, c
     )
     summary = loop.train(config, tmp_path)
     out = capsys.readouterr().out
-    assert summary["steps"] == 2 and recorded(tmp_path).model.name == "cifar_resnet8"
+    assert summary["steps"] == 2 and recorded_recipe(tmp_path).model.name == "cifar_resnet8"
     assert "data.mean 0." in out and "measured on" in out and "; data.on_device True (the training images take" in out
     assert "schedule.warmup_epochs 2 is" in out and "shortened to 0" in out
     assert "\nstep 1/2  epoch 0." in out and "  train loss " in out.partition("\nstep 1/2")[2].splitlines()[0]

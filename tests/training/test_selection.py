@@ -15,7 +15,7 @@ from PIL import Image
 from resnet_jax.cli import main
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, LogConfig, ModelConfig, ParallelConfig
 from resnet_jax.data import transforms
-from resnet_jax.data.fingerprint import Change, changes, fingerprint, trained_on
+from resnet_jax.data.fingerprint import Change, changes, count_trained_on, fingerprint
 from resnet_jax.data.loader import BadImages
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.runs.trackers import read_lines
@@ -339,4 +339,4 @@ def test_every_kind_of_change_is_counted(tmp_path):
     after = fingerprint(load_dataset(config, 0))
     found = changes(before, after)
     assert found["train"] == Change(1, 1, 1, 0, 1, 1, 7) and found["validation"] == Change(0, 0, 0, 1, 0, 0, 3)
-    assert set(found) == {"train", "validation"} and trained_on(before, after, "test") == 0
+    assert set(found) == {"train", "validation"} and count_trained_on(before, after, "test") == 0

@@ -1,6 +1,7 @@
 """The three ways to split a step, the scopes of batch normalisation, and the state spread over devices."""
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,14 +16,14 @@ from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training.build import state_maker
 from resnet_jax.training.optimizers import make_optimizer
-from resnet_jax.training.programs import compile_steps, steps_in_call, steps_per_call
+from resnet_jax.training.programs import check_scope, compile_steps, steps_in_call, steps_per_call
 from resnet_jax.training.sharding import (
-    cached_where_sound,
     make_mesh,
     put_everywhere,
     put_state,
     replicated,
     state_sharding,
+    uncached_where_it_hangs,
 )
 from resnet_jax.training.state import create_state
 
@@ -106,6 +107,56 @@ def test_scopes_mean_the_same_in_every_strategy(batch_norm, alone):
     assert abs(expected[1] - alone[True][1]) > 1e-3
 
 
+class OwnNet(nn.Module):
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(images)
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+class Without(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        return nn.Dense(5)(nn.BatchNorm(use_running_average=not train)(images).mean((1, 2)))
+
+
+class Frozen(nn.Module):
+    @nn.compact
+    def __call__(self, images, train):
+        return nn.Dense(5)(nn.BatchNorm(use_running_average=True)(images).mean((1, 2)))
+
+
+def own(strategy, batch_norm):
+    config = Config(
+        data=DataConfig(image_size=8),
+        train=TrainConfig(batch_size=16),
+        parallel=ParallelConfig(strategy=strategy, batch_norm=batch_norm),
+    )
+    return lambda net, devices=8: check_scope(config, net, devices)
+
+
+@pytest.mark.parametrize("strategy", ["shard_map", "pmap"])
+def test_a_net_whose_norms_see_one_device_alone_is_refused_where_the_recipe_says_the_whole_batch(strategy):
+    check = own(strategy, "global")
+    with pytest.raises(InputError, match=r"Without would be those of each device's own 2 images.*axis_name=self.axis"):
+        check(Without())
+    for fine in (OwnNet(), Frozen()):
+        check(fine)
+    check(Without(), devices=1)
+    own(strategy, "local")(Without())
+
+
+def test_a_scope_that_a_net_does_not_have_is_refused():
+    for batch_norm in ("local", "ghost:4"):
+        with pytest.raises(InputError, match=f"parallel.batch_norm {batch_norm} has no effect on OwnNet, which has no"):
+            own("jit", batch_norm)(OwnNet())
+        own("jit", batch_norm)(MODEL)
+    own("jit", "local")(OwnNet(), devices=1)
+    own("jit", "ghost:16")(OwnNet())
+
+
 def test_ghost_batches_are_batches_of_their_own():
     x = jnp.asarray(RNG.normal(size=(6, 3, 3, 4)), jnp.float32)
     whole, ghost = BatchNorm(), BatchNorm(ghost=2)
@@ -123,7 +174,7 @@ def test_a_state_spread_over_devices_trains_the_same():
     wide = MODEL.clone(widths=(32, 64), stem_width=32)
     expected = run(1, model=wide)
     for devices, fsdp in ((8, 8), (8, 2), (4, 4)):
-        with cached_where_sound(make_mesh(devices, fsdp)):
+        with uncached_where_it_hangs(make_mesh(devices, fsdp)):
             same(run(devices, fsdp=fsdp, model=wide), expected)
 
 

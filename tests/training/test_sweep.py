@@ -39,7 +39,7 @@ from resnet_jax.training.loop import train
 from resnet_jax.training.parts import Parts
 from resnet_jax.training.resolve import with_values
 from resnet_jax.training.sweep import outcome, sweep
-from resnet_jax.training.sweep_programs import Going
+from resnet_jax.training.sweep_programs import RunningMember
 from resnet_jax.training.verify import verify
 
 from ..small import digits
@@ -164,6 +164,17 @@ def test_members_over_devices_are_their_runs_to_rounding(per_device, tmp_path):
         decay = row["values"]["optimizer.weight_decay"]
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=decay))
         assert_equal_to_its_run(tmp_path / "sweep/members" / row["name"], place, config, 1e-5, model=Net())
+    verified = verify(tmp_path / "sweep/members" / found["members"][0]["name"], 1, seed=0, model=Net())
+    assert verified.ok and not verified.exact, str(verified)
+    assert f"a member of a sweep that took {2 * per_device} members at once" in str(verified)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_members_of_one_step_a_call_are_verified_within_rounding(tmp_path):
+    short = recipe(epochs=0.4, steps_per_call=1)
+    found = sweep(short, {"optimizer.weight_decay": [0.0, 1e-2]}, tmp_path / "sweep", model=Net())
+    verified = verify(tmp_path / "sweep/members" / found["members"][0]["name"], "all", model=Net())
+    assert verified.ok and not verified.exact and "a sweep that made one step a call" in str(verified), str(verified)
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -178,7 +189,8 @@ def test_images_with_several_labels_are_compared_by_their_precision_after_a_tria
     found = sweep(base, {"train.seed": [0, 1]}, tmp_path / "sweep", **own, members_per_device="auto")
     said = capsys.readouterr().out
     assert "data: own: 3 classes" in said and "digits" not in said
-    assert "dataset (a pair of arrays)" in (tmp_path / "sweep/sweep.html").read_text()
+    page = (tmp_path / "sweep/sweep.html").read_text()
+    assert "dataset (a pair of arrays)" in page and ": validation map (moving average) " in page
     assert "trial: 1 a device together" in said and "trial: 2 a device together" in said
     assert re.search(
         r"epoch \S+: 2 members, best validation map \(moving average\) from \S+\s% to \S+\s%(, \d+ s left)?\n", said
@@ -194,7 +206,7 @@ def under_way(step=0):
     plan = SimpleNamespace(total=8, per_epoch=4.0, eval_every=4, save_every=4, log_every=4)
     run = SimpleNamespace(plan=plan, config=recipe())
     best = {"metric": "validation/accuracy", "value": 0.25 + step / 8, "step": step} if step else None
-    return Going(None, run, None, None, None, SimpleNamespace(step=step, best=best, no_better=0))
+    return RunningMember(None, run, None, None, None, SimpleNamespace(step=step, best=best, no_better=0))
 
 
 def test_a_members_seconds_are_those_of_its_own_calls():
@@ -212,10 +224,10 @@ def test_a_members_seconds_are_those_of_its_own_calls():
 
 
 def test_the_line_on_a_sweep_tells_how_far_all_are_and_the_time_that_is_left():
-    told = sweep_members.standing([under_way(4), under_way(2)], 3.0).replace("\N{NO-BREAK SPACE}", " ")
+    told = sweep_members.progress_line([under_way(4), under_way(2)], 3.0).replace("\N{NO-BREAK SPACE}", " ")
     assert told == "epoch 0.5: 2 members, best validation accuracy from 50.00 % to 75.00 %, 5 s left"
-    assert sweep_members.standing([under_way(8)], 3.0).startswith("epoch 2.0: 1 members, best")
-    assert "left" not in sweep_members.standing([under_way(8)], 3.0)
+    assert sweep_members.progress_line([under_way(8)], 3.0).startswith("epoch 2.0: 1 members, best")
+    assert "left" not in sweep_members.progress_line([under_way(8)], 3.0)
 
 
 class Halt(Exception):
@@ -234,10 +246,10 @@ def test_a_sweep_that_was_ended_goes_on_to_the_same_bits(tmp_path, monkeypatch):
             raise Halt
 
     monkeypatch.setattr(Checkpoints, "save", save)
-    monkeypatch.setattr(sweep_members, "fastest", lambda *_: 1)
+    monkeypatch.setattr(sweep_members, "fastest_per_device", lambda *_: 1)
     with pytest.raises(Halt):
         sweep(recipe(), values, tmp_path / "halted", model=Net(), members_per_device="auto")
-    monkeypatch.delattr(sweep_members, "fastest")  # a later start keeps to what was found
+    monkeypatch.delattr(sweep_members, "fastest_per_device")  # a later start keeps to what was found
     monkeypatch.setattr(Checkpoints, "save", original)
     with pytest.raises(InputError, match="holds another sweep"):
         sweep(recipe(), values | {"train.seed": [0, 4]}, tmp_path / "halted", model=Net())

@@ -22,7 +22,7 @@ from resnet_jax.training.build import build_model, sharded_shapes, state_maker
 from resnet_jax.training.checkpoints import Checkpoints, read_checkpoint
 from resnet_jax.training.sharding import make_mesh
 from resnet_jax.training.verify import Verification, verify
-from resnet_jax.training.verify_compare import Rounding, compare_arrays, grown_to, measure_growth, same_figure
+from resnet_jax.training.verify_compare import Rounding, compare_arrays, measure_growth, relative_distance, same_figure
 
 pytestmark = pytest.mark.xdist_group("verify")  # one process makes what they share
 
@@ -292,4 +292,4 @@ def test_rounding_that_training_amplifies_is_measured_and_allowed():
     assert compare_arrays(plain, kept, replayed, before, 0, 4) and not same_figure(plain, "train/loss", 2.3, 2.0)
     assert not compare_arrays(measured, kept, replayed, before, 0, 4) and same_figure(measured, "train/loss", 2.3, 2.0)
     assert not same_figure(measured, "train/loss", 2.9, 2.0) and not same_figure(measured, "learning_rate", 0.2, 0.1)
-    assert grown_to(replayed, nudged, before) == pytest.approx(0.1, rel=1e-5)
+    assert relative_distance(replayed, nudged, before) == pytest.approx(0.1, rel=1e-5)

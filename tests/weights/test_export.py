@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from resnet_jax import Predictor, create_model, load_pretrained, to_torch
 from resnet_jax.cli import main
 from resnet_jax.config import Config, DataConfig, FinetuneConfig, LogConfig, ModelConfig, ScheduleConfig, TrainConfig
-from resnet_jax.recipe_files import load_config, recorded
+from resnet_jax.recipe_files import load_config, recorded_recipe
 from resnet_jax.training import resolve
 from resnet_jax.training.loop import train
 from resnet_jax.weights.export import save_tensors
@@ -65,7 +65,7 @@ def test_a_file_from_a_run_knows_classes_and_preprocessing(run, tmp_path):
     assert main(["export", str(run), str(tmp_path / "out.safetensors")]) == 0
     weights = find_weights(str(tmp_path / "out.safetensors"))
     assert weights.name == "test_resnet" and len(weights.class_names) == 5
-    assert weights.preprocessing.mean == recorded(run).data.mean and weights.preprocessing.image_size == 32
+    assert weights.preprocessing.mean == recorded_recipe(run).data.mean and weights.preprocessing.image_size == 32
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, capsys):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from resnet_jax import InputError, Predictor, load_pretrained
 from resnet_jax.cli import main
 from resnet_jax.data.transforms import fit
-from resnet_jax.predict import serving
+from resnet_jax.predict import export_program
 
 from .torch_twins import close, images_for, nchw, randomize, timm, torch
 
@@ -306,8 +306,8 @@ def test_one_logit_is_a_sigmoid_in_predict_and_in_programs(tmp_path, capsys, mon
     assert main(["predict", source, str(tmp_path / "a.png"), "--format", "json"]) == 0
     (metadata,) = json.loads(capsys.readouterr().out)["classes"]
     assert metadata["name"] == "1" and metadata["probability"] == pytest.approx(expected[0, 0], abs=1e-5)
-    monkeypatch.setattr(serving, "CHECKED", 36)
-    serving.export_program(source, tmp_path / "net.stablehlo", "stablehlo")
+    monkeypatch.setattr(export_program, "CHECKED", 36)
+    export_program.export_program(source, tmp_path / "net.stablehlo", "stablehlo")
     with zipfile.ZipFile(tmp_path / "net.stablehlo") as archive:
         program = jax.export.deserialize(bytearray(archive.read("program")))
     np.testing.assert_allclose(program.call(pixels), expected, atol=1e-5)

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError
-from resnet_jax.data import augmentation as policy
-from resnet_jax.data.augmentation import OPERATIONS, TRIVIAL, color_jitter, erase, rand_augment, trivial_augment
+from resnet_jax.data import color_and_shape as policy
+from resnet_jax.data.color_and_shape import OPERATIONS, TRIVIAL, color_jitter, erase, rand_augment, trivial_augment
 from resnet_jax.data.transforms import augment
 
 RNG = np.random.default_rng(0)

@@ -73,12 +73,12 @@ def export_program(
     with written_beside(path) as beside:
         line = f"writing {path} and comparing it with the network on {CHECKED} generated pictures; it may take a minute"
         say(line)
-        call = write(serve(predictor), shape, dtype, metadata, beside)
-        agree(call, predictor, shape, dtype)
+        call = write(pixels_to_probabilities(predictor), shape, dtype, metadata, beside)
+        check_program(call, predictor, shape, dtype)
     return metadata
 
 
-def serve(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
+def pixels_to_probabilities(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
     """Returns the whole way from pixels to probabilities as one function, with the norms folded."""
     model, variables, look = predictor.model, predictor.variables, predictor.preprocessing
     if isinstance(model, ResNet) and model.norm in ("batch", "frozen_batch"):
@@ -146,7 +146,7 @@ def write_onnx(served: Any, shape: tuple[int, ...], dtype: Any, metadata: dict[s
     return lambda images: session.run(None, {pixels.name: images})[0]
 
 
-def agree(call: Call, predictor: Predictor, shape: tuple[int, ...], dtype: Any) -> None:
+def check_program(call: Call, predictor: Predictor, shape: tuple[int, ...], dtype: Any) -> None:
     """Raises InputError where a program and the network differ on random pictures, in batches of several sizes."""
     rng = np.random.default_rng(0)
     noise = rng.random((CHECKED, *shape), dtype=np.float32)

@@ -28,16 +28,16 @@ from resnet_jax.training.check_calls import (
     Called,
     all_finite,
     by_calling,
-    first_apart,
+    first_difference,
     flat,
+    perturbed,
     run,
-    shaken,
     within,
 )
 from resnet_jax.training.check_report import Case, CheckReport, Finding, Notes, Shape, has_field
 from resnet_jax.training.check_tracing import apply, by_tracing, first_line, multiply_adds
 from resnet_jax.training.optimizers import Rules
-from resnet_jax.training.sharding import make_mesh, put_everywhere, shard_batch
+from resnet_jax.training.sharding import make_mesh, memory_of, put_everywhere, shard_batch
 from resnet_jax.training.state import PyTree, TrainState
 from resnet_jax.training.step import AUXILIARY, TrainStep, make_train_step
 
@@ -179,7 +179,7 @@ def by_compiling(case: Case, notes: Notes, called: Called) -> None:
     start = time.perf_counter()
     try:
         step = jax.jit(train_step).lower(called.state, called.batch).compile()
-    except Exception as error:  # what is called without gradient is known to work
+    except Exception as error:  # the forward pass has been tried before
         remedy = "use operations that have a gradient, such as lax.scan in place of lax.while_loop"
         notes.add("gradients", [Finding("gradients", (case.name,), f"its gradient raises {first_line(error)}", remedy)])
         return
@@ -217,10 +217,10 @@ def draws_random_numbers(case: Case, called: Called) -> tuple[bool, bool]:
     """Returns whether training depends on the key, and whether it does so where dropouts let everything through."""
     run_with = partial(run, case, called.before, called.batch["image"], train=True)
     other = jax.random.key(case.seed + 1)
-    if not first_apart(called.call, run_with(key=other)):
+    if not first_difference(called.call, run_with(key=other)):
         return False, False
     with nn.intercept_methods(without_dropout):
-        return True, bool(first_apart(run_with(key=called.key), run_with(key=other)))
+        return True, bool(first_difference(run_with(key=called.key), run_with(key=other)))
 
 
 def without_dropout(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -238,15 +238,6 @@ def without_chance(step: TrainStep) -> TrainStep:
             return step(state, batch)
 
     return calm_step
-
-
-def memory_of(program: Any) -> int | None:
-    """Returns the bytes that a compiled program needs: arguments, results and what lives in between."""
-    analysis = program.memory_analysis()
-    if analysis is None:
-        return None
-    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return held + analysis.temp_size_in_bytes
 
 
 def differing(
@@ -332,7 +323,7 @@ def unreached(case: Case, called: Called, one: Steps) -> list[Finding]:
     idle -= {path for path in idle if within(path, called.call.frozen)}
     for seed in range(8) if idle else ():  # one rectifier may be closed for all images by chance
         state = called.first_state(jax.random.key(case.seed + seed))
-        gradient = gradient_of(one.run(state.replace(params=shaken(state.params, seed + 1)), called.batch))
+        gradient = gradient_of(one.run(state.replace(params=perturbed(state.params, seed + 1)), called.batch))
         idle -= {path for path in idle if np.any(gradient[path])}
     if not idle:
         return []
@@ -375,7 +366,7 @@ def jit_differs_in(case: Case, called: Called, train: bool) -> str | None:
         output, results = jax.jit(within_jit)(variables, called.batch["image"], called.key)
     except jax.errors.UnexpectedTracerError:  # a module within remat or a loop
         return None
-    return first_apart(call, replace(call, output=output, results=list(zip(paths, results, strict=True))))
+    return first_difference(call, replace(call, output=output, results=list(zip(paths, results, strict=True))))
 
 
 def not_resumed(case: Case, called: Called, step: Any) -> list[Finding]:
@@ -442,7 +433,7 @@ def unlike_bfloat16(case: Case, called: Called, evaluate: Callable[..., Any]) ->
     allowed = float(4 * np.linalg.norm(noisy - output) + HALF_ROUNDING * np.linalg.norm(output))
     if off <= allowed:
         return []
-    place = first_apart(called.alone, run(replace(case, module=half), *inputs), tolerance=0.1) or case.name
+    place = first_difference(called.alone, run(replace(case, module=half), *inputs), tolerance=0.1) or case.name
     problem = f"with dtype=bfloat16 the output is off by {off:.2g}, where rounding explains {allowed:.2g}"
     remedy = "compute sums, means, variances and differences of large numbers in float32 there"
     return [Finding("bfloat16", (place,), problem, remedy)]

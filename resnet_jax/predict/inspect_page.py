@@ -13,7 +13,7 @@ from resnet_jax.data.inspect import Pair
 from resnet_jax.data.show import sized
 from resnet_jax.files import to_json, write_whole
 from resnet_jax.predict.inspect_data import LEAST_HALF, SPLIT_SHARE, Inspection, TwoInOne
-from resnet_jax.runs.report_page import INSPECTION, THUMBNAIL, data_uri, place_of, template
+from resnet_jax.runs.report_page import INSPECTION, THUMBNAIL, data_uri, page_template, place_of
 
 CARDS = 24
 """Findings of a kind that the page shows; the table has all."""
@@ -37,7 +37,7 @@ def write_inspection(found: Inspection, folder: Path) -> Path:
     write_whole(folder / "inspect.csv", printable(text.getvalue()))
     record = summary_of(found)
     write_whole(folder / INSPECTION, to_json(record, indent=1) + "\n")
-    page = template("inspect_page.html").render(
+    page = page_template(Path(__file__).with_name("inspect_page.html")).render(
         record=record,
         title=place_of(found.dataset),
         verdict=verdict(found),
