@@ -48,7 +48,8 @@ def tensors():
 
 def look(config):
     data, augment = config.data, config.augment
-    return data.mean, data.std, data.image_size, data.eval_image_size, augment.eval_crop, augment.interpolation
+    evaluation = (augment.eval_crop, augment.interpolation, augment.eval_flip)
+    return data.mean, data.std, data.image_size, data.eval_image_size, *evaluation
 
 
 def test_a_bare_file_is_prepared_for_as_in_prediction(tmp_path, tensors, caplog):
@@ -80,7 +81,7 @@ def test_flags_give_a_bare_file_torchvisions_preprocessing_and_a_line_says_which
         augment=AugmentConfig(eval_crop=0.875, interpolation="bilinear"),
     )
     expected, found = find_tag("resnet18.tv_in1k").preprocessing, look(resolve(config).config)
-    assert found == (expected.mean, expected.std, 224, None, expected.eval_crop, expected.interpolation)
+    assert found == (expected.mean, expected.std, 224, None, expected.eval_crop, expected.interpolation, False)
     assert (expected.image_size, expected.eval_image_size) == (224, 224)
 
 
