@@ -205,7 +205,7 @@ def train_with(
         if summary := ended(folder):
             say(f"the run is finished; see it with: {evaluate_command(folder)}")
             if look_at_test:
-                show(folder, config, parts)
+                make_curves_and_page(folder, config, parts)
             return summary
         if jax.process_index() == 0:  # all processes have the same pictures, as `check_equal` has found
             check_classes(folder, names_of_outputs(parts.outputs, dataset.class_names, config.data.dataset))
@@ -224,7 +224,7 @@ def train_with(
         if not saved:
             raise NotSaved(f"the checkpoint of the last step, {progress.step}, could not be written", folder)
         if look_at_test:
-            show(folder, config, parts)
+            make_curves_and_page(folder, config, parts)
         hooks.call("on_end", summary)
         return summary
 
@@ -289,7 +289,7 @@ class NotSaved(RuntimeError):
         )
 
 
-def show(folder: Path, config: Config, parts: Parts) -> None:
+def make_curves_and_page(folder: Path, config: Config, parts: Parts) -> None:
     """Draws the curves of a run that has ended and makes the page on it, where a start before this one did not. What
     goes wrong with them is said, since the run itself is safe. All processes evaluate for the page; the first writes.
     """

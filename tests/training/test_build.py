@@ -24,10 +24,11 @@ from resnet_jax.weights.tags import find_tag, tags_of
         ({"epochs": 1}, 320, "10 steps (1 epoch of 10 steps)"),
         ({"epochs": 90}, 1_281_167, "3,603,283 steps (90 epochs of 40,036.5 steps, rounded up)"),
         ({"steps": 6}, 1157, "6 steps, 0.166 epochs"),
+        ({"epochs": 30, "batch_size": 24}, 400, "500 steps (30 epochs of 16.67 steps)"),
     ],
 )
 def test_a_length_in_epochs_says_how_it_became_whole_steps(length, examples, words):
-    config = Config(train=TrainConfig(batch_size=32, **length))
+    config = Config(train=TrainConfig(**{"batch_size": 32} | length))
     assert length_of(config, make_plan(config, examples)) == words
 
 
