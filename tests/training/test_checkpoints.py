@@ -282,14 +282,10 @@ def test_a_state_of_another_model_is_compared_with_it(run, tmp_path, capsys):
     assert "params/head/bias is (10,) there, and (12,) in the model" in words
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [("checksums.json", "{}", "older layout"), ("commit_success.txt", "", "another program's")],
-)
-def test_other_checkpoints_are_named_and_left_alone(name, content, words, tmp_path):
+def test_another_programs_checkpoints_are_named_and_left_alone(tmp_path):
     folder = tmp_path / "checkpoints" / "5"
     folder.mkdir(parents=True)
-    (folder / name).write_text(content)
-    with pytest.raises(InputError, match=words):
+    (folder / "commit_success.txt").write_text("")
+    with pytest.raises(InputError, match="another program's"):
         restored_step(tmp_path)
-    assert [path.name for path in folder.iterdir()] == [name]
+    assert [path.name for path in folder.iterdir()] == ["commit_success.txt"]
