@@ -18,8 +18,8 @@ from resnet_jax.files import parse_path, read_file, size_of, write_whole
 FILE = "pictures.npz"
 """Name of the file in a run's folder."""
 
-RESIZER = "resizer"
-"""Name of the library that resizes, beside the splits."""
+RESIZER, DEVICES = "resizer", "devices"
+"""Name of the library that resizes, and number of devices, beside the splits."""
 
 SIZED = 64
 """Of how many pictures of a split size or hash are noted, by which other ones under the same names are found."""
@@ -78,10 +78,12 @@ def digest(found: Fingerprint) -> str:
     return whole.hexdigest()
 
 
-def save_fingerprint(found: Fingerprint, folder: Path) -> None:
-    """Writes a fingerprint, and the name of the library that resizes, into a run's folder, at once or not at all."""
+def save_fingerprint(found: Fingerprint, folder: Path, devices: int) -> None:
+    """Writes a fingerprint, the name of the library that resizes and the number of devices into a run's folder, at once
+    or not at all.
+    """
     content = io.BytesIO()
-    np.savez(content, **found, **{RESIZER: np.asarray(resizer())})  # type: ignore[arg-type]
+    np.savez(content, **found, **{RESIZER: np.asarray(resizer()), DEVICES: np.asarray(devices)})  # type: ignore[arg-type]
     write_whole(folder / FILE, content.getvalue())
 
 
@@ -94,7 +96,8 @@ def load_fingerprint(folder: Path) -> Fingerprint | None:
     found = _arrays(folder)
     if found is None:
         return None
-    found.pop(RESIZER, None)
+    for name in (RESIZER, DEVICES):
+        found.pop(name, None)
     if not all(rows.ndim == 2 and rows.shape[1] == 3 and rows.dtype == np.int64 for rows in found.values()):
         raise InputError(f"{folder / FILE} is damaged; remove it to go on without what it says")
     return found
@@ -108,6 +111,16 @@ def other_resizer(folder: Path) -> str | None:
     """
     before = (_arrays(folder) or {}).get(RESIZER)
     return None if before is None or str(before) == resizer() else str(before)
+
+
+def devices_of(folder: Path) -> int | None:
+    """Returns the number of devices that a run had last; None where its folder does not say.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    before = (_arrays(folder) or {}).get(DEVICES)
+    return None if before is None else int(before)
 
 
 def _arrays(folder: Path) -> dict[str, np.ndarray] | None:

@@ -281,7 +281,7 @@ def table_dataset(file: Path) -> Dataset:
     for number, row in enumerate(rows, start=2):
         where = f"{file}, line {number}"
         path, labels = os.path.normpath(os.path.join(file.parent, row["path"])), _labels(row["label"])
-        path = path if there is None else path.replace("gs:/", "gs://", 1)  # of which normpath has made one slash
+        path = path if there is None else path.replace("gs:/", "gs://", 1)  # normpath has made one slash of two
         split = split_of(row["split"] or "train")
         if split is None:
             known = ", ".join(names[0] for names in SPLIT_NAMES.values())

@@ -40,7 +40,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is evaluated on, and how.
+    """Which data a source is evaluated on, and how.
 
     Attributes:
       dataset: as `data.dataset` of a recipe; None takes the run's own.
@@ -355,8 +355,6 @@ COLUMNS = (
 )
 """Of the table of many sources; `low` and `high` are the ends of the interval of top1, shares lie in [0, 1]. `options`
 are those of the command that count, and `changed` is the time in nanoseconds at which the weights were written."""
-OLDER = COLUMNS[:-2]
-"""Columns of a table of an earlier version, whose rows are evaluated anew."""
 
 
 def is_pattern(source: str) -> bool:
@@ -476,12 +474,11 @@ def read_rows(file: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
     try:
         with file.open(newline="", encoding="utf-8", errors="surrogateescape") as text:
             table = csv.DictReader(text)
-            if tuple(table.fieldnames or COLUMNS) not in (COLUMNS, OLDER):
+            if tuple(table.fieldnames or COLUMNS) != COLUMNS:
                 raise InputError(
                     f"{file} has the columns {listed(table.fieldnames or [])}: name a new file for the table"
                 )
-            whole = [dict.fromkeys(COLUMNS, "") | row for row in table]
-            return {(row["name"], row["dataset"], row["split"], row["options"]): row for row in whole}
+            return {(row["name"], row["dataset"], row["split"], row["options"]): row for row in table}
     except FileNotFoundError:
         return {}
     except (OSError, csv.Error) as error:

@@ -5,6 +5,7 @@ import io
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import grain
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 import resnet_jax as rj
-from resnet_jax.config import Config, DataConfig
+from resnet_jax.config import Config, DataConfig, InputError
 from resnet_jax.data.decode import decode
 from resnet_jax.data.fingerprint import changes, fingerprint
 from resnet_jax.data.loader import BadImages, checked_label, eval_batches, whole_split
@@ -96,6 +97,25 @@ def test_other_arrays_in_the_place_of_the_first_ones_are_noticed():
     first, again, other = (fingerprint(own_dataset(rj.Dataset((images[rows], angles[rows])))) for rows in drawn)
     assert not changes(first, again)
     assert "have another size or content" in str(changes(first, other)["train"])
+
+
+def test_tables_that_number_their_classes_differently_are_refused_until_they_are_aligned():
+    datasets = pytest.importorskip("datasets", reason="needs the extra hf")
+
+    def table(*names):
+        kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
+        rows = {"image": [Image.fromarray(p) for p in PIXELS[: len(names)]], "label": list(range(len(names)))}
+        return datasets.Dataset.from_dict(rows, features=kinds)
+
+    train, test = table("ant", "bee", "cow"), table("bee", "cow")  # of a folder that lacks the ants
+    with pytest.raises(InputError, match=r"dataset.test has the classes bee, cow .* with align_labels_with_mapping"):
+        own_dataset(rj.Dataset(train=train, test=test))
+    folders = [SimpleNamespace(classes=list(names), __len__=lambda: 2) for names in (("a", "b", "c"), ("b", "c"))]
+    with pytest.raises(InputError, match=r"dataset.validation has the classes b, c in this order"):
+        own_dataset(rj.Dataset(train=folders[0], validation=folders[1]))
+    aligned = test.align_labels_with_mapping({n: i for i, n in enumerate(train.features["label"].names)}, "label")
+    found = own_dataset(rj.Dataset(train=train, test=aligned)).test
+    assert [found[i][1] for i in (0, 1)] == [1, 2]
 
 
 def test_labels_that_are_no_classes_stay_as_they_are():

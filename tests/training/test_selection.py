@@ -220,6 +220,16 @@ def test_what_is_reported_is_of_a_step_that_the_disk_took(tmp_path, monkeypatch)
     assert (best["step"], best["value"]) == (1, 0.5) and progress.result == {"validation": {"accuracy": 0.5}}
 
 
+def test_statistics_of_each_device_are_warned_of_where_the_devices_are_others(tmp_path, capsys):
+    config = recipe(f"folder:{make_splits(tmp_path / 'data', {'train': 8, 'val': 3})}", steps=1)
+    starts = [(2, "local", False), (4, "local", True), (4, "local", False), (2, "global", False), (4, "global", False)]
+    for devices, scope, warned in starts:
+        place = tmp_path / scope
+        (place / "summary.json").unlink(missing_ok=True)
+        loop.train(dataclasses.replace(config, parallel=ParallelConfig(devices, batch_norm=scope)), place)
+        assert ("had 2 devices, and now has 4" in capsys.readouterr().err) == warned
+
+
 def test_where_the_best_checkpoint_is_gone_both_splits_are_of_the_last_step(tmp_path, capsys):
     class Remove:
         def on_checkpoint(self, step, path):
