@@ -353,7 +353,8 @@ COLUMNS = (
     *("name", "dataset", "split", "top1", "top5", "low", "high", "count"),
     *("images_per_second", "parameters", "image_size", "real", "error", "options", "changed"),
 )
-"""Of the table of many sources; `low` and `high` are the ends of the interval of top1, shares lie in [0, 1]. `options`
+"""Of the table of many sources; `low` and `high` are the ends of the interval of top1, shares lie in [0, 1]. Where
+images have several labels, top1 is the share with all of them right, by the thresholds that `predict` takes. `options`
 are those of the command that count, and `changed` is the time in nanoseconds at which the weights were written."""
 
 
@@ -504,7 +505,7 @@ def format_result(evaluated: Evaluated) -> str:
     served = f"ema/{split}" if f"ema/{split}" in result else split
     thresholds = result.get("thresholds")
     if "thresholds" in result:
-        rows.append(thresholds_in_words(thresholds, split, result[served].get("at_one_half")))
+        rows.append(thresholds_in_words(result[served].get("at_one_half")))
     if result["skipped_images"]:
         rows.append(f"not counted, since they cannot be decoded: {', '.join(result['skipped_images'])}")
     classes = result[served].get("classes", {})
@@ -518,17 +519,14 @@ def format_result(evaluated: Evaluated) -> str:
     return "\n".join(rows)
 
 
-def thresholds_in_words(thresholds: dict[str, float] | None, split: str, half: dict[str, float] | None) -> str:
-    """Returns a line on the thresholds of the figures of an evaluation, and the shares of one half where those are of
-    others.
-    """
-    if not thresholds or half is None:
+def thresholds_in_words(half: dict[str, float] | None) -> str:
+    """Returns a line on the thresholds of an evaluation; `half` has its shares with one half, where it has others."""
+    if half is None:
         return "threshold of each class: one half; the report of a run with a validation split fits others"
     shares = f"all labels right {half['accuracy']:.2%}, macro recall {half['macro_recall']:.2%}, macro F1 "
     return (
-        "threshold of each class: that of the report, as predict takes it, fitted on the validation split"
-        f"{', so these figures are optimistic' * (split == 'validation')}\n"
-        f"with one half in its place: {shares}{half['macro_f1']:.2%}"
+        "threshold of each class: that of the report, as predict takes it, fitted on the run's validation split, where "
+        f"what is counted by it is optimistic\nwith one half in its place: {shares}{half['macro_f1']:.2%}"
     )
 
 

@@ -63,7 +63,8 @@ CALIBRATED = {
 }
 """What the page says of the calibration, by the splits that it was fitted and measured on."""
 EACH_CLASS = (
-    "A prediction is here that an image has a class, or has it not, whichever is likelier: the threshold is one half."
+    "Each class of each image is a prediction here, that it is there or is not, whichever is likelier: the threshold "
+    "is one half."
 )
 """What the page says of it where images have several labels."""
 
@@ -99,7 +100,7 @@ def make_report(
     measured = measures_of(result, run.dataset, run.class_names, step, own)
     plain, loss, calibrated = measured.plain, measured.kept["loss"], measured.calibrated
     sections = {} if calibrated is None else of_classes(run, split, served(result, split)[1]["predictions"], measured)
-    left_out, all_known = left_out_of(run, folder)
+    left_out, more = left_out_of(run, folder)
     left = {name: len(names) for name, names in left_out.items()}
     if jax.process_index() != 0:  # it has helped to evaluate
         return folder / "report.html"
@@ -115,7 +116,7 @@ def make_report(
         averaged=run.state.ema is not None,
         images={name: len(source) for name, source in run.dataset.splits().items()},
         left_out=left,
-        at_least="" if all_known else "at least ",
+        left_out_more=more,
         thresholds=thresholds_in_words(measured, split, run.other),
         number_of_classes=len(run.class_names),
         split=split,
@@ -260,9 +261,10 @@ def chosen_by(metric: str, several: bool) -> str:
     return spoken(metric) + " with the threshold one half" * counted
 
 
-def left_out_of(run: FinishedRun, folder: Path) -> tuple[dict[str, list[str]], bool]:
-    """Returns the names of the images that could not be decoded by split, for the splits that have any: those of this
-    evaluation, and those that the run's summary names, where its data lies where it did; and whether it names all.
+def left_out_of(run: FinishedRun, folder: Path) -> tuple[dict[str, list[str]], int]:
+    """Returns the names of the images that could not be decoded by split, for the splits that have any, in this
+    evaluation and in the run; and how many more the run had, which are not found: its summary names the first 1,000, as
+    they were called where its data lay then.
     """
     try:
         summary = read_summary(folder) or {}
@@ -273,7 +275,8 @@ def left_out_of(run: FinishedRun, folder: Path) -> tuple[dict[str, list[str]], b
     splits = run.dataset.splits().items() if bad else ()
     names = {kind: [source.describe(i) for i in range(len(source))] for kind, source in splits}
     found = {kind: [name for name in names[kind] if name in bad] for kind in names}
-    return {kind: some for kind, some in found.items() if some}, skipped["count"] <= len(skipped["names"])
+    more = 0 if run.other else max(0, skipped["count"] - sum(map(len, found.values())))
+    return {kind: some for kind, some in found.items() if some}, more
 
 
 def verdict(measures: dict[str, Any], split: str, loss: float) -> str:

@@ -39,7 +39,7 @@ PLAIN = {
     "figures": [{"name": NAME, "value": "50.0 %", "note": NAME, "interval": (0.2, 0.8)}],
     "curves": {"Loss": "<svg></svg>", "Accuracy": ""}, "classes": [ROW, ROW], "calibrated": "", "reliability_chart": "",
     "reliability": [{"confidence": 0.5, "accuracy": 0.4, "count": 2, "interval": None}], "mistakes": [],
-    "left_out": {}, "at_least": "", "thresholds": "", "probabilities": "",
+    "left_out": {}, "left_out_more": 0, "thresholds": "", "probabilities": "",
     "run": {NAME: NAME}, "undecodable": [], "own": NAME, "recipe": NAME,
 }  # fmt: skip
 
@@ -164,17 +164,21 @@ def test_calibration_and_mistakes_are_of_the_same_probabilities(monkeypatch):
 def test_images_that_are_left_out_are_counted_by_split(tmp_path):
     names = {split: tuple(f"/data/{split}/{i}.png" for i in range(3)) for split in ("train", "validation")}
     data = Dataset(**{k: FileSource(paths, (0, 1, 0)) for k, paths in names.items()}, class_names=("a", "b"))
-    run = SimpleNamespace(dataset=data, bad=BadImages("skip", {"/data/validation/0.png"}))
-    assert left_out_of(run, tmp_path) == ({"validation": ["/data/validation/0.png"]}, True)
+    run = SimpleNamespace(dataset=data, bad=BadImages("skip", {"/data/validation/0.png"}), other=False)
+    assert left_out_of(run, tmp_path) == ({"validation": ["/data/validation/0.png"]}, 0)
     summary = {"steps": 1, "skipped_images": {"count": 3, "names": ["/data/train/1.png", "/elsewhere/2.png"]}}
-    monkey = {"train": ["/data/train/1.png"], "validation": ["/data/validation/0.png"]}
+    found = {"train": ["/data/train/1.png"], "validation": ["/data/validation/0.png"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report_page, "read_summary", lambda folder: summary)
-        assert left_out_of(run, tmp_path) == (monkey, False)
+        assert left_out_of(run, tmp_path) == (found, 1)
     text, _ = page(
-        {}, ("a", "b"), left_out={"train": 1234, "validation": 1}, undecodable=[f"{i}.png" for i in range(52)]
+        {},
+        ("a", "b"),
+        left_out={"train": 1234, "validation": 1},
+        left_out_more=5,
+        undecodable=[f"{i}.png" for i in range(52)],
     )
-    assert "cannot be decoded: 1,234 of train, 1 of validation." in " ".join(text.split())
+    assert "cannot be decoded: 1,234 of train, 1 of validation, 5 more. The" in " ".join(text.split())
     assert "49.png, and 2 more</p>" in text
 
 
