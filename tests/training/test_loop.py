@@ -86,6 +86,20 @@ def train_until(step, config, folder, monkeypatch):
             loop.train(config, folder)
 
 
+@pytest.mark.parametrize("there_before", [[], ["checkpoints", "events.out.tfevents.1.before"]])
+def test_a_start_that_fails_in_its_first_step_leaves_nothing_of_its_own(there_before, tmp_path):
+    def fails(logits, batch):
+        raise Stop
+
+    for name in there_before:
+        (tmp_path / name).mkdir()
+    config = recipe()
+    config = dataclasses.replace(config, log=dataclasses.replace(config.log, tensorboard=True))
+    with pytest.raises(Stop):
+        loop.train(config, tmp_path, model=Small(), loss=fails)
+    assert sorted(os.listdir(tmp_path)) == there_before
+
+
 def test_a_run_that_ends_early_closes_its_loader_at_once(tmp_path, monkeypatch):
     """Not when its error goes, which holds its frames: the memory of worker processes would be held until then."""
     ended, original = [], loop.train_batches
