@@ -1,6 +1,6 @@
 """ResNet-110 on CIFAR-10 after He et al. 2015 (arXiv:1512.03385), section 4.2: about one epoch at a rate of 0.01 first.
 
-Hardware: one GPU. Expected time: five times that of ResNet-20. Expected test accuracy: 93.39 +- 0.16 % (their Table 6,
+Hardware: one GPU. Expected time: five times that of ResNet-20. Expected test accuracy: 93.39 ± 0.16 % (their Table 6,
 five runs), on the original pixels; theirs is trained on 45k of the 50k images.
 """
 

@@ -1,7 +1,7 @@
 """ResNet-50 on ImageNet-1k in 90 epochs: label smoothing, cosine, learning rate by linear scaling, no decay on norms.
 
 Hardware: eight GPUs (`--train.batch_size 2048` there) or one. Expected time: NVIDIA's PyTorch example of nearly this
-recipe takes about three hours on eight A100. Expected top-1 accuracy: 76.5 to 77.1 %, theirs is 77.12 +- 0.11 %. It has
+recipe takes about three hours on eight A100. Expected top-1 accuracy: 76.5 to 77.1 %, theirs is 77.12 ± 0.11 %. It has
 not been run with this project yet. Sources: He et al. 2015; Goyal et al. 2017 (arXiv:1706.02677) for scaling and
 warm-up; NVIDIA DeepLearningExamples, ResNet50 v1.5, for the expected figures.
 """

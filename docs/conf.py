@@ -1,5 +1,6 @@
 """The documentation site. Build it with: sphinx-build -W -b html docs build/docs"""
 
+import inspect
 import os
 import re
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
+from sphinx.util.inspect import stringify_signature
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of this process and of the notebooks
 sys.path.insert(0, str(Path(__file__).parent))
@@ -30,6 +32,7 @@ nitpick_ignore_regex = [  # what other libraries document, and types of ours tha
     (r"py:.*", r"(?!resnet_jax\.).*|resnet_jax\.(config|weights\.tags|training|models|analysis)\.[\w.]+"),
 ]
 default_role = "code"  # single backticks in docstrings
+smartquotes = False  # a flag such as --json, and quotes to copy, stay as they are
 
 html_theme = "sphinx_book_theme"
 html_title = "resnet_jax"
@@ -55,10 +58,13 @@ nb_merge_streams = True
 
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # as the source has them, such as nn.relu
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # fields of a class as one list, their types in its signature alone
+napoleon_attr_annotations = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 
@@ -106,10 +112,39 @@ def write_notebooks(app, exception):
         generate.write_notebooks(Path(app.outdir) / "notebooks", REPOSITORY)
 
 
+class Word(str):
+    """A default that is written by its name alone, such as BatchNorm for a class."""
+
+    __repr__ = str.__str__
+
+
+def name_defaults(app, what, name, thing, options, signature, returned):
+    """Returns the signature of a class, its default functions and classes by their names, without Flax's own fields."""
+    if what != "class" or not hasattr(thing, "__dataclass_fields__"):
+        return None
+    found = inspect.signature(thing)
+    own = [one for key, one in found.parameters.items() if key not in {"parent", "name"} & set(vars(thing))]
+    named = [one.replace(default=Word(getattr(one.default, "__name__", repr(one.default)))) for one in own]
+    kept = [new if old.default is not old.empty else old for old, new in zip(own, named, strict=True)]
+    shown = found.replace(parameters=kept, return_annotation=found.empty)
+    return stringify_signature(shown, unqualified_typehints=True), None
+
+
+def tidy_fields(app, tree):
+    """Puts a dash between a parameter and what it is, which Sphinx leaves to `smartquotes`; names a class's fields."""
+    for name in tree.findall(nodes.field_name):
+        if name.astext() == "Variables":
+            name[0] = nodes.Text("Fields")
+    for text in [found for found in tree.findall(nodes.Text) if found == " -- "]:
+        text.parent.replace(text, nodes.Text(" – "))
+
+
 def setup(app):
     """Generates pages, and adds the roles and the notebooks."""
     generate.write_pages(REPOSITORY)
     app.add_role("repo", link_file)
     app.add_role("test", link_test)
     app.connect("source-read", add_notebook_links)
+    app.connect("autodoc-process-signature", name_defaults)
+    app.connect("doctree-read", tidy_fields)
     app.connect("build-finished", write_notebooks)

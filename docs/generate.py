@@ -8,7 +8,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -36,6 +36,29 @@ FAMILIES = (
 )  # fmt: skip
 """Heading, name of a table in `resnet_jax/models/table.py`, and where its networks come from."""
 
+EXTRAS = {
+    "train": "the command `resnet-jax`, `rj.train`, checkpoints, pictures, the report",
+    "report": "the report and curves of a run; `train` brings it",
+    "hub": "weights by tag from the Hugging Face hub, and `.safetensors`",
+    "tfds": "data of tensorflow-datasets",
+    "hf": "data of Hugging Face's datasets, and Parquet files",
+    "export": "programs for serving (StableHLO)",
+    "gcs": "runs and pictures in Google Cloud Storage",
+    "wandb": "logs to Weights & Biases",
+    "mlflow": "logs to MLflow",
+    "fast": "training pictures resized in a third of the time",
+    "all": "all of the above",
+    "cuda12": "NVIDIA GPUs, CUDA 12",
+    "cuda13": "NVIDIA GPUs, CUDA 13",
+    "tpu": "TPUs, and plans for them",
+    "parity": "comparisons with PyTorch",
+    "onnx": "programs for ONNX Runtime",
+    "test": "the tests",
+    "docs": "this site",
+    "dev": "the tests, and hooks for commits",
+}
+"""What each extra of `pyproject.toml` is for."""
+
 
 def write_pages(repository: str | None) -> None:
     """Writes all of them; one that is as it was is left alone, so that a second build does not read it again.
@@ -57,7 +80,7 @@ def write_pages(repository: str | None) -> None:
         "depth.md": depth(),
         "proofs.md": proofs(),
         "changelog.md": relinked(ROOT / "CHANGELOG.md", repository),
-        "benchmarks.md": relinked(ROOT / "benchmarks" / "README.md", repository),
+        "benchmarks.md": benchmarks(repository),
     }
     OUT.mkdir(exist_ok=True)
     for name, text in pages.items():
@@ -126,31 +149,63 @@ def recipes() -> str:
 
 
 def commands() -> str:
-    """Returns every command: what it does, and what its arguments are."""
+    """Returns every command: what it does, and its arguments as they are typed."""
     from resnet_jax.commands import COMMANDS
 
     text = ["## Commands\n"]
     for name, function in COMMANDS.items():
         first, _, rest = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:\n")
-        text.append(f"`resnet-jax {name}`\n: {escaped(' '.join(first.split()))}\n")
-        for argument, about in re.findall(r"^  (\w+): ((?:.|\n    )+)", rest, re.M):
-            text.append(f"  `{argument}`: {escaped(' '.join(about.split()))}\n")
+        told = dict(re.findall(r"^  (\w+): ((?:.|\n    )+)", rest, re.M))
+        words, entries = [f"resnet-jax {name}"], []
+        hints = get_type_hints(function, include_extras=True)
+        for parameter in inspect.signature(function).parameters.values():
+            if "Suppress" in str(hints[parameter.name]):
+                continue
+            if parameter.name == "recipe":
+                entries.append("  - every [field of a recipe](#fields-of-a-recipe) as a flag")
+                continue
+            argument, about = shown(parameter, hints[parameter.name])
+            words += [] if argument.startswith("--") else [argument]
+            about, value = told.get(parameter.name, about), parameter.default
+            default = f" *Default `{value}`.*" if value not in (parameter.empty, None, False, ()) else ""
+            entries.append(f"  - `{argument}`: {escaped(' '.join(about.split()))}{default}")
+        text.append(f"`{' '.join(words)}`\n: {escaped(' '.join(first.split()))}\n\n" + "\n".join(entries) + "\n")
     return "\n".join(text)
+
+
+def shown(parameter: inspect.Parameter, hint: Any) -> tuple[str, str]:
+    """Returns an argument as it is typed, and its help, from the annotation that tyro reads."""
+    typed = getattr(hint, "__metadata__", ())
+    told = {key: getattr(one, key) for one in typed for key in ("name", "metavar", "help") if getattr(one, key, None)}
+    kind = str(getattr(hint, "__origin__", hint) if typed else hint)
+    choices = re.findall(r"'(\w+)'", "".join(re.findall(r"Literal\[.*?\]", kind)))
+    takes = [] if "bool" in kind else ["N"] * ("int" in kind) + choices or ["VALUE"]
+    metavar = told.get("metavar", "|".join(takes))
+    if "Positional" not in map(str, typed):
+        return f"--{told.get('name', parameter.name)} {metavar}".strip(), told.get("help", "")
+    needed = parameter.default is parameter.empty or metavar.startswith("[")
+    return metavar if needed else f"[{metavar}]", told.get("help", "")
 
 
 def extras() -> str:
     """Returns the optional dependencies, of `pyproject.toml`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    rows = []
-    for name, requirements in project["optional-dependencies"].items():
+    extras = project["optional-dependencies"]
+    if set(extras) != set(EXTRAS):
+        raise ValueError(f"docs/generate.py: EXTRAS and pyproject.toml differ in {sorted(set(extras) ^ set(EXTRAS))}")
+    text = "| extra | what for | installs |\n|---|---|---|\n"
+    for name, requirements in extras.items():
         packages = [re.match(r"[\w.-]+(\[[\w,-]+\])?", requirement)[0] for requirement in requirements]
-        rows.append([f"`{name}`", ", ".join(packages)])
-    return "| extra | installs |\n|---|---|\n" + "\n".join(f"| {a} | {b} |" for a, b in rows) + "\n"
+        text += f"| `{name}` | {EXTRAS[name]} | {re.sub(',(?! )', ', ', ', '.join(packages))} |\n"
+    return text
 
 
 def escaped(text: str) -> str:
-    """Returns words with what Markdown would take for marks made plain."""
-    return re.sub(r"([*_<\[])", r"\\\1", text)
+    """Returns words in Markdown: what it would take for marks made plain, and flags as code."""
+    parts = re.split(r"(`[^`]*`|--[a-z]\w*(?:\.\w+)*)", text)
+    parts[::2] = [re.sub(r"([*_<\[])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [f"`{part.strip('`')}`" for part in parts[1::2]]
+    return "".join(parts)
 
 
 def flags() -> str:
@@ -162,7 +217,7 @@ def flags() -> str:
         if not isinstance(line, ast.AnnAssign):
             continue
         section, name = sections[ast.unparse(line.annotation)], ast.unparse(line.target)
-        text.append(f"## {name}\n\n{ast.get_docstring(section)}\n")
+        text.append(f"### {name}\n\n{ast.get_docstring(section)}\n")
         for field, words in zip(section.body, section.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(words, ast.Expr):
                 text.append(flag(name, field, " ".join(ast.literal_eval(words.value).split())))
@@ -176,7 +231,8 @@ def flag(section: str, field: ast.AnnAssign, about: str) -> str:
         value = value.args[0]
     kind = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", ""), ast.unparse(field.annotation))
     kind = kind.replace(" | None", "").replace("Size", "int or two ints")
-    return f"`--{section}.{ast.unparse(field.target)}`\n: {escaped(about)} *{kind}; default `{ast.unparse(value)}`*\n"
+    default = value.value if isinstance(value, ast.Constant) else ast.unparse(value)
+    return f"`--{section}.{ast.unparse(field.target)}`\n: {escaped(about)} *{kind}; default `{default}`*\n"
 
 
 def lab(language: str) -> str:
@@ -191,7 +247,8 @@ def lab(language: str) -> str:
             "<tr>" + "".join(f"<{head}>{own(texts, language)}</{head}>" for texts in row) + "</tr>"
             for row, head in zip(section["table"], heads, strict=True)
         ]
-        table = f'<div class="pst-scrollable-table-container"><table class="table">{"".join(rows)}</table></div>'
+        title = f"<caption>{own(section['table_title'], language)}</caption>" if section["table_title"] else ""
+        table = f'<div class="pst-scrollable-table-container"><table class="table">{title}{"".join(rows)}</table></div>'
         body = (
             f'<div class="lab {language}"><p class="takeaway">{own(section["takeaway"], language)}</p>'
             + charts(section["panels"], language)
@@ -244,7 +301,7 @@ def means(name: str, of: str) -> str:
             for row in record["rows"]
             if "mean" in row
         ]
-        text.append(table(["", of, "seeds"], rows) + f"\nRecord: {{repo}}`benchmarks/results/{file}`.\n")
+        text.append(table(["training", of, "seeds"], rows) + f"\nRecord: {{repo}}`benchmarks/results/{file}`.\n")
     return "\n".join(text)
 
 
@@ -258,12 +315,23 @@ def depth() -> str:
                 figures = (f"{row['compile_seconds']:.1f}", f"{row['temporary_mib']:.0f}", f"{row['median']:.2f}")
                 rows.append([row["case"], row["contender"], *figures])
         head = ["network", "how", "compile, s", "memory beside the state, MiB", "a step, s"]
-        text.append(table(head, rows) + f"\nRecord: {{repo}}`benchmarks/results/{file}`.\n")
+        lines = table(head, rows).replace("---: |", "--- |", 1)
+        text.append(lines + f"\nRecord: {{repo}}`benchmarks/results/{file}`.\n")
     return "\n".join(text)
 
 
+def benchmarks(repository: str | None) -> str:
+    """Returns the page on benchmarks, with a sentence that says what it is for."""
+    title, rest = relinked(ROOT / "benchmarks" / "README.md", repository).split("\n", 1)
+    about = "How fast this package is beside PyTorch and Flax's example, and how to measure it yourself."
+    return f"{title}\n\n{about}\n{rest}"
+
+
 def relinked(path: Path, repository: str | None) -> str:
-    """Returns a page from elsewhere in the repository, its links changed to lead from `docs/`."""
+    """Returns a page from elsewhere in the repository, its links changed to lead from `docs/`.
+
+    Without the repository's address, links to pictures and records download them.
+    """
 
     def link(found: re.Match[str]) -> str:
         mark, words, target = found[1], found[2], found[3]
@@ -275,7 +343,9 @@ def relinked(path: Path, repository: str | None) -> str:
             return f"![{words}](../{there.relative_to(ROOT)})"
         if there.parent == DOCS and there.suffix == ".md":
             return f"[{words}]({there.name}{'#' + anchor if anchor else ''})"
-        return f"[{words}]({repository}/blob/main/{there.relative_to(ROOT)})" if repository else words
+        if repository:
+            return f"[{words}]({repository}/blob/main/{there.relative_to(ROOT)})"
+        return f"[{words}](../{there.relative_to(ROOT)})" if there.is_file() and there.suffix != ".md" else words
 
     return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, path.read_text(encoding="utf-8"))
 

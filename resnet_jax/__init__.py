@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from resnet_jax.predict.predictor import Predictor, make_forward
     from resnet_jax.runs.wandb_mlflow import MlflowHook, WandbHook
     from resnet_jax.training.build import restore
-    from resnet_jax.training.check import check
+    from resnet_jax.training.check_module import check
     from resnet_jax.training.loop import train
     from resnet_jax.training.metrics import means
     from resnet_jax.training.sharding import make_mesh, shard_batch
@@ -75,7 +75,7 @@ _HOMES = {
     "training.metrics": ("means",),
     "training.sharding": ("make_mesh", "shard_batch"),
     "training.build": ("restore",),
-    "training.check": ("check",),
+    "training.check_module": ("check",),
     "training.state": ("create_state",),
     "training.step": ("make_eval_step", "make_train_step"),
     "training.sweep": ("sweep",),

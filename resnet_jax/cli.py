@@ -32,7 +32,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     memory` of `benchmarks/results/train_step-cpu2-*.json`. Garbage is looked for less often than Python's default,
     because what imports and traces make lives on.
     """
-    for number in (0, 1, 2):  # else a file of ours would get the number of a closed output, and what is printed to it
+    for number in (0, 1, 2):  # a file opened later would get a closed one's number, and its prints
         try:
             os.fstat(number)
         except OSError:
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def log_as_warnings() -> Iterator[None]:
-    """Prints what the package logs as commands print warnings, and not again as other libraries set the log up."""
+    """Prints what the package logs as `WARNING: ...`, once, whatever handlers other libraries have added."""
     logger, handler = logging.getLogger("resnet_jax"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     before, logger.propagate = logger.propagate, False

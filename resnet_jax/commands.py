@@ -765,7 +765,7 @@ def check_command(
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     prepare_jax()
-    from resnet_jax.training.check import check, module_of
+    from resnet_jax.training.check_module import check, module_of
 
     module, size = module_of(target, image_size, channels)
     report = check(module, size)
@@ -825,7 +825,9 @@ def lab_command(
 
 
 def prepare_jax() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told another place, and `run_in_caller`."""
+    """Sets JAX up for a command: compiled programs are kept in the user's cache folder, unless JAX has another one, and
+    programs run as `run_in_caller` says.
+    """
     import jax
 
     from resnet_jax.training.sharding import run_in_caller
@@ -921,7 +923,7 @@ def call(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]] | 
     """
     commands = dict(COMMANDS if commands is None else commands)
     name = arguments[0]
-    if name == "show-batch":  # else a flag with several values before FILE would take it, too
+    if name == "show-batch":  # a flag with several values before FILE would take FILE, too
         arguments = [name, *sorted(arguments[1:], key=lambda word: not word.endswith(".png"))]
     varied: dict[str, Any] = {}
     if name == "sweep":

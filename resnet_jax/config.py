@@ -219,7 +219,7 @@ class AugmentConfig:
     flip_vertical: bool = False
     """Mirror half of the images top to bottom too, as aerial and microscopic pictures allow. Host data only."""
     color_jitter: float = option(0.0, "[0, 1)")
-    """Brightness, contrast and saturation are each changed by a factor of up to 1 +- this. Host data only."""
+    """Brightness, contrast and saturation are each changed by a factor of up to 1 ± this. Host data only."""
     randaugment: int = option(0, "[0, 10]")
     """Magnitude (1 to 10) of two random operations an image; 0 for none. Host data only."""
     trivial_augment: bool = False
@@ -347,7 +347,8 @@ class TrainConfig:
     label_smoothing: float = option(0.0, "[0, 1)")
     """Share of the target that is spread over all classes."""
     ema_decay: float | None = option(0.99, "(0, 1)")
-    """Decay of the moving average of parameters and batch statistics; None for none."""
+    """Decay of the moving average of parameters and batch statistics, at first (1 + step) / (10 + step) where that is
+    less; None for none."""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """What to do when loss or state stops being finite: stop; skip that update, batch statistics and optimizer
     included; or go back to the last checkpoint with half the learning rate."""
@@ -395,7 +396,8 @@ class ParallelConfig:
     """Whose statistics batch normalisation takes: global (the whole batch), local (each device's), or ghost:N (groups
     of N images)."""
     fsdp: int = option(1, "[1, MOST]", may_change_on_resume=True)
-    """Parameters, averages and optimizer state are spread over this number of devices; needs jit."""
+    """Parameters, averages and optimizer state are spread over this number of devices, but for small arrays; needs
+    jit."""
     distributed: Literal["auto", "off"] = option("off", may_change_on_resume=True)
     """auto: join the processes of the cluster that JAX detects (SLURM, Open MPI, Kubernetes, Cloud TPU), or of the
     coordinator below."""

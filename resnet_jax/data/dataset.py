@@ -188,7 +188,11 @@ def labels_of(source: Source) -> np.ndarray:
 
 
 def row_of(places: Sequence[tuple[str, int, int]], index: int) -> tuple[str, int]:
-    """Returns the split and the row there of the example of this index, of runs of rows (split, first, after the last).
+    """Returns the split and the row in it of an example of a source that joins rows of several splits.
+
+    Args:
+      places: (split, first row, one past the last row) of each joined part.
+      index: of the example, counted over all parts.
 
     Raises:
       IndexError: there are fewer rows.

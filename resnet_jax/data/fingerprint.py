@@ -9,23 +9,24 @@ from pathlib import Path
 import numpy as np
 
 from resnet_jax.config import InputError
-from resnet_jax.data.dataset import Dataset, FileSource, Part, Source, known_labels
+from resnet_jax.data.dataset import ArraySource, Dataset, FileSource, Part, Source, known_labels
 from resnet_jax.data.hugging_face import HuggingFaceSource
+from resnet_jax.data.own_data import Examples, in_memory
 from resnet_jax.data.transforms import resizer
 from resnet_jax.files import parse_path, read_file, size_of, write_whole
 
 FILE = "pictures.npz"
 """Name of the file in a run's folder."""
 
-RESIZER = "resizer"
-"""Name of the library that resizes, beside the splits."""
+RESIZER, DEVICES = "resizer", "devices"
+"""Name of the library that resizes, and number of devices, beside the splits."""
 
 SIZED = 64
 """Of how many pictures of a split size or hash are noted, by which other ones under the same names are found."""
 
 Fingerprint = dict[str, np.ndarray]
 """Split -> int64 [examples, 3], ordered by key: hash of the key, of its classes' names, bytes of the file or -1; of a
-picture in a table, which is no file, the last is a hash of it."""
+picture in a table or an array, which is no file, the last is a hash of it."""
 
 
 def fingerprint(dataset: Dataset) -> Fingerprint:
@@ -47,7 +48,9 @@ def _rows(source: Source, names: np.ndarray) -> np.ndarray:
 
 
 def _size_or_hash(source: Source, index: int) -> int:
-    """Returns the size of a picture's file, the hash of one that lies in a table, or -1 where a source does not say."""
+    """Returns the size of a picture's file, the hash of one that lies in a table or in an array, or -1 where a source
+    does not say: what a user's own code gives may be another picture each time.
+    """
     if isinstance(source, Part):
         return _size_or_hash(source.source, int(source.indices[index]))
     if isinstance(source, FileSource):
@@ -55,6 +58,9 @@ def _size_or_hash(source: Source, index: int) -> int:
     if isinstance(source, HuggingFaceSource):
         raw = source[index][0]
         return size_of(Path(raw)) if isinstance(raw, str) else abs(_hash(raw))
+    if isinstance(source, ArraySource) or (isinstance(source, Examples) and in_memory(source.examples)):
+        picture = source[index][0]
+        return abs(_hash(picture.tobytes())) if isinstance(picture, np.ndarray) else -1
     return -1
 
 
@@ -72,10 +78,12 @@ def digest(found: Fingerprint) -> str:
     return whole.hexdigest()
 
 
-def save_fingerprint(found: Fingerprint, folder: Path) -> None:
-    """Writes a fingerprint, and the name of the library that resizes, into a run's folder, at once or not at all."""
+def save_fingerprint(found: Fingerprint, folder: Path, devices: int) -> None:
+    """Writes a fingerprint, the name of the library that resizes and the number of devices into a run's folder, at once
+    or not at all.
+    """
     content = io.BytesIO()
-    np.savez(content, **found, **{RESIZER: np.asarray(resizer())})  # type: ignore[arg-type]
+    np.savez(content, **found, **{RESIZER: np.asarray(resizer()), DEVICES: np.asarray(devices)})  # type: ignore[arg-type]
     write_whole(folder / FILE, content.getvalue())
 
 
@@ -88,7 +96,8 @@ def load_fingerprint(folder: Path) -> Fingerprint | None:
     found = _arrays(folder)
     if found is None:
         return None
-    found.pop(RESIZER, None)
+    for name in (RESIZER, DEVICES):
+        found.pop(name, None)
     if not all(rows.ndim == 2 and rows.shape[1] == 3 and rows.dtype == np.int64 for rows in found.values()):
         raise InputError(f"{folder / FILE} is damaged; remove it to go on without what it says")
     return found
@@ -102,6 +111,16 @@ def other_resizer(folder: Path) -> str | None:
     """
     before = (_arrays(folder) or {}).get(RESIZER)
     return None if before is None or str(before) == resizer() else str(before)
+
+
+def devices_of(folder: Path) -> int | None:
+    """Returns the number of devices that a run had last; None where its folder does not say.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    before = (_arrays(folder) or {}).get(DEVICES)
+    return None if before is None else int(before)
 
 
 def _arrays(folder: Path) -> dict[str, np.ndarray] | None:

@@ -270,7 +270,7 @@ def table_dataset(file: Path) -> Dataset:
     Raises:
       InputError: the table cannot be read, or a line is wrong; the message says which.
     """
-    rows, there = _table(file), None
+    (rows, notes), there = _table(file), None
     if in_bucket(file):
         import fsspec
 
@@ -281,7 +281,7 @@ def table_dataset(file: Path) -> Dataset:
     for number, row in enumerate(rows, start=2):
         where = f"{file}, line {number}"
         path, labels = os.path.normpath(os.path.join(file.parent, row["path"])), _labels(row["label"])
-        path = path if there is None else path.replace("gs:/", "gs://", 1)  # of which normpath has made one slash
+        path = path if there is None else path.replace("gs:/", "gs://", 1)  # normpath has made one slash of two
         split = split_of(row["split"] or "train")
         if split is None:
             known = ", ".join(names[0] for names in SPLIT_NAMES.values())
@@ -299,11 +299,12 @@ def table_dataset(file: Path) -> Dataset:
     if not multilabel:
         for own in pictures.values():
             own.sort(key=lambda picture: picture.labels)
-    return _dataset(file, pictures, LeftOut(), multilabel)
+    return _dataset(file, pictures, LeftOut(), multilabel, notes)
 
 
-def _table(file: Path) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file: `path`, `label` and `split`, each "" where it is absent.
+def _table(file: Path) -> tuple[list[dict[str, str]], tuple[str, ...]]:
+    """Returns the rows of a CSV file: `path`, `label` and `split`, in any case, each "" where it is absent; and a note
+    on other columns.
 
     UTF-8 with or without a byte order mark, and UTF-16 with one, are read.
     """
@@ -313,12 +314,21 @@ def _table(file: Path) -> list[dict[str, str]]:
         data = file.read_bytes()
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         table = csv.DictReader(text.splitlines(keepends=True))
-        missing = {"path", "label"} - set(table.fieldnames or ())
+        table.fieldnames = [name.strip().lower() for name in table.fieldnames or ()]
+        missing = {"path", "label"} - set(table.fieldnames)
         if missing:
             raise InputError(
                 f"{file} has no column {', '.join(sorted(missing))}: its first line must name path and label"
             )
-        return [{name: row.get(name) or "" for name in ("path", "label", "split")} for row in table]
+        rows = list(table)
+        if long := [number for number, row in enumerate(rows, start=2) if None in row]:
+            raise InputError(
+                f"{file}, line {long[0]}: it has more values than the first line has columns; several labels are "
+                "joined by semicolons, and a value that holds a comma stands in quotes"
+            )
+        unread = [name for name in table.fieldnames if name not in ("path", "label", "split")]
+        notes = (f"columns of {file} that are not read: {listed(unread)}",) if unread else ()
+        return [{name: row.get(name) or "" for name in ("path", "label", "split")} for row in rows], notes
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InputError(

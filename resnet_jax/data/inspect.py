@@ -96,10 +96,10 @@ def hashes_of(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return perceptual_hash(grey), perceptual_hash(grey[:, m : grey.shape[1] - m, m : grey.shape[2] - m])
 
 
-def over_each_other(pixels: np.ndarray, margin: int) -> np.ndarray:
+def normalised_differences(pixels: np.ndarray, margin: int) -> np.ndarray:
     """Returns what two pictures are compared by: the differences between neighbouring pixels inside a margin, at `GRID`
-    x `GRID`, divided by their length: float32 [n, grid, grid, 6], the last 3 of them downwards. Differences tell two
-    pictures of a sky apart where the pixels themselves hardly do.
+    x `GRID`, divided by their norm: float32 [n, grid, grid, 6], the last 3 of them downwards. Differences distinguish
+    two pictures of a sky where the pixels themselves hardly do.
     """
     inside = pixels[:, margin : pixels.shape[1] - margin, margin : pixels.shape[2] - margin]
     rows = _shrinking(inside.shape[1])
@@ -110,8 +110,8 @@ def over_each_other(pixels: np.ndarray, margin: int) -> np.ndarray:
     return edges / np.sqrt((edges**2).sum((1, 2, 3), keepdims=True) + edges[0].size)  # one grey level of noise
 
 
-def mirrored_edges(edges: np.ndarray) -> np.ndarray:
-    """Returns `over_each_other` of the mirror images."""
+def mirrored_differences(edges: np.ndarray) -> np.ndarray:
+    """Returns `normalised_differences` of the mirror images."""
     across, down = edges[..., :3], edges[..., 3:]
     across = -np.roll(across[:, :, ::-1], -1, 2)  # the last column is of zeros
     return np.concatenate([across, down[:, :, ::-1]], -1)
@@ -146,7 +146,7 @@ def near_pairs(pixels: np.ndarray, features: np.ndarray | None = None, least: fl
     unit = None if features is None else unit_rows(features)
     found = [_near_by_hash(whole, inner)] + ([] if unit is None else [_near_by_features(unit)])
     first, second = np.divmod(np.unique(np.concatenate(found)), len(pixels))
-    laid = [over_each_other(pixels, margin) for margin in (0, margin_of(pixels.shape[1]))]
+    laid = [normalised_differences(pixels, margin) for margin in (0, margin_of(pixels.shape[1]))]
     alike, mirrored = np.zeros(len(first), np.float32), np.zeros(len(first), bool)
     for start in range(0, len(first), ROWS):
         i, j = first[start : start + ROWS], second[start : start + ROWS]
@@ -200,7 +200,7 @@ def _likeness(laid: list[np.ndarray], first: np.ndarray, second: np.ndarray, mir
     """Returns the correlations [pairs] of both whole, of the first without margin, of the second without margin."""
     (a, inner_a), (b, inner_b) = ([values[index] for values in laid] for index in (first, second))
     if mirrored:
-        b, inner_b = mirrored_edges(b), mirrored_edges(inner_b)
+        b, inner_b = mirrored_differences(b), mirrored_differences(inner_b)
     return [np.einsum("nhwc,nhwc->n", x, y) for x, y in ((a, b), (inner_a, b), (a, inner_b))]
 
 

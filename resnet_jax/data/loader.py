@@ -148,7 +148,7 @@ def _order_of_batch(start: int, count: int, size: int, seed: int, repeats: int) 
     return indices, is_mirrored(positions, indices, size, seed)
 
 
-def eval_look(recipe: AugmentConfig) -> tuple[float, str]:
+def eval_crop_and_interpolation(recipe: AugmentConfig) -> tuple[float, str]:
     """Returns crop and interpolation of images that are evaluated, as `fit` takes them."""
     return known(recipe.eval_crop, "augment.eval_crop"), known(recipe.interpolation, "augment.interpolation")
 
@@ -181,7 +181,7 @@ class EvalExample:
         if not here:
             return found | {"image": blank}
         try:
-            image = fit(raw, self.image_size, *eval_look(self.recipe), self.channels)
+            image = fit(raw, self.image_size, *eval_crop_and_interpolation(self.recipe), self.channels)
         except BadImage:
             return found | {"image": blank, "bad": np.int64(index)}
         return found | {"image": image, "mask": np.True_}
@@ -191,7 +191,7 @@ class EvalExample:
         return self.source.describe(self._example(place)[0])
 
     def _example(self, place: int) -> tuple[int, bool]:
-        """Returns the index of an example and True; behind the last example of the split 0 and False."""
+        """Returns the index of an example and True; past the last example of the split 0 and False."""
         step, offset = divmod(place, self.share)
         index = (step * self.hosts + self.rank) * self.share + offset
         return (index, True) if index < len(self.source) else (0, False)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.config import InputError
-from resnet_jax.data.dataset import Dataset
+from resnet_jax.data.dataset import Dataset, listed
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,10 @@ def own_dataset(dataset: Dataset) -> Dataset:
     `class_names` empty.
 
     Raises:
-      InputError: a split has no length, or its examples are not as expected.
+      InputError: a split has no length, its examples are not as expected, or it numbers the classes in another way than
+        the training split.
     """
+    check_same_numbers(dataset)
     splits = {name: source_of(split, name) for name, split in dataset.splits().items()}
     if not len(splits["train"]):
         raise InputError("the train split has no examples")
@@ -122,8 +124,7 @@ def own_dataset(dataset: Dataset) -> Dataset:
         return dataclasses.replace(dataset, **whole, class_names=names, multilabel=True)
     splits = {name: with_labels(split) for name, split in splits.items()}
     if names is None:
-        train = dataset.train
-        known = getattr(getattr(train, "features", {}).get("label"), "names", None) if is_table(train) else None
+        known = names_in(dataset.train)
         most = max(int(split.labels.max()) for split in splits.values())
         names = tuple(known) if known else tuple(str(i) for i in range(1 + most))
     return dataclasses.replace(dataset, **splits, class_names=names)
@@ -195,6 +196,31 @@ def is_integer(label: Any) -> bool:
 def is_table(split: Any) -> bool:
     """Returns whether a split gives columns by name, as those of Hugging Face datasets do."""
     return hasattr(split, "column_names") and hasattr(split, "features")
+
+
+def names_in(split: Any) -> tuple[str, ...]:
+    """Returns the names of the classes that a table of Hugging Face has in the order of its labels; () for others."""
+    label = split.features.get("label") if is_table(split) and split.features else None
+    return tuple(getattr(label, "names", None) or ())
+
+
+def check_same_numbers(dataset: Dataset) -> None:
+    """Raises InputError where two splits number their classes in different ways, as tables of Hugging Face and
+    torchvision's folders do that were made of one folder each; what says nothing of its classes is let through.
+    """
+
+    def order_of(split: Any) -> tuple[str, ...]:
+        classes = getattr(split, "classes", ())
+        return names_in(split) or (tuple(map(str, classes)) if isinstance(classes, list | tuple) else ())
+
+    numbers = order_of(dataset.train)
+    for name, split in dataset.splits().items():
+        if numbers and (own := order_of(split)) and own != numbers:
+            table = "of a table with align_labels_with_mapping({name: number of train, ...}, 'label')"
+            raise InputError(
+                f"dataset.{name} has the classes {listed(own)} in this order, and dataset.train {listed(numbers)}: the "
+                f"same number would mean different classes. Give it the numbers of train, {table}"
+            )
 
 
 def with_labels(split: Any) -> Any:

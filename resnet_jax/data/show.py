@@ -58,7 +58,7 @@ def side_by_side(first: Any, second: Any, lines: list[str]) -> Any:
 
     width, height, gap = first.width, first.height, 8
     letters = font(min(28, max(13, width // 24)))
-    wrapped = [part for line in lines for part in broken(line, letters, 2 * width + gap)]
+    wrapped = [part for line in lines for part in wrapped_lines(line, letters, 2 * width + gap)]
     step = round(1.35 * letters.size)
     sheet = Image.new("RGB", (2 * width + gap, height + gap + step * len(wrapped) + gap // 2), "white")
     sheet.paste(first, (0, 0))
@@ -77,7 +77,7 @@ def font(size: int) -> Any:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
-def broken(text: str, letters: Any, width: int) -> list[str]:
+def wrapped_lines(text: str, letters: Any, width: int) -> list[str]:
     """Returns a text as lines that are at most `width` pixels wide, broken between words where they allow it."""
     lines = [""]
     for word in text.split(" "):

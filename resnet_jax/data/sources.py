@@ -70,9 +70,9 @@ def in_three_splits(found: Dataset, config: DataConfig, seed: int, hold_out: boo
     errors: `load_dataset`.
     """
     held_out = found.validation is None and config.validation_fraction > 0 and (hold_out or found.test is None)
+    _check_labels(found)
     if held_out:
         found = with_validation(found, config.validation_fraction, seed)
-    _check_labels(found)
     counts = ", ".join(f"{len(source):,} {name}" for name, source in found.splits().items())
     how = f" (about {config.validation_fraction:.0%} held out of train, by name)" if held_out else ""
     classes = f"{len(found.class_names)} classes" if found.class_names else "no classes"

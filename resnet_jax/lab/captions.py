@@ -1,7 +1,7 @@
 """Titles and captions of the experiments' figures and the words in their charts and tables, in English and Japanese."""
 
 TITLES = {
-    "degradation": ("Deeper plain networks get worse", "深い plain ネットワークは悪くなる"),
+    "degradation": ("Deeper plain networks get worse", "深い plain ネットワークは性能が落ちる"),
     "gradients": ("What reaches the first layer", "最初の層に届く勾配"),
     "lesion": ("Removing blocks from a trained network", "学習後にブロックを取り除く"),
     "response": ("How close blocks are to the identity", "ブロックは恒等写像にどれだけ近いか"),

@@ -24,6 +24,7 @@ from resnet_jax.config import (
 )
 from resnet_jax.data.dataset import default_split
 from resnet_jax.data.loader import BadImages, whole_split
+from resnet_jax.data.on_device import normalize
 from resnet_jax.data.sources import load_dataset
 from resnet_jax.models.registry import create_model
 from resnet_jax.recipe_files import load_config
@@ -207,8 +208,6 @@ def evaluator(model: nn.Module, config: Config) -> Callable[[Any, dict[str, np.n
 
 def pixels(data: Data, count: int, config: Config) -> tuple[jax.Array, np.ndarray]:
     """Returns the first training images, float32 [count, height, width, 3], normalized, and labels, int32 [count]."""
-    from resnet_jax.data.on_device import normalize
-
     images = jnp.asarray(data.train["image"][:count])
     return normalize(images, *normalization(config), jnp.dtype("float32")), data.train["label"][:count]
 

@@ -53,7 +53,7 @@ def rows(book: Notebook) -> Rows:
 
 
 def measured(depth: int, way: str, fields: dict[str, Any], quick: bool) -> Rows:
-    """Returns the row of one network, `fields` of whose `model` section are those of the way."""
+    """Returns the row of one network, measured with the `fields` of the recipe's section `model` that a way sets."""
     size = 16 if quick else 32
     config = Config(
         ModelConfig(f"cifar_resnet{depth}", num_classes=10, **fields),

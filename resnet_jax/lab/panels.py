@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from resnet_jax.lab.captions import WORDS
-from resnet_jax.runs.charts import GRID, PAGE_COLOURS, TEXT, as_svg
+from resnet_jax.runs.charts import GRID, PAGE_COLOURS, TEXT, as_svg, log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,8 +123,6 @@ def log_axis(axis: Any, places: Iterable[float] | None = None) -> None:
       axis: `axes.xaxis` or `axes.yaxis`, with everything drawn.
       places: of the ticks; by default round numbers.
     """
-    from resnet_jax.runs.charts import log_ticks
-
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
     axis.set_ticks(list(places) if places is not None else log_ticks(low, high))

@@ -39,7 +39,7 @@ def run(name: str, folder: Path, options: Options) -> dict[str, Any]:
     """
     if name not in EXPERIMENTS:
         raise InputError(f"there is no experiment {name!r}; {nearest(name, (*EXPERIMENTS, 'all', 'page'))}")
-    DataConfig(dataset=options.dataset)  # which checks it
+    DataConfig(dataset=options.dataset)  # raises where there is no such dataset
     for depth in options.depths or ():
         if not 8 <= depth <= MOST_LAYERS or (depth - 2) % 6:
             raise InputError(f"--depths {depth}: depths are 6n + 2 up to {MOST_LAYERS}, such as 8, 20, 56")

@@ -77,10 +77,13 @@ class ResidualBlock(nn.Module):
       width: channels inside the branch; None for `features`, or a quarter of them in a bottleneck.
       first_width: channels after the first convolution; None for `width`.
       groups: cardinality of the 3x3 convolutions (ResNeXt).
-      dilation, first_dilation: of the 3x3 convolutions, and of the one that carries the stride.
+      strides: factor by which height and width shrink.
+      dilation: of the 3x3 convolutions.
+      first_dilation: of the 3x3 convolution that carries the stride.
       shortcut: `A`, `B`, `C`, `D` as in `Shortcut`, or `none`: the plain block.
       shortcut_kernel: size of a projection that shrinks the image.
-      attention, attention_ratio: what weights the branch's channels at its end, as in `channel_attention`.
+      attention: what weights the branch's channels at its end: `none`, `se` or `eca`.
+      attention_ratio: of the channels inside `se`.
       anti_alias: low pass in front of the stride: `none`, `average`, `blur`.
       drop_path: share of the images whose branch is left out when training.
       zero_init_last: the branch starts as zero (the last scale is 0), so the block starts as its shortcut.

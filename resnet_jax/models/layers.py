@@ -41,7 +41,10 @@ class Conv(nn.Module):
 
     Attributes:
       features: channels that come out.
-      kernel_size, strides, dilation, groups: as in `conv2d`; the kernel is square.
+      kernel_size: side of the kernel, which is square.
+      strides: as in `conv2d`.
+      dilation: as in `conv2d`.
+      groups: as in `conv2d`.
       standardized: the kernel of each output channel gets mean 0 and variance 1 first (Qiao et al. 2019).
       dtype: in which the convolution computes, and of the result.
 

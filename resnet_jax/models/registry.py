@@ -258,7 +258,7 @@ def feature_info(model: nn.Module) -> list[Feature]:
 
 
 def check_endpoints(model: nn.Module) -> None:
-    """Raises InputError where a model does not give what is within it."""
+    """Raises InputError where a model has no `endpoints`, the outputs of its stages."""
     kind = type(model)
     if "endpoints" not in inspect.signature(kind.__call__).parameters:
         raise InputError(

@@ -135,7 +135,7 @@ class ResNet(nn.Module):
       reduce_first: a bottleneck's first convolution is narrower by this factor than its second.
       stem: `7x7`, `3x3`, `deep` or `deep_tiered`.
       stem_width: channels that leave the stem.
-      stem_pool: what halves them: `max` (3x3), `max_zero` (with a border of zeros), `conv`, or `none`.
+      stem_pool: halves the stem's map: `max` (3x3), `max_zero` (with a border of zeros), `conv`, or `none`.
       shortcut: `A`, `B`, `C`, `D`, or `none` for the plain twin.
       shortcut_kernel: size of a projection where the image shrinks.
       attention: `none`, `se` or `eca`, at the end of each branch.
@@ -145,7 +145,8 @@ class ResNet(nn.Module):
       norm: `batch`, `frozen_batch` (running statistics only, nothing of the norm trains), `group`, `none`,
         or `folded`, which `fold_batch_norm` makes. Without a norm no branch starts at zero, but for `preact`.
       unbiased_variance: running variances are kept the PyTorch way, n / (n - 1).
-      ghost, axis_name: scope of the batch statistics, as in `BatchNorm`.
+      ghost: images in a group that has its own batch statistics, as in `BatchNorm`.
+      axis_name: mapped axis over which they are averaged, as in `BatchNorm`.
       standardized: kernels are standardised before they are used.
       act: `relu`, `silu`, `gelu` or `identity`.
       zero_init_last: every branch starts at zero. Without effect on plain blocks.
@@ -227,8 +228,8 @@ class ResNet(nn.Module):
         x = StemPool(self.stem_pool, self.anti_alias, conv, norm, act, name="stem_pool")(x, train)
         strides = self._strides()
         for i, rates in enumerate(self._drop_paths()):
-            attends = self.self_attention and i == len(self.stage_sizes) - 1
-            layer = with_self_attention(conv, self.self_attention, self.dtype) if attends else conv
+            last = i == len(self.stage_sizes) - 1
+            layer = with_self_attention(conv, self.self_attention, self.dtype) if last and self.self_attention else conv
             block = partial(self._block(i), conv=layer, norm=norm, act=act)
             stage = maybe_remat(Stage, self.remat == "stage" and not self.scan)
             x = stage(block, rates, *strides[i], self.scan, self._in_groups, name=f"stage{i + 1}")(x, train)

@@ -50,7 +50,7 @@ def models_of(words: tuple[str, ...]) -> list[str]:
     for word in words:
         names = [word] if word in MODELS else list_models(word)
         if not names:
-            create_model(word)  # which says what is like it
+            create_model(word)  # raises, with the nearest names
         found |= dict.fromkeys(names)
     return list(found)
 

@@ -3,6 +3,7 @@
 import csv
 import fnmatch
 import glob
+import hashlib
 import io
 import math
 import time
@@ -20,10 +21,11 @@ from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, Mod
 from resnet_jax.data.dataset import Source, default_split, listed
 from resnet_jax.data.loader import BadImages
 from resnet_jax.data.match_classes import ClassMap, match_classes
-from resnet_jax.files import path_of, write_whole
+from resnet_jax.files import in_bucket, path_of, to_json, write_whole
 from resnet_jax.models.registry import channels_of, create_model
 from resnet_jax.output import first_line, say
 from resnet_jax.training.evaluation import FinishedRun, Predictions, all_of, mesh_for, open_run, result_of, served
+from resnet_jax.training.manifest import BEST, MANIFEST
 from resnet_jax.training.metrics import probabilities, wilson
 from resnet_jax.training.parts import NO_PARTS, Parts
 from resnet_jax.training.sharding import replicated
@@ -38,7 +40,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is evaluated on, and how.
+    """Which data a source is evaluated on, and how.
 
     Attributes:
       dataset: as `data.dataset` of a recipe; None takes the run's own.
@@ -331,9 +333,10 @@ def write_table(file: Path, rows: list[Any]) -> None:
 
 COLUMNS = (
     *("name", "dataset", "split", "top1", "top5", "low", "high", "count"),
-    *("images_per_second", "parameters", "image_size", "real", "error"),
+    *("images_per_second", "parameters", "image_size", "real", "error", "options", "changed"),
 )
-"""Of the table of many sources; `low` and `high` are the ends of the interval of top1, shares lie in [0, 1]."""
+"""Of the table of many sources; `low` and `high` are the ends of the interval of top1, shares lie in [0, 1]. `options`
+are those of the command that count, and `changed` is the time in nanoseconds at which the weights were written."""
 
 
 def is_pattern(source: str) -> bool:
@@ -370,11 +373,11 @@ def evaluate_matching(
 ) -> list[dict[str, Any]]:
     """Evaluates all that a pattern matches, and writes a row each into a table; returns the rows of what matches.
 
-    A source that has a result for the same data in the table is left as it is; one that failed is tried again. A
-    failure is a row with its reason, and the rest goes on.
+    A source that has a result for the same data and options in the table, and whose weights were not written since, is
+    left as it is; one that failed is tried again. A failure is a row with its reason, and the rest goes on.
 
     Args:
-      file: of comma-separated values with `COLUMNS`; rows of other data and other sources stay.
+      file: of comma-separated values with `COLUMNS`; rows of other data, options and sources stay.
       done: is given each row when it is there.
       progress: as for `evaluate_source`.
 
@@ -387,18 +390,36 @@ def evaluate_matching(
     rows = read_rows(file)
     found = []
     for name in names:
-        key = (name, wanted.dataset or "", wanted.split or "")
+        key, changed = (name, wanted.dataset or "", wanted.split or "", options_of(wanted)), str(changed_at(name))
         before = rows.get(key)
-        if before is None or before["error"]:
-            rows[key] = (
-                dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS[:3], key, strict=True)) | row_of(name, wanted, progress)
-            )
+        if before is None or before["error"] or before["changed"] != changed:
+            known = dict(zip((*COLUMNS[:3], "options"), key, strict=True)) | {"changed": changed}
+            rows[key] = dict.fromkeys(COLUMNS, "") | known | row_of(name, wanted, progress)
             write_table(file, [COLUMNS, *([row[column] for column in COLUMNS] for row in rows.values())])
             jax.clear_caches()
         found.append(rows[key])
         if done is not None:
             done(rows[key])
     return found
+
+
+def options_of(wanted: Wanted) -> str:
+    """Returns in words the options of an evaluation that change its result, beside the data and the split."""
+    words = [f"{name} {value}" for name in ("name", "checkpoint") if (value := getattr(wanted, name))]
+    words += ["valid_labels"] if wanted.valid_labels else []
+    given = {"classes": wanted.classes, "real": wanted.real and [sorted(labels) for labels in wanted.real]}
+    digests = {name: hashlib.sha256(to_json(value).encode()).hexdigest() for name, value in given.items() if value}
+    return " ".join([*words, *(f"{name} {digest[:12]}" for name, digest in digests.items())])
+
+
+def changed_at(source: str) -> int:
+    """Returns when the weights of a source were written last, in nanoseconds; 0 of a tag and in a bucket."""
+    path = path_of(source, "SOURCE")
+    if in_bucket(path) or not path.exists():
+        return 0
+    files = [*path.glob("*"), *path.glob("checkpoints/*/*")] if path.is_dir() else [path]
+    weights = [file for file in files if file.suffix in FILES or file.name in (BEST, MANIFEST)]
+    return max((file.stat().st_mtime_ns for file in weights), default=0)
 
 
 def row_of(name: str, wanted: Wanted, progress: Any) -> dict[str, Any]:
@@ -424,8 +445,8 @@ def row_of(name: str, wanted: Wanted, progress: Any) -> dict[str, Any]:
     }
 
 
-def read_rows(file: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Returns the rows of a table of many sources, by name, data and split; none where there is no file.
+def read_rows(file: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
+    """Returns the rows of a table of many sources, by name, data, split and options; none where there is no file.
 
     Raises:
       InputError: it is another kind of table.
@@ -437,7 +458,7 @@ def read_rows(file: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
                 raise InputError(
                     f"{file} has the columns {listed(table.fieldnames or [])}: name a new file for the table"
                 )
-            return {(row["name"], row["dataset"], row["split"]): row for row in table}
+            return {(row["name"], row["dataset"], row["split"], row["options"]): row for row in table}
     except FileNotFoundError:
         return {}
     except (OSError, csv.Error) as error:
@@ -495,7 +516,7 @@ def format_row(row: dict[str, Any]) -> str:
     """Returns the line that `resnet-jax evaluate PATTERN` prints of a source."""
     if row["error"]:
         return f"{row['name']:<44} not evaluated: {row['error']}"
-    shares = [float(row[name] or "nan") for name in ("top1", "low", "high")]
+    shares = [float(row[name]) for name in ("top1", "low", "high")]
     top1 = f"top-1 {shares[0]:7.2%} [{shares[1] * 100:.2f}, {shares[2] * 100:.2f}]"
     top5 = f"   top-5 {float(row['top5']):7.2%}" if row["top5"] != "" else ""
     rest = (

@@ -386,7 +386,7 @@ def patch_features(pixels: np.ndarray, kernels: int = KERNELS, seed: int = 0) ->
     chosen /= np.maximum(np.linalg.norm(chosen, axis=1, keepdims=True), 1e-12)
     weights = whitening @ chosen.T
     bias = jnp.asarray(-centre @ weights, jnp.float32)
-    weights = weights - weights.mean(0)  # which takes the mean from each patch
+    weights = weights - weights.mean(0)  # so that each patch loses its mean
     kernel = jnp.asarray(weights.reshape(size, size, 3, kernels), jnp.float32)
     even = jnp.full((size, size, 3, 1), 1 / kernel[..., 0].size, jnp.float32)
 

@@ -95,7 +95,8 @@ class Predictor:
     """A network with what belongs to it: `predictor(images)` gives probabilities.
 
     Attributes:
-      model, variables: as `load_pretrained` gives them.
+      model: as `load_pretrained` gives it.
+      variables: as `load_pretrained` gives them.
       preprocessing: how pictures are resized, cut and normalised, as in the evaluation of the run.
       class_names: of the columns, as `names_of_outputs` says. A network with one logit has one column, the probability
         of the label 1.

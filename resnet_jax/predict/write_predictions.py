@@ -1,4 +1,4 @@
-"""How predictions are written: rows as a table, JSON or CSV, and pictures of where the network looked."""
+"""Writes predictions: rows as a table, JSON or CSV, and pictures under their heat map (Grad-CAM)."""
 
 import csv
 import json
@@ -28,13 +28,14 @@ class RightInFolders:
 
     def __init__(self, predictor: Any, source: str, paths: Sequence[str]) -> None:
         """Takes the predictor, where it came from, and the paths that were asked for: nothing is counted where none of
-        them is a folder.
+        them is a folder, or the network has one output, which is the probability of one class.
 
         Raises:
           InputError: the source is a run, and its file that names the pictures is damaged.
         """
         self.right, self.count, self.same = Counter[str](), Counter[str](), Counter[bool]()
-        asked = not predictor.multilabel and any(os.path.isdir(os.path.expanduser(path)) for path in paths)
+        asked = any(os.path.isdir(os.path.expanduser(path)) for path in paths)
+        asked = asked and not predictor.multilabel and len(predictor.class_names) > 1  # one output is always the first
         self.names = predictor.class_names if asked else ()
         folder = path_of(source, "SOURCE")
         self.known = load_fingerprint(folder) if asked and folder.is_dir() else None

@@ -240,7 +240,8 @@ def percent(value: float, position: object = None) -> str:
 def log_ticks(low: float, high: float) -> list[float]:
     """Returns round numbers in [low, high], 0 < low < high, for an axis that is logarithmic, smallest first.
 
-    They are powers of ten; or 1, 2 and 5 times those, if that makes fewer than three; or else equally far apart.
+    They are powers of ten; or 1, 2 and 5 times those, if that makes fewer than three; or else equally far apart, three
+    at least where the range allows.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -249,7 +250,12 @@ def log_ticks(low: float, high: float) -> list[float]:
         ticks = [power * factor for power in powers for factor in factors if low <= power * factor <= high]
         if len(ticks) >= 3:
             return ticks[:: math.ceil(len(ticks) / 9)]
-    return [float(tick) for tick in MaxNLocator(4, steps=ROUND).tick_values(low, high) if low <= tick <= high]
+    ticks = []
+    for most in (4, 6, 8):
+        ticks = [float(tick) for tick in MaxNLocator(most, steps=ROUND).tick_values(low, high) if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks
 
 
 def as_svg(figure: "Figure", title: str, colours: Mapping[str, str] = PAGE_COLOURS) -> str:
@@ -263,12 +269,12 @@ def as_svg(figure: "Figure", title: str, colours: Mapping[str, str] = PAGE_COLOU
     import matplotlib
 
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters are not drawn as paths
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(text, format="svg", transparent=True, metadata=nothing)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
-    svg = re.sub(r"font-family: [^;]*; ", "", svg)  # that of the page
+    svg = re.sub(r"font-family: [^;]*; ", "", svg)  # the page sets it
     svg = re.sub(
         r' xmlns(:xlink)?="[^"]*"|(?<=<g) id="[^"]*"', "", svg
     )  # in HTML one is needless, the other not unique

@@ -232,6 +232,11 @@ def in_bytes(count: float) -> str:
     return f"{count:,.1f} GiB"
 
 
+def giga(count: float) -> str:
+    """Returns a number in units of 10**9, to a tenth, or below 1 to two digits."""
+    return f"{count / 1e9:,.1f}" if count >= 1e9 else f"{count / 1e9:.2g}"
+
+
 def format_plan(needs: dict[str, Any]) -> str:
     """Returns the table that `resnet-jax plan` prints."""
     held = {f"  {name}": count for name, count in needs["state"].items()}
@@ -246,7 +251,7 @@ def format_plan(needs: dict[str, Any]) -> str:
     counted_as = "2 for each multiply-add of convolutions and matrix products"
     rows = [
         f"{needs['parameters']:,} parameters{classes}",
-        f"{needs['flops'] / 1e9:,.1f} GFLOP a step on {on}: {counted_as}",
+        f"{giga(needs['flops'])} GFLOP a step on {on}: {counted_as}",
         f"memory of each device, in a step {compiler}:",
         *(f"{name:<28}{in_bytes(count):>12}" for name, count in held.items()),
     ]

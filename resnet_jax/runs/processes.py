@@ -265,7 +265,7 @@ class Hub:
 
 
 async def lines(reader: asyncio.StreamReader) -> Any:
-    """The lines of a connection but for signs of life.
+    """Yields the lines of a connection but for signs of life.
 
     Raises:
       OSError: it was closed, or silent for `LOST_AFTER` seconds.

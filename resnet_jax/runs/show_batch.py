@@ -10,7 +10,7 @@ from resnet_jax.config import Config, InputError
 from resnet_jax.data.dataset import with_outputs
 from resnet_jax.data.loader import BadImages, sampling_table, train_batches, whole_split
 from resnet_jax.data.on_device import per_channel
-from resnet_jax.data.show import as_shown, broken, font
+from resnet_jax.data.show import as_shown, font, wrapped_lines
 from resnet_jax.training.build import data_of, model_with_parts
 from resnet_jax.training.parts import NO_PARTS, Parts
 from resnet_jax.training.programs import draw_from, make_prepare, normalization
@@ -98,7 +98,10 @@ def draw_grid(pixels: np.ndarray, captions: list[str], file: Path) -> Path:
     height, width = pixels.shape[1:3]
     factor = max(1, -(-HIGH // height))
     letters = font(LETTERS)
-    texts = [[part for line in text.split("\n") for part in broken(line, letters, width * factor)] for text in captions]
+    texts = [
+        [part for line in text.split("\n") for part in wrapped_lines(line, letters, width * factor)]
+        for text in captions
+    ]
     texts = [lines[:MOST_LINES] for lines in texts[: len(pixels)]]
     line = LETTERS + 3
     cell = (width * factor + 8, height * factor + 8 + line * max(map(len, texts), default=1))

@@ -16,8 +16,8 @@ import jax
 
 
 class Stopped(RuntimeError):
-    """The run in `folder` was told to stop by `signal`; `saved` says whether the disk took the step, and `command` goes
-    on with it, or with parts of the user's own the same one again.
+    """The run in `folder` was told to stop by `signal`; `saved` says whether the disk took the step. The message says
+    how to go on: `resnet-jax` and `command`, or the same command again where the run has parts of the user's own.
     """
 
     def __init__(self, folder: Path, step: int, number: int, saved: bool, command: str = "train") -> None:

@@ -44,7 +44,7 @@ def write_page(folder: Path, found: Mapping[str, Any]) -> Path:
         title=f"{len(members)} runs over {' and '.join(map(last_of, found['varied']))}",
         folder=folder.name,
         verdict=verdict(found),
-        metric=spoken(f"validation/{metric}"),
+        metric=spoken_metric(found),
         settings=settings,
         members=members,
         chosen=found["chosen"],
@@ -56,6 +56,11 @@ def write_page(folder: Path, found: Mapping[str, Any]) -> Path:
     )
     write_whole(folder / "sweep.html", printable(page))
     return folder / "sweep.html"
+
+
+def spoken_metric(found: Mapping[str, Any]) -> str:
+    """Returns what members are compared by, as people say it."""
+    return spoken(next((row["metric"] for row in found["members"] if row["metric"]), "validation/accuracy"))
 
 
 def last_of(name: str) -> str:
@@ -75,7 +80,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     best, metric = found["settings"][0], found["metric"]
     spread = "" if best["spread"] is None else f" ± {spoken_value(metric, best['spread'])} (standard deviation)"
     over = f" over {best['count'] - best['diverged']} seeds" if best["count"] > 1 else ""
-    first = f"Best is {worded(best['values']) or 'the recipe'}: validation {metric} "
+    first = f"Best is {worded(best['values']) or 'the recipe'}: {spoken_metric(found)} "
     first += f"{spoken_value(metric, best['mean'])}{spread}{over}."
     test = found["test"]
     if test is None:
@@ -83,7 +88,8 @@ def verdict(found: Mapping[str, Any]) -> str:
     name = "ema/test" if "ema/test" in test else "test"
     main = "accuracy" if "accuracy" in test[name] else "loss"
     value = spoken_value(main, test[name][main])
-    return f"{first} The chosen member has {value} test {main} on {test[name]['count']:,} images."
+    of = spoken(f"{name}/{main}")
+    return f"{first} The chosen member: {of} {value} on {test[name]['count']:,} images."
 
 
 def effect_chart(found: Mapping[str, Any], name: str) -> str:

@@ -83,7 +83,7 @@ class WandbHook:
             self._run.finish()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
-        if self._run is not None:  # W&B drops a row whose own count of steps does not rise
+        if self._run is not None:  # W&B drops a row whose step is below that of the row before
             self._run.log({"step": step} | metrics, step=max(step, self._run.step), commit=True)
 
 

@@ -61,7 +61,7 @@ def data_of(config: Config, parts: Parts = NO_PARTS, prepare: bool = True) -> Da
 def make_plan(config: Config, examples: int, evaluates: bool = True) -> Plan:
     """Returns the plan of a run over a number of training examples. An epoch need not be a whole number of steps."""
     per_epoch = examples / config.train.batch_size
-    total = config.train.steps or max(1, math.ceil(config.train.epochs * per_epoch))
+    total = config.train.steps or max(1, math.ceil(config.train.epochs * examples / config.train.batch_size))
     eval_every = max(1, round(config.train.eval_every_epochs * per_epoch))
     save_every = config.checkpoint.every_steps or eval_every
     if total * config.train.batch_size >= 2**32:
@@ -74,7 +74,7 @@ def length_of(config: Config, plan: Plan) -> str:
     steps = f"{plan.total:,} steps"
     if config.train.steps is not None:
         return f"{steps}, {plan.total / plan.per_epoch:.3g} epochs"
-    rounded = "" if plan.total == config.train.epochs * plan.per_epoch else ", rounded up"
+    rounded = "" if math.isclose(plan.total, config.train.epochs * plan.per_epoch) else ", rounded up"
     epochs = f"{config.train.epochs:g} epoch{'s' * (config.train.epochs != 1)}"
     return f"{steps} ({epochs} of {round(plan.per_epoch, 2):,g} steps{rounded})"
 

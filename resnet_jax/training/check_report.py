@@ -128,7 +128,7 @@ class Case:
         return type(self.given).__name__
 
     def images(self, seed: int) -> np.ndarray:
-        """Returns normal images float32 [size, height, width, channel]; the last one is 0, as a black picture is."""
+        """Returns images of normal random numbers, float32 [size, height, width, channel]; the last one is black, 0."""
         images = np.random.default_rng([self.seed, seed]).normal(size=(self.size, *self.image_shape))
         images[-1] = 0
         return images.astype(np.float32)

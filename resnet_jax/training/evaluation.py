@@ -369,7 +369,8 @@ def open_run(
     trained = {} if seen is None else {name: count_trained_on(seen, now, name) for name in now if name != "train"}
     if strangers or (other and accept_changes):
         trained = {}
-    without_rules = replace(config.optimizer, decay_rules=((".*", 0.0),), rate_rules=())  # a stranger's are not run
+    # Regular expressions out of somebody else's folder are not executed.
+    without_rules = replace(config.optimizer, decay_rules=((".*", 0.0),), rate_rules=())
     plain = replace(config, optimizer=without_rules)
     made: dict[str, Any] = {}
 

@@ -25,7 +25,7 @@ STILL = AugmentConfig(crop="none", flip="none", eval_crop=1.0)
 
 def computes_features_once(config: Config) -> bool:
     """Returns whether the recipe trains the head alone on images that are always the same."""
-    same = ("area", "pad", "eval_crop", "eval_flip", "interpolation", "repeats")  # change nothing from step to step
+    same = ("area", "pad", "eval_crop", "eval_flip", "interpolation", "repeats")  # these do not differ between steps
     augment = dataclasses.replace(STILL, **{name: getattr(config.augment, name) for name in same})
     alone = config.finetune.mode == "linear_probe" and not config.optimizer.rate_rules and config.model.name in OURS
     return alone and config.augment == augment and not config.augment.eval_flip and not config.model.drop_path_rate

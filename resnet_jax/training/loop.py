@@ -24,6 +24,7 @@ from resnet_jax.data.dataset import Dataset, with_outputs
 from resnet_jax.data.fingerprint import (
     changes,
     described,
+    devices_of,
     digest,
     fingerprint,
     load_fingerprint,
@@ -73,13 +74,13 @@ from resnet_jax.training.resolve import resolve
 from resnet_jax.training.run_progress import RunProgress
 from resnet_jax.training.sharding import (
     broadcast_from_first,
-    cached_where_sound,
     check_batch,
     make_mesh,
     put_everywhere,
     put_state,
     replicated,
     state_sharding,
+    uncached_where_it_hangs,
 )
 from resnet_jax.training.state import TrainState
 from resnet_jax.typed import DISTRIBUTION
@@ -156,7 +157,7 @@ def train_with(
     hooks = Hooks(parts.hooks)
     before = recorded_recipe(workdir)
     if workdir is None or not begun(workdir):
-        before = None  # a start that came to nothing does not bind
+        before = None  # what failed before its first step does not fix the recipe
     elif before is not None:
         for note in check_parts(workdir, parts, config.train.accept_parts):
             say(f"WARNING: {note}", error=True)
@@ -201,15 +202,15 @@ def train_with(
     for split, source in dataset.splits().items():
         if split != "train":
             check_readable(source, config.data.channels, split)
-    with locked(folder, config) as lock, cached_where_sound(mesh), stop_signals() as stop:
+    with locked(folder, config) as lock, uncached_where_it_hangs(mesh), stop_signals() as stop:
         if summary := ended(folder):
             say(f"the run is finished; see it with: {evaluate_command(folder)}")
             if look_at_test:
-                show(folder, config, parts)
+                make_curves_and_page(folder, config, parts)
             return summary
-        if jax.process_index() == 0:  # all processes have the same pictures, which `check_equal` saw to
+        if jax.process_index() == 0:  # all processes have the same pictures, as `check_equal` has found
             check_classes(folder, names_of_outputs(parts.outputs, dataset.class_names, config.data.dataset))
-            check_pictures(folder, config, dataset)
+            check_pictures(folder, config, dataset, mesh.size)
             record_parts(folder, parts)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
             seen = dataset if look_at_test else replace(dataset, test=None)
@@ -224,7 +225,7 @@ def train_with(
         if not saved:
             raise NotSaved(f"the checkpoint of the last step, {progress.step}, could not be written", folder)
         if look_at_test:
-            show(folder, config, parts)
+            make_curves_and_page(folder, config, parts)
         hooks.call("on_end", summary)
         return summary
 
@@ -254,8 +255,9 @@ def same_classes(before: Sequence[str], names: Sequence[str], folder: Path) -> N
             )
 
 
-def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
-    """Compares the pictures with those that the run in the folder was given, and what resizes them, and notes the new.
+def check_pictures(folder: Path, config: Config, dataset: Dataset, devices: int) -> None:
+    """Compares the pictures with those that the run in the folder was given, what resizes them, and the devices where
+    batch statistics are those of each; and records them.
 
     Raises:
       InputError: others are to be trained on than before, and the recipe does not accept it.
@@ -276,7 +278,15 @@ def check_pictures(folder: Path, config: Config, dataset: Dataset) -> None:
             f"{resizer()}: pixels may differ by 1 of 255. The extra {DISTRIBUTION}[fast] installs cykooz.resizer",
             error=True,
         )
-    save_fingerprint(now, folder)
+    had = devices_of(folder) if config.parallel.batch_norm == "local" else None
+    if had not in (None, devices):
+        say(
+            f"WARNING: the run in {folder} had {had} devices, and now has {devices}: with parallel.batch_norm local "
+            f"the statistics are of another number of images. --parallel.devices {had} goes on as it began; a run that "
+            "begins with ghost:N does on any number of devices",
+            error=True,
+        )
+    save_fingerprint(now, folder, devices)
 
 
 class NotSaved(RuntimeError):
@@ -289,7 +299,7 @@ class NotSaved(RuntimeError):
         )
 
 
-def show(folder: Path, config: Config, parts: Parts) -> None:
+def make_curves_and_page(folder: Path, config: Config, parts: Parts) -> None:
     """Draws the curves of a run that has ended and makes the page on it, where a start before this one did not. What
     goes wrong with them is said, since the run itself is safe. All processes evaluate for the page; the first writes.
     """
@@ -527,7 +537,7 @@ def fit(
             end_early(run, state, step, progress)
         progress.selected = progress.best["step"] if progress.best else step
         if "test" in evaluates:
-            evaluate_test(run, state, progress, evaluates["test"], reporter)
+            evaluate_test(run, state, progress, evaluates, reporter)
         progress.skipped = sorted(bad.names)
     return progress, reporter.speed()
 
@@ -576,13 +586,15 @@ def evaluate_step(
             note_best(run.folder, best)
 
 
-def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: Evaluate, reporter: Reporter) -> None:
+def evaluate_test(
+    run: Run, state: TrainState, progress: RunProgress, evaluates: Mapping[str, Evaluate], reporter: Reporter
+) -> None:
     """Evaluates what was selected on the test split, at the end of the run, and adds it to the progress's result.
 
     Raises:
       Stopped: a signal came meanwhile; the last step is saved, and the same command does it then.
     """
-    chosen, selected = state, progress.selected or progress.step
+    chosen, selected, splits = state, progress.selected or progress.step, ["test"]
     if selected != progress.step:
         new_state = state_maker(run.config, run.model, lambda step: 0.0, run.parts.optimizer)
         shapes = sharded_shapes(new_state, run.mesh)
@@ -591,11 +603,14 @@ def evaluate_test(run: Run, state: TrainState, progress: RunProgress, evaluate: 
         except InputError as error:
             say(f"WARNING: {error}; the last step counts in its place", error=True)
             progress.selected = selected = progress.step
-    result = evaluate(chosen)
-    if result is None:
-        end_early(run, state, progress.step, progress)
-    reporter.evaluation(selected, result)
-    progress.result = (progress.result or {}) | scalars(result)
+            splits = ["validation", "test"]  # what was measured on validation is of the step that is lost
+    for split in splits:
+        result = evaluates[split](chosen)
+        if result is None:
+            end_early(run, state, progress.step, progress)
+        if split == "test":
+            reporter.evaluation(selected, result)
+        progress.result = (progress.result or {}) | scalars(result)
 
 
 def end_early(run: Run, state: TrainState, step: int, progress: RunProgress) -> NoReturn:

@@ -52,7 +52,9 @@ def softmax_cross_entropy(logits: Array, targets: Array) -> Array:
 
 
 def focal(logits: Array, targets: Array, gamma: float = 2.0) -> Array:
-    """Computes it with each class's term times (1 - p) ** gamma (Lin et al. 2017, arXiv:1708.02002).
+    """Computes the focal loss, [batch]: the cross-entropy with each class's term times (1 - p) ** gamma.
+
+    Source: Lin et al. 2017, arXiv:1708.02002.
 
     Example:
       >>> logits, targets = jnp.zeros((1, 2)), jnp.array([[0.0, 1.0]])

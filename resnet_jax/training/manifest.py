@@ -17,9 +17,6 @@ MANIFEST = "manifest.json"
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 """What Orbax writes after the manifest, and nothing here reads."""
 
-OLDER = "checksums.json"
-"""What checkpoints of an older layout have in the manifest's place."""
-
 BEST = "best.json"
 """Names the best checkpoint of a run's folder."""
 
@@ -83,8 +80,6 @@ def damage(folder: Path, contents: bool = True) -> str | None:
     try:
         expected = read_json(folder / MANIFEST, dict[str, tuple[int, str]])
     except FileNotFoundError:
-        if (folder / OLDER).exists():
-            return f"it is of an older layout, with {OLDER}, which is read no more"
         return f"{MANIFEST} is missing: it is not whole, or another program's"
     except (NotADirectoryError, InputError) as error:
         return str(error).removeprefix(f"{folder}{os.sep}")

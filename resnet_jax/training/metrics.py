@@ -89,7 +89,8 @@ def eval_sums(losses: Array, logits: Array, labels: Array, mask: Array) -> Sums:
 
     Returns:
       `loss`, `accuracy`, `top5` (only where there are more than five classes and one label), `count`, and for each
-      class [classes] `class_right`, `class_count` and `class_predicted`: those that are both, in truth, by prediction.
+      class, float32 [classes], `class_right` (true positives), `class_count` (examples of the class) and
+      `class_predicted` (examples predicted to be of it).
 
     Example:
       >>> sums = eval_sums(jnp.ones(2), jnp.eye(2), jnp.array([0, 0]), jnp.array([True, True]))

@@ -70,7 +70,7 @@ def make_parts(given: Mapping[str, Any]) -> Parts:
     Raises:
       InputError: one is not as expected; the message names it, what came and what was expected.
     """
-    sections = (ModelConfig, OptimizerConfig)  # which a recipe may call `model` and `optimizer` on its way
+    sections = (ModelConfig, OptimizerConfig)  # a recipe may give its sections these names
     found = {n: given[n] for n in NAMES if given.get(n) is not None and not isinstance(given[n], sections)}
     model, dataset, optimizer = (found.get(name) for name in ("model", "dataset", "optimizer"))
     if model is not None and not isinstance(model, nn.Module):
@@ -247,7 +247,7 @@ def names_and_hashes(parts: Parts) -> dict[str, dict[str, str]]:
 
 def parts_in_words(folder: Path) -> str:
     """Returns which parts the run or sweep in a folder has of its user's own, such as `loss (smooth), model (net.Net)`,
-    for which the recipe's words do not hold; "" where there are none.
+    for which the recipe has no effect; "" where there are none.
     """
     return ", ".join(f"{name} ({part['name']})" for name, part in recorded_parts(folder).items())
 
@@ -258,7 +258,7 @@ def without_file(text: str) -> str:
 
 
 def same_name(one: str, other: str) -> bool:
-    """Returns whether two names of parts can be of the same one, of which a script or a recipe has no module's name."""
+    """Returns whether two names can be of the same part: a part of a script or a recipe has no module in its name."""
     one, other = f".{without_file(one)}", f".{without_file(other)}"
     return one.endswith(other) or other.endswith(one)
 

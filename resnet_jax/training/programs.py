@@ -98,7 +98,7 @@ def names_of_sums(config: Config, model: nn.Module, parts: Parts = NO_PARTS) -> 
 
 
 def with_scope(model: nn.Module, config: Config, devices: int) -> Any:
-    """Returns the model with batch statistics of the recipe's scope, for what its strategy sees of the batch."""
+    """Returns the model with batch statistics of the recipe's scope, for the part of the batch that its step sees."""
     scope, per_device = config.parallel.batch_norm, config.parallel.strategy != "jit"
     parts = config.train.accumulate_steps
     if not hasattr(model, "ghost"):
@@ -187,7 +187,7 @@ def make_prepare(config: Config, model: nn.Module, parts: Parts = NO_PARTS) -> P
 
 
 def normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and deviation of the channels, as a recipe says or its start has found them."""
+    """Returns mean and deviation of the channels, of the recipe or as measured at the start of the run."""
     return known(config.data.mean, "data.mean"), known(config.data.std, "data.std")
 
 

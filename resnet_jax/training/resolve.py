@@ -67,7 +67,7 @@ ON_DEVICE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe in which nothing is open.
+    """A recipe in which every field that a run needs has a value.
 
     Attributes:
       config: the recipe.
@@ -114,7 +114,7 @@ def resolve(
         nonlocal config
         new = {name: value for name, value in values.items() if value is not None and value_of(config, name) is None}
         if "data.image_size" not in new:
-            new.pop("data.eval_image_size", None)  # it belongs to the size of the same source
+            new.pop("data.eval_image_size", None)  # it is taken only with the image_size of the same source
         config = with_values(config, new)
         origins.update(dict.fromkeys(new, origin))
 
@@ -162,7 +162,7 @@ def resolve(
     elif data.mean is None or data.std is None or data.on_device is None:
         dataset = dataset or data_of(config, parts)
         if data.mean is None or data.std is None:
-            mean, std, count = as_on_the_first(*measure(dataset.train, config))
+            mean, std, count = measured_by_first(*measure(dataset.train, config))
             what = f"measured on {count:,} of {len(dataset.train):,} training pictures"
             take({"data.mean": mean, "data.std": std}, what)
         fits, why = fits_device(config, len(dataset.train))
@@ -325,10 +325,10 @@ def measure(source: Source, config: Config) -> tuple[tuple[float, ...], tuple[fl
     return tuple(float(f"{x:.4g}") for x in mean), tuple(float(f"{x:.4g}") for x in std), count
 
 
-def as_on_the_first(
+def measured_by_first(
     mean: tuple[float, ...], std: tuple[float, ...], count: int
 ) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Returns what the first process has measured, in all of them: on others a picture may be one that is broken."""
+    """Returns what the first process has measured, in all of them: another one may have read a broken picture."""
     if jax.process_count() == 1:
         return mean, std, count
     from jax.experimental import multihost_utils

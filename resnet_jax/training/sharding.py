@@ -50,8 +50,8 @@ def make_mesh(devices: int | None = None, fsdp: int = 1) -> Mesh:
     return Mesh(chosen.reshape(-1, fsdp), ("data", "fsdp")) if fsdp > 1 else Mesh(chosen, ("data",))
 
 
-def cached_where_sound(mesh: Mesh) -> AbstractContextManager[None]:
-    """Returns `uncached` for a state that is spread over a CPU's devices, else nothing.
+def uncached_where_it_hangs(mesh: Mesh) -> AbstractContextManager[None]:
+    """Returns the context `uncached` for a state that is spread over a CPU's devices, else one that changes nothing.
 
     From the cache such a program hangs (jaxlib 0.10.2): devices wait for each other in different collectives until XLA
     ends the process. It may be that their order is not kept.
@@ -170,12 +170,21 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
       batch: arrays of NumPy, such as `{"image", "label"}`, with the same first axis.
       mesh: of `make_mesh`.
 
+    Raises:
+      InputError: the examples do not divide over this process's devices.
+
     Example:
       >>> batch = {"image": np.zeros((8, 4, 4, 3), np.uint8), "label": np.arange(8)}
       >>> rj.shard_batch(batch, rj.make_mesh(1))["image"].shape
       (8, 4, 4, 3)
     """
-    sharding = batch_sharding(mesh)
+    sharding, devices = batch_sharding(mesh), len(mesh.local_devices)
+    for array in jax.tree.leaves(batch):
+        if np.shape(array)[:1] and len(array) % devices:
+            raise InputError(
+                f"a batch of {len(array)} examples does not divide over {devices} devices: leave out the last "
+                f"{len(array) % devices}, or add some and mark them with a `mask` that is false"
+            )
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 

@@ -92,7 +92,8 @@ def make_train_step(
       accumulate_steps: parts of a batch whose gradients are added up one after the other, which saves memory; batch
         normalisation takes the statistics of each part.
       sam_rho: radius of sharpness-aware minimisation (Foret et al. 2020); 0 for none.
-      ema_decay: of the moving average of parameters and statistics, which `state.ema` holds; None for none.
+      ema_decay: of the moving average of parameters and statistics, which `state.ema` holds; at first
+        (1 + step) / (10 + step) where that is less; None for none.
       skip_nonfinite: an update whose loss or values are not finite leaves the state as it was.
       frozen: whether a parameter, by its path, is a constant; the batch statistics of its norm stay too.
       mesh: with an axis `data`.

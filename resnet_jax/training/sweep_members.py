@@ -204,7 +204,7 @@ def start_members(members: Sequence[Member], parts: Parts, stop: Stop) -> tuple[
             raise InputError(NO_VALIDATION)
         plan, kept = make_plan(config, len(dataset.train)), BestState()
         member.folder.mkdir(parents=True, exist_ok=True)
-        check_pictures(member.folder, config, dataset)
+        check_pictures(member.folder, config, dataset, 1)
         write_whole(member.folder / "config.json", to_json(to_dict(config), indent=2) + "\n")
         record_parts(member.folder, own)
         shared: Any = kept

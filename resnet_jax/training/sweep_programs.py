@@ -335,7 +335,7 @@ def make_programs(group: Sequence[RunningMember], params: PyTree, parts: Parts) 
             return draw_batch(of_member, at, batch, recipe.train.seed, recipe.augment.repeats)
 
         steps = steps_on_device(step, draw, most, names)
-        if most > 1 or alone:  # in its call, where it always has steps to go
+        if most > 1 or alone:  # `steps` takes n = 0 too where it is a loop; a member alone always has steps to go
             return steps(state, data, n)
         nothing = {name: jnp.zeros(1) for name in names}
         return jax.lax.cond(n > 0, lambda: steps(state, data, n), lambda: (state, nothing))

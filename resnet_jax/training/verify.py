@@ -37,7 +37,7 @@ from resnet_jax.training.manifest import best_of
 from resnet_jax.training.optimizers import make_schedule
 from resnet_jax.training.parts import NAMES, Parts, check_parts, make_parts
 from resnet_jax.training.programs import steps_per_call
-from resnet_jax.training.sharding import cached_where_sound, make_mesh
+from resnet_jax.training.sharding import make_mesh, uncached_where_it_hangs
 from resnet_jax.training.verify_compare import (
     ARRAYS,
     BFLOAT16,
@@ -112,7 +112,7 @@ def verify(
     data: str | None = None,
     **parts: Any,
 ) -> Verification:
-    """Replays a run between its checkpoints from the recorded recipe and data, and says what does not come out again.
+    """Replays a run between its checkpoints from the recorded recipe and data, and returns what it does not reproduce.
 
     Compared bit by bit are parameters, statistics, optimizer state, averages and the lines of metrics.jsonl (without
     times and speeds); where the run had other versions or devices, or other kinds of programs on its way, within
@@ -180,7 +180,7 @@ def verify(
     lines, torn = split_lines(folder / "metrics.jsonl")
     if torn:
         found.append(Difference("metrics.jsonl", None, f"{len(torn)} lines cannot be read"))
-    with cached_where_sound(job.run.mesh):
+    with uncached_where_it_hangs(job.run.mesh):
         for span in spans_of(chosen, job):
             if job.how.exact:
                 found += verify_span(job, span, lines)

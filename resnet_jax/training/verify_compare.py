@@ -37,7 +37,7 @@ TIMES = ("images_per_second", "data_wait")
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not as it would be if the run were what its folder says.
+    """One thing in a run's folder that a replay or the rest of the folder contradicts.
 
     Attributes:
       where: a file of the run's folder, such as `metrics.jsonl` or `checkpoints/20`, or `data` or `parts`.
@@ -56,7 +56,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How equal two things have to be.
+    """How closely a replay has to agree with the run.
 
     Attributes:
       exact: bit by bit; otherwise within `ARRAYS` and `FIGURES`.
@@ -181,7 +181,7 @@ def shares_of_rounding(
     before: Mapping[str, np.ndarray],
     names: Sequence[str],
 ) -> dict[str, float]:
-    """Returns for each named array its difference in parts of the stated rounding; infinite where it is not finite."""
+    """Returns for each named array its difference over the allowed rounding; infinite where it is not finite."""
     changed = distances(kept, before) if names else {}
     shares = {}
     for name in names:
@@ -203,7 +203,9 @@ def norm(array: np.ndarray) -> float:
 
 
 def distances(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Returns the norm of the difference of each two arrays, at least that of a mean value of arrays of their kind."""
+    """Returns the norm of the difference of each two arrays, at least the root mean square difference over all arrays
+    of their kind (`params`, `opt_state`, ...) times the root of their size.
+    """
     found = {name: norm(difference(a[name], b[name])) for name in a}
     squares: dict[str, list[float]] = {}
     for name, distance in found.items():
@@ -216,7 +218,7 @@ def distances(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[
 def relative_distance(
     one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]
 ) -> float:
-    """Returns how far two replays are from each other in the parameters, in parts of what the first has changed."""
+    """Returns the distance of two replays in the parameters over the distance that the first has come from `before`."""
     names = [name for name in one if name.startswith("params/")]
     distance, changed = (sum(norm(difference(one[n], x[n])) ** 2 for n in names) ** 0.5 for x in (other, before))
     return distance / changed if changed else 0.0

@@ -46,7 +46,7 @@ class Job:
       run: with everything but a place for checkpoints.
       records: step -> what the checkpoint holds beside the state.
       summary: None where the run has not ended.
-      how: how equal the replay has to be.
+      how: how closely the replay has to agree.
       same_kind: whether the devices are of the run's kind, so that the first state is drawn from the same bits.
     """
 
@@ -225,7 +225,7 @@ class Replay:
         self.found[step] = problems or (compare_records(its_record, record) if how.exact else [])
 
     def has(self, step: int) -> bool:
-        """Returns whether the replay has come by a step that is saved."""
+        """Returns whether the replay has reached this step and it is one that is saved."""
         return step in self.steps
 
     def latest(self) -> int | None:

@@ -5,6 +5,7 @@ import io
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import grain
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ import pytest
 from PIL import Image
 
 import resnet_jax as rj
-from resnet_jax.config import Config, DataConfig
+from resnet_jax.config import Config, DataConfig, InputError
 from resnet_jax.data.decode import decode
+from resnet_jax.data.fingerprint import changes, fingerprint
 from resnet_jax.data.loader import BadImages, checked_label, eval_batches, whole_split
 from resnet_jax.data.own_data import Examples, own_dataset
 from resnet_jax.data.watch import Stalled
@@ -85,6 +87,35 @@ def test_what_is_held_out_of_data_of_ones_own_does_not_depend_on_how_much_there_
     held_out = [{data.validation.key(i) for i in range(len(data.validation))} for data in (small, large)]
     assert held_out[0] <= held_out[1]
     assert "held out of train" in small.notes[0]
+
+
+def test_other_arrays_in_the_place_of_the_first_ones_are_noticed():
+    """Labels that are no classes are not compared: a split that is drawn anew at each start shows in its pictures."""
+    rng = np.random.default_rng(0)
+    images, angles, order = rng.integers(0, 256, (20, 4, 4, 3), np.uint8), rng.random(20), rng.permutation(20)
+    drawn = (slice(20), slice(20), order)
+    first, again, other = (fingerprint(own_dataset(rj.Dataset((images[rows], angles[rows])))) for rows in drawn)
+    assert not changes(first, again)
+    assert "have another size or content" in str(changes(first, other)["train"])
+
+
+def test_tables_that_number_their_classes_differently_are_refused_until_they_are_aligned():
+    datasets = pytest.importorskip("datasets", reason="needs the extra hf")
+
+    def table(*names):
+        kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
+        rows = {"image": [Image.fromarray(p) for p in PIXELS[: len(names)]], "label": list(range(len(names)))}
+        return datasets.Dataset.from_dict(rows, features=kinds)
+
+    train, test = table("ant", "bee", "cow"), table("bee", "cow")  # of a folder that lacks the ants
+    with pytest.raises(InputError, match=r"dataset.test has the classes bee, cow .* with align_labels_with_mapping"):
+        own_dataset(rj.Dataset(train=train, test=test))
+    folders = [SimpleNamespace(classes=list(names), __len__=lambda: 2) for names in (("a", "b", "c"), ("b", "c"))]
+    with pytest.raises(InputError, match=r"dataset.validation has the classes b, c in this order"):
+        own_dataset(rj.Dataset(train=folders[0], validation=folders[1]))
+    aligned = test.align_labels_with_mapping({n: i for i, n in enumerate(train.features["label"].names)}, "label")
+    found = own_dataset(rj.Dataset(train=train, test=aligned)).test
+    assert [found[i][1] for i in (0, 1)] == [1, 2]
 
 
 def test_labels_that_are_no_classes_stay_as_they_are():

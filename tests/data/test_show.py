@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_jax.data.show import LEAST, MOST, broken, font, overlay, side_by_side, sized
+from resnet_jax.data.show import LEAST, MOST, font, overlay, side_by_side, sized, wrapped_lines
 from resnet_jax.data.transforms import fit, part_seen
 
 
@@ -37,10 +37,10 @@ def test_pictures_are_of_a_size_to_be_looked_at():
 def test_long_text_goes_on_in_the_next_line():
     letters = font(12)
     text = "Altdeutscher Schäferhund " + "x" * 60
-    lines = broken(text, letters, 100)
+    lines = wrapped_lines(text, letters, 100)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert len(lines) > 3 and all(letters.getlength(line) <= 100 for line in lines)
-    assert broken("", letters, 100) == [""] and broken("a b", letters, 100) == ["a b"]
+    assert wrapped_lines("", letters, 100) == [""] and wrapped_lines("a b", letters, 100) == ["a b"]
 
 
 def test_two_pictures_stand_side_by_side_above_their_words():

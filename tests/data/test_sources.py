@@ -263,8 +263,9 @@ def test_a_label_that_is_no_class_is_refused(wrong, monkeypatch):
     images = np.zeros((5, 4, 4, 3), np.uint8)
     dataset = Dataset(ArraySource(images, labels, "ours"), None, None, ("a", "b", "c"))
     monkeypatch.setattr(sources, "_digits", lambda: dataset)
-    with pytest.raises(InputError, match=rf"example 3 of ours \(train\) has the label {wrong}, .* 3 classes"):
-        load_dataset(DataConfig(validation_fraction=0.0), seed=0)
+    for fraction in (0.0, 0.5):
+        with pytest.raises(InputError, match=rf"example 3 of ours \(train\) has the label {wrong}, .* 3 classes"):
+            load_dataset(DataConfig(validation_fraction=fraction), seed=0)
 
 
 def test_a_long_table_of_many_classes_is_read_in_seconds(tmp_path, monkeypatch):
@@ -299,12 +300,16 @@ def test_a_table_names_pictures_where_they_lie(tmp_path):
     assert path == str(tmp_path / "pictures" / Path(path).name) and dataset.class_names[label] == Path(path).name[0]
 
 
-def test_a_table_may_say_the_split(tmp_path):
+@pytest.mark.parametrize("header", ["path,label,split", "Path,LABEL, Split", "path,label,split,fold"])
+def test_a_table_may_say_the_split(header, tmp_path):
     rows = [
         f"pictures/{name}.png,{name[0]},{split}"
         for name, split in (("a0", "train"), ("a1", "Test"), ("a2", "val"), ("b1", ""), ("b2", "DEV"))
     ]
-    dataset = written(tmp_path, ["path,label,split", *rows])
+    dataset = written(tmp_path, [header, *rows])
+    assert [note for note in dataset.notes if "not read" in note] == [
+        f"columns of {tmp_path / 'table.csv'} that are not read: {name}" for name in header.split(",")[3:]
+    ]
     found = {split: [Path(path).name for path in source.paths] for split, source in dataset.splits().items()}
     assert found == {"train": ["a0.png", "b1.png"], "validation": ["a2.png", "b2.png"], "test": ["a1.png"]}
 
@@ -344,6 +349,7 @@ def test_a_table_of_another_encoding_is_named(tmp_path):
             "no line belongs to the training split",
         ),
         (["path,label", "pictures/a0.png\0,a"], "there is no file"),
+        (["path,label", "pictures/a0.png,a", "pictures/b0.png,b,c"], "line 3: it has more values than the first line"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_named(tmp_path, lines, says):

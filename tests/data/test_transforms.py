@@ -407,3 +407,5 @@ def test_the_page_on_serving_prepares_pictures_as_an_evaluation_does(tmp_path, c
         path = tmp_path / f"{i}.{'jpg' if mode in ('RGB', 'L', 'CMYK') else 'png'}"
         pixels.save(path, exif=exif)
         np.testing.assert_array_equal(names["prepare"](path, metadata), transforms.fit(path, 32, crop, interpolation))
+    Image.fromarray(rng.integers(0, 2**16, (47, 91), np.uint16)).save(path := tmp_path / "grey.png")
+    np.testing.assert_array_equal(names["prepare"](path, metadata), transforms.fit(path, 32, crop, interpolation))

@@ -21,6 +21,7 @@ from resnet_jax.cli import main
 from resnet_jax.data.dataset import ArraySource, Dataset
 from resnet_jax.data.match_classes import match_classes, read_class_map, read_real_labels
 from resnet_jax.predict import evaluate_sources
+from resnet_jax.predict.write_predictions import RightInFolders
 from resnet_jax.runs.folder import read_summary, served_line
 from resnet_jax.training import loop
 from resnet_jax.training.metrics import wilson
@@ -391,6 +392,16 @@ def test_a_pattern_makes_a_table_that_is_gone_on_with(three, exported, theirs, t
     again = json.loads(out)
     assert status == 0 and [int(row["count"]) for row in again] == [77, 10]
     assert len(rows_in(table)) == 3
+    sources_now = ["evaluate", tmp_path / "a.safetensors*", *command[2:]]
+    (tmp_path / "a.safetensors").write_bytes(three.read_bytes())  # other weights under the same name
+    status, out, _ = run(sources_now, capsys)
+    assert status == 1 and "no such class" in out
+    (tmp_path / "a.safetensors").write_bytes(exported.read_bytes())
+    (tmp_path / "map.json").write_text('{"dark": "light", "light": "dark"}')
+    status, out, _ = run([*sources_now, "--classes", tmp_path / "map.json"], capsys)
+    assert status == 0 and "top-1   0.00%" in out  # other options, other row
+    status, out, _ = run(sources_now, capsys)
+    assert status == 0 and "top-1 100.00%" in out and len(rows_in(table)) == 4
     status, _, err = run(command[:-2], capsys)
     assert status == 2 and "--csv results.csv" in err
     status, _, err = run([*command[:-1], tmp_path / "none" / "x.csv"], capsys)
@@ -417,6 +428,15 @@ def test_predict_says_the_accuracy_on_folders_of_classes(work, theirs, capsys):
     assert len(out.splitlines()) == 5 and "on 5 pictures in folders of classes" in err
     status, out, err = run(["predict", work / "run", theirs / "dark" / "0.png"], capsys)
     assert status == 0 and "accuracy" not in out + err
+
+
+def test_predict_says_no_accuracy_of_a_network_with_one_output(theirs):
+    """Its only class would be right in each of its own pictures, and those of the other class are in no such folder."""
+    predictor = SimpleNamespace(multilabel=False, class_names=("light",))
+    counted = RightInFolders(predictor, str(theirs), [str(theirs)])
+    for path in sorted(theirs.rglob("*.png")):
+        counted.add(path, np.asarray([0.01]))
+    assert counted.line() == ""
 
 
 def test_predict_counts_no_picture_that_was_trained_on(work, theirs, tmp_path, capsys):

@@ -24,10 +24,11 @@ from resnet_jax.weights.tags import find_tag, tags_of
         ({"epochs": 1}, 320, "10 steps (1 epoch of 10 steps)"),
         ({"epochs": 90}, 1_281_167, "3,603,283 steps (90 epochs of 40,036.5 steps, rounded up)"),
         ({"steps": 6}, 1157, "6 steps, 0.166 epochs"),
+        ({"epochs": 30, "batch_size": 24}, 400, "500 steps (30 epochs of 16.67 steps)"),
     ],
 )
 def test_a_length_in_epochs_says_how_it_became_whole_steps(length, examples, words):
-    config = Config(train=TrainConfig(batch_size=32, **length))
+    config = Config(train=TrainConfig(**{"batch_size": 32} | length))
     assert length_of(config, make_plan(config, examples)) == words
 
 
@@ -47,7 +48,8 @@ def tensors():
 
 def look(config):
     data, augment = config.data, config.augment
-    return data.mean, data.std, data.image_size, data.eval_image_size, augment.eval_crop, augment.interpolation
+    evaluation = (augment.eval_crop, augment.interpolation, augment.eval_flip)
+    return data.mean, data.std, data.image_size, data.eval_image_size, *evaluation
 
 
 def test_a_bare_file_is_prepared_for_as_in_prediction(tmp_path, tensors, caplog):
@@ -79,7 +81,7 @@ def test_flags_give_a_bare_file_torchvisions_preprocessing_and_a_line_says_which
         augment=AugmentConfig(eval_crop=0.875, interpolation="bilinear"),
     )
     expected, found = find_tag("resnet18.tv_in1k").preprocessing, look(resolve(config).config)
-    assert found == (expected.mean, expected.std, 224, None, expected.eval_crop, expected.interpolation)
+    assert found == (expected.mean, expected.std, 224, None, expected.eval_crop, expected.interpolation, False)
     assert (expected.image_size, expected.eval_image_size) == (224, 224)
 
 

@@ -220,6 +220,30 @@ def test_what_is_reported_is_of_a_step_that_the_disk_took(tmp_path, monkeypatch)
     assert (best["step"], best["value"]) == (1, 0.5) and progress.result == {"validation": {"accuracy": 0.5}}
 
 
+def test_statistics_of_each_device_are_warned_of_where_the_devices_are_others(tmp_path, capsys):
+    config = recipe(f"folder:{make_splits(tmp_path / 'data', {'train': 8, 'val': 3})}", steps=1)
+    starts = [(2, "local", False), (4, "local", True), (4, "local", False), (2, "global", False), (4, "global", False)]
+    for devices, scope, warned in starts:
+        place = tmp_path / scope
+        (place / "summary.json").unlink(missing_ok=True)
+        loop.train(dataclasses.replace(config, parallel=ParallelConfig(devices, batch_norm=scope)), place)
+        assert ("had 2 devices, and now has 4" in capsys.readouterr().err) == warned
+
+
+def test_where_the_best_checkpoint_is_gone_both_splits_are_of_the_last_step(tmp_path, capsys):
+    class Remove:
+        def on_checkpoint(self, step, path):
+            if step == 12:
+                shutil.rmtree(path.with_name("3"))
+
+    root = make_splits(tmp_path / "data", {"train": 12, "val": 4, "test": 4}, swapped="val")
+    summary = loop.train(recipe(f"folder:{root}", steps=12, metric="loss"), tmp_path / "run", hooks=[Remove()])
+    last = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "validation/loss" in line][-1]
+    assert (last["step"], summary["selected"], summary["best"]["step"]) == (12, 12, 3)
+    assert "the last step counts in its place" in capsys.readouterr().err
+    assert summary["validation"]["loss"] == pytest.approx(last["validation/loss"])
+
+
 @pytest.mark.parametrize("change", ["renamed", "added"])
 def test_classes_that_changed_are_refused_also_where_changes_are_accepted(change, tmp_path):
     """The order of the names gives the classes their outputs: a renamed one would move the others to wrong outputs."""

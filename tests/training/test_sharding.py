@@ -20,6 +20,11 @@ def test_a_batch_is_split_over_all_devices():
     assert [s.data.tolist() for s in batch["image"].addressable_shards] == [[2 * i, 2 * i + 1] for i in range(8)]
 
 
+def test_a_batch_that_does_not_divide_is_refused_with_the_remedy():
+    with pytest.raises(InputError, match=r"20 examples does not divide over 8 devices: leave out the last 4,.*`mask`"):
+        shard_batch({"image": np.zeros((20, 4, 4, 3)), "label": np.zeros(20, int)}, make_mesh())
+
+
 @pytest.mark.parametrize(("size", "nearest"), [(30, 32), (33, 32), (3, 8), (101, 104), (100, 96)])
 def test_the_nearest_batch_that_divides_is_named(size, nearest):
     with pytest.raises(InputError, match=f"nearest that does is {nearest}$"):

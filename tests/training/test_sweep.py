@@ -213,7 +213,8 @@ def test_images_with_several_labels_are_compared_by_their_precision_after_a_tria
     found = sweep(base, {"train.seed": [0, 1]}, tmp_path / "sweep", **own, members_per_device="auto")
     said = capsys.readouterr().out
     assert "data: own: 3 classes" in said and "digits" not in said
-    assert "dataset (a pair of arrays)" in (tmp_path / "sweep/sweep.html").read_text()
+    page = (tmp_path / "sweep/sweep.html").read_text()
+    assert "dataset (a pair of arrays)" in page and ": validation map (moving average) " in page
     assert "trial: 1 a device together" in said and "trial: 2 a device together" in said
     assert re.search(
         r"epoch \S+: 2 members, best validation map \(moving average\) from \S+\s% to \S+\s%(, \d+ s left)?\n", said

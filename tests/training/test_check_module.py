@@ -24,7 +24,7 @@ from resnet_jax.models.googlenet import GoogLeNet
 from resnet_jax.models.registry import cost
 from resnet_jax.models.vit import ViT
 from resnet_jax.ops.custom_kernels import sharded_platform
-from resnet_jax.training import check
+from resnet_jax.training import check_module
 from resnet_jax.training.check_report import CHECKS
 from resnet_jax.training.check_tracing import multiply_adds
 
@@ -517,7 +517,7 @@ def test_a_state_that_is_read_otherwise_is_found(monkeypatch):
 
 
 def test_the_report_has_figures_and_what_was_left_out(monkeypatch):
-    monkeypatch.setattr(check, "MOST_DEVICES", 1)
+    monkeypatch.setattr(check_module, "MOST_DEVICES", 1)
     report = rj.check(PlainCNN(), SHAPE)
     assert report.ok and set(report.left_out) == {"devices", "shard_map", "bfloat16"}
     assert report.parameters == 9 * 3 * 8 + 8 + 9 * 8 * 8 + 8 + 8 * 5 + 5

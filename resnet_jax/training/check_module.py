@@ -186,7 +186,7 @@ def by_compiling(case: Case, notes: Notes, called: Called) -> None:
     start = time.perf_counter()
     try:
         step = jax.jit(train_step).lower(called.state, called.batch).compile()
-    except Exception as error:  # what is called without gradient is known to work
+    except Exception as error:  # the forward pass has been tried before
         remedy = "use operations that have a gradient, such as lax.scan in place of lax.while_loop"
         found = Finding("gradients", (case.name,), f"its gradient raises {first_line(error)}", remedy)
         notes.add("gradients", [with_line(found, error)])
