@@ -80,6 +80,7 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
             lock = stack.enter_context(hold(folder / "lock"))
             if not begun(folder):
                 remove_start_files(folder)
+            made_here = not in_bucket(folder) and not checkpoints_of(folder).exists()
             write_whole(folder / "config.json", to_json(to_dict(config), indent=2) + "\n")
         except OSError as error:
             raise InputError(
@@ -97,6 +98,8 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
                         write_whole(folder / "error.txt", f"{error or type(error).__name__}\n")
                 else:
                     remove_start_files(folder)
+                    if made_here:
+                        checkpoints_of(folder).rmdir()
             raise
 
 
