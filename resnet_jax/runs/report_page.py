@@ -307,7 +307,7 @@ def key_figures(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: l
     if kept:
         count = shown["count"]
         empty = sum(row["support"] == 0 for row in shown.get("classes", ()))
-        over = "mean over the classes" + (f", of which {empty:,} without images count as 0" if empty else "")
+        over = "mean over the classes" + (f" that have images; {empty:,} have none" if empty else "")
         at = f"; {'fitted thresholds' if kept['calibrated_on'] else 'threshold one half'}" if several else ""
         right = f"{round(shown['accuracy'] * count):,} of {count:,} images"
         rows = [

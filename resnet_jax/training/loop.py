@@ -208,8 +208,9 @@ def train_with(
             if look_at_test:
                 make_curves_and_page(folder, config, parts)
             return summary
+        # Orbax reads in all processes or in none.
+        check_classes(folder, names_of_outputs(parts.outputs, dataset.class_names, config.data.dataset))
         if jax.process_index() == 0:  # all processes have the same pictures, as `check_equal` has found
-            check_classes(folder, names_of_outputs(parts.outputs, dataset.class_names, config.data.dataset))
             check_pictures(folder, config, dataset, mesh.size)
             record_parts(folder, parts)
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:

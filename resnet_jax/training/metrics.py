@@ -246,11 +246,11 @@ def measure(
       calibration: of the probabilities; None takes them as they are.
 
     Returns:
-      `count`, `accuracy` (with several labels: all of an image right), `macro_precision`, `macro_recall`, `macro_f1`,
-      `auc` (one class against the rest, mean), `ece`, `classes` (a row for each: `name`, `precision`, `recall`, `f1`,
-      `support`, `auc`), `reliability` (rows of `confidence`, `accuracy`, `count`); with one label an image `confusion`
-      [truth][prediction] and, with more than five classes, `top5`; multilabel `map`. None where there is nothing to
-      measure.
+      `count`, `accuracy` (with several labels: all of an image right), `macro_precision`, `macro_recall`, `macro_f1`
+      (means over the classes that have images), `auc` (one class against the rest, mean), `ece`, `classes` (a row for
+      each: `name`, `precision`, `recall`, `f1`, `support`, `auc`), `reliability` (rows of `confidence`, `accuracy`,
+      `count`); with one label an image `confusion` [truth][prediction] and, with more than five classes, `top5`;
+      multilabel `map`. None where there is nothing to measure.
 
     Example:
       >>> found = measure(np.eye(3) * 4, np.array([0, 1, 1]), ("cat", "dog", "owl"))
@@ -273,14 +273,15 @@ def measure(
     target = truth if multilabel else labels
     which = [1] if p.shape[1] == 1 else numbers  # scikit-learn takes a single column for the classes 0 and 1
     rows = precision_recall_fscore_support(target, predicted, labels=which, zero_division=0)
-    macro = precision_recall_fscore_support(target, predicted, labels=which, average="macro", zero_division=0)
+    there = rows[3] > 0  # as in `class_means`: the mean of a training's evaluation has the same name
+    macro = [row[there].mean() if there.any() else 0.0 for row in rows[:3]]
     aucs = [_auc(truth[:, k], p[:, k]) for k in numbers]
     known = [auc for auc in aucs if auc is not None]
     reliability, ece = calibration_error(confidence, hits)
     result: dict[str, Any] = {
         "count": len(labels),
         "accuracy": float(right.mean()),
-        **{f"macro_{name}": float(value) for name, value in zip(("precision", "recall", "f1"), macro[:3], strict=True)},
+        **{f"macro_{name}": float(value) for name, value in zip(("precision", "recall", "f1"), macro, strict=True)},
         "auc": float(np.mean(known)) if known else None,
         "ece": ece,
         "classes": [

@@ -219,7 +219,7 @@ def test_key_figures_have_an_interval_where_they_are_shares_of_images():
     assert rows["macro F1"]["note"] == "mean over the classes"
     classes = [{"support": 10}, {"support": 0}]
     rows = {row["name"]: row for row in key_figures(plain | {"classes": classes}, kept, 0.7, [])}
-    assert rows["macro F1"]["note"] == "mean over the classes, of which 1 without images count as 0"
+    assert rows["macro F1"]["note"] == "mean over the classes that have images; 1 have none"
     assert [row["name"] for row in key_figures({"count": 3, "mine": 1.0}, {}, 0.7, ["mine"])] == ["loss", "mine"]
 
 

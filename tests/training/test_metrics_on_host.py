@@ -57,6 +57,7 @@ def test_shares_of_thresholds_are_those_of_the_measures():
 def test_classes_without_images_are_left_out_of_the_means_that_need_them():
     found = measure(LOGITS, np.zeros(400, np.int32), tuple("abcdefg"))
     assert found["auc"] is None and [row["support"] for row in found["classes"]] == [400] + 6 * [0]
+    assert found["macro_recall"] == found["classes"][0]["recall"] and found["macro_f1"] == found["classes"][0]["f1"]
     empty = measure(SCORES, SETS * (1, 1, 1, 1, 0), tuple("abcde"))
     assert empty["classes"][4]["auc"] is None and 0 < empty["map"] < 1
 
