@@ -136,7 +136,8 @@ def add(sums: list[Sums]) -> Sums:
 
 
 def means(sums: Sums | list[Sums]) -> dict[str, Any]:
-    """Returns means from the sums of a step, or of several: `loss` and fractions as floats, `count` as int.
+    """Returns means from the sums of a step, or of several: `loss` and fractions as floats, `count` as int, and as int
+    the number of steps that were `skipped`, where a step says so.
 
     From those of `eval_sums` also lists over the classes, nan without examples: `class_accuracy` (recall) and
     `class_count`; and `macro_recall` and `macro_f1`, their means over the classes that have examples.
@@ -152,10 +153,11 @@ def means(sums: Sums | list[Sums]) -> dict[str, Any]:
     count = float(total["count"])
     if count == 0:
         raise ValueError("there is no example to average over")
+    numbers = ("count", "skipped")
     result: dict[str, Any] = {
-        name: float(value) / count for name, value in total.items() if name != "count" and np.ndim(value) == 0
+        name: float(value) / count for name, value in total.items() if name not in numbers and np.ndim(value) == 0
     }
-    result["count"] = int(count)
+    result |= {name: int(total[name]) for name in numbers if name in total}
     if "class_count" in total:
         right, there, predicted = (total[f"class_{name}"] for name in ("right", "count", "predicted"))
         with np.errstate(invalid="ignore", divide="ignore"):
