@@ -252,7 +252,7 @@ def evaluate_command(
       real: ReaL labels: a JSON list of the valid classes' numbers of each image, in the order of file names.
       csv: A file to write: every prediction; of a pattern the table of results, which the same command goes on with.
       batch: Images that go through the network at once.
-      per_class: Print the accuracy of each class too.
+      per_class: Print the recall of each class too: the share of its pictures that are found.
     """
     if batch is not None and not 1 <= batch <= MOST_AT_ONCE:
         raise InputError(f"--batch must lie between 1 and {MOST_AT_ONCE:,}")

@@ -511,8 +511,12 @@ class Config:
         )
         augment, channels = self.augment, self.data.channels
         host = works_on_host(augment)
-        for name in host:
-            require(not self.data.on_device, f"augment.{name} works on the host: add --data.no_on_device")
+        for name, without in host.items():
+            require(
+                not self.data.on_device,
+                f"augment.{name} works on the host: with data.on_device leave it out ({without}), or add "
+                "--data.no_on_device",
+            )
         for name in ("color_jitter", "randaugment", "trivial_augment"):
             require(
                 name not in host or channels == 3,
@@ -520,17 +524,19 @@ class Config:
             )
 
 
-def works_on_host(augment: AugmentConfig) -> list[str]:
-    """Returns the augmentations of a recipe that only the host can do, which the data on a device cannot have."""
+def works_on_host(augment: AugmentConfig) -> dict[str, str]:
+    """Returns the augmentations of a recipe that only the host can do, which the data on a device cannot have, and the
+    flag that leaves each out.
+    """
     wanted = {
-        "crop random_resized": augment.crop == "random_resized",
-        "flip_vertical": augment.flip_vertical,
-        "color_jitter": augment.color_jitter > 0,
-        "randaugment": augment.randaugment > 0,
-        "trivial_augment": augment.trivial_augment,
-        "erasing": augment.erasing > 0,
+        "crop random_resized": (augment.crop == "random_resized", "crop pad"),
+        "flip_vertical": (augment.flip_vertical, "no_flip_vertical"),
+        "color_jitter": (augment.color_jitter > 0, "color_jitter 0"),
+        "randaugment": (augment.randaugment > 0, "randaugment 0"),
+        "trivial_augment": (augment.trivial_augment, "no_trivial_augment"),
+        "erasing": (augment.erasing > 0, "erasing 0"),
     }
-    return [name for name, there in wanted.items() if there]
+    return {name: f"--augment.{without}" for name, (there, without) in wanted.items() if there}
 
 
 def check_fields(section: Any) -> None:

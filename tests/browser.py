@@ -58,12 +58,17 @@ def screenshot(page: Path, folder: Path, width: int, height: int) -> np.ndarray:
 
 def needed_width(page: Path, folder: Path, width: int, part: str = "html") -> int:
     """How many pixels wide the widest part of the page is in a frame of a width: more than this where it is cut off."""
+    script = f"Math.max(...[...page.querySelectorAll('{part}')].map(part => part.scrollWidth))"
+    return int(asked(page, folder, width, script))
+
+
+def asked(page: Path, folder: Path, width: int, expression: str) -> str:
+    """What an expression of JavaScript comes to, with `page` the document in a frame of a width."""
     host = folder / f"host-{page.name}"
-    parts = f"document.querySelector('iframe').contentDocument.querySelectorAll('{part}')"
-    script = f"document.title = Math.max(...[...{parts}].map(part => part.scrollWidth))"
+    script = f"const page = document.querySelector('iframe').contentDocument; document.title = {expression}"
     frame = f'<iframe width="{width}" height="800" style="border: 0" srcdoc="{html.escape(page.read_text("utf-8"))}">'
     host.write_text(
         f'<!doctype html><title></title><body onload="{html.escape(script)}">{frame}</iframe></body>', "utf-8"
     )
     shown = chromium(host, folder, "--window-size=1280,900", "--dump-dom")
-    return int(shown.stdout.split("<title>")[1].split("</title>")[0])
+    return shown.stdout.split("<title>")[1].split("</title>")[0]

@@ -209,7 +209,19 @@ def test_several_labels_from_a_table(tmp_path, capsys):
     assert summary["best"]["metric"] == "validation/map" and summary["validation"]["map"] > 0.9
     calibration = json.loads((tmp_path / "run" / "calibration.json").read_text())
     assert len(calibration["thresholds"]) == 2
-    capsys.readouterr()
+    shown = json.loads((tmp_path / "run" / "measures.json").read_text())["calibrated"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(f"threshold {100 * each:.1f}\N{NO-BREAK SPACE}%" in page for each in calibration["thresholds"])
+    how = "(all labels right, threshold one half)"
+    assert f"accuracy {how}" in " ".join(capsys.readouterr().out.split()) and f"Accuracy {how}" in page
+    assert main(["evaluate", str(tmp_path / "run"), "--per-class", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["thresholds"].values()) == calibration["thresholds"]
+    figures = {name: found["validation"][name] for name in ("accuracy", "macro_recall", "macro_f1")}
+    assert figures == pytest.approx({name: shown[name] for name in figures})
+    recalls = {row["name"]: row["recall"] for row in shown["classes"]}
+    assert {name: row["recall"] for name, row in found["validation"]["classes"].items()} == pytest.approx(recalls)
+    assert found["validation"]["at_one_half"]["macro_f1"] == pytest.approx(summary["validation"]["macro_f1"])
     assert (
         main(["predict", str(tmp_path / "run"), *(str(tmp_path / f"{i}.png") for i in range(40)), "--format", "json"])
         == 0

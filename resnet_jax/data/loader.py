@@ -5,7 +5,7 @@ the mesh.
 import gc
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -235,7 +235,7 @@ def _batches(
     source: Source,
     bad: BadImages,
     mesh: Mesh,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Yields the batches `start` to `stop - 1` on the mesh, made by threads, or by worker processes.
 
     Raises:
@@ -265,9 +265,9 @@ def _batches(
     try:
         for batch in awaited(iterator, timeout, explain):
             given += 1
-            bad.note(source, batch.pop("bad"))
-            if workers:  # JAX would keep shared memory in use, on a CPU to the very end of the process
+            if workers:  # JAX, or the traceback of an error, would keep shared memory to the very end of the process
                 batch = jax.tree.map(np.array, batch)
+            bad.note(source, batch.pop("bad"))
             yield shard_batch(batch, mesh)
     except Stalled:
         stalled = True
@@ -314,7 +314,7 @@ def train_batches(
     hosts: int = 1,
     table: np.ndarray | None = None,
     classes: int | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Yields the batches of `steps` as arrays on the mesh.
 
     Args:
@@ -352,7 +352,7 @@ def eval_batches(
     rank: int = 0,
     hosts: int = 1,
     classes: int | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Yields every example of a split exactly once; arguments and errors are as in `train_batches`.
 
     Up to `FEW` images on a host are read by threads of this process, whatever `data.workers` says.

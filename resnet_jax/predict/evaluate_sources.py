@@ -26,7 +26,7 @@ from resnet_jax.models.registry import channels_of, create_model
 from resnet_jax.output import first_line, say
 from resnet_jax.training.evaluation import FinishedRun, Predictions, all_of, mesh_for, open_run, result_of, served
 from resnet_jax.training.manifest import BEST, MANIFEST
-from resnet_jax.training.metrics import probabilities, wilson
+from resnet_jax.training.metrics import at_thresholds, probabilities, wilson
 from resnet_jax.training.parts import NO_PARTS, Parts
 from resnet_jax.training.sharding import replicated
 from resnet_jax.training.state import TrainState
@@ -52,7 +52,7 @@ class Wanted:
       valid_labels: the classes of the data alone can be predicted.
       real: ReaL labels, the numbers of the valid classes of each image in the order of the files' names.
       batch: images at once; None takes the run's, or `BATCH`.
-      per_class: the result has the accuracy of each class too.
+      per_class: the result has the recall of each class too.
       keep: the result of `evaluate_source` comes with the predictions.
       parts: of the user's own.
     """
@@ -82,11 +82,13 @@ class Evaluated:
 
     Attributes:
       result: as `result_of`, with `step` of a run or `model` of other weights, `parameters` and `image_size`; with ReaL
-        labels also `real_accuracy` and the like.
+        labels also `real_accuracy` and the like. Where images have several labels, `thresholds` says from which
+        probability on each class is predicted, None for one half; with thresholds, `at_one_half` has the shares of one
+        half beside.
       images_per_second: of reading and the network together, after the first batch.
       source: the examples.
       class_names: of the columns of the logits.
-      predictions: of what is served; None unless `Wanted.on_host`.
+      predictions: of what is served; None unless `Wanted.on_host`, or images have several labels.
       calibration: of the probabilities.
     """
 
@@ -140,7 +142,7 @@ def open_a_run(source: str, wanted: Wanted) -> tuple[FinishedRun, Calibration]:
     path = path_of(source, "SOURCE")
     how: dict[str, Any] = {"dataset": wanted.dataset, "accept_changes": wanted.accept_changes, "parts": wanted.parts}
     run = open_run(path, wanted.checkpoint, wanted.on_host, **how, classes=wanted.classes, batch=wanted.batch)
-    if not wanted.keep or not run.class_names:
+    if not run.class_names:
         return run, UNCALIBRATED
     return run, read_calibration(path, int(run.state.step), len(run.class_names))
 
@@ -215,6 +217,8 @@ def evaluate_source(
         raise InputError(
             f"the outputs of {source} are no classes: there are no predictions of classes to write or count"
         )
+    multilabel = run.dataset.multilabel
+    run = replace(run, keep=run.keep or multilabel)  # thresholds need the logits
     pace = Pace(None if progress is None else progress(math.ceil(len(examples) / batch)))
     found = run.evaluate(split, pace) or {}
     rate = pace.rate(len(examples), batch)
@@ -222,7 +226,12 @@ def evaluate_source(
     if wanted.valid_labels:
         found = {kind: of_valid_labels(means["predictions"]) for kind, means in found.items()}
         predictions = served(found, split)[1]["predictions"]
+    if multilabel and calibration.thresholds is not None:
+        found = {kind: of_thresholds(means, calibration) for kind, means in found.items()}
     result = result_of(run, split, found, wanted.per_class)
+    if multilabel:
+        fitted = calibration.thresholds
+        result["thresholds"] = None if fitted is None else dict(zip(run.class_names, fitted, strict=True))
     if wanted.real is not None:
         result[served(found, split)[0]] |= real_accuracy(predictions, examples, wanted.real)
     of = {"model": run.config.model.name} if from_weights else {"step": int(run.state.step)}
@@ -257,6 +266,15 @@ def of_valid_labels(predictions: Predictions) -> dict[str, Any]:
     with np.errstate(invalid="ignore"):
         means |= {"count": len(labels), "class_accuracy": (rights / counts).tolist(), "class_count": counts.tolist()}
     return means | {"predictions": replace(predictions, logits=logits)}
+
+
+def of_thresholds(means: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
+    """Returns means as an evaluation does, with each class predicted from its threshold on, as `predict` does; those of
+    one half stand in `at_one_half`.
+    """
+    predictions: Predictions = means["predictions"]
+    before = {name: means[name] for name in ("accuracy", "macro_recall", "macro_f1")}
+    return means | at_thresholds(predictions.logits, predictions.labels, calibration) | {"at_one_half": before}
 
 
 def real_accuracy(predictions: Predictions, examples: Source, real: tuple[frozenset[int], ...]) -> dict[str, Any]:
@@ -335,7 +353,8 @@ COLUMNS = (
     *("name", "dataset", "split", "top1", "top5", "low", "high", "count"),
     *("images_per_second", "parameters", "image_size", "real", "error", "options", "changed"),
 )
-"""Of the table of many sources; `low` and `high` are the ends of the interval of top1, shares lie in [0, 1]. `options`
+"""Of the table of many sources; `low` and `high` are the ends of the interval of top1, shares lie in [0, 1]. Where
+images have several labels, top1 is the share with all of them right, by the thresholds that `predict` takes. `options`
 are those of the command that count, and `changed` is the time in nanoseconds at which the weights were written."""
 
 
@@ -413,12 +432,14 @@ def options_of(wanted: Wanted) -> str:
 
 
 def changed_at(source: str) -> int:
-    """Returns when the weights of a source were written last, in nanoseconds; 0 of a tag and in a bucket."""
+    """Returns when the weights of a source, or its calibration, were written last, in nanoseconds; 0 of a tag and in a
+    bucket.
+    """
     path = path_of(source, "SOURCE")
     if in_bucket(path) or not path.exists():
         return 0
     files = [*path.glob("*"), *path.glob("checkpoints/*/*")] if path.is_dir() else [path]
-    weights = [file for file in files if file.suffix in FILES or file.name in (BEST, MANIFEST)]
+    weights = [file for file in files if file.suffix in FILES or file.name in (BEST, MANIFEST, "calibration.json")]
     return max((file.stat().st_mtime_ns for file in weights), default=0)
 
 
@@ -481,24 +502,40 @@ def format_result(evaluated: Evaluated) -> str:
             rows.append(f"{label:<21} {'   '.join(shown_means(result[kind]))}")
     if any("accuracy" in values for kind, values in result.items() if kind.endswith(split)):
         rows.append("in brackets: the interval of 95 % confidence, after Wilson")
+    served = f"ema/{split}" if f"ema/{split}" in result else split
+    thresholds = result.get("thresholds")
+    if "thresholds" in result:
+        rows.append(thresholds_in_words(result[served].get("at_one_half")))
     if result["skipped_images"]:
         rows.append(f"not counted, since they cannot be decoded: {', '.join(result['skipped_images'])}")
-    served = f"ema/{split}" if f"ema/{split}" in result else split
     classes = result[served].get("classes", {})
     if classes:
         of = ", with the moving average, which is what is served" if served != split else ""
-        rows.append(f"{split} accuracy of each class{of}:")
+        rows.append(f"{split} recall of each class{of}:")
     for name, values in classes.items():
-        accuracy = "no images" if values["accuracy"] is None else f"{values['accuracy']:7.2%} of {values['count']}"
-        rows.append(f"  {name:<24} {accuracy}")
+        recall = "no images" if values["recall"] is None else f"{values['recall']:7.2%} of {values['count']}"
+        threshold = f", threshold {thresholds[name]:.4f}" if thresholds else ""
+        rows.append(f"  {name:<24} {recall}{threshold}")
     return "\n".join(rows)
+
+
+def thresholds_in_words(half: dict[str, float] | None) -> str:
+    """Returns a line on the thresholds of an evaluation; `half` has its shares with one half, where it has others."""
+    if half is None:
+        return "threshold of each class: one half; the report of a run with a validation split fits others"
+    shares = f"all labels right {half['accuracy']:.2%}, macro recall {half['macro_recall']:.2%}, macro F1 "
+    return (
+        "threshold of each class: that of the report, as predict takes it, fitted on the run's validation split, where "
+        f"what is counted by it is optimistic\nwith one half in its place: {shares}{half['macro_f1']:.2%}"
+    )
 
 
 def shown_means(values: dict[str, Any]) -> list[str]:
     """Returns the figures of an evaluation as words: loss, accuracies with interval and count, the user's metrics."""
-    shown = [f"loss {values['loss']:.4f}"]
-    shown += [f"{word} {in_percent(values, name)}" for name, word in SHOWN.items() if name in values]
+    shown, words = [f"loss {values['loss']:.4f}"], SHOWN | ({"accuracy": "all labels right"} if "map" in values else {})
+    shown += [f"{word} {in_percent(values, name)}" for name, word in words.items() if name in values]
     if "map" in values:
+        shown += [f"macro recall {values['macro_recall']:.2%}", f"macro F1 {values['macro_f1']:.2%}"]
         shown.append(f"mean average precision {values['map']:.4f}")
     if "real_accuracy" in values:
         shown.append(f"ReaL {in_percent(values, 'real_accuracy')} of {values['real_count']}")

@@ -50,12 +50,13 @@ def draw_curves(workdir: Path) -> Path:
         for prefix, label, colour in styles:
             drawn = [point for point in points(lines, f"{prefix}/{quantity}") if not log or point[1] > 0]
             if drawn:
-                marker = "D" if prefix.endswith("test") else "o" if len(drawn) == 1 else "-"
-                x, y = zip(*drawn, strict=True)
+                x, y = zip(*(means_over_steps(drawn) if prefix == "train" else drawn), strict=True)
+                style = "steps-pre" if prefix == "train" else "default"
                 count = 0 if log or prefix == "train" else summary.get(prefix, {}).get("count", 0)
                 counted = counted or bool(count)
                 name = f"{label}, {count:,} images" if count else label
-                axes.plot(x, y, marker, label=name, color=colour, linewidth=1.5)
+                marker = "D" if prefix.endswith("test") else "o" if len(x) == 1 else "-"
+                axes.plot(x, y, marker, label=name, color=colour, linewidth=1.5, drawstyle=style)
                 draw_intervals(axes, drawn, count, colour)
         if chosen is not None and axes.lines:
             draw_choice(axes, *chosen)
@@ -85,6 +86,14 @@ def spoken(metric: str) -> str:
     return f"{split} {name.replace('_', ' ')}" + AVERAGE * bool(average)
 
 
+def means_over_steps(line: Points) -> Points:
+    """Returns a line of means over the steps since the point before, which is drawn as steps, with a point at step 1,
+    where the first of them begins.
+    """
+    first, value = line[0]
+    return [(1, value), *line] if first > 1 else line
+
+
 def draw_choice(axes: "Axes", step: int, words: str) -> None:
     """Draws a line where the step was chosen."""
     axes.axvline(step, color=TEXT, linewidth=1, linestyle=(0, (2, 3)), label=words, zorder=0)
@@ -111,6 +120,7 @@ def line_chart(
     share: bool = False,
     counts: Mapping[str, int] | None = None,
     chosen: tuple[int, str] | None = None,
+    stepped: str | None = None,
 ) -> str:
     """Returns an SVG element with up to three lines over a common x axis of whole numbers; "" without a point.
 
@@ -123,6 +133,7 @@ def line_chart(
       share: whether y are fractions, written in percent.
       counts: name of a line -> how many images its shares were counted on; their 95 % interval is drawn.
       chosen: an x where something was chosen, and the words for the legend.
+      stepped: name of a line whose points are means over the steps since the point before, drawn as steps.
     """
     drawn = {name: [point for point in line if not log or point[1] > 0] for name, line in series.items()}
     if not any(drawn.values()):
@@ -130,8 +141,10 @@ def line_chart(
     figure, axes = chart()
     for (name, line), colour in zip(drawn.items(), (GREY, BLUE, RED), strict=False):
         if line:
-            x, y = zip(*line, strict=True)
-            axes.plot(x, y, "o" if len(line) == 1 else "-", label=name, color=colour, linewidth=1.6, markersize=5)
+            x, y = zip(*(means_over_steps(line) if name == stepped else line), strict=True)
+            style = "steps-pre" if name == stepped else "default"
+            look: dict[str, Any] = {"color": colour, "linewidth": 1.6, "markersize": 5, "drawstyle": style}
+            axes.plot(x, y, "o" if len(x) == 1 else "-", label=name, **look)
             draw_intervals(axes, line, (counts or {}).get(name, 0), colour)
     if chosen is not None:
         draw_choice(axes, *chosen)

@@ -56,19 +56,21 @@ class Console:
         self._total, self._steps_per_epoch, self._evaluates = total, steps_per_epoch, evaluates
         self._metric = metric
         self._start, self._began, self._last_line = start, 0.0, -math.inf
+        self._paused: float | None = None
+        self._evaluated = False
         self._live: Any = None
         self._numbers: dict[str, tuple[int, float]] = {}  # name -> step, value: what no line has shown yet
         if sys.stdout is not None and sys.stdout.isatty():
             from rich.console import Console as Rich
             from rich.console import Group
             from rich.live import Live
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn
             from rich.text import Text
 
-            steps = TextColumn("step {task.completed}/{task.total}")
+            steps, left = TextColumn("step {task.completed}/{task.total}"), TextColumn("{task.fields[left]}")
             rich = Rich(file=Terminal())  # type: ignore[arg-type]
-            self._bar = Progress(steps, BarColumn(30), TimeRemainingColumn(), console=rich)
-            self._task = self._bar.add_task("", total=total, completed=start)
+            self._bar = Progress(steps, BarColumn(30), left, console=rich)
+            self._task = self._bar.add_task("", total=total, completed=start, left="")
             self._text = Text("compiling")
             self._live = Live(Group(self._bar, self._text), console=rich, refresh_per_second=4)
             self._live.start()
@@ -87,19 +89,27 @@ class Console:
         self._numbers |= {name: (step, value) for name, value in numbers.items()}
         evaluation = any(name.startswith(("validation/", "ema/validation/")) for name in numbers)
         ended = step == self._total and (not self._evaluates or evaluation)
-        if (
-            not self._began and step > self._start
-        ):  # after compilation, and after an evaluation that was due at the start
-            self._start, self._began = step, time.perf_counter()
+        now = time.perf_counter()
+        if not self._began and step > self._start:  # after compilation, and an evaluation that was due at the start
+            self._start, self._began = step, now
+        elif evaluation and not self._evaluated and self._paused is not None:
+            self._began += now - self._paused
+        self._evaluated |= evaluation
+        done = step - self._start if step < self._total else 0
+        left = (self._total - step) * (now - self._began) / done if done else None
         if self._live is not None:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, left="" if left is None else f"{left:.0f} s left")
             self._text.plain = self._line(step)
-        elif ended or (time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES and step < self._total):
-            self._last_line = time.perf_counter()
-            done = step - self._start if step < self._total else 0
-            left = f"  {(self._total - step) * (self._last_line - self._began) / done:.0f} s left" if done else ""
-            say(f"step {step}/{self._total}  {self._line(step)}{left}")
+        elif ended or (now - self._last_line >= SECONDS_BETWEEN_LINES and step < self._total):
+            self._last_line = now
+            say(f"step {step}/{self._total}  {self._line(step)}" + ("" if left is None else f"  {left:.0f} s left"))
             self._numbers.clear()
+
+    def pause(self) -> None:
+        """Notes that training pauses now, to evaluate or to save. The pause of the first evaluation, which compiles,
+        does not count for the time that is left.
+        """
+        self._paused = time.perf_counter()
 
     def _line(self, step: int) -> str:
         shown = [f"epoch {step / self._steps_per_epoch:.1f}"]

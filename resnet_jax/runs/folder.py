@@ -80,6 +80,7 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
             lock = stack.enter_context(hold(folder / "lock"))
             if not begun(folder):
                 remove_start_files(folder)
+            made_here = not in_bucket(folder) and not checkpoints_of(folder).exists()
             write_whole(folder / "config.json", to_json(to_dict(config), indent=2) + "\n")
         except OSError as error:
             raise InputError(
@@ -97,6 +98,8 @@ def locked(folder: Path, config: Config) -> Iterator[Lock | BucketLock | None]:
                         write_whole(folder / "error.txt", f"{error or type(error).__name__}\n")
                 else:
                     remove_start_files(folder)
+                    if made_here:
+                        checkpoints_of(folder).rmdir()
             raise
 
 
@@ -207,7 +210,8 @@ def outcome(summary: dict[str, Any]) -> list[str]:
         chosen = f", which this split chose by {best['metric'].rpartition('/')[2]}" if best and split != "test" else ""
         others = ["loss", *(name for name in values if name not in ("loss", "count", *CLASS_MEANS))]
         if "accuracy" in values:
-            first = f"{split} accuracy {values['accuracy']:.2%} on {values['count']} images"
+            how = " (all labels right, threshold one half)" if "map" in values else ""
+            first = f"{split} accuracy{how} {values['accuracy']:.2%} on {values['count']} images"
         else:
             first = f"{split} on {values['count']} images"
         named = ", ".join([first, *(f"{name} {values[name]:.4f}" for name in others)])

@@ -7,6 +7,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,19 @@ CALIBRATED = {
     (
         "validation",
         "test",
-    ): "The temperature was fitted on the validation split; the chart shows the test split without it.",
-    ("validation", "validation"): "The temperature was fitted on the split it is measured on, so the calibration error "
-    "with it is optimistic. The chart shows the probabilities without it.",
+    ): "The probabilities here and below are with the temperature, which was fitted on the validation split.",
+    (
+        "validation",
+        "validation",
+    ): "The probabilities here and below are with the temperature. It was fitted on the split "
+    "it is measured on, so the chart and the calibration error with it are optimistic.",
 }
 """What the page says of the calibration, by the splits that it was fitted and measured on."""
+EACH_CLASS = (
+    "Each class of each image is a prediction here, that it is there or is not, whichever is likelier: the threshold "
+    "is one half."
+)
+"""What the page says of it where images have several labels."""
 
 
 def make_report(
@@ -91,6 +100,8 @@ def make_report(
     measured = measures_of(result, run.dataset, run.class_names, step, own)
     plain, loss, calibrated = measured.plain, measured.kept["loss"], measured.calibrated
     sections = {} if calibrated is None else of_classes(run, split, served(result, split)[1]["predictions"], measured)
+    left_out, more = left_out_of(run, folder)
+    left = {name: len(names) for name, names in left_out.items()}
     if jax.process_index() != 0:  # it has helped to evaluate
         return folder / "report.html"
     kept = measured.kept | ({"dataset": dataset} if run.other else {})
@@ -99,19 +110,22 @@ def make_report(
     write_whole(folder / MEASURES, to_json(kept, indent=1) + "\n")
     page = page_template(Path(__file__).with_name("report_page.html")).render(
         title=title_of(run.config),
-        verdict=verdict(plain, split, loss),
+        verdict=verdict(calibrated or plain, split, loss),
         folder=folder.name,
         step=step,
         averaged=run.state.ema is not None,
         images={name: len(source) for name, source in run.dataset.splits().items()},
+        left_out=left,
+        left_out_more=more,
+        thresholds=thresholds_in_words(measured, split, run.other),
         number_of_classes=len(run.class_names),
         split=split,
-        chosen_by=spoken(best["metric"]) if best is not None and best["step"] == step else None,
+        chosen_by=chosen_by(best["metric"], "map" in plain) if best is not None and best["step"] == step else None,
         figures=key_figures(plain, {} if calibrated is None else kept, loss, own),
-        curves=_curves(lines, own, _counts(run), chosen_step(folder)),
+        curves=_curves(lines, own, _counts(run, left), chosen_step(folder), "map" in plain),
         run=_run(lines, folder),
         inspection=read_inspection(folder),
-        undecodable=sorted(run.bad.names)[:50],
+        undecodable=sorted({name for names in left_out.values() for name in names}),
         own=parts_in_words(folder),
         recipe=json.dumps(to_dict(run.config), indent=2),
         **sections,
@@ -174,16 +188,25 @@ def measures_of(
 
 def of_classes(run: FinishedRun, split: str, predictions: Predictions, measured: Measures) -> dict[str, Any]:
     """Returns what the page shows of classes."""
-    names, plain, calibrated, kept = run.class_names, measured.plain, measured.calibrated, measured.kept
+    names, calibrated, kept = run.class_names, measured.calibrated, measured.kept
     assert calibrated is not None
+    several = "map" in calibrated
+    thresholds: Sequence[float] | None = measured.calibration["thresholds"] or [0.5] * len(names) if several else None
+    fitted_on = kept["calibrated_on"]
     return {
-        "classes": [row | {"interval": interval_of(row["recall"], row["support"])} for row in calibrated["classes"]],
+        "classes": [
+            row | {"interval": interval_of(row["recall"], row["support"]), "threshold": threshold}
+            for row, threshold in zip(calibrated["classes"], thresholds or repeat(None, len(names)), strict=True)
+        ],
         "class_names": names,
         **confusion_of(calibrated, names),
-        "calibrated": CALIBRATED[kept["calibrated_on"], split],
-        "reliability_chart": reliability_chart(plain["reliability"]),
-        "reliability": [row | {"interval": wilson(row["accuracy"], row["count"])} for row in plain["reliability"]],
-        "mistakes": _mistakes(run, split, predictions, kept["temperature"]),
+        "calibrated": CALIBRATED[fitted_on, split] + f" {EACH_CLASS}" * several,
+        "reliability_chart": reliability_chart(calibrated["reliability"]),
+        "reliability": [row | {"interval": wilson(row["accuracy"], row["count"])} for row in calibrated["reliability"]],
+        "mistakes": _mistakes(run, split, predictions, kept["temperature"], thresholds),
+        "probabilities": "the network's own probabilities"
+        if fitted_on is None
+        else "probabilities with the temperature",
     }
 
 
@@ -212,14 +235,58 @@ def place_of(dataset: str) -> str:
     return place or kind
 
 
-def verdict(plain: dict[str, Any], split: str, loss: float) -> str:
+def thresholds_in_words(measured: Measures, split: str, other: bool) -> str:
+    """Returns what the page says of the thresholds by which its figures count; "" where images have one label.
+
+    Args:
+      measured: what the page shows.
+      split: that the figures are of.
+      other: the data is not that of the run.
+    """
+    if "map" not in measured.plain:
+        return ""
+    if measured.calibration["thresholds"] is None:
+        return "A class is predicted from a probability of one half on: no validation split is there to fit thresholds."
+    return (
+        "A class is predicted from its threshold on, which stands with its name in the table of classes. The "
+        "thresholds were fitted on the validation split for the best F1 of each class"
+        + ", so what is counted by them on that split is optimistic" * (split == "validation")
+        + ("." if other else "; resnet-jax predict takes the same.")
+    )
+
+
+def chosen_by(metric: str, several: bool) -> str:
+    """Returns what the page says of the metric that chose a step; `several` is whether images have several labels."""
+    counted = several and metric.endswith(("/accuracy", "/macro_recall", "/macro_f1"))
+    return spoken(metric) + " with the threshold one half" * counted
+
+
+def left_out_of(run: FinishedRun, folder: Path) -> tuple[dict[str, list[str]], int]:
+    """Returns the names of the images that could not be decoded by split, for the splits that have any, in this
+    evaluation and in the run; and how many more the run had, which are not found: its summary names the first 1,000, as
+    they were called where its data lay then.
+    """
+    try:
+        summary = read_summary(folder) or {}
+    except InputError:  # `_run` says so
+        summary = {}
+    skipped = summary.get("skipped_images", {"count": 0, "names": []})
+    bad = run.bad.names | set(skipped["names"])
+    splits = run.dataset.splits().items() if bad else ()
+    names = {kind: [source.describe(i) for i in range(len(source))] for kind, source in splits}
+    found = {kind: [name for name in names[kind] if name in bad] for kind in names}
+    more = 0 if run.other else max(0, skipped["count"] - sum(map(len, found.values())))
+    return {kind: some for kind, some in found.items() if some}, more
+
+
+def verdict(measures: dict[str, Any], split: str, loss: float) -> str:
     """Returns one sentence on what a run came to."""
-    count = f"{plain['count']:,} {split} images"
-    if "accuracy" not in plain:
+    count = f"{measures['count']:,} {split} images"
+    if "accuracy" not in measures:
         return f"The loss on {count} is {_number(loss)}."
-    share = f"{_percent(plain['accuracy'])} of {count}"
-    low, high = wilson(plain["accuracy"], plain["count"])
-    what = "have all their labels right" if "map" in plain else "are named right"
+    share = f"{_percent(measures['accuracy'])} of {count}"
+    low, high = wilson(measures["accuracy"], measures["count"])
+    what = "have all their labels right" if "map" in measures else "are named right"
     return f"{share} {what} (95\N{NO-BREAK SPACE}% interval {_interval((low, high))})."
 
 
@@ -228,28 +295,33 @@ def key_figures(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: l
     share of images.
 
     Args:
-      plain: measures of the probabilities as the network gives them.
-      kept: `calibrated` measures, the `temperature`, and the split `calibrated_on`, where there are classes.
+      plain: measures of the probabilities as the network gives them, and metrics of the user's own.
+      kept: `calibrated` measures, which are shown, the `temperature`, and the split `calibrated_on`, where there are
+        classes.
       own: names of metrics of the user's own.
     """
-    rest = [("loss", _number(loss), "mean over the images"), *((name, _number(plain[name]), "") for name in own)]
+    shown, several = plain | kept.get("calibrated", {}), "map" in plain
+    of_loss = "mean over the images" + ", without the temperature" * bool(kept and kept["calibrated_on"])
+    rest = [("loss", _number(loss), of_loss), *((name, _number(plain[name]), "") for name in own)]
     rows: list[tuple[str, str, str]] = []
     if kept:
-        count = plain["count"]
-        empty = sum(row["support"] == 0 for row in plain.get("classes", ()))
+        count = shown["count"]
+        empty = sum(row["support"] == 0 for row in shown.get("classes", ()))
         over = "mean over the classes" + (f", of which {empty:,} without images count as 0" if empty else "")
+        at = f"; {'fitted thresholds' if kept['calibrated_on'] else 'threshold one half'}" if several else ""
+        right = f"{round(shown['accuracy'] * count):,} of {count:,} images"
         rows = [
-            ("accuracy", _percent(plain["accuracy"]), f"{round(plain['accuracy'] * count):,} of {count:,} images"),
-            ("top 5", _percent(plain.get("top5")), "the label is among the five likeliest classes"),
-            ("mean average precision", _percent(plain.get("map")), "mean over the classes"),
-            ("macro recall", _percent(plain["macro_recall"]), f"{over}, rare ones like frequent ones"),
-            ("macro F1", _percent(plain["macro_f1"]), over),
-            ("AUC", _auc(plain["auc"]), "one class against the rest, mean; 0.5 is chance"),
+            ("accuracy", _percent(shown["accuracy"]), f"all labels right: {right}{at}" if several else right),
+            ("top 5", _percent(shown.get("top5")), "the label is among the five likeliest classes"),
+            ("mean average precision", _percent(shown.get("map")), "mean over the classes, without a threshold"),
+            ("macro recall", _percent(shown["macro_recall"]), f"{over}, rare ones like frequent ones{at}"),
+            ("macro F1", _percent(shown["macro_f1"]), f"{over}{at}"),
+            ("AUC", _auc(shown["auc"]), "one class against the rest, mean; 0.5 is chance"),
         ]
     rows += rest
     if kept:
         before, after = (_percent(measures["ece"]) for measures in (plain, kept["calibrated"]))
-        what = "mean distance of confidence and accuracy"
+        what = "mean distance of confidence and accuracy" + "; threshold one half" * several
         if kept["calibrated_on"] is None:
             rows.append(("calibration error", before, what))
         else:
@@ -260,7 +332,7 @@ def key_figures(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: l
             rows.append(
                 ("temperature", _number(kept["temperature"]), "above 1 the network was too certain, below 1 not enough")
             )
-    shares = {"accuracy": plain.get("accuracy"), "top 5": plain.get("top5")}
+    shares = {"accuracy": shown.get("accuracy"), "top 5": shown.get("top5")}
     return [
         {"name": name, "value": value, "note": note, "interval": interval_of(shares.get(name), plain["count"])}
         for name, value, note in rows
@@ -282,17 +354,23 @@ def interval_of(share: float | None, count: int) -> tuple[float, float] | None:
     return None if share is None or not count else wilson(share, count)
 
 
-def _counts(run: FinishedRun) -> dict[str, int]:
+def _counts(run: FinishedRun, left_out: dict[str, int]) -> dict[str, int]:
     """Returns how many images the curves' shares were counted on: label of a line -> count."""
-    count = len(run.dataset.validation) if run.dataset.validation is not None else 0
+    validation = run.dataset.validation
+    count = 0 if validation is None else len(validation) - left_out.get("validation", 0)
     return {"validation": count, "validation, moving average": count}
 
 
 def _curves(
-    lines: list[dict[str, Any]], own: list[str], counts: dict[str, int], chosen: tuple[int, str] | None
+    lines: list[dict[str, Any]],
+    own: list[str],
+    counts: dict[str, int],
+    chosen: tuple[int, str] | None,
+    several: bool,
 ) -> dict[str, str]:
     """Returns charts of the lines of metrics.jsonl: title -> SVG, "" where there is nothing to draw; `own` are the
-    names of the user's own metrics, `counts` and `chosen` as `line_chart` takes them.
+    names of the user's own metrics, `counts` and `chosen` as `line_chart` takes them, `several` whether images have
+    several labels.
     """
     kinds = {"train": "train", "validation": "validation", "validation, moving average": "ema/validation"}
 
@@ -300,12 +378,12 @@ def _curves(
         return {label: points(lines, f"{kind}/{quantity}") for label, kind in kinds.items()}
 
     rate = {"learning rate": points(lines, "learning_rate")}
+    accuracy = "Accuracy (all labels right, threshold one half)" if several else "Accuracy"
+    how: dict[str, Any] = {"chosen": chosen, "stepped": "train"}
     return {
-        "Loss": line_chart("Loss", curves("loss"), "step", log=True, y_name="loss", chosen=chosen),
-        "Accuracy": line_chart(
-            "Accuracy", curves("accuracy"), "step", y_name="accuracy", share=True, counts=counts, chosen=chosen
-        ),
-        **{name: line_chart(name, curves(name), "step", y_name=name, chosen=chosen) for name in own},
+        "Loss": line_chart("Loss", curves("loss"), "step", log=True, y_name="loss", **how),
+        accuracy: line_chart(accuracy, curves("accuracy"), "step", y_name="accuracy", share=True, counts=counts, **how),
+        **{name: line_chart(name, curves(name), "step", y_name=name, **how) for name in own},
         "Learning rate": line_chart("Learning rate", rate, "step", y_name="learning rate"),
     }
 
@@ -330,24 +408,30 @@ def confusion_of(measures: dict[str, Any], names: tuple[str, ...]) -> dict[str, 
     return {"confusion": rows, "confused": confused}
 
 
-def worst(predictions: Predictions, temperature: float) -> list[tuple[int, int, float]]:
-    """Returns the most confident mistakes: (index among the predictions, the wrong class, its probability)."""
+def worst(
+    predictions: Predictions, temperature: float, thresholds: Sequence[float] | None = None
+) -> list[tuple[int, int, float]]:
+    """Returns the most confident mistakes: (index among the predictions, the wrong class, its probability). Where
+    images have several labels that is a class that reaches its threshold, by default one half, and is no label.
+    """
     multilabel = predictions.labels.ndim == 2
     p = probabilities(predictions.logits, multilabel, temperature)
     wrong = (
-        p * (1 - predictions.labels)
+        np.where(p >= np.asarray(thresholds or 0.5), p * (1 - predictions.labels), 0.0)
         if multilabel
         else np.where(np.arange(p.shape[1]) == predictions.labels[:, None], 0.0, p)
     )
     label, confidence = wrong.argmax(1), wrong.max(1)
-    mistaken = confidence > 0.5 if multilabel else p.argmax(1) != predictions.labels
+    mistaken = confidence > 0 if multilabel else p.argmax(1) != predictions.labels
     order = np.argsort(-confidence * mistaken)[: min(MISTAKES, int(mistaken.sum()))]
     return [(int(i), int(label[i]), float(confidence[i])) for i in order]
 
 
-def _mistakes(run: FinishedRun, split: str, predictions: Predictions, temperature: float) -> list[dict[str, Any]]:
+def _mistakes(
+    run: FinishedRun, split: str, predictions: Predictions, temperature: float, thresholds: Sequence[float] | None
+) -> list[dict[str, Any]]:
     """Returns what the page shows of each of the most confident mistakes."""
-    chosen = worst(predictions, temperature)
+    chosen = worst(predictions, temperature, thresholds)
     if not chosen:
         return []
     config, source, names = run.config, run.dataset.split(split), run.class_names

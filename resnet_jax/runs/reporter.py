@@ -163,6 +163,8 @@ class Reporter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves the time spent in its block out of the training time; call `settle` before."""
+        if self._console is not None:
+            self._console.pause()
         yield
         if self._done is not None:
             self._done = time.perf_counter()

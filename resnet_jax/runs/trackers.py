@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.config import InputError
-from resnet_jax.files import in_bucket, parse_json, path_of, read_file, to_json, write_whole
+from resnet_jax.files import in_bucket, parse_json, path_of, read_file, size_of, to_json, write_whole
 from resnet_jax.output import say
 
 LIMIT = 1e300
@@ -56,7 +56,8 @@ class Tracker:
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
         self._waiting: list[bytes] = []
-        self._events = open_events(workdir, step) if tensorboard else None
+        self._suffix = f".{os.getpid()}.{secrets.token_hex(3)}"
+        self._events = open_events(workdir, step, self._suffix) if tensorboard else None
 
     def write(self, step: int, numbers: dict[str, Any]) -> None:
         """Appends a line with the step and its numbers; a number that is not finite is written as null."""
@@ -80,7 +81,9 @@ class Tracker:
             self._events.flush()
 
     def close(self, began: bool = True) -> None:
-        """Writes what is left and closes the files; without a step that `began`, an empty file is removed."""
+        """Writes what is left and closes the files; without a step that `began`, both are removed where the first is
+        empty.
+        """
         while self._waiting and self._append(self._waiting.pop(0)):
             pass
         self.flush()
@@ -89,8 +92,9 @@ class Tracker:
         if self._events is not None:
             self._events.close()
         with contextlib.suppress(OSError):
-            if not began and not self._path.stat().st_size:
-                self._path.unlink()
+            if not began and not size_of(self._path):
+                for path in (self._path, *self._path.parent.glob(f"events.out.tfevents.*{self._suffix}")):
+                    path.unlink()
 
     def _append(self, line: bytes) -> bool:
         if self._file is not None:
@@ -124,8 +128,9 @@ EVENTS = "run"
 """The prefix by which tensorboardX calls `EventsFile`, as it calls its own storage by gs: and s3:."""
 
 
-def open_events(workdir: Path, step: int) -> Any:
-    """Returns a `tensorboardX.SummaryWriter` for a run that begins at `step`, or None, with a warning, if it fails.
+def open_events(workdir: Path, step: int, suffix: str) -> Any:
+    """Returns a `tensorboardX.SummaryWriter` for a run that begins at `step`, or None, with a warning, if it fails. The
+    name of its file ends with `suffix`.
 
     TensorBoard then hides what an earlier process of the run wrote beyond `step`.
     """
@@ -139,7 +144,7 @@ def open_events(workdir: Path, step: int) -> Any:
             f"{EVENTS}:{folder}",
             purge_step=step + 1 if step else None,
             flush_secs=60 if in_bucket(workdir) else 5,
-            filename_suffix=f".{os.getpid()}.{secrets.token_hex(3)}",
+            filename_suffix=suffix,
         )
     except OSError as error:
         say(f"WARNING: events for TensorBoard cannot be written to {workdir}: {error}", error=True)

@@ -106,6 +106,7 @@ def by_calling(case: Case, notes: Notes) -> Called | None:
     alone = run(case, after, images)
     if not notes.add("", not_finite(call, "in training") or not_finite(alone, "in evaluation")):
         return None
+    notes.add("output", probabilities(case, call, alone))
     among = run(case, after, np.concatenate([images[:half], 3 * case.images(1)[half:] + 1]))
     if differ(alone.output[:half], among.output[:half]):
         place = first_difference(alone, among, slice(half)) or case.name
@@ -191,6 +192,24 @@ def not_finite(call: Call, when: str) -> list[Finding]:
     place = next((path for path, leaf in known if not all_finite(leaf)), call.results[-1][0])
     remedy = "look there for a division, root or logarithm of 0, as a black image may give, or a sum that overflows"
     return [Finding("finite", (place,), f"its result {when} is not finite", remedy)]
+
+
+def probabilities(case: Case, call: Call, alone: Call) -> list[Finding]:
+    """Finds a module that returns probabilities, in training or in evaluation."""
+    train, evaluation = (are_probabilities(found.output) for found in (call, alone))
+    if not train and not evaluation:
+        return []
+    when = "" if train and evaluation else f" with train={train}"
+    problem = f"it returns probabilities{when}: the rows of all images sum to 1, and no number is negative"
+    remedy = "return logits, which losses and metrics expect: leave the softmax out"
+    return [Finding("output", (case.name,), problem, remedy)]
+
+
+def are_probabilities(output: Any) -> bool:
+    """Returns whether an output [batch, ..., classes] has several classes and is what a softmax returns."""
+    values = np.asarray(output, np.float64)
+    several = values.ndim > 1 and values.shape[-1] > 1
+    return several and bool((values >= 0).all() and (abs(values.sum(-1) - 1) < 1e-5).all())
 
 
 def all_finite(values: Any) -> bool:

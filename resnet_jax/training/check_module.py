@@ -35,7 +35,14 @@ from resnet_jax.training.check_calls import (
     within,
 )
 from resnet_jax.training.check_report import Case, CheckReport, Finding, Notes, Shape, has_field
-from resnet_jax.training.check_tracing import apply, by_tracing, first_line, multiply_adds
+from resnet_jax.training.check_tracing import (
+    MESSAGE_SAYS,
+    apply,
+    by_tracing,
+    first_line,
+    multiply_adds,
+    with_line,
+)
 from resnet_jax.training.optimizers import Rules
 from resnet_jax.training.sharding import make_mesh, memory_of, put_everywhere, shard_batch
 from resnet_jax.training.state import PyTree, TrainState
@@ -181,7 +188,8 @@ def by_compiling(case: Case, notes: Notes, called: Called) -> None:
         step = jax.jit(train_step).lower(called.state, called.batch).compile()
     except Exception as error:  # the forward pass has been tried before
         remedy = "use operations that have a gradient, such as lax.scan in place of lax.while_loop"
-        notes.add("gradients", [Finding("gradients", (case.name,), f"its gradient raises {first_line(error)}", remedy)])
+        found = Finding("gradients", (case.name,), f"its gradient raises {first_line(error)}", remedy)
+        notes.add("gradients", [with_line(found, error)])
         return
     notes.figures |= {"compile_seconds": time.perf_counter() - start, "memory": memory_of(step)}
     one = tried(called, step)
@@ -400,7 +408,7 @@ def unlike(check: str, called: Called, one: Steps, step: TrainStep, mesh: Mesh) 
         found = outcome(called.state, jax.jit(sharded_batch()(step))(*inputs))
     except Exception as error:
         problem = f"over {mesh.size} devices the step raises {first_line(error)}"
-        return [Finding(check, ("the training step",), problem, "the message says where to look")]
+        return [with_line(Finding(check, ("the training step",), problem, MESSAGE_SAYS), error)]
     differ = differing(one.result, found, one.noisy)
     if not differ:
         return []

@@ -15,7 +15,7 @@ Shape: TypeAlias = tuple[int, int, int]
 
 CHECKS = {
     "call": "it is called as (images, train), and can be traced",
-    "output": "it returns one array of floats, a row for each image",
+    "output": "it returns one array of floats, a row for each image, and no probabilities",
     "shape": "no shape depends on the size of the batch",
     "dtype": "parameters, statistics and outputs are float32",
     "decay": "a decay rule covers every parameter",

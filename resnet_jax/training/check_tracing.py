@@ -2,9 +2,13 @@
 
 import inspect
 import math
+import sysconfig
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.errors
@@ -113,7 +117,7 @@ def traced(case: Case, mode: str, function: Callable[..., Any], *args: Any) -> t
         with nn.intercept_methods(watch):
             return jax.eval_shape(function, *args), []
     except Exception as error:
-        return None, [explained(error, mode, place[0] if place else case.name)]
+        return None, [with_line(explained(error, mode, place[0] if place else case.name), error)]
 
 
 NEEDS_VALUES = (
@@ -153,7 +157,34 @@ def explained(error: Exception, mode: str, place: str) -> Finding:
     if isinstance(error, flax.errors.ScopeParamShapeError):
         remedy = "reshape with images.shape[0] as first size; shapes may depend on nothing else of the batch"
         return Finding("shape", (place,), text, remedy)
-    return Finding("call", (place,), f"with train={mode == 'train'} it raises {text}", "the message says where to look")
+    return Finding("call", (place,), f"with train={mode == 'train'} it raises {text}", MESSAGE_SAYS)
+
+
+MESSAGE_SAYS = "the message says where to look"
+"""Remedy where nothing more is known of an error."""
+
+
+def with_line(finding: Finding, error: Exception) -> Finding:
+    """Returns a finding whose remedy names the line of the user's own code in which an error arose, if in any."""
+    line = own_line(error)
+    if line is None:
+        return finding
+    remedy = f"look at {line}" if finding.remedy == MESSAGE_SAYS else f"{finding.remedy}; look at {line}"
+    return replace(finding, remedy=remedy)
+
+
+def own_line(error: Exception) -> str | None:
+    """Returns the innermost line of an error's traceback that is neither of this package, nor of an installed one, nor
+    of Python, such as `net.py, line 12`; None where there is none.
+    """
+    python, package = Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename).absolute()
+        installed = {"site-packages", "dist-packages"} & set(path.parts)
+        if path.is_file() and not installed and not path.is_relative_to(python) and not path.is_relative_to(package):
+            here = Path.cwd()
+            return f"{path.relative_to(here) if path.is_relative_to(here) else path}, line {frame.lineno}"
+    return None
 
 
 def first_line(error: Exception) -> str:

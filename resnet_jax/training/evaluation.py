@@ -214,13 +214,15 @@ def evaluate_run(
     Args:
       checkpoint: `best`, `latest` or a step; None takes the best one where the run selected one, else the latest.
       split: `validation` or `test`; None takes test where the data has it.
-      per_class: add `classes`: name -> accuracy (None without images) and count.
+      per_class: add `classes`: name -> recall (None without images), also as accuracy with one label an image, and
+        count.
       dataset: what to evaluate on in place of the recipe's `data.dataset`: where that lies now, or other data.
       accept_changes: evaluate although the run's data has changed where `dataset` says it lies.
       parts: those of the user's own that the run was trained with.
 
     Returns:
-      `step`, and what `result_of` does.
+      `step`, and what `result_of` does; where images have several labels, with one half as the threshold of each
+      class, as while training.
 
     Raises:
       InputError: the folder holds no run or no such checkpoint, the data has no such split, or it was trained on.
@@ -250,9 +252,10 @@ def result_of(run: "FinishedRun", split: str, found: Result, per_class: bool = F
         values |= with_intervals(values)
         if per_class and "class_accuracy" in means_of:
             lists = (means_of["class_accuracy"], means_of["class_count"])
+            names = ["recall"] if run.dataset.multilabel else ["recall", "accuracy"]  # one number with one label
             values["classes"] = {
-                name: {"accuracy": None if n == 0 else a, "count": n}
-                for name, a, n in zip(run.class_names, *lists, strict=True)
+                name: dict.fromkeys(names, None if n == 0 else share) | {"count": n}
+                for name, share, n in zip(run.class_names, *lists, strict=True)
             }
         result[kind] = values
     return {"split": split} | result | {"skipped_images": sorted(run.bad.names)}

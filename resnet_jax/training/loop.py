@@ -428,6 +428,7 @@ def fit(
     from_device = config.data.on_device or features is not None
     most = steps_per_call(config, from_device, run.parts.model is not None)
     on_device: Any = None
+    loader: Any = contextlib.nullcontext()
     if features is not None:
         frozen = partial(features, {"params": state.params, "batch_stats": state.batch_stats})
         on_device = put_everywhere(whole_features(run.dataset.train, config, mesh, bad, frozen, table), mesh)
@@ -445,6 +446,7 @@ def fit(
             table=table,
             classes=classes,
         )
+        loader = contextlib.closing(batches)  # while the process can still give back its shared memory
 
     # The step, compiled when it is first called, anew for each phase of a fine-tuning.
     phases = make_phases(config, state.params, len(run.dataset.train) / config.train.batch_size)
@@ -479,7 +481,7 @@ def fit(
     hooks, latest, ending = run.hooks, run.checkpoints.latest, False
     hooks.call("on_start", RunStart(run.folder, config, plan.total, step))
     known = None if isinstance(run.parts.optimizer, optax.GradientTransformation) else schedule
-    with Reporter(run.folder, config, plan, known, step, progress, latest, hooks) as reporter:
+    with loader, Reporter(run.folder, config, plan, known, step, progress, latest, hooks) as reporter:
         if progress.eval_pending and validate is not None:
             say(f"step {step} is evaluated first: the run stopped before its result was saved")
             evaluate_step(run, state, step, progress, validate, reporter, bad)

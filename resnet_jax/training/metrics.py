@@ -201,6 +201,28 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:
     return Calibration(temperature, tuple(_best_threshold(p[:, k], labels[:, k]) for k in range(p.shape[1])))
 
 
+def at_thresholds(logits: np.ndarray, labels: np.ndarray, calibration: Calibration) -> dict[str, Any]:
+    """Returns what `means` says of classes (`accuracy`, `macro_recall`, `macro_f1`, the lists over the classes), with a
+    class predicted from its threshold on.
+
+    Args:
+      logits: float [size, classes].
+      labels: 0 and 1 [size, classes].
+      calibration: temperature and thresholds; one half where it has none.
+
+    Example:
+      >>> logits = np.array([[-1.0, 2.0], [-3.0, -2.0]])
+      >>> found = at_thresholds(logits, np.array([[1, 1], [0, 0]]), Calibration(1.0, (0.2, 0.5)))
+      >>> found["accuracy"], found["class_accuracy"], found["class_count"]
+      (1.0, [1.0, 1.0], [1, 1])
+    """
+    truth = labels > 0
+    predicted = probabilities(logits, True, calibration.temperature) >= np.asarray(calibration.thresholds or 0.5)
+    sums = {"count": len(labels), "accuracy": (predicted == truth).all(1).sum()}
+    sums |= {"class_right": (predicted & truth).sum(0), "class_count": truth.sum(0)}
+    return means(sums | {"class_predicted": predicted.sum(0)})
+
+
 def _best_threshold(p: np.ndarray, truth: np.ndarray) -> float:
     """The threshold with the best F1, halfway between two probabilities, since a prediction rounds them otherwise."""
     from sklearn.metrics import precision_recall_curve

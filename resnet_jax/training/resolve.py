@@ -341,7 +341,7 @@ def measured_by_first(
 def fits_device(config: Config, count: int) -> tuple[bool, str]:
     """Returns whether the training images are kept on the device, and why, for a number of them."""
     if host := works_on_host(config.augment):
-        return False, f"since augment.{host[0]} works on the host"
+        return False, f"since augment.{next(iter(host))} works on the host"
     if config.data.workers:
         return False, "since data.workers work on the host"
     size, channels = sides(config.data.image_size), config.data.channels

@@ -117,7 +117,7 @@ def sweep(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the folder {folder} of the sweep cannot be written: {error}") from error
-    say(f"sweep: {folder}: {len(combinations)} members, {', '.join(f'{len(v)} {n}' for n, v in varied.items())}")
+    say(f"sweep: {folder}: {members_of(len(combinations))}, {', '.join(f'{len(v)} {n}' for n, v in varied.items())}")
     with hold(folder / "lock") as lock:
         found: dict[str, Any] = {"recipe": to_dict(config), "varied": varied, "members": before.get("members", [])}
         rows = {row["name"]: row for row in found["members"]}
@@ -384,6 +384,11 @@ def as_csv(found: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
+def members_of(count: int) -> str:
+    """Returns a number of members in words."""
+    return f"{count:,} member{'s' * (count != 1)}"
+
+
 def format_outcome(found: Mapping[str, Any], most: int = 20) -> list[str]:
     """Returns lines on what came out: the settings, the best first, and the chosen member with its test."""
     if found["chosen"] is None:
@@ -397,7 +402,7 @@ def format_outcome(found: Mapping[str, Any], most: int = 20) -> list[str]:
         value = "none" if setting["mean"] is None else spoken_value(found["metric"], setting["mean"])
         spread = "" if setting["spread"] is None else f" ± {spoken_value(found['metric'], setting['spread'])}"
         diverged = f", {setting['diverged']} diverged" if setting["diverged"] else ""
-        lines.append(f"  {value}{spread}  {words} ({setting['count']} members{diverged})")
+        lines.append(f"  {value}{spread}  {words} ({members_of(setting['count'])}{diverged})")
     if len(found["settings"]) > most:
         lines.append(f"  and {len(found['settings']) - most} more")
     lines.append(f"chosen by validation: {found['chosen']}")

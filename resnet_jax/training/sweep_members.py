@@ -401,9 +401,14 @@ def evaluate_due(
 
 def select(one: RunningMember, state: Any, result: Result) -> None:
     """Takes the evaluation of a member's step as a run alone takes it, and keeps the state where it is the best."""
+
+    def evaluated(_: TrainState) -> Result:
+        one.bad.names |= one.unread
+        return result
+
     one.progress.skipped_updates = dict(one.reporter.skipped)
     with one.reporter.paused():
-        evaluate_step(one.run, state, one.progress.step, one.progress, lambda _: result, one.reporter, one.bad)
+        evaluate_step(one.run, state, one.progress.step, one.progress, evaluated, one.reporter, one.bad)
 
 
 def evaluate_round(

@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -188,6 +188,7 @@ class RunningMember:
     Attributes:
       begin: the step at which this start began.
       failed: why it has ended, where its loss is no longer finite.
+      unread: names of the held out pictures that could not be read, which `bad` has from the first evaluation on.
       trained, evaluated: seconds that its calls took since this start, of which members that go through together share
         all.
     """
@@ -201,6 +202,7 @@ class RunningMember:
     reporter: Any = None
     begin: int = 0
     failed: str | None = None
+    unread: set[str] = field(default_factory=set)
     trained: float = 0.0
     evaluated: float = 0.0
 
@@ -279,9 +281,15 @@ def make_programs(group: Sequence[RunningMember], params: PyTree, parts: Parts) 
     varied = [name for name in INPUTS if len({to_json(value_of(run.config, name)) for run in runs}) > 1]
 
     datasets: dict[int, tuple[Any, Any, Any]] = {}
+    unread: dict[int, tuple[set[str], set[str]]] = {}
     for one in group:
-        if id(one.run.dataset) not in datasets:
-            datasets[id(one.run.dataset)] = arrays_of(one.run, one.bad)
+        key = id(one.run.dataset)
+        if key not in datasets:
+            bad, bad_held_out = replace(one.bad, names=set()), replace(one.bad, names=set())
+            datasets[key] = arrays_of(one.run, bad, bad_held_out)
+            unread[key] = bad.names, bad_held_out.names
+        in_training, one.unread = unread[key]
+        one.bad.names |= in_training
     order = list(datasets)
     train, places = shared_examples([{n: x for n, x in datasets[i][0].items() if n != "table"} for i in order])
     tables = [
@@ -392,13 +400,17 @@ def with_drop_rates(module: Any, numbers: Mapping[str, Any]) -> Any:
     return module.clone(**rates) if rates else module
 
 
-def arrays_of(run: Run, bad: BadImages) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
-    """Returns the training split, the validation split filled up to whole batches, and which of its examples count."""
+def arrays_of(run: Run, bad: BadImages, bad_held_out: BadImages) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
+    """Returns the training split, the validation split filled up to whole batches, and which of its examples count.
+
+    Args:
+      bad, bad_held_out: take the names of pictures of each split that cannot be decoded.
+    """
     config, dataset, classes = run.config, run.dataset, run.dataset.label_classes()
     table = sampling_table(dataset, config.data.sampling)
     train = whole_split(dataset.train, config, bad, table, classes)
-    batches = [jax.device_get(x) for x in eval_batches(dataset.validation, config, run.mesh, bad, classes=classes)]
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+    batches = eval_batches(dataset.validation, config, run.mesh, bad_held_out, classes=classes)
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *[jax.device_get(batch) for batch in batches])
     mask = whole.pop("mask")
     return train, whole, mask
 

@@ -242,9 +242,12 @@ def measure_growth(
 
 def compare_records(kept: Record, replayed: Record) -> list[str]:
     """Returns in words what a checkpoint says beside its state that its replay does not."""
-    names = ["sums", "skipped_updates", "skipped", "class_names", "multilabel"]
+    names = ["sums", "skipped_updates", "class_names", "multilabel"]
     if kept["eval_pending"] == replayed["eval_pending"]:  # else one was written before, the other after the evaluation
-        names += ["best", "no_better", "result"]
+        names += ["skipped", "best", "no_better", "result"]
+    else:
+        before, after = sorted((kept, replayed), key=lambda record: not record["eval_pending"])
+        names += ["skipped"] * (not set(before["skipped"]) <= set(after["skipped"]))  # the evaluation may add its own
     return [
         f"its record says {name} {to_json(kept[name])}, and the replay {to_json(replayed[name])}"
         for name in names

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError
+from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, works_on_host
 from resnet_jax.data import color_and_shape as policy
 from resnet_jax.data.color_and_shape import OPERATIONS, TRIVIAL, color_jitter, erase, rand_augment, trivial_augment
 from resnet_jax.data.transforms import augment
+
+from ..small import parse_recipe
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (40, 30, 3), dtype=np.uint8)
@@ -81,11 +83,23 @@ def test_half_of_the_images_are_turned_top_to_bottom():
     assert 0.4 < np.mean(turned) < 0.6
 
 
-@pytest.mark.parametrize("name", ["flip_vertical", "color_jitter", "trivial_augment", "erasing"])
-def test_what_works_on_the_host_says_so(name):
-    fields = {name: True if name in ("flip_vertical", "trivial_augment") else 0.5}
-    with pytest.raises(InputError, match=rf"augment\.{name} works on the host: add --data\.no_on_device"):
-        Config(data=DataConfig(on_device=True), augment=AugmentConfig(**fields))
+@pytest.mark.parametrize(
+    ("name", "value", "without"),
+    [
+        ("crop", "random_resized", ["--augment.crop", "pad"]),
+        ("flip_vertical", True, ["--augment.no_flip_vertical"]),
+        ("color_jitter", 0.5, ["--augment.color_jitter", "0"]),
+        ("randaugment", 5, ["--augment.randaugment", "0"]),
+        ("trivial_augment", True, ["--augment.no_trivial_augment"]),
+        ("erasing", 0.5, ["--augment.erasing", "0"]),
+    ],
+)
+def test_what_works_on_the_host_says_so_with_both_ways_out(name, value, without):
+    fields, ways = AugmentConfig(**{name: value}), rf"\({' '.join(without)}\), or add --data\.no_on_device"
+    with pytest.raises(InputError, match=rf"augment\.{name}.* works on the host: with data\.on_device .*{ways}"):
+        Config(data=DataConfig(on_device=True), augment=fields)
+    config, _ = parse_recipe(["--data.on_device", *without])
+    assert config.data.on_device and not works_on_host(config.augment)
 
 
 def test_colours_need_colours():

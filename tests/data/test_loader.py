@@ -128,9 +128,9 @@ def files(tmp_path):
 
 KEPT = """
 import dataclasses
-from resnet_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
+from resnet_jax.config import AugmentConfig, Config, DataConfig, InputError, TrainConfig
 from resnet_jax.data.loader import BadImages, train_batches
-from resnet_jax.data.dataset import ArraySource
+from resnet_jax.data.dataset import ArraySource, FileSource
 from resnet_jax.training.sharding import make_mesh
 import numpy as np
 
@@ -143,13 +143,17 @@ if __name__ == "__main__":
     kept = [next(batches), next(batches)]
     batches.close()
     print(kept[1]["image"].sum())
+    try:
+        next(train_batches(FileSource(FILES, (0,) * 10), config, make_mesh(1), BadImages("error"), range(9)))
+    except InputError as error:
+        kept_error = error
 """
 
 
-def test_a_batch_that_is_kept_to_the_end_leaves_no_shared_memory(tmp_path):
+def test_a_batch_or_an_error_that_is_kept_to_the_end_leaves_no_shared_memory(files, tmp_path):
     """Python's resource tracker would say so."""
     script = tmp_path / "kept.py"
-    script.write_text(KEPT)
+    script.write_text(KEPT.replace("FILES", repr(files.paths)))
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (0, "0\n")
     assert "resource_tracker" not in ended.stderr

@@ -156,19 +156,19 @@ def test_the_end_of_a_run_says_which_checkpoint_is_served_and_why():
     assert "since nothing was selected" in served_line({"selected": 30, "best": None, "steps": 30})
 
 
-def test_the_accuracy_of_each_class_is_that_of_what_is_served():
+def test_the_recall_of_each_class_is_that_of_what_is_served():
     def means(right):
-        classes = {"cat": {"accuracy": right / 4, "count": 4}, "dog": {"accuracy": None, "count": 0}}
+        classes = {"cat": {"recall": right / 4, "count": 4}, "dog": {"recall": None, "count": 0}}
         values = {"loss": 1.0, "accuracy": right / 4, "count": 4, "classes": classes}
         return values | {"accuracy_right": right, "accuracy_interval": [0.0, 1.0]}
 
     result = {"split": "test", "step": 2, "test": means(1), "ema/test": means(3), "skipped_images": []}
     lines = evaluate_sources.format_result(SimpleNamespace(result=result, images_per_second=8.0)).splitlines()
-    assert lines[-3] == "test accuracy of each class, with the moving average, which is what is served:"
+    assert lines[-3] == "test recall of each class, with the moving average, which is what is served:"
     assert [line.split() for line in lines[-2:]] == [["cat", "75.00%", "of", "4"], ["dog", "no", "images"]]
     del result["ema/test"]
     lines = evaluate_sources.format_result(SimpleNamespace(result=result, images_per_second=8.0)).splitlines()
-    assert lines[-3:-1] == ["test accuracy of each class:", f"  {'cat':<24}  25.00% of 4"]
+    assert lines[-3:-1] == ["test recall of each class:", f"  {'cat':<24}  25.00% of 4"]
 
 
 def test_data_of_someone_else_is_matched_by_name(work, theirs, tmp_path, capsys):
@@ -353,14 +353,24 @@ def test_several_labels_an_image(work, exported, theirs, tmp_path, capsys):
     (tmp_path / "data.csv").write_text("\n".join(lines) + "\n")
     command = ["evaluate", tmp_path / "many.safetensors", "--data.dataset", f"csv:{tmp_path / 'data.csv'}"]
     status, out, err = run([*command, "--csv", tmp_path / "out.csv"], capsys)
-    assert status == 0 and "mean average precision" in out and "top-1 50.00%" in out
+    assert status == 0 and "mean average precision" in out and "all labels right 50.00%" in out
+    assert "threshold of each class: one half" in out
     rows = rows_in(tmp_path / "out.csv")
     assert [row["label"] for row in rows] == ["dark", "dark;light", "", "dark"]
     assert [(row["predicted"], row["right"]) for row in rows] == [("dark", x) for x in ("1", "0", "0", "1")]
     strict = dataclasses.replace(changed, calibration=tags.Calibration(1.0, (1.0, 1.0)))  # nothing reaches it
     save_tensors(tmp_path / "many.safetensors", strict, "safetensors")
-    status, out, _ = run([*command, "--csv", tmp_path / "out.csv"], capsys)
-    assert "top-1 50.00%" in out and "with the thresholds of the run's report, by which 1 of 4 are right" in out
+    status, out, _ = run([*command, "--csv", tmp_path / "out.csv", "--per-class"], capsys)
+    assert "all labels right 25.00%" in out and "with the thresholds of the run's report, by which 1 of 4" in out
+    assert (
+        "with one half in its place: all labels right 50.00%, macro recall 50.00%" in out
+        and "macro recall 0.00%" in out
+    )
+    assert "  dark " in out and "0.00% of 3, threshold 1.0000" in out
+    found = json.loads(run([*command, "--per-class", "--json"], capsys)[1])
+    assert found["thresholds"] == {"dark": 1.0, "light": 1.0} and found["test"]["accuracy_right"] == 1
+    assert found["test"]["at_one_half"]["accuracy"] == 0.5
+    assert found["test"]["classes"]["dark"] == {"recall": 0.0, "count": 3}
     assert [row["right"] for row in rows_in(tmp_path / "out.csv")] == list("0010")
     status, _, err = run([*command, "--valid_labels"], capsys)
     assert status == 2 and "--valid_labels chooses one class an image" in err

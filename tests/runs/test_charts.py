@@ -14,6 +14,7 @@ from resnet_jax.runs.charts import (
     draw_intervals,
     line_chart,
     log_ticks,
+    means_over_steps,
     reliability_chart,
     spread_out,
 )
@@ -48,6 +49,16 @@ def test_a_single_point_is_seen_within_axes_that_fit_it(log):
     ((x, y),) = dots
     assert x == pytest.approx((left + right) / 2) and top + 30 < y < bottom - 30 and not lines
     assert len(numbers(chart)) >= 4 and min(numbers(chart)) > 0 and 10 in numbers(chart)
+
+
+def test_the_loss_of_few_steps_is_a_line_from_the_first_on():
+    """It is the mean over the steps since the point before, and is drawn over them."""
+    series = {"train": [(11, 0.5)], "validation": [(4, 0.6), (11, 0.4)]}
+    _, dots, lines, _ = marks(line_chart("loss", series, "step", stepped="train"))
+    assert not dots and len(lines) == 2 and means_over_steps([(11, 0.5)]) == [(1, 0.5), (11, 0.5)]
+    assert means_over_steps([(1, 0.5), (2, 0.4)]) == [(1, 0.5), (2, 0.4)]
+    _, dots, lines, _ = marks(line_chart("loss", series, "step"))
+    assert len(dots) == 2 and len(lines) == 1  # one of them in the legend
 
 
 def test_lines_span_their_axes_and_keep_their_colours():

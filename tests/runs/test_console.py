@@ -63,6 +63,22 @@ def test_the_time_that_is_left_counts_the_steps_and_the_time_of_this_start_alone
     assert "left" not in evaluated and "left" not in first and second.endswith("  4 s left")
 
 
+def test_the_first_evaluation_compiles_and_does_not_count_for_the_time_that_is_left(capsys, monkeypatch):
+    monkeypatch.setattr(console_module, "SECONDS_BETWEEN_LINES", 0.0)
+    now = [1000.0]
+    monkeypatch.setattr(console_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    console = Console(0, 31, 10.0)
+    console.update(1, {"train/loss": 1.0})
+    for step, trained, evaluated in ((11, 10, 500), (21, 10, 2)):
+        now[0] += trained
+        console.update(step, {"train/loss": 1.0})
+        console.pause()
+        now[0] += evaluated
+        console.update(step, {"validation/accuracy": 0.25})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("  ")[2] for line in lines[1:]] == ["20 s left", "20 s left", "10 s left", "11 s left"]
+
+
 def test_the_metric_that_selects_stands_beside_the_accuracy(capsys):
     console = Console(0, 20, 10.0, metric="macro_recall")
     result = {"accuracy": 0.25, "macro_recall": 0.125, "loss": 1.0}

@@ -6,6 +6,7 @@ import os
 import random
 import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -446,6 +447,15 @@ class Classes(nn.Module):
         return nn.Dense(5)(mean_of_places(images)).argmax(-1)
 
 
+class Probabilities(nn.Module):
+    in_training: bool = True
+
+    @nn.compact
+    def __call__(self, images, train):
+        logits = nn.Dense(5)(mean_of_places(images))
+        return logits if train and not self.in_training else nn.softmax(logits)
+
+
 EVERYTHING = ("conv/bias", "conv/kernel", "head/kernel", "loss")
 
 FAULTS = {
@@ -475,6 +485,8 @@ FAULTS = {
     "two heads": (TwoHeads(), "output", ("TwoHeads",)),
     "one vector for all images": (OneVector(), "output", ("OneVector",)),
     "classes": (Classes(), "output", ("Classes",)),
+    "probabilities": (Probabilities(), "output", ("Probabilities",)),
+    "probabilities in evaluation": (Probabilities(in_training=False), "output", ("Probabilities",)),
     "two results": (Within(Doubled), "call", ("Within",)),
     "kernel of another name": (Within(WithWeight), "decay", ("part/weight",)),
     "Python's if": (Within(LooksAtValues), "jit", ("part",)),
@@ -591,6 +603,38 @@ def test_the_command_ends_with_the_status_of_its_findings(net, capsys):
     assert main(["check", "net.py:make", "--image-size", "4"]) == 1
     out = capsys.readouterr().out
     assert "1. gradients, at spare/bias, spare/kernel:" in out and out.endswith("1 finding\n")
+
+
+WRONG = """
+import flax.linen as nn
+import jax.numpy as jnp
+
+
+def scaled(x, by):
+    return jnp.multiply(x, by)
+
+
+class Net(nn.Module):
+    by: object = None
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = scaled(nn.Dense(3)(images.mean((1, 2))), "two" if self.by is None else self.by)
+        return x if x[0, 0] > 0 else -x
+
+
+def branches():
+    return Net(2.0)
+"""
+
+
+def test_the_line_of_the_users_own_code_in_which_an_error_arose_is_named(net, capsys):
+    """The innermost one, whether the error arose in it or in a library that it calls."""
+    Path("wrong.py").write_text(WRONG)
+    for name, line in (("Net", 7), ("branches", 16)):
+        assert main(["check", f"wrong.py:{name}", "--image-size", "4"]) == 1
+        out = capsys.readouterr().out
+        assert f"look at wrong.py, line {line}\n" in out and "the message says" not in out, out
 
 
 @pytest.mark.parametrize(

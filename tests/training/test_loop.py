@@ -34,6 +34,7 @@ from resnet_jax.training.optimizers import make_optimizer
 from resnet_jax.training.programs import recipe_step
 from resnet_jax.training.sharding import make_mesh
 
+from ..runs.small_recipe import Small
 from ..small import digits as digits_recipe
 
 pytestmark = pytest.mark.xdist_group("loop")  # one process makes what they share
@@ -83,6 +84,43 @@ def train_until(step, config, folder, monkeypatch):
         patch.setattr(Checkpoints, "save", save)
         with pytest.raises(Stop):
             loop.train(config, folder)
+
+
+@pytest.mark.parametrize("there_before", [[], ["checkpoints", "events.out.tfevents.1.before"]])
+def test_a_start_that_fails_in_its_first_step_leaves_nothing_of_its_own(there_before, tmp_path):
+    def fails(logits, batch):
+        raise Stop
+
+    for name in there_before:
+        (tmp_path / name).mkdir()
+    config = recipe()
+    config = dataclasses.replace(config, log=dataclasses.replace(config.log, tensorboard=True))
+    with pytest.raises(Stop):
+        loop.train(config, tmp_path, model=Small(), loss=fails)
+    assert sorted(os.listdir(tmp_path)) == there_before
+
+
+def test_a_run_that_ends_early_closes_its_loader_at_once(tmp_path, monkeypatch):
+    """Not when its error goes, which holds its frames: the memory of worker processes would be held until then."""
+    ended, original = [], loop.train_batches
+
+    def watched(*args, **kwargs):
+        try:
+            yield from original(*args, **kwargs)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(loop, "train_batches", watched)
+
+    def save(*_):
+        raise Stop
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    config = recipe(steps=8)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, on_device=False))
+    with pytest.raises(Stop) as kept:
+        loop.train(config, tmp_path, model=Small())
+    assert ended and kept.tb is not None
 
 
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (2, 2), (4, 1), (8, 1)])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from resnet_jax.training.metrics import calibration_error, fit_calibration, measure, probabilities
+from resnet_jax.training.metrics import at_thresholds, calibration_error, fit_calibration, measure, probabilities
 from resnet_jax.weights.tags import Calibration
 
 RNG = np.random.default_rng(0)
@@ -43,6 +43,15 @@ def test_measures_of_several_labels_are_those_of_scikit_learn():
         "auc": sk.roc_auc_score(SETS, SCORES, average="macro"),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_shares_of_thresholds_are_those_of_the_measures():
+    calibration = Calibration(0.7, (0.1, 0.3, 0.5, 0.7, 0.9))
+    found, measured = at_thresholds(SCORES, SETS, calibration), measure(SCORES, SETS, tuple("abcde"), calibration)
+    names = ("accuracy", "macro_recall", "macro_f1", "count")
+    assert {name: found[name] for name in names} == pytest.approx({name: measured[name] for name in names})
+    assert found["class_accuracy"] == pytest.approx([row["recall"] for row in measured["classes"]])
+    assert found["class_count"] == [row["support"] for row in measured["classes"]]
 
 
 def test_classes_without_images_are_left_out_of_the_means_that_need_them():

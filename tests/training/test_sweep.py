@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh
+from PIL import Image
 
 from resnet_jax.commands import call
 from resnet_jax.config import (
@@ -38,7 +39,7 @@ from resnet_jax.training.checkpoints import Checkpoints
 from resnet_jax.training.loop import train
 from resnet_jax.training.parts import Parts
 from resnet_jax.training.resolve import with_values
-from resnet_jax.training.sweep import outcome, sweep
+from resnet_jax.training.sweep import format_outcome, outcome, sweep
 from resnet_jax.training.sweep_programs import RunningMember
 from resnet_jax.training.verify import verify
 
@@ -175,6 +176,29 @@ def test_members_of_one_step_a_call_are_verified_within_rounding(tmp_path):
     found = sweep(short, {"optimizer.weight_decay": [0.0, 1e-2]}, tmp_path / "sweep", model=Net())
     verified = verify(tmp_path / "sweep/members" / found["members"][0]["name"], "all", model=Net())
     assert verified.ok and not verified.exact and "a sweep that made one step a call" in str(verified), str(verified)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_every_member_says_which_pictures_were_left_out_as_its_run_does(tmp_path):
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for i in range(8):
+            path = tmp_path / "data" / split / "ab"[i % 2] / f"{i}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 255, (8, 8, 3), np.uint8)).save(path)
+        path.write_bytes(b"BM, and no picture")
+    base = recipe(steps=4, batch_size=4, eval_every_epochs=1.0, ema_decay=None)
+    data = dataclasses.replace(base.data, dataset=f"folder:{tmp_path / 'data'}", on_bad_image="skip")
+    base = dataclasses.replace(base, data=data, schedule=dataclasses.replace(base.schedule, warmup_epochs=0.0))
+    found = sweep(base, {"optimizer.weight_decay": [0.0, 1e-2]}, tmp_path / "sweep", model=Net())
+    train(base, tmp_path / "alone", model=Net())
+    alone = read_summary(tmp_path / "alone")["skipped_images"]
+    assert alone["count"] == 2
+    for row in found["members"]:
+        folder = tmp_path / "sweep/members" / row["name"]
+        assert read_summary(folder)["skipped_images"] == alone
+        verified = verify(folder, "all", model=Net())
+        assert not any("skipped" in difference.what for difference in verified.differences), str(verified)
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -352,6 +376,12 @@ def test_the_setting_is_chosen_by_its_mean_over_the_seeds_and_then_its_best_memb
     losses = [row("a", 0.1, 0, 0.5, "validation/loss"), row("b", 0.2, 0, 0.7, "validation/loss")]
     assert outcome(losses, Config())["chosen"] == "a"
     assert outcome([row("a", 0.1, 0, None)], Config())["chosen"] is None
+
+
+def test_one_member_is_one_member():
+    rows = [row("a", 0.1, 0, 0.5), row("b", 0.2, 0, 0.7), row("c", 0.2, 1, 0.7)]
+    lines = format_outcome({**outcome(rows, recipe()), "test": None, "own_validation": False})
+    assert [line.rpartition("(")[2] for line in lines[1:3]] == ["2 members)", "1 member)"]
 
 
 def test_several_values_are_taken_out_of_a_command_line():
