@@ -16,7 +16,7 @@ def fold_batch_norm(model: ResNet, variables: Tree) -> tuple[ResNet, Tree]:
     """Returns a model without batch statistics and its variables, with the same logits in evaluation up to rounding.
 
     Each norm behind a convolution becomes its bias. A norm with no convolution before it, as the first one of a
-    pre-activation block, becomes a factor and a bias. The result is for evaluation only.
+    pre-activation block or that behind self-attention, becomes a factor and a bias. The result is for evaluation only.
 
     Raises:
       ValueError: the model's norm is not batch normalisation, its kernels are standardised, or it is no ResNet.
@@ -44,7 +44,7 @@ def _fold(params: Tree, stats: Tree, preact: bool, in_stage: bool = False) -> Tr
             factor = part["scale"] * jax.lax.rsqrt(stats[name]["var"] + BatchNorm.epsilon)
             shift = part["bias"] - stats[name]["mean"] * factor
             conv = _conv_before(name, preact and in_stage)
-            if conv in params:
+            if "kernel" in params.get(conv, {}):  # self-attention stands in the place of some
                 folded[conv] = {"kernel": params[conv]["kernel"] * factor}
                 folded[name] = {"bias": shift}
             else:

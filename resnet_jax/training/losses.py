@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from resnet_jax.config import InputError
+
 Array = jax.Array
 Loss: TypeAlias = Callable[[Array, dict[str, Array]], Array]
 """`loss(logits, batch) -> float32 [batch]`."""
@@ -25,7 +27,12 @@ def soft_targets(labels: Array, classes: int, smoothing: Any) -> Array:
     smoothing = jnp.float32(smoothing)  # so that it may be an input of a compiled function, with the same bits
     if labels.ndim == 2:
         return labels * (1.0 - smoothing) + smoothing / 2
-    return jax.nn.one_hot(labels, classes) * (1.0 - smoothing) + smoothing * (1.0 / classes)
+    return one_hot(labels, classes) * (1.0 - smoothing) + smoothing * (1.0 / classes)
+
+
+def one_hot(labels: Array, classes: int, dtype: Any = float) -> Array:
+    """Returns [batch, classes], one at each label; unlike JAX's also of int8 and uint8 labels of many classes."""
+    return jax.nn.one_hot(labels.astype(jnp.promote_types(labels.dtype, jnp.int32)), classes, dtype=dtype)
 
 
 def cross_entropy(logits: Array, batch: dict[str, Array]) -> Array:
@@ -38,12 +45,25 @@ def cross_entropy(logits: Array, batch: dict[str, Array]) -> Array:
       >>> cross_entropy(jnp.zeros((1, 2)), {"label": jnp.array([1])}).round(3)
       Array([0.693], dtype=float32)
     """
-    return softmax_cross_entropy(logits, targets_of(batch, logits.shape[-1]))
+    return softmax_cross_entropy(logits, targets_of(logits, batch))
 
 
-def targets_of(batch: dict[str, Array], classes: int) -> Array:
-    """Returns a batch's `target`, or where it has none what its `label` says, float32 [batch, classes]."""
-    return batch["target"] if "target" in batch else soft_targets(batch["label"], classes, 0.0)
+def targets_of(logits: Array, batch: dict[str, Array]) -> Array:
+    """Returns a batch's `target`, or where it has none what its `label` says, float32 [batch, classes].
+
+    Raises:
+      InputError: it has not the shape of the logits [batch, classes], and would be spread over them.
+    """
+    name = "target" if "target" in batch else "label"
+    targets = batch[name] if name == "target" else soft_targets(batch[name], logits.shape[-1], 0.0)
+    if targets.shape != logits.shape:
+        column = batch[name].ndim == 2 and batch[name].shape[1] == 1
+        remedy = f": take {name}[:, 0], where it is the number of a class" if column else ""
+        raise InputError(
+            f'batch["{name}"] is {list(batch[name].shape)} for logits {list(logits.shape)}; expected one class for '
+            f"each image, [batch], or a number for each class, [batch, classes]{remedy}"
+        )
+    return targets
 
 
 def softmax_cross_entropy(logits: Array, targets: Array) -> Array:
@@ -62,7 +82,9 @@ def focal(logits: Array, targets: Array, gamma: float = 2.0) -> Array:
       Array([0.25], dtype=float32)
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -(targets * (1.0 - jnp.exp(log_p)) ** gamma * log_p).sum(-1)
+    rest = 1.0 - jnp.exp(log_p)
+    factor = jnp.where(rest > 0, rest, 1.0) ** gamma  # the slope of 0 ** gamma is infinite for gamma below 1
+    return -(targets * factor * jnp.where(rest > 0, log_p, 0.0)).sum(-1)
 
 
 def binary(logits: Array, targets: Array, weights: Array | np.ndarray | float = 1.0) -> Array:
@@ -89,7 +111,7 @@ def make_loss(kind: str, focal_gamma: float = 2.0, class_weights: np.ndarray | N
         "focal": lambda logits, targets: focal(logits, targets * weights, focal_gamma),
         "binary": lambda logits, targets: binary(logits, targets, weights),
     }[kind]
-    return lambda logits, batch: of(logits, targets_of(batch, logits.shape[-1]))
+    return lambda logits, batch: of(logits, targets_of(logits, batch))
 
 
 def class_weights(kind: str, counts: np.ndarray) -> np.ndarray | None:

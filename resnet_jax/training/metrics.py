@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config import InputError
+from resnet_jax.training.losses import one_hot
 from resnet_jax.weights.tags import Calibration
 
 Array = jax.Array
@@ -35,12 +36,15 @@ def predicted_classes(logits: Array, multilabel: bool) -> Array:
 
 def are_classes(logits: jax.Array, batch: dict[str, Any]) -> bool:
     """Returns whether a batch's `label` says the class of each example, by shapes and types: an integer each, or
-    integers of the shape of the logits [batch, classes].
+    integers of the shape of the logits [batch, classes]. Of one logit an integer each says nothing: 1 may stand for
+    yes, or 0 for the first class.
     """
     label = batch.get("label")
     if not (isinstance(logits, Array) and isinstance(label, Array | np.ndarray) and logits.ndim == 2):
         return False
-    return jnp.issubdtype(label.dtype, jnp.integer) and (label.ndim == 1 or label.shape == logits.shape)
+    return jnp.issubdtype(label.dtype, jnp.integer) and (
+        label.shape == logits.shape or (label.ndim == 1 and logits.shape[1] > 1)
+    )
 
 
 def one_each(values: Any, count: int, name: str) -> Array:
@@ -59,6 +63,8 @@ def one_each(values: Any, count: int, name: str) -> Array:
 def sums_of(metrics: Mapping[str, Metric], logits: jax.Array, batch: dict[str, Any], mask: Array | None = None) -> Sums:
     """Returns the sum of each metric over a batch, or over its examples where `mask` bool [batch] is true."""
     count, sums = len(batch["image"]), {}
+    if taken := sorted({"loss", "count", "skipped"} & set(metrics)):
+        raise InputError(f"metrics: {', '.join(taken)} is a name of ours; give yours another one")
     for name, metric in metrics.items():
         values = one_each(metric(logits, batch), count, f"metrics[{name!r}]")
         sums[name] = (values if mask is None else jnp.where(mask, values, 0.0)).sum()
@@ -98,7 +104,7 @@ def eval_sums(losses: Array, logits: Array, labels: Array, mask: Array) -> Sums:
       (1, 2)
     """
     classes, multilabel = logits.shape[-1], labels.ndim == 2
-    member = labels > 0 if multilabel else jax.nn.one_hot(labels, classes, dtype=bool)
+    member = labels > 0 if multilabel else one_hot(labels, classes, bool)
     member, predicted = member & mask[:, None], predicted_classes(logits, multilabel) & mask[:, None]
     right = mask & (member == predicted).all(-1)
     sums = {
@@ -130,7 +136,8 @@ def add(sums: list[Sums]) -> Sums:
 
 
 def means(sums: Sums | list[Sums]) -> dict[str, Any]:
-    """Returns means from the sums of a step, or of several: `loss` and fractions as floats, `count` as int.
+    """Returns means from the sums of a step, or of several: `loss` and fractions as floats, `count` as int, and as int
+    the number of steps that were `skipped`, where a step says so.
 
     From those of `eval_sums` also lists over the classes, nan without examples: `class_accuracy` (recall) and
     `class_count`; and `macro_recall` and `macro_f1`, their means over the classes that have examples.
@@ -146,10 +153,11 @@ def means(sums: Sums | list[Sums]) -> dict[str, Any]:
     count = float(total["count"])
     if count == 0:
         raise ValueError("there is no example to average over")
+    numbers = ("count", "skipped")
     result: dict[str, Any] = {
-        name: float(value) / count for name, value in total.items() if name != "count" and np.ndim(value) == 0
+        name: float(value) / count for name, value in total.items() if name not in numbers and np.ndim(value) == 0
     }
-    result["count"] = int(count)
+    result |= {name: int(total[name]) for name in numbers if name in total}
     if "class_count" in total:
         right, there, predicted = (total[f"class_{name}"] for name in ("right", "count", "predicted"))
         with np.errstate(invalid="ignore", divide="ignore"):

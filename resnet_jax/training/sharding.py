@@ -183,7 +183,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
         if np.shape(array)[:1] and len(array) % devices:
             raise InputError(
                 f"a batch of {len(array)} examples does not divide over {devices} devices: leave out the last "
-                f"{len(array) % devices}, or add some and mark them with a `mask` that is false"
+                f"{len(array) % devices}, or, to evaluate, add some and mark them with a `mask` that is false"
             )
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 

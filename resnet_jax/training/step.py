@@ -84,7 +84,7 @@ def make_train_step(
       loss: `loss(logits, batch) -> float32 [batch]`, one number for each example; the step minimises their mean.
       metrics: name -> `metric(logits, batch) -> [batch]`, of the step's own pass, in training.
       classes: whether `batch["label"]` says the class, of which `accuracy` counts those that are right; None tells by
-        shapes and types.
+        shapes and types, but not where there is one logit and an integer for each image: make `label` [batch, 1] then.
       prepare: augments a batch, from a key of the step; None takes batches as they are.
       mean, std: of the pixels, for each channel, in [0, 1]: images become (pixel - mean) / std, of uint8 pixels divided
         by 255. None leaves floats as they are.
@@ -226,9 +226,14 @@ def averaged(gradient: Gradient, axis_name: str) -> Gradient:
     """Returns a gradient that is averaged over the devices of a mapped axis, with its statistics; sums are added up."""
 
     def of_all(params: PyTree, stats: PyTree, key: jax.Array, batch: Batch) -> tuple[PyTree, PyTree, Sums]:
+        # Each device's own copy: of a common one, `shard_map` with check_vma adds the gradients up before they come.
+        params, stats = jax.tree.map(copy, (params, stats))
         grads, stats, sums = gradient(params, stats, key, batch)
         grads, stats = jax.tree.map(mean, (grads, stats))
         return grads, stats, jax.lax.psum(sums, axis_name)
+
+    def copy(x: jax.Array) -> jax.Array:
+        return jax.lax.pcast(x, axis_name, to="varying")
 
     def mean(x: jax.Array) -> jax.Array:
         return jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x

@@ -33,6 +33,16 @@ def test_folded_networks_have_the_same_logits(name):
     assert norms == (3 if model.preact else 0)  # the first norm of each block, and the last of all
 
 
+def test_norms_behind_self_attention_stay_as_factors():
+    model = create_model("cifar_botnet20", stage_sizes=(1, 1), widths=(16, 32), num_classes=7)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
+    variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)
+    folded, folded_variables = fold_batch_norm(model, variables)
+    assert str(jax.tree.structure(folded_variables)).count("'scale'") == 1
+    expected = model.apply(variables, IMAGES)
+    np.testing.assert_allclose(folded.apply(folded_variables, IMAGES), expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_other_norms_are_refused():
     model = create_model("cifar_resnet20", norm="group")
     with pytest.raises(ValueError, match="16 channels do not divide into the 32 groups"):

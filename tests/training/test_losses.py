@@ -21,6 +21,14 @@ def test_focal_attends_to_what_is_wrong():
     np.testing.assert_allclose(focal(LOGITS, targets, 2.0), -((1 - p) ** 2) * np.log(p), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_focal_has_a_slope_where_a_prediction_is_sure(gamma):
+    logits, targets = np.asarray([[200.0, 0.0], [1.0, 0.0]], np.float32), np.asarray([[1.0, 0.0]] * 2, np.float32)
+    slope = jax.grad(lambda logits: focal(logits, targets, gamma).sum())(logits)
+    np.testing.assert_array_equal(slope[0], 0.0)
+    assert np.isfinite(slope).all() and slope[1, 0] < 0
+
+
 def test_weighted_losses_are_those_of_torch():
     torch = pytest.importorskip("torch")
     nn, logits, weight = torch.nn, torch.from_numpy(LOGITS), torch.from_numpy(WEIGHTS)

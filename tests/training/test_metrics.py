@@ -50,6 +50,11 @@ def test_loss_of_half_precision_logits_is_float32():
     assert cross_entropy(jax.numpy.asarray(LOGITS, "bfloat16"), {"label": LABELS}).dtype == np.float32
 
 
+def test_steps_that_were_skipped_are_counted_and_not_averaged_over_examples():
+    kept, skipped = {"loss": 16.0, "count": 8.0, "skipped": 0.0}, {"loss": 0.0, "count": 0.0, "skipped": 1.0}
+    assert means([kept, skipped, kept, skipped]) == {"loss": 2.0, "count": 16, "skipped": 2}
+
+
 def test_a_mean_over_nothing_is_an_error():
     with pytest.raises(ValueError, match="no example"):
         means({"loss": 0.0, "count": 0.0})

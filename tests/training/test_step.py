@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import resnet_jax
-from resnet_jax.config import AugmentConfig, ModelConfig, TrainConfig
+from resnet_jax.config import AugmentConfig, InputError, ModelConfig, TrainConfig
 from resnet_jax.data.on_device import draw_batch
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.recipe_files import load_config
@@ -206,12 +206,13 @@ class Normed(nn.Module):
     """Batch norm whose statistics are of all devices where an axis is given."""
 
     axis_name: str | None = None
+    outputs: int = 3
 
     @nn.compact
     def __call__(self, images, train):
         x = nn.Conv(8, (3, 3))(images)
         x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name if train else None)(x)
-        return nn.Dense(3)(nn.relu(x).mean((1, 2)))
+        return nn.Dense(self.outputs)(nn.relu(x).mean((1, 2)))
 
 
 PIXELS = {
@@ -219,6 +220,52 @@ PIXELS = {
     "label": np.arange(16) % 3,
 }
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_small_integers_are_labels_of_many_classes_too(dtype):
+    model, tx = Normed(outputs=300), optax.sgd(0.1)
+    state = resnet_jax.create_state(model, tx, jax.random.key(0), image_shape=(8, 8, 3))
+    small = PIXELS | {"label": PIXELS["label"].astype(dtype)}
+    (after, sums), (expected, its_sums) = (resnet_jax.make_train_step(model, tx)(state, b) for b in (small, PIXELS))
+    jax.tree.map(np.testing.assert_array_equal, (after.params, sums), (expected.params, its_sums))
+    evaluate = resnet_jax.make_eval_step(model)
+    jax.tree.map(np.testing.assert_array_equal, *(evaluate(state.variables, b)[0] for b in (small, PIXELS)))
+
+
+def test_labels_that_would_be_spread_over_the_logits_are_refused():
+    model, tx = Normed(), optax.sgd(0.1)
+    state = resnet_jax.create_state(model, tx, jax.random.key(0), image_shape=(8, 8, 3))
+    column = PIXELS | {"label": PIXELS["label"][:, None]}
+    with pytest.raises(InputError, match=r"\[16, 1\] for logits \[16, 3\].*take label\[:, 0\]"):
+        resnet_jax.make_train_step(model, tx)(state, column)
+    with pytest.raises(InputError, match=r"\[1\] for logits \[16, 3\]; expected"):
+        resnet_jax.make_eval_step(model)(state.variables, PIXELS | {"label": PIXELS["label"][:1]})
+
+
+def test_one_logit_has_an_accuracy_where_the_label_says_what_is_meant():
+    def loss(logits, batch):
+        return optax.sigmoid_binary_cross_entropy(logits[:, 0], batch["label"].reshape(-1))
+
+    model, tx = Normed(outputs=1), optax.sgd(0.1)
+    state = resnet_jax.create_state(model, tx, jax.random.key(0), image_shape=(8, 8, 3))
+    step, evaluate = resnet_jax.make_train_step(model, tx, loss=loss), resnet_jax.make_eval_step(model, loss=loss)
+    flat = PIXELS | {"label": PIXELS["label"] % 2}
+    assert "accuracy" not in step(state, flat)[1] | evaluate(state.variables, flat)[0]
+    column = flat | {"label": flat["label"][:, None]}
+    sums, logits = evaluate(state.variables, column)
+    assert sums["accuracy"] == ((logits > 0) == column["label"]).sum() != 8 and "accuracy" in step(state, column)[1]
+
+
+@pytest.mark.parametrize("name", ["loss", "count", "skipped"])
+def test_a_metric_does_not_take_the_place_of_a_sum_of_ours(name):
+    model, tx = Normed(), optax.sgd(0.1)
+    state = resnet_jax.create_state(model, tx, jax.random.key(0), image_shape=(8, 8, 3))
+    metrics = {name: lambda logits, batch: logits[:, 0]}
+    with pytest.raises(InputError, match=f"{name} is a name of ours"):
+        resnet_jax.make_train_step(model, tx, metrics=metrics)(state, PIXELS)
+    with pytest.raises(InputError, match=f"{name} is a name of ours"):
+        resnet_jax.make_eval_step(model, metrics=metrics)(state.variables, PIXELS)
 
 
 def after_three_steps(step, state, batch):
@@ -235,7 +282,7 @@ def test_the_step_is_the_same_under_jit_shard_map_pmap_and_in_a_program_of_ones_
     mapped = resnet_jax.make_train_step(Normed("data"), tx, axis_name="data", **options)
     split = resnet_jax.shard_batch(PIXELS, mesh)
     whole, by_device = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
-    own_map = jax.shard_map(mapped, mesh=mesh, in_specs=(whole, by_device), out_specs=whole, check_vma=False)
+    own_map = partial(jax.shard_map, mapped, mesh=mesh, in_specs=(whole, by_device), out_specs=whole)
     own_pmap = jax.pmap(mapped, axis_name="data", in_axes=(None, 0), out_axes=None)
 
     @jax.jit
@@ -249,7 +296,8 @@ def test_the_step_is_the_same_under_jit_shard_map_pmap_and_in_a_program_of_ones_
         "with a mesh": after_three_steps(
             jax.jit(resnet_jax.make_train_step(Normed("data"), tx, mesh=mesh, **options)), state, split
         ),
-        "shard_map": after_three_steps(jax.jit(own_map), state, split),
+        "shard_map": after_three_steps(jax.jit(own_map()), state, split),
+        "shard_map without its check": after_three_steps(jax.jit(own_map(check_vma=False)), state, split),
         "pmap": after_three_steps(own_pmap, state, {k: v.reshape(8, 2, *v.shape[1:]) for k, v in PIXELS.items()}),
         "in a program": after_three_steps(program, state, PIXELS),
     }
