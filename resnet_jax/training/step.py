@@ -101,7 +101,8 @@ def make_train_step(
 
     Returns:
       A function whose sums are `loss`, `count`, `accuracy` where there are classes, and each metric, over the batch;
-      and `skipped` with `skip_nonfinite`. `means(sums)` divides them.
+      and `skipped` with `skip_nonfinite`. `means(sums)` divides them. Every example of a batch counts: a `mask`, as
+      evaluations take it, is for a loss of your own alone.
 
     Example:
       >>> class Net(nn.Module):
