@@ -190,8 +190,10 @@ def of_classes(run: FinishedRun, split: str, predictions: Predictions, measured:
     """Returns what the page shows of classes."""
     names, calibrated, kept = run.class_names, measured.calibrated, measured.kept
     assert calibrated is not None
-    several = "map" in calibrated
-    thresholds: Sequence[float] | None = measured.calibration["thresholds"] or [0.5] * len(names) if several else None
+    multilabel = "map" in calibrated
+    thresholds: Sequence[float] | None = (
+        measured.calibration["thresholds"] or [0.5] * len(names) if multilabel else None
+    )
     fitted_on = kept["calibrated_on"]
     return {
         "classes": [
@@ -200,7 +202,7 @@ def of_classes(run: FinishedRun, split: str, predictions: Predictions, measured:
         ],
         "class_names": names,
         **confusion_of(calibrated, names),
-        "calibrated": CALIBRATED[fitted_on, split] + f" {EACH_CLASS}" * several,
+        "calibrated": CALIBRATED[fitted_on, split] + f" {EACH_CLASS}" * multilabel,
         "reliability_chart": reliability_chart(calibrated["reliability"]),
         "reliability": [row | {"interval": wilson(row["accuracy"], row["count"])} for row in calibrated["reliability"]],
         "mistakes": _mistakes(run, split, predictions, kept["temperature"], thresholds),
@@ -255,9 +257,9 @@ def thresholds_in_words(measured: Measures, split: str, other: bool) -> str:
     )
 
 
-def chosen_by(metric: str, several: bool) -> str:
-    """Returns what the page says of the metric that chose a step; `several` is whether images have several labels."""
-    counted = several and metric.endswith(("/accuracy", "/macro_recall", "/macro_f1"))
+def chosen_by(metric: str, multilabel: bool) -> str:
+    """Returns what the page says of the metric that chose a step, of images with one label or `multilabel`."""
+    counted = multilabel and metric.endswith(("/accuracy", "/macro_recall", "/macro_f1"))
     return spoken(metric) + " with the threshold one half" * counted
 
 
@@ -300,7 +302,7 @@ def key_figures(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: l
         classes.
       own: names of metrics of the user's own.
     """
-    shown, several = plain | kept.get("calibrated", {}), "map" in plain
+    shown, multilabel = plain | kept.get("calibrated", {}), "map" in plain
     of_loss = "mean over the images" + ", without the temperature" * bool(kept and kept["calibrated_on"])
     rest = [("loss", _number(loss), of_loss), *((name, _number(plain[name]), "") for name in own)]
     rows: list[tuple[str, str, str]] = []
@@ -308,10 +310,10 @@ def key_figures(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: l
         count = shown["count"]
         empty = sum(row["support"] == 0 for row in shown.get("classes", ()))
         over = "mean over the classes" + (f" that have images; {empty:,} have none" if empty else "")
-        at = f"; {'fitted thresholds' if kept['calibrated_on'] else 'threshold one half'}" if several else ""
+        at = f"; {'fitted thresholds' if kept['calibrated_on'] else 'threshold one half'}" if multilabel else ""
         right = f"{round(shown['accuracy'] * count):,} of {count:,} images"
         rows = [
-            ("accuracy", _percent(shown["accuracy"]), f"all labels right: {right}{at}" if several else right),
+            ("accuracy", _percent(shown["accuracy"]), f"all labels right: {right}{at}" if multilabel else right),
             ("top 5", _percent(shown.get("top5")), "the label is among the five likeliest classes"),
             ("mean average precision", _percent(shown.get("map")), "mean over the classes, without a threshold"),
             ("macro recall", _percent(shown["macro_recall"]), f"{over}, rare ones like frequent ones{at}"),
@@ -321,7 +323,7 @@ def key_figures(plain: dict[str, Any], kept: dict[str, Any], loss: float, own: l
     rows += rest
     if kept:
         before, after = (_percent(measures["ece"]) for measures in (plain, kept["calibrated"]))
-        what = "mean distance of confidence and accuracy" + "; threshold one half" * several
+        what = "mean distance of confidence and accuracy" + "; threshold one half" * multilabel
         if kept["calibrated_on"] is None:
             rows.append(("calibration error", before, what))
         else:
@@ -366,11 +368,11 @@ def _curves(
     own: list[str],
     counts: dict[str, int],
     chosen: tuple[int, str] | None,
-    several: bool,
+    multilabel: bool,
 ) -> dict[str, str]:
     """Returns charts of the lines of metrics.jsonl: title -> SVG, "" where there is nothing to draw; `own` are the
-    names of the user's own metrics, `counts` and `chosen` as `line_chart` takes them, `several` whether images have
-    several labels.
+    names of the user's own metrics, `counts` and `chosen` as `line_chart` takes them, `multilabel` whether images
+    have several labels.
     """
     kinds = {"train": "train", "validation": "validation", "validation, moving average": "ema/validation"}
 
@@ -378,7 +380,7 @@ def _curves(
         return {label: points(lines, f"{kind}/{quantity}") for label, kind in kinds.items()}
 
     rate = {"learning rate": points(lines, "learning_rate")}
-    accuracy = "Accuracy (all labels right, threshold one half)" if several else "Accuracy"
+    accuracy = "Accuracy (all labels right, threshold one half)" if multilabel else "Accuracy"
     how: dict[str, Any] = {"chosen": chosen, "stepped": "train"}
     return {
         "Loss": line_chart("Loss", curves("loss"), "step", log=True, y_name="loss", **how),

@@ -208,8 +208,8 @@ def probabilities(case: Case, call: Call, alone: Call) -> list[Finding]:
 def are_probabilities(output: Any) -> bool:
     """Returns whether an output [batch, ..., classes] has several classes and is what a softmax returns."""
     values = np.asarray(output, np.float64)
-    several = values.ndim > 1 and values.shape[-1] > 1
-    return several and bool((values >= 0).all() and (abs(values.sum(-1) - 1) < 1e-5).all())
+    has_classes = values.ndim > 1 and values.shape[-1] > 1
+    return has_classes and bool((values >= 0).all() and (abs(values.sum(-1) - 1) < 1e-5).all())
 
 
 def all_finite(values: Any) -> bool:
